@@ -1,0 +1,293 @@
+"""The configuration: frozen dataclasses, read from YAML with dotted overrides.
+
+OmegaConf is used inside :func:`load` only; everything else receives plain frozen dataclasses or the values themselves.
+No jax import, so that ``sft-jax --help`` and a mistyped key answer at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sft_jax.errors import UserError
+
+
+def _require(condition: bool, key: str, problem: str) -> None:
+    if not condition:
+        raise UserError(f"{key}: {problem}")
+
+
+def _one_of(value: str, key: str, choices: tuple[str, ...]) -> None:
+    _require(value in choices, key, f"{value!r} is not one of {', '.join(choices)}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which base model, in which dtype, and how it is computed."""
+
+    path: str = "???"
+    revision: str | None = None  # branch, tag or commit of a Hugging Face id
+    dtype: str = "bfloat16"  # compute and frozen weights; trainable weights are always float32
+    init: str = "pretrained"  # random: pretraining from config.json
+    attention: str = "auto"
+    remat: str = "full"  # full: keep layer inputs only | dots: keep matmul outputs | none: keep everything
+
+    def __post_init__(self) -> None:
+        _one_of(self.dtype, "model.dtype", ("bfloat16", "float32"))
+        _one_of(self.init, "model.init", ("pretrained", "random"))
+        _one_of(self.attention, "model.attention", ("auto", "xla"))
+        _one_of(self.remat, "model.remat", ("full", "dots", "none"))
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """LoRA (Hu et al. 2021) with the conventions of PEFT: the update is alpha/rank · B·A, B starts at zero."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    target_modules: Any = "all-linear"  # or a list of PEFT-style names
+    dropout: float = 0.0
+    init_from: str | None = None  # a PEFT adapter folder to continue from
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 1, "lora.rank", f"{self.rank} is not a positive number")
+        _require(self.alpha > 0, "lora.alpha", f"{self.alpha} is not a positive number")
+        _require(0.0 <= self.dropout < 1.0, "lora.dropout", f"{self.dropout} is not in [0, 1)")
+        names = self.target_modules
+        _require(
+            names == "all-linear" or (isinstance(names, list) and names and all(isinstance(n, str) for n in names)),
+            "lora.target_modules",
+            f"{names!r} is neither 'all-linear' nor a list of module names such as [q_proj, v_proj]",
+        )
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One source of rows: a file, a folder, a glob, or a Hugging Face dataset id."""
+
+    path: str = "???"
+    format: str = "auto"  # auto | messages | prompt-completion | text
+    weight: float = 1.0  # how often each of its rows is seen in an epoch; a fraction takes a new random share each epoch
+    split: str = "train"  # of a Hugging Face dataset id
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        _one_of(self.format, "data.*.format", ("auto", "messages", "prompt-completion", "text"))
+        _require(self.weight > 0 and math.isfinite(self.weight), "data.*.weight", f"{self.weight} is not positive")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is trained on, and which of its tokens carry loss."""
+
+    train: list[SourceConfig] = field(default_factory=list)
+    eval: list[SourceConfig] = field(default_factory=list)
+    max_length: int = 2048
+    overlong: str = "drop"
+    packing: bool = True
+    shuffle: bool = True
+    train_on: str = "assistant"
+    chat_template: str | None = None  # a Jinja file; default the tokenizer's own
+    added_tokens: list[str] = field(default_factory=list)  # special tokens the tokenizer does not have yet
+    stop_token: str | None = None  # ends a completion or a document; default the tokenizer's eos token
+
+    def __post_init__(self) -> None:
+        _require(self.max_length >= 2, "data.max_length", f"{self.max_length} is not at least 2")
+        _one_of(self.overlong, "data.overlong", ("drop", "truncate", "error"))
+        _one_of(self.train_on, "data.train_on", ("assistant", "last_assistant", "all"))
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov & Hutter 2019) and its schedule; weight decay spares norms and biases."""
+
+    name: str = "adamw"
+    learning_rate: float = 2.0e-4
+    schedule: str = "cosine"
+    warmup_ratio: float = 0.03  # share of all steps
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = 1.0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1.0e-8
+
+    def __post_init__(self) -> None:
+        _one_of(self.name, "optimizer.name", ("adamw",))
+        _one_of(self.schedule, "optimizer.schedule", ("constant", "linear", "cosine", "wsd"))
+        _require(self.learning_rate >= 0, "optimizer.learning_rate", f"{self.learning_rate} is negative")
+        _require(0 <= self.warmup_ratio < 1, "optimizer.warmup_ratio", f"{self.warmup_ratio} is not in [0, 1)")
+        _require(self.weight_decay >= 0, "optimizer.weight_decay", f"{self.weight_decay} is negative")
+        _require(0 <= self.b1 < 1, "optimizer.b1", f"{self.b1} is not in [0, 1)")
+        _require(0 <= self.b2 < 1, "optimizer.b2", f"{self.b2} is not in [0, 1)")
+        _require(self.eps > 0, "optimizer.eps", f"{self.eps} is not positive")
+        _require(
+            self.max_grad_norm is None or self.max_grad_norm > 0,
+            "optimizer.max_grad_norm",
+            f"{self.max_grad_norm} is not positive (null turns clipping off)",
+        )
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How long, in which batches, and where the run is kept."""
+
+    output_dir: str = "???"
+    num_train_epochs: float = 3.0
+    max_steps: int | None = None  # counts instead of epochs
+    batch_size: int = 16  # rows of max_length per optimizer step, over all devices
+    gradient_accumulation_steps: int = 1  # batch_size is computed in this many parts
+    eval_every: int = 100
+    save_every: int = 200
+    log_every: int = 1
+    keep_checkpoints: int = 2
+    seed: int = 0
+    tensorboard: bool = True
+    wandb_project: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in (
+            "batch_size",
+            "gradient_accumulation_steps",
+            "eval_every",
+            "save_every",
+            "log_every",
+            "keep_checkpoints",
+        ):
+            _require(getattr(self, name) >= 1, f"training.{name}", f"{getattr(self, name)} is not at least 1")
+        _require(self.num_train_epochs > 0, "training.num_train_epochs", f"{self.num_train_epochs} is not positive")
+        _require(
+            self.max_steps is None or self.max_steps >= 0, "training.max_steps", f"{self.max_steps} is negative"
+        )
+        _require(
+            self.batch_size % self.gradient_accumulation_steps == 0,
+            "training.gradient_accumulation_steps",
+            f"{self.gradient_accumulation_steps} does not divide batch_size {self.batch_size}",
+        )
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How many devices along each axis; -1 takes all that remain."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+        for name, size in sizes.items():
+            _require(size == -1 or size >= 1, f"mesh.{name}", f"{size} is neither -1 nor a positive number")
+        _require(list(sizes.values()).count(-1) <= 1, "mesh", f"only one axis may be -1, not {sizes}")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run depends on."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig | None = field(default_factory=LoraConfig)  # null: full fine-tuning
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    def __post_init__(self) -> None:
+        _require(len(self.data.train) > 0, "data.train", "names no source; give at least one, such as [{path: a.jsonl}]")
+        _require(
+            self.model.init == "pretrained" or self.lora is None,
+            "model.init",
+            "random weights cannot be the frozen base of an adapter; set lora: null",
+        )
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a YAML file, apply dotted overrides such as ``optimizer.learning_rate=2e-5``, check everything.
+
+    Relative paths inside the file stay as they are: they are relative to the folder the command is started in.
+
+    Raises:
+        UserError: missing or malformed file, unknown key, wrong type, value out of range, missing mandatory key.
+    """
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such config file")
+    try:
+        given = OmegaConf.load(path)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {_one_line(error)}") from error
+    if not OmegaConf.is_dict(given):
+        raise UserError(f"{path}: a config is a mapping with the keys {', '.join(f.name for f in dataclasses.fields(Config))}")
+    try:
+        for override in overrides or []:
+            key, equals, value = override.partition("=")
+            if not equals or not key:
+                raise UserError(f"override {override!r}: write key=value, such as optimizer.learning_rate=2e-5")
+            OmegaConf.update(given, key, _parse_value(override, value), merge=True)
+        merged = OmegaConf.merge(OmegaConf.structured(Config), given)
+        missing = sorted(OmegaConf.missing_keys(merged))
+        if missing:
+            raise UserError(f"{path}: {missing[0]} is required and not set")
+        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {_explain(error)}") from error
+
+
+def _parse_value(override: str, text: str) -> Any:
+    """The right side of an override, read as the YAML the config file itself is written in."""
+    import yaml
+    from omegaconf import OmegaConf
+
+    try:
+        return OmegaConf.to_container(OmegaConf.create(f"value: {text}"))["value"]  # type: ignore[index,call-overload]
+    except yaml.YAMLError as error:
+        raise UserError(f"override {override!r}: not valid YAML: {_one_line(error)}") from error
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The config as plain nested dicts, the way it is written into a run folder."""
+    return dataclasses.asdict(config)
+
+
+def save(config: Config, path: Path) -> None:
+    """Write the resolved config as YAML; :func:`load` reads it back to an equal object."""
+    import yaml
+
+    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one level with dotted keys: ``{"a": {"b": 1}}`` → ``{"a.b": 1}``."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        flat |= flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _explain(error: Any) -> str:
+    """One line for an OmegaConf error: the full key, what is wrong, and the nearest key that exists."""
+    from omegaconf.errors import ConfigKeyError
+
+    key = getattr(error, "full_key", None) or ""
+    section = getattr(error, "object_type", None)
+    if isinstance(error, ConfigKeyError) and dataclasses.is_dataclass(section):
+        known = [f.name for f in dataclasses.fields(section)]
+        close = difflib.get_close_matches(str(error.key), known, n=1)
+        way_out = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
+        return f"unknown key {key!r}; {way_out}"
+    message = _one_line(error.msg if getattr(error, "msg", None) else error)
+    message = message.split(" full_key:")[0]
+    return f"{key}: {message}" if key else message
+

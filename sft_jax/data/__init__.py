@@ -1,0 +1,1 @@
+"""From rows on disk to batches: sources, chat, examples, packing, loader."""

@@ -1,0 +1,9 @@
+"""The one exception for mistakes a user can make."""
+
+
+class UserError(ValueError):
+    """A mistake in a config, a file or a row, told in one line that names it and the way out.
+
+    The command line prints the message without a traceback and exits with code 2; everything else that is raised is
+    a fault of this library and keeps its traceback.
+    """

@@ -1,0 +1,1 @@
+"""Hugging Face folders: configs, tensor names, reading, writing, PEFT adapters."""

@@ -1,0 +1,34 @@
+"""Where a model lives: a local folder, or a Hugging Face id fetched into the local cache."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from sft_jax.errors import UserError
+
+# No pickle (.bin, .pt), no code (.py): what is not named here is not downloaded.
+_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "LICENSE*"]
+
+
+def find_model(path: str, revision: str | None = None) -> Path:
+    """The folder with ``config.json``, tokenizer and safetensors of a local path or Hugging Face id.
+
+    Raises:
+        UserError: neither a folder with a config.json nor an id that can be fetched.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"model.path: {folder} has no config.json; it must be a Hugging Face model folder")
+        return folder
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+        raise UserError(f"model.path: no folder {path!r}, and not a Hugging Face id such as Qwen/Qwen3-0.6B")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"model.path: {path!r} is no local folder and could not be fetched: {reason}") from error

@@ -1,0 +1,1 @@
+"""The network: decoder, attention, rope, and the LoRA parameter split."""

@@ -1,0 +1,223 @@
+"""The decoder: Llama, Mistral, Qwen2 and Qwen3 as one Flax NNX module.
+
+Attribute names are Hugging Face's. All decoder layers live in one ``DecoderLayer`` whose parameters carry a leading
+dimension L and are scanned over, so compile time does not grow with depth. Linear kernels are ``[in, out]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from sft_jax.architecture import Architecture
+from sft_jax.models.attention import attention
+from sft_jax.models.rope import rotate, sin_cos
+from sft_jax.sharding import constrain
+from sft_jax.typing import Array, Float, Int
+
+FULL_ATTENTION = 2**30  # a window no position exceeds, where only some layers have one
+
+
+class Initializer:
+    """Makes the parameters of a network: normal weights, unit norms, zero biases, all float32."""
+
+    def __init__(self, key: Array, stddev: float):
+        self._rngs = nnx.Rngs(key)
+        self._stddev = stddev
+
+    def normal(self, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
+        return nnx.Param(self._stddev * jax.random.normal(self._rngs(), shape, jnp.float32), axes=axes)
+
+    def ones(self, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
+        return nnx.Param(jnp.ones(shape, jnp.float32), axes=axes)
+
+    def zeros(self, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
+        return nnx.Param(jnp.zeros(shape, jnp.float32), axes=axes)
+
+
+class Linear(nnx.Module):
+    """``y = x · kernel + bias``, with an optional low-rank adapter ``scale · (dropout(x) · lora_a) · lora_b``."""
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        axes: tuple[str, str],
+        make: Initializer,
+        stack: tuple[int, ...] = (),
+        use_bias: bool = False,
+    ):
+        self.axes = axes
+        self.kernel = make.normal((*stack, in_dim, out_dim), axes)
+        self.bias = nnx.data(make.zeros((*stack, out_dim), axes[1:]) if use_bias else None)
+        self.lora_a = nnx.data(None)
+        self.lora_b = nnx.data(None)
+        self.lora_scale = 0.0
+        self.lora_dropout = 0.0
+
+    def __call__(self, x: Float[Array, "*B in"], dropout_key: Array | None = None) -> Float[Array, "*B out"]:
+        """Computed in the dtype of ``x``; an adapter without a ``dropout_key`` has no dropout."""
+        y = x @ self.kernel[...].astype(x.dtype)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(x.dtype)
+        if self.lora_a is not None:
+            if self.lora_dropout and dropout_key is not None:
+                keep = jax.random.bernoulli(dropout_key, 1.0 - self.lora_dropout, x.shape)
+                x = jnp.where(keep, x / (1.0 - self.lora_dropout), jnp.zeros_like(x))
+            y = y + (x @ self.lora_a[...].astype(x.dtype)) @ self.lora_b[...].astype(x.dtype) * self.lora_scale
+        return y
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm (Zhang & Sennrich 2019), statistics in float32."""
+
+    def __init__(self, dim: int, eps: float, make: Initializer, stack: tuple[int, ...] = ()):
+        self.eps = eps
+        self.scale = make.ones((*stack, dim), ("norm",))
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        wide = x.astype(jnp.float32)
+        wide = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return wide.astype(x.dtype) * self.scale[...].astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    """The token table ``[V, D]``."""
+
+    def __init__(self, vocab_size: int, dim: int, make: Initializer):
+        self.embedding = make.normal((vocab_size, dim), ("vocab", "embed"))
+
+    def __call__(self, ids: Int[Array, "B T"], dtype: Any) -> Float[Array, "B T D"]:
+        # The table stays split along D: look up every row's slice of D, then trade slices of D for rows.
+        ids = constrain(ids, "replica", "length")
+        x = constrain(self.embedding[...].at[ids].get(mode="clip").astype(dtype), "replica", "length", "embed")
+        return constrain(x, "batch", "length", "activation")
+
+
+class SelfAttention(nnx.Module):
+    def __init__(self, arch: Architecture, make: Initializer, stack: tuple[int, ...]):
+        d, h = arch.hidden_size, arch.head_dim
+        n, k = arch.num_heads, arch.num_kv_heads
+        self.num_heads, self.num_kv_heads, self.head_dim = n, k, h
+        self.q_proj = Linear(d, n * h, ("embed", "heads"), make, stack, arch.qkv_bias)
+        self.k_proj = Linear(d, k * h, ("embed", "kv_heads"), make, stack, arch.qkv_bias)
+        self.v_proj = Linear(d, k * h, ("embed", "kv_heads"), make, stack, arch.qkv_bias)
+        self.o_proj = Linear(n * h, d, ("heads", "embed"), make, stack, arch.o_bias)
+        self.q_norm = nnx.data(RMSNorm(h, arch.norm_eps, make, stack) if arch.qk_norm else None)
+        self.k_norm = nnx.data(RMSNorm(h, arch.norm_eps, make, stack) if arch.qk_norm else None)
+
+    def __call__(self, x, segment_ids, sin, cos, window, dropout_key) -> Float[Array, "B T D"]:
+        keys = _split(dropout_key, 4)
+        q = self._heads(self.q_proj(x, keys[0]), self.num_heads, "heads")
+        k = self._heads(self.k_proj(x, keys[1]), self.num_kv_heads, "kv_heads")
+        v = self._heads(self.v_proj(x, keys[2]), self.num_kv_heads, "kv_heads")
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        out = attention(rotate(q, sin, cos), rotate(k, sin, cos), v, segment_ids, window)
+        return self.o_proj(out.reshape(*x.shape[:2], -1), keys[3])
+
+    def _heads(self, x: Float[Array, "B T NH"], num_heads: int, axis: str) -> Float[Array, "B T N H"]:
+        return constrain(x.reshape(*x.shape[:2], num_heads, self.head_dim), "batch", "length", axis, "head_dim")
+
+
+class MLP(nnx.Module):
+    """SwiGLU (Shazeer 2020)."""
+
+    def __init__(self, arch: Architecture, make: Initializer, stack: tuple[int, ...]):
+        d, f = arch.hidden_size, arch.intermediate_size
+        self.gate_proj = Linear(d, f, ("embed", "mlp"), make, stack, arch.mlp_bias)
+        self.up_proj = Linear(d, f, ("embed", "mlp"), make, stack, arch.mlp_bias)
+        self.down_proj = Linear(f, d, ("mlp", "embed"), make, stack, arch.mlp_bias)
+
+    def __call__(self, x: Float[Array, "B T D"], dropout_key: Array | None) -> Float[Array, "B T D"]:
+        keys = _split(dropout_key, 3)
+        return self.down_proj(jax.nn.silu(self.gate_proj(x, keys[0])) * self.up_proj(x, keys[1]), keys[2])
+
+
+class DecoderLayer(nnx.Module):
+    def __init__(self, arch: Architecture, make: Initializer, stack: tuple[int, ...]):
+        self.input_layernorm = RMSNorm(arch.hidden_size, arch.norm_eps, make, stack)
+        self.self_attn = SelfAttention(arch, make, stack)
+        self.post_attention_layernorm = RMSNorm(arch.hidden_size, arch.norm_eps, make, stack)
+        self.mlp = MLP(arch, make, stack)
+
+    def __call__(self, x, segment_ids, sin, cos, window, dropout_key) -> Float[Array, "B T D"]:
+        keys = _split(dropout_key, 2)
+        x = x + self.self_attn(self.input_layernorm(x), segment_ids, sin, cos, window, keys[0])
+        x = constrain(x, "batch", "length", "activation")
+        x = x + self.mlp(self.post_attention_layernorm(x), keys[1])
+        return constrain(x, "batch", "length", "activation")
+
+
+class Decoder(nnx.Module):
+    """Token ids to final hidden states, and hidden states to logits.
+
+    Build it under ``nnx.eval_shape`` when weights are read from files: nothing is then computed or allocated.
+    """
+
+    def __init__(self, arch: Architecture, key: Array, dtype: Any = jnp.float32, remat: str = "none"):
+        make = Initializer(key, arch.initializer_range)
+        self.arch, self.dtype, self.remat = arch, dtype, remat
+        self.embed_tokens = Embedding(arch.vocab_size, arch.hidden_size, make)
+        self.layers = DecoderLayer(arch, make, (arch.num_layers,))
+        self.norm = RMSNorm(arch.hidden_size, arch.norm_eps, make)
+        self.lm_head = nnx.data(
+            None if arch.tie_word_embeddings else Linear(arch.hidden_size, arch.vocab_size, ("embed", "vocab"), make)
+        )
+
+    def __call__(
+        self,
+        inputs: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        dropout_key: Array | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Hidden states after the final norm, in the compute dtype. ``dropout_key`` turns adapter dropout on."""
+        x = self.embed_tokens(inputs, self.dtype)
+        sin, cos = sin_cos(positions, self.arch.rope, self.arch.head_dim)
+        graphdef, layers = nnx.split(self.layers)
+        windows, one_window = _windows(self.arch)
+
+        def layer(x, scanned):
+            params, window, key = scanned
+            window = one_window if window is None else window
+            return nnx.merge(graphdef, params)(x, segment_ids, sin, cos, window, key), None
+
+        keys = None if dropout_key is None else jax.random.split(dropout_key, self.arch.num_layers)
+        x, _ = lax.scan(_rematerialised(layer, self.remat), x, (layers, windows, keys))
+        return self.norm(x)
+
+    def head(self) -> Float[Array, "D V"]:
+        """The output projection in the compute dtype: the transposed token table where the two are tied."""
+        if self.lm_head is None:
+            return self.embed_tokens.embedding[...].astype(self.dtype).T
+        return self.lm_head.kernel[...].astype(self.dtype)
+
+    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """All logits at once, float32. For generation and tests; training never materialises them."""
+        return jnp.einsum("btd,dv->btv", hidden, self.head(), preferred_element_type=jnp.float32)
+
+
+def _split(key: Array | None, num: int) -> Any:
+    return [None] * num if key is None else jax.random.split(key, num)
+
+
+def _windows(arch: Architecture) -> tuple[Array | None, int | None]:
+    """Sliding windows as ``(one per layer to scan over, one for all layers)``; at most one of them is given."""
+    if arch.sliding_windows is None:
+        return None, None
+    if len(set(arch.sliding_windows)) == 1:
+        return None, arch.sliding_windows[0]
+    return jnp.asarray([FULL_ATTENTION if w is None else w for w in arch.sliding_windows], jnp.int32), None
+
+
+def _rematerialised(layer: Callable, policy: str) -> Callable:
+    if policy == "none":
+        return layer
+    policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+    return jax.checkpoint(layer, policy=policies[policy], prevent_cse=False)

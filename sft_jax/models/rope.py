@@ -1,0 +1,44 @@
+"""Rotary position embedding: frequencies, their stretching for long contexts, and the rotation."""
+
+from __future__ import annotations
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+
+from sft_jax.architecture import Rope
+from sft_jax.typing import Array, Float, Int
+
+
+def inverse_frequencies(rope: Rope, head_dim: int) -> Float[np.ndarray, "H/2"]:
+    """One angular frequency per pair of channels, float32.
+
+    ``linear`` divides all by ``factor`` (Chen et al. 2023). ``llama3`` keeps wavelengths shorter than
+    ``original / high_freq_factor`` as they are, divides those longer than ``original / low_freq_factor`` by ``factor``
+    and blends between (Llama 3.1 reference code; ``transformers.modeling_rope_utils``).
+    """
+    frequency = 1.0 / rope.theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
+    if rope.kind == "default":
+        return frequency.astype(np.float32)
+    if rope.kind == "linear":
+        return (frequency / rope.factor).astype(np.float32)
+    assert rope.kind == "llama3", rope.kind
+    turns = rope.original_max_position_embeddings * frequency / (2 * math.pi)  # within the original context
+    keep = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    keep = np.clip(keep, 0.0, 1.0)
+    return (keep * frequency + (1 - keep) * frequency / rope.factor).astype(np.float32)
+
+
+def sin_cos(positions: Int[Array, "B T"], rope: Rope, head_dim: int) -> tuple[Array, Array]:
+    """Sines and cosines ``[B, T, H/2]``, float32, shared by all layers and heads."""
+    angles = positions.astype(jnp.float32)[..., None] * inverse_frequencies(rope, head_dim)
+    return jnp.sin(angles), jnp.cos(angles)
+
+
+def rotate(x: Float[Array, "B T N H"], sin: Float[Array, "B T H/2"], cos: Float[Array, "B T H/2"]) -> Array:
+    """Turn channel ``i`` together with channel ``i + H/2``: the Hugging Face layout of q and k projections."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    sin, cos = sin[:, :, None], cos[:, :, None]
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)

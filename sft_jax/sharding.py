@@ -1,0 +1,93 @@
+"""The mesh and the one table from logical axes to mesh axes.
+
+Modules name what a dimension is (``embed``, ``heads``); only this file knows where it lives.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from sft_jax.errors import UserError
+from sft_jax.typing import Array
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+# logical axis → mesh axis. Weights are split over fsdp along the model dimension and over tensor along the dimension
+# that heads, MLP channels or vocabulary entries live on; a batch is split over everything that is not tensor.
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    "batch": ("data", "fsdp"),
+    "replica": "data",  # rows while the model dimension is split over fsdp
+    "length": None,
+    "activation": None,
+    "layers": None,
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "mlp": "tensor",
+    "vocab": "tensor",
+    "rank": None,
+    "norm": None,
+}
+
+
+def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with the axes ``data, fsdp, tensor``; one size may be -1 and takes all remaining devices.
+
+    Raises:
+        UserError: the sizes do not multiply to the number of devices.
+    """
+    devices = list(devices if devices is not None else jax.devices())
+    sizes = [data, fsdp, tensor]
+    if -1 in sizes:
+        known = math.prod(size for size in sizes if size != -1)
+        sizes[sizes.index(-1)] = max(1, len(devices) // known)
+    if math.prod(sizes) != len(devices):
+        named = " × ".join(f"{name} {size}" for name, size in zip(MESH_AXES, sizes, strict=True))
+        raise UserError(f"mesh: {named} needs {math.prod(sizes)} devices, {len(devices)} are here; -1 infers one axis")
+    grid = np.asarray(devices, dtype=object).reshape(sizes)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def num_batch_shards(mesh: Mesh) -> int:
+    """Into how many parts the rows of a batch are split."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def partition_spec(axes: Sequence[str], shape: Sequence[int], mesh: Mesh | jax.sharding.AbstractMesh) -> PartitionSpec:
+    """Where each dimension lives. A dimension that its mesh axis does not divide is replicated.
+
+    ``axes`` may be one shorter than ``shape``: stacked decoder layers carry one leading dimension more.
+    """
+    axes = ("layers",) * (len(shape) - len(axes)) + tuple(axes)
+    assert len(axes) == len(shape), (axes, shape)
+    placed = []
+    for axis, size in zip(axes, shape, strict=True):
+        names = RULES[axis]
+        names = (names,) if isinstance(names, str) else names
+        splits = math.prod(mesh.shape[name] for name in names) if names else 1
+        placed.append(names if names and splits > 1 and size % splits == 0 else None)
+    return PartitionSpec(*(names[0] if names and len(names) == 1 else names for names in placed))
+
+
+def named_sharding(mesh: Mesh, axes: Sequence[str], shape: Sequence[int]) -> NamedSharding:
+    """:func:`partition_spec` on a concrete mesh."""
+    return NamedSharding(mesh, partition_spec(axes, shape, mesh))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def constrain(x: Array, *axes: str) -> Array:
+    """Tell the compiler where an intermediate lives; a no-op outside ``jax.set_mesh``."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, mesh))

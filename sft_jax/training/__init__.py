@@ -1,0 +1,1 @@
+"""The optimisation step: loss, optimizer, state, step."""

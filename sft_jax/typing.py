@@ -1,0 +1,43 @@
+"""The letters of the house and the batch.
+
+Letters, in signatures and einsum strings alike: B batch, T query position, S key position, D model, F feed-forward,
+N query heads, K key/value heads, G = N/K, H head dim, V vocabulary, R rank, L layers, A microbatches, C chunk.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+Params = dict[str, Any]
+"""A nested dict of arrays; the keys are the attribute names of the network."""
+
+Path = tuple[str, ...]
+"""A leaf's place in a nested dict: ``("layers", "self_attn", "q_proj", "kernel")``."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Batch:
+    """Rows of tokens, all fields ``[B, T]``.
+
+    A conversation with the ids ``[7, 8, 9, 2]`` of which ``[9, 2]`` are the answer and its stop token becomes, in a
+    row of five slots::
+
+        inputs        7 8 9 0 0
+        targets       8 9 2 0 0
+        loss_mask     0 1 1 0 0     belongs to targets: shifted first, packed second
+        segment_ids   1 1 1 0 0     0 is padding; attention stays within a segment
+        positions     0 1 2 0 0     restart with every segment
+    """
+
+    inputs: Int[Array | np.ndarray, "B T"]
+    targets: Int[Array | np.ndarray, "B T"]
+    loss_mask: Bool[Array | np.ndarray, "B T"]
+    segment_ids: Int[Array | np.ndarray, "B T"]
+    positions: Int[Array | np.ndarray, "B T"]
+
+
+__all__ = ["Array", "Batch", "Bool", "Float", "Int", "Params", "Path"]
