@@ -14,6 +14,7 @@ from typing import Any
 
 from sft_jax.errors import UserError
 
+_QUIET = {"verbose": False}  # lengths are ours to judge, not the tokenizer's
 Message = dict[str, Any]
 Span = tuple[int, int]
 
@@ -111,7 +112,7 @@ class Encoder:
         """
         if self._stop_id is None:
             raise UserError("data.stop_token: the tokenizer has no eos token to end a document with; name a token")
-        encoding = self.tokenizer(prompt + completion, return_offsets_mapping=True)
+        encoding = self.tokenizer(prompt + completion, return_offsets_mapping=True, **_QUIET)
         ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
         if everything:
             mask = [True] * len(ids)
@@ -159,7 +160,7 @@ class Encoder:
     def _marked_turns(self, conversations: list[list[Message]]) -> list[tuple[list[int], list[Span]]]:
         """Ids and token spans of what the template marks: exactly transformers' assistant mask, as runs."""
         encoding = self.tokenizer.apply_chat_template(
-            conversations, return_dict=True, return_assistant_tokens_mask=True
+            conversations, return_dict=True, return_assistant_tokens_mask=True, tokenizer_kwargs=_QUIET
         )
         masks = encoding["assistant_masks"]
         return [(ids, _runs(mask)) for ids, mask in zip(encoding["input_ids"], masks, strict=True)]
@@ -172,7 +173,7 @@ class Encoder:
         is trained up to its last special token, the one that generation will stop at.
         """
         texts = self.tokenizer.apply_chat_template(conversations, tokenize=False)
-        encoding = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+        encoding = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, **_QUIET)
         located = []
         for messages, text, ids, offsets in zip(
             conversations, texts, encoding["input_ids"], encoding["offset_mapping"], strict=True

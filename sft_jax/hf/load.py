@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -20,11 +21,14 @@ _IGNORED = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
 def load_params(
     reader: TensorReader,
     abstract: dict[Path, jax.ShapeDtypeStruct],
+    wanted: Collection[Path],
     num_layers: int,
     tied: bool,
     old_vocab_size: int | None = None,
 ) -> dict[Path, Array]:
-    """Read every leaf of ``abstract`` in its dtype and sharding; each device gets only its own part.
+    """Read the ``wanted`` leaves in their dtype and sharding; each device gets only its own part.
+
+    ``abstract`` describes all base leaves, which are checked against the files before the first is read.
 
     Where ``old_vocab_size`` is smaller than the vocabulary of ``abstract``, the added rows of the token table and
     columns of the head start at the mean of the existing ones (Hewitt 2021), so that the added tokens begin as
@@ -34,7 +38,7 @@ def load_params(
         UserError: a tensor is missing, has another shape, or is in the files but has no place in the network.
     """
     _check(reader, abstract, num_layers, tied, old_vocab_size)
-    return {path: _load_leaf(reader, path, leaf, num_layers, old_vocab_size) for path, leaf in abstract.items()}
+    return {path: _load_leaf(reader, path, leaf, num_layers, old_vocab_size) for path, leaf in abstract.items() if path in wanted}
 
 
 def expected_shapes(abstract: dict[Path, Any], num_layers: int) -> dict[str, tuple[int, ...]]:

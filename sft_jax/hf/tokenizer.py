@@ -8,8 +8,8 @@ from typing import Any
 from sft_jax.errors import UserError
 
 
-def load_tokenizer(folder: Path, chat_template: str | None = None, added_tokens: list[str] | None = None) -> Any:
-    """A fast tokenizer (offsets are needed for masks); remote code is never run.
+def load_tokenizer(folder: Path, chat_template: str | None = None, added_tokens: list[str] | None = None) -> tuple[Any, int]:
+    """A fast tokenizer (offsets are needed for masks) and how many tokens were added; remote code is never run.
 
     Args:
         folder: a Hugging Face folder with ``tokenizer.json`` or the files to build it from.
@@ -32,11 +32,10 @@ def load_tokenizer(folder: Path, chat_template: str | None = None, added_tokens:
         raise UserError(f"{folder}: no usable tokenizer: {' '.join(str(error).split())[:200]}") from error
     if not tokenizer.is_fast:
         raise UserError(f"{folder}: only a slow tokenizer; add its tokenizer.json")
-    if added_tokens:
-        tokenizer.add_tokens(added_tokens, special_tokens=True)
+    num_added = tokenizer.add_tokens(added_tokens or [], special_tokens=True)
     if chat_template is not None:
         path = Path(chat_template)
         if not path.is_file():
             raise UserError(f"data.chat_template: no such file {chat_template}")
         tokenizer.chat_template = path.read_text(encoding="utf-8")
-    return tokenizer
+    return tokenizer, num_added

@@ -8,7 +8,7 @@ from jax import lax
 
 from sft_jax.typing import Array, Float, Int
 
-QUERY_CHUNK = 256
+QUERY_CHUNK = 128
 _NEVER = -1e30  # finite, so that a row of padding that sees nothing still has a softmax
 
 

@@ -71,14 +71,18 @@ def attach_lora(model: Decoder, rank: int, alpha: float, targets: str | list[str
     return chosen
 
 
-def split_params(model: Decoder, mesh: Mesh, full: bool) -> Split:
+def split_params(model: Decoder, mesh: Mesh, full: bool, token_table: bool = False) -> Split:
     """Label every leaf and separate the trainable ones; ``model`` comes from ``nnx.eval_shape``.
 
-    With ``full`` every base weight is trained, otherwise only adapters are. Trainable leaves become float32 (small
-    updates vanish in bfloat16), frozen ones take the compute dtype.
+    Trainable leaves become float32 (small updates vanish in bfloat16), frozen ones take the compute dtype.
+
+    Args:
+        full: train every base weight; otherwise only adapters are.
+        token_table: train the token table and the output head besides adapters. Needed where tokens were added: their
+            rows start alike, and frozen rows could never be told apart.
     """
     leaves = nnx.to_flat_state(nnx.state(model))
-    labels = {path: _label(path, variable, full) for path, variable in leaves}
+    labels = {path: _label(path, variable, full, token_table) for path, variable in leaves}
 
     def place(path: Path, variable: Any) -> jax.ShapeDtypeStruct:
         dtype = model.dtype if labels[path] == FROZEN else jnp.float32
@@ -136,13 +140,13 @@ def unflatten(flat: dict[Path, Any]) -> Params:
     return tree
 
 
-def _label(path: Path, variable: nnx.Variable, full: bool) -> str:
+def _label(path: Path, variable: nnx.Variable, full: bool, token_table: bool) -> str:
     """Exactly one label a leaf; a leaf that fits none is a fault of this file, named at start-up."""
     if isinstance(variable, nnx.LoRAParam):
         assert path[-1] in ("lora_a", "lora_b"), path
         return path[-1]
     assert isinstance(variable, nnx.Param), f"no label for {'.'.join(path)} of type {type(variable).__name__}"
-    if not full:
+    if not full and not (token_table and path[0] in ("embed_tokens", "lm_head")):
         return FROZEN
     return "full_no_decay" if path[-1] in ("scale", "bias") else "full"
 

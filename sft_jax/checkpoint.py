@@ -1,0 +1,86 @@
+"""Run state in orbax: trainable leaves, optimizer, data position and config, one atomic step each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from sft_jax.training.state import TrainState
+from sft_jax.typing import Params
+
+_HANDLERS = {
+    "params": ocp.StandardCheckpointHandler,
+    "optimizer": ocp.StandardCheckpointHandler,
+    "data": ocp.JsonCheckpointHandler,
+    "run": ocp.JsonCheckpointHandler,
+}
+
+
+class Checkpoints:
+    """The ``checkpoints/`` folder of a run. Saving is asynchronous; a step is there whole or not at all."""
+
+    def __init__(self, folder: Path, keep: int = 2):
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        handlers = {name: handler() for name, handler in _HANDLERS.items()}
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers)
+
+    def steps(self) -> list[int]:
+        """All complete steps, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, state: TrainState, data: dict[str, Any], run: dict[str, Any]) -> None:
+        """Begin to save; does nothing where the step is saved already.
+
+        Args:
+            data: the data position.
+            run: what the state belongs to (config, fingerprints), to be compared before it is restored.
+        """
+        if step in self.steps():
+            return
+        items = ocp.args.Composite(
+            params=ocp.args.StandardSave(state.params),  # type: ignore[call-arg]
+            optimizer=ocp.args.StandardSave(_besides_params(state)),  # type: ignore[call-arg]
+            data=ocp.args.JsonSave(data),  # type: ignore[call-arg]
+            run=ocp.args.JsonSave(run),  # type: ignore[call-arg]
+        )
+        self._manager.save(step, args=items)
+
+    def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """State and data position of a step; ``abstract`` has the shapes and the shardings to restore into."""
+        items = ocp.args.Composite(
+            params=ocp.args.StandardRestore(abstract.params),  # type: ignore[call-arg]
+            optimizer=ocp.args.StandardRestore(_besides_params(abstract)),  # type: ignore[call-arg]
+            data=ocp.args.JsonRestore(),
+        )
+        restored = self._manager.restore(step, args=items)
+        return TrainState(params=restored["params"], **restored["optimizer"]), restored["data"]
+
+    def restore_params(self, step: int) -> Params:
+        """The trainable leaves of a step as numpy arrays, without the optimizer."""
+        metadata = self._manager.item_metadata(step)["params"]
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        abstract = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), dict(metadata.tree)
+        )
+        items = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))  # type: ignore[call-arg]
+        return jax.device_get(self._manager.restore(step, args=items)["params"])
+
+    def run(self, step: int) -> dict[str, Any]:
+        """What a step belongs to."""
+        return self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
+
+    def wait(self) -> None:
+        """Until everything begun is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Wait and let go of the folder."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def _besides_params(state: TrainState) -> dict[str, Any]:
+    return {"step": state.step, "opt_state": state.opt_state, "halted": state.halted}

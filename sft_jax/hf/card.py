@@ -1,0 +1,69 @@
+"""The model card of an export: what it was made from, on what, how, and with which result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sft_jax import __version__
+from sft_jax.config import Config
+
+_MASKS = {
+    "assistant": "every assistant turn, its stop token included; all else is context",
+    "last_assistant": "the last assistant turn, its stop token included; all else is context",
+    "all": "every token",
+}
+
+
+def model_card(config: Config, form: str, step: int, metrics: list[dict[str, Any]], dtype: Any) -> str:
+    """``README.md`` with the front matter that model hubs read.
+
+    Args:
+        form: ``adapter`` or ``merged``.
+        metrics: the rows of ``metrics.jsonl``.
+        dtype: of the base model's weights.
+    """
+    base, lora, optimizer = config.model.path, config.lora, config.optimizer
+    local = Path(base).exists()
+    front = {"library_name": "peft" if form == "adapter" else "transformers", "pipeline_tag": "text-generation"}
+    if not local:
+        front["base_model"] = base
+    front["tags"] = "[sft, sft-jax, lora]" if lora else "[sft, sft-jax]"
+    base_name = Path(base).name if local else base
+    data = ", ".join(f"`{Path(source.path).name if local else source.path}`" for source in config.data.train)
+    method = f"LoRA, rank {lora.rank}, alpha {lora.alpha:g}, on {_targets(lora.target_modules)}" if lora else "all weights"
+    rows = {
+        "base model": f"`{base_name}` ({dtype})",
+        "method": method,
+        "data": data,
+        "loss on": _MASKS[config.data.train_on],
+        "longest example": f"{config.data.max_length} tokens ({config.data.overlong} beyond)",
+        "steps": f"{step} of {config.training.batch_size} rows × {config.data.max_length} slots"
+        + (", packed" if config.data.packing else ""),
+        "optimizer": f"{optimizer.name}, rate {optimizer.learning_rate:g} ({optimizer.schedule}, warm-up "
+        f"{optimizer.warmup_ratio:g}), weight decay {optimizer.weight_decay:g}, clip {optimizer.max_grad_norm}",
+        "compute dtype": config.model.dtype,
+        "seed": str(config.training.seed),
+        "training loss": _last(metrics, "loss", step),
+        "held-out loss": _last(metrics, "eval_loss", step),
+    }
+    lines = ["---", *(f"{key}: {value}" for key, value in front.items()), "---", ""]
+    lines += [f"# {base_name}, fine-tuned", "", "| | |", "|---|---|"]
+    lines += [f"| {name} | {value} |" for name, value in rows.items()]
+    lines += ["", "Losses are nats per target token. " + _usage(form), "", f"Made with sft-jax {__version__}.", ""]
+    return "\n".join(lines)
+
+
+def _targets(targets: Any) -> str:
+    return "all linear layers" if targets == "all-linear" else ", ".join(f"`{target}`" for target in targets)
+
+
+def _last(metrics: list[dict[str, Any]], key: str, step: int) -> str:
+    values = [row[key] for row in metrics if row.get(key) is not None and row["step"] <= step]
+    return f"{values[0]:.4f} → {values[-1]:.4f}" if values else "not measured"
+
+
+def _usage(form: str) -> str:
+    if form == "adapter":
+        return "Load it with `peft.AutoPeftModelForCausalLM.from_pretrained` on this folder."
+    return "Load it with `transformers.AutoModelForCausalLM.from_pretrained` on this folder."

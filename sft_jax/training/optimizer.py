@@ -1,0 +1,79 @@
+"""The optimizer: one transform a label, joined by ``optax.multi_transform``, and the schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import optax
+
+from sft_jax.config import OptimizerConfig
+from sft_jax.models.lora import FROZEN, LABELS, flatten, unflatten
+from sft_jax.typing import Array, Params, Path
+
+DECAY_SHARE = 0.2  # of all steps, for the last phase of wsd
+
+
+def make_schedule(config: OptimizerConfig, total_steps: int) -> Callable[[Array], Array]:
+    """Learning rate by step: a linear warm-up from 0 over ``warmup_ratio`` of all steps, then the named shape.
+
+    ``constant`` stays, ``linear`` and ``cosine`` (Loshchilov & Hutter 2017) end at 0, ``wsd`` stays and falls
+    linearly to 0 over the last fifth (Hu et al. 2024). The first step after the warm-up has the full rate.
+    """
+    peak = config.learning_rate
+    warmup = round(config.warmup_ratio * total_steps)
+    rest = max(1, total_steps - warmup)
+    decay = max(1, round(DECAY_SHARE * total_steps))
+    shapes = {
+        "constant": optax.constant_schedule(peak),
+        "linear": optax.linear_schedule(peak, 0.0, rest),
+        "cosine": optax.cosine_decay_schedule(peak, rest),
+        "wsd": optax.linear_schedule(peak, 0.0, decay, transition_begin=max(0, rest - decay)),
+    }
+    schedule = optax.join_schedules([optax.linear_schedule(0.0, peak, max(1, warmup)), shapes[config.schedule]], [warmup])
+    return lambda step: jnp.asarray(schedule(step), jnp.float32)
+
+
+def make_optimizer(config: OptimizerConfig, labels: dict[Path, str]) -> optax.GradientTransformationExtraArgs:
+    """AdamW with decoupled weight decay as in torch, by label; ``update`` takes the rate as ``learning_rate=``.
+
+    Clipping by the global norm sees all trainable gradients together and no others. Leaves labelled ``frozen`` are
+    not among them; should one be passed all the same, its update is zero and it has no state.
+
+    Args:
+        labels: the label of every leaf that ``init`` and ``update`` are called with.
+    """
+    unknown = {path: label for path, label in labels.items() if label not in LABELS}
+    assert not unknown, unknown
+    decayed = optax.chain(
+        optax.scale_by_adam(config.b1, config.b2, config.eps),
+        optax.add_decayed_weights(config.weight_decay),
+        _scale_by_given_rate(),
+    )
+    plain = optax.chain(optax.scale_by_adam(config.b1, config.b2, config.eps), _scale_by_given_rate())
+    transforms = {
+        "lora_a": decayed,
+        "lora_b": decayed,
+        "full": decayed,
+        "full_no_decay": plain,
+        FROZEN: optax.set_to_zero(),
+    }
+    by_label = optax.multi_transform(transforms, unflatten(dict(labels)))
+    if config.max_grad_norm is None:
+        return by_label
+    trainable = unflatten({path: label != FROZEN for path, label in labels.items()})
+    return optax.chain(optax.masked(optax.clip_by_global_norm(config.max_grad_norm), trainable), by_label)
+
+
+def labels_of(params: Params, labels: dict[Path, str]) -> dict[Path, str]:
+    """The labels of the leaves of ``params``."""
+    return {path: labels[path] for path in flatten(params)}
+
+
+def _scale_by_given_rate() -> optax.GradientTransformationExtraArgs:
+    """Multiply by ``-learning_rate``, given at each update: the schedule follows the run's step and nothing else."""
+
+    def update(updates, state, params=None, *, learning_rate, **_):
+        return optax.tree.scale(-learning_rate, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)

@@ -1,0 +1,70 @@
+"""What changes from step to step, as plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from sft_jax.sharding import replicated
+from sft_jax.typing import Array, Params
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """Trainable leaves and what the optimizer keeps about them. Frozen weights are not part of it."""
+
+    step: Array  # int32: steps done
+    params: Params  # trainable leaves, float32
+    opt_state: Any
+    halted: Array  # bool: a loss was not finite; no step changes anything any more
+
+
+def make_state(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """The state before the first step; optimizer moments are born with the sharding of their weights."""
+    shardings = state_shardings(params, optimizer, mesh)
+    opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
+    step = jax.device_put(jnp.zeros((), jnp.int32), replicated(mesh))
+    halted = jax.device_put(jnp.zeros((), bool), replicated(mesh))
+    return TrainState(step=step, params=params, opt_state=opt_state, halted=halted)
+
+
+def state_shardings(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Where each leaf of a state lives. ``params`` may be arrays or abstract leaves with shardings."""
+    param_shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
+    opt_state = optax.tree.map_params(
+        optimizer,
+        lambda leaf, sharding: leaf if _is_masked(leaf) else sharding,
+        jax.eval_shape(optimizer.init, params),
+        param_shardings,
+        transform_non_params=lambda _: replicated(mesh),
+        is_leaf=_is_masked,  # a leaf of another label
+    )
+    return TrainState(
+        step=replicated(mesh),  # type: ignore[arg-type]
+        params=param_shardings,
+        opt_state=opt_state,
+        halted=replicated(mesh),  # type: ignore[arg-type]
+    )
+
+
+def abstract_state(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of a state, for restoring a checkpoint into."""
+    shardings = state_shardings(params, optimizer, mesh)
+    scalar = jax.ShapeDtypeStruct
+    shapes = TrainState(
+        step=scalar((), jnp.int32),  # type: ignore[arg-type]
+        params=params,
+        opt_state=jax.eval_shape(optimizer.init, params),
+        halted=scalar((), jnp.bool_),  # type: ignore[arg-type]
+    )
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def _is_masked(leaf: Any) -> bool:
+    return isinstance(leaf, optax.MaskedNode)

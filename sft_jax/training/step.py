@@ -1,0 +1,111 @@
+"""One optimisation step and one evaluation step, each a single jitted function of plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from sft_jax.models.lora import Split
+from sft_jax.training.loss import batch_loss
+from sft_jax.training.state import TrainState
+from sft_jax.typing import Array, Batch, Params
+
+Metrics = dict[str, Array]
+TrainStep = Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]
+EvalStep = Callable[[Params, Params, Batch], Metrics]
+
+
+def make_train_step(
+    split: Split,
+    optimizer: optax.GradientTransformationExtraArgs,
+    schedule: Callable[[Array], Array],
+    accumulation: int = 1,
+    dropout_key: Array | None = None,
+    out_shardings: Any = None,
+) -> TrainStep:
+    """``step(state, frozen, batch) -> (state, metrics)``, jitted; the given state's buffers are reused.
+
+    Only trainable leaves are differentiated. The batch is computed in ``accumulation`` parts of equal row counts;
+    loss sums, target counts and gradients are added up in float32 and divided once by all targets of the batch.
+
+    A batch without targets has loss 0 and changes nothing but the step counter. A loss or gradient that is not finite
+    halts the state: from then on no step changes it, so what is saved is the state before the fault.
+
+    Args:
+        dropout_key: turns adapter dropout on; each step and part has its own key.
+        out_shardings: of the new state; gradients are constrained to those of the weights.
+
+    Returns:
+        A function whose metrics are ``loss, grad_norm, learning_rate, target_tokens, real_tokens, finite``.
+    """
+
+    def loss_of(trainable: Params, frozen: Params, batch: Batch, key: Array | None) -> tuple[Array, Array]:
+        return batch_loss(split.merge(trainable, frozen), batch, key)
+
+    def part(params: Params, frozen: Params, batch: Batch, key: Array | None) -> tuple[Array, Array, Params]:
+        (loss, num_targets), grads = jax.value_and_grad(loss_of, has_aux=True)(params, frozen, batch, key)
+        if out_shardings is not None:
+            grads = lax.with_sharding_constraint(grads, out_shardings.params)
+        return loss, num_targets, grads
+
+    def sums(params: Params, frozen: Params, batch: Batch, key: Array | None) -> tuple[Array, Array, Params]:
+        if accumulation == 1:
+            return part(params, frozen, batch, key)
+        keys = None if key is None else jax.random.split(key, accumulation)
+        zero = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+
+        def add(total: Any, scanned: tuple[Batch, Array | None]) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, part(params, frozen, *scanned)), None
+
+        return lax.scan(add, zero, (_interleave(batch, accumulation), keys))[0]
+
+    def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = None if dropout_key is None else jax.random.fold_in(dropout_key, state.step)
+        loss_sum, num_targets, grad_sums = sums(state.params, frozen, batch, key)
+        denominator = jnp.maximum(num_targets, 1.0)
+        loss = loss_sum / denominator
+        grads = jax.tree.map(lambda g: g / denominator, grad_sums)
+        grad_norm = optax.tree.norm(grads)
+        learning_rate = schedule(state.step)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, learning_rate=learning_rate)
+        params = optax.apply_updates(state.params, updates)
+
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        halted = state.halted | ~finite
+        applies = ~halted & (num_targets > 0)
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(applies, new, old), (params, opt_state), (state.params, state.opt_state)
+        )
+        step = state.step + jnp.where(halted, 0, 1).astype(jnp.int32)
+        metrics = {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate,
+            "target_tokens": num_targets,
+            "real_tokens": jnp.sum(batch.segment_ids > 0, dtype=jnp.float32),
+            "finite": finite,
+        }
+        return TrainState(step=step, params=params, opt_state=opt_state, halted=halted), metrics
+
+    shardings = None if out_shardings is None else (out_shardings, None)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=shardings)
+
+
+def make_eval_step(split: Split) -> EvalStep:
+    """``step(trainable, frozen, batch)`` with the summed ``loss`` and ``target_tokens`` of a batch, without dropout."""
+
+    def eval_step(trainable: Params, frozen: Params, batch: Batch) -> Metrics:
+        loss, num_targets = batch_loss(split.merge(trainable, frozen), batch)
+        return {"loss": loss, "target_tokens": num_targets}
+
+    return jax.jit(eval_step)
+
+
+def _interleave(batch: Batch, parts: int) -> Batch:
+    """``[B, T]`` to ``[parts, B / parts, T]`` such that every device keeps the rows it has."""
+    return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, -1), 0, 1), batch)

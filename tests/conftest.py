@@ -1,0 +1,56 @@
+"""Strict mode for every test: eight CPU devices, strict dtype promotion, exact matmuls, no network."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+sys.path.insert(0, str(Path(__file__).parent))
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Real data written by others; its place is told by SFT_JAX_TEST_DATA."""
+    default = Path(__file__).parent.parent.parent / "shared" / "data"
+    folder = Path(os.environ.get("SFT_JAX_TEST_DATA", default))
+    if not folder.is_dir():
+        pytest.skip(f"no test data in {folder}; set SFT_JAX_TEST_DATA")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """A random tiny Llama with a tokenizer and a ChatML template, as a Hugging Face folder."""
+    from kit import make_model
+
+    return make_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def chats(tmp_path_factory) -> Path:
+    """Forty small conversations."""
+    from kit import write_chats
+
+    return write_chats(tmp_path_factory.mktemp("chats") / "chats.jsonl")
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Fail if more tests skip than SFT_JAX_MAX_SKIPS allows, so that none disappears unseen."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    allowed = os.environ.get("SFT_JAX_MAX_SKIPS")
+    if allowed is None or reporter is None or hasattr(session.config, "workerinput"):
+        return
+    skipped = len(reporter.stats.get("skipped", []))
+    if skipped > int(allowed):
+        reporter.write_line(f"{skipped} tests skipped, {allowed} allowed", red=True)
+        session.exitstatus = 1

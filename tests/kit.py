@@ -1,0 +1,197 @@
+"""What tests are made of: tiny models, a tokenizer trained on the spot, conversations, configs."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sft_jax.config import (
+    Config,
+    DataConfig,
+    LoraConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SourceConfig,
+    TrainingConfig,
+)
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
+    "{% else %}{{ m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+CHATML_UNMARKED = CHATML.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+
+_WORDS = (
+    "river mountain harbour bread copper lantern winter orchard violin market island garden bridge letter "
+    "captain silver window forest candle journey seven twelve north quiet yellow"
+).split()
+
+
+def sentence(rng: np.random.Generator, low: int, high: int) -> str:
+    """Some words, at random."""
+    return " ".join(rng.choice(_WORDS, rng.integers(low, high)))
+
+
+def conversations(num: int, seed: int = 0) -> list[dict]:
+    """Rows of ``messages`` with one or two exchanges, some with a system message; answers of very unequal length."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for i in range(num):
+        messages = [{"role": "system", "content": sentence(rng, 2, 5)}] if i % 5 == 0 else []
+        for _ in range(1 + i % 2):
+            messages.append({"role": "user", "content": sentence(rng, 2, 9)})
+            messages.append({"role": "assistant", "content": sentence(rng, 1, 14)})
+        rows.append({"messages": messages})
+    return rows
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def write_chats(path: Path, num: int = 40, seed: int = 0) -> Path:
+    return write_jsonl(path, conversations(num, seed))
+
+
+@cache
+def make_tokenizer():
+    """A byte-level BPE of 384 entries, trained here and now."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=384,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    rng = np.random.default_rng(0)
+    tokenizer.train_from_iterator((sentence(rng, 5, 20) for _ in range(200)), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        bos_token="<|endoftext|>",
+        pad_token="<pad>",
+        chat_template=CHATML,
+    )
+
+
+def make_model(folder: Path, **changes) -> Path:
+    """A random Llama of odd shape in a Hugging Face folder, written without torch."""
+    from safetensors.numpy import save_file
+
+    from sft_jax.hf.config import read_architecture
+    from sft_jax.hf.load import expected_shapes
+    from sft_jax.models.lora import flatten
+    from sft_jax.sharding import make_mesh
+    from sft_jax.train import build
+
+    tokenizer = make_tokenizer()
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": len(tokenizer),
+        "hidden_size": 48,
+        "intermediate_size": 112,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 12,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": True,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "torch_dtype": "float32",
+    } | changes
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    tokenizer.save_pretrained(folder)
+    split = build(run_config(folder, lora=None), read_architecture(folder), make_mesh(devices=jax.devices()[:1]), False)
+    rng = np.random.default_rng(1)
+    tensors = {
+        name: (np.ones(shape) + 0.1 * rng.normal(size=shape) if len(shape) == 1 else 0.08 * rng.normal(size=shape))
+        for name, shape in expected_shapes(flatten(split.trainable), config["num_hidden_layers"]).items()
+    }
+    save_file({name: x.astype(np.float32) for name, x in tensors.items()}, folder / "model.safetensors")
+    return folder
+
+
+def run_config(model: Path, data: Path | str = "chats.jsonl", out: Path | str = "run", **changes) -> Config:
+    """A small float32 run on one device; ``changes`` are dotted keys with ``__`` for the dot."""
+    config = Config(
+        model=ModelConfig(path=str(model), dtype="float32"),
+        lora=LoraConfig(rank=4, alpha=8.0),
+        data=DataConfig(train=[SourceConfig(path=str(data))], max_length=128),
+        optimizer=OptimizerConfig(learning_rate=5e-3, schedule="constant", warmup_ratio=0.0),
+        training=TrainingConfig(output_dir=str(out), max_steps=6, batch_size=4, tensorboard=False),
+        mesh=MeshConfig(),
+    )
+    for key, value in changes.items():
+        if "__" in key:
+            section, name = key.split("__")
+            config = dataclasses.replace(
+                config, **{section: dataclasses.replace(getattr(config, section), **{name: value})}
+            )
+        else:
+            config = dataclasses.replace(config, **{key: value})
+    return config
+
+
+def one_device() -> list:
+    return jax.devices()[:1]
+
+
+def losses(run: Path) -> list[float]:
+    rows = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+def sft_jax(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess:
+    """The command line in a process of its own, on one CPU device."""
+    environment = os.environ | {"XLA_FLAGS": "", "PYTHONWARNINGS": "default"}
+    return subprocess.run(
+        [sys.executable, "-m", "sft_jax", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=environment,
+        check=False,
+    )
+
+
+def load_model(folder: Path, dtype=jnp.float32):
+    """A Hugging Face folder as our decoder with all weights in place, and the split it was made from."""
+    from sft_jax.hf.config import read_architecture
+    from sft_jax.hf.reader import TensorReader
+    from sft_jax.sharding import make_mesh
+    from sft_jax.train import build, load_weights
+
+    arch = read_architecture(folder)
+    config = run_config(folder, lora=None, model__dtype=jnp.dtype(dtype).name)
+    split = build(config, arch, make_mesh(devices=one_device()), False)
+    trainable, frozen = load_weights(config, arch, split, TensorReader(folder), arch.vocab_size)
+    return split.merge(trainable, frozen), split, trainable
+
+
+def logits(model, ids: np.ndarray) -> np.ndarray:
+    """All logits of unpacked rows ``[B, T]``."""
+    ids = jnp.asarray(ids, jnp.int32)
+    positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+    return np.asarray(model.logits(model(ids, jnp.ones_like(ids), positions)))

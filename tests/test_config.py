@@ -1,0 +1,89 @@
+"""The config at the door: what is read, what is refused, and with which words."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sft_jax import config
+from sft_jax.errors import UserError
+
+pytestmark = pytest.mark.smoke
+
+SMALLEST = "model: {path: some/model}\ndata: {train: [{path: a.jsonl}]}\ntraining: {output_dir: runs/a}\n"
+
+
+@pytest.fixture
+def smallest(tmp_path: Path) -> Path:
+    path = tmp_path / "a.yaml"
+    path.write_text(SMALLEST)
+    return path
+
+
+def test_defaults_and_overrides(smallest):
+    loaded = config.load(smallest, ["optimizer.learning_rate=2e-5", "data.train.0.weight=2", "lora.rank=8"])
+    assert loaded.optimizer.learning_rate == 2e-5
+    assert loaded.data.train[0].weight == 2.0
+    assert loaded.lora is not None
+    assert loaded.lora.rank == 8
+    assert loaded.model.dtype == "bfloat16"
+    assert config.load(smallest, ["lora=null"]).lora is None
+
+
+def test_saved_config_reads_back_equal(smallest, tmp_path):
+    loaded = config.load(smallest, ["lora.target_modules=[q_proj, v_proj]"])
+    config.save(loaded, tmp_path / "resolved.yaml")
+    assert config.load(tmp_path / "resolved.yaml") == loaded
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("lora.rnk=3", "unknown key 'lora.rnk'; did you mean 'rank'"),
+        ("nonsense=1", "unknown key 'nonsense'; known here: model, lora"),
+        ("data.train=[{path: x, formt: y}]", "did you mean 'format'"),
+        ("lora.rank=abc", "lora.rank: .*'abc'"),
+        ("lora.rank=0", "lora.rank: 0 is not"),
+        ("training.max_steps=3.5", "training.max_steps"),
+        ("training.batch_size=null", "training.batch_size"),
+        ("model.dtype=fp8", "model.dtype: 'fp8' is not one of bfloat16, float32"),
+        ("model.attention=splash", "model.attention: 'splash' is not one of"),
+        ("training.gradient_accumulation_steps=3", "3 does not divide batch_size 16"),
+        ("data.train=[]", "data.train: names no source"),
+        ("mesh.data=-1", "mesh: only one axis may be -1"),
+        ("model.init=random", "set lora: null"),
+        ("optimizer", "key=value"),
+        ("lora=[", "not valid YAML"),
+    ],
+)
+def test_bad_values_are_named(smallest, override, words):
+    with pytest.raises(UserError, match=words) as raised:
+        config.load(smallest, [override])
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("model: {path: x", "not valid YAML"),
+        ("- a list", "a config is a mapping"),
+        ("model: {path: x}\ndata: {train: [{path: a}]}", "training.output_dir is required"),
+    ],
+)
+def test_bad_files_are_named(tmp_path, text, words):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=words) as raised:
+        config.load(path)
+    assert str(path) in str(raised.value)
+    with pytest.raises(UserError, match="no such config file"):
+        config.load(tmp_path / "absent.yaml")
+
+
+def test_help_imports_nothing_heavy():
+    code = "import sys\nfrom sft_jax.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\nprint(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "train" in done.stdout
+    assert not re.search(r"\b(jax|flax|transformers|datasets|omegaconf|numpy)\b(?!\.)", done.stdout.split("\n")[-2])
