@@ -120,7 +120,9 @@ def _new_folder(out: Path) -> Iterator[Path]:
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         yield partial
-        partial.chmod(0o777 & ~_umask())
+        partial.chmod(0o777 & ~_umask())  # temporary folders, and safetensors, are made for the owner alone
+        for file in partial.iterdir():
+            file.chmod(0o666 & ~_umask())
         os.replace(partial, out)
     except BaseException:
         shutil.rmtree(partial)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
+import jax
 import jax.numpy as jnp
 import optax
 
 from sft_jax.config import OptimizerConfig
 from sft_jax.models.lora import FROZEN, LABELS, flatten, unflatten
 from sft_jax.typing import Array, Params, Path
+
+# optax raises floats to integer powers, which strict dtype promotion forbids; our own arithmetic stays strict.
+_OPTAX_PROMOTION = partial(jax.numpy_dtype_promotion, "standard")
 
 DECAY_SHARE = 0.2  # of all steps, for the last phase of wsd
 
@@ -31,7 +36,12 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> Callable[[Array]
         "wsd": optax.linear_schedule(peak, 0.0, decay, transition_begin=max(0, rest - decay)),
     }
     schedule = optax.join_schedules([optax.linear_schedule(0.0, peak, max(1, warmup)), shapes[config.schedule]], [warmup])
-    return lambda step: jnp.asarray(schedule(step), jnp.float32)
+
+    def rate(step: Array) -> Array:
+        with _OPTAX_PROMOTION():
+            return jnp.asarray(schedule(step), jnp.float32)
+
+    return rate
 
 
 def make_optimizer(config: OptimizerConfig, labels: dict[Path, str]) -> optax.GradientTransformationExtraArgs:
@@ -59,10 +69,15 @@ def make_optimizer(config: OptimizerConfig, labels: dict[Path, str]) -> optax.Gr
         FROZEN: optax.set_to_zero(),
     }
     by_label = optax.multi_transform(transforms, unflatten(dict(labels)))
-    if config.max_grad_norm is None:
-        return by_label
-    trainable = unflatten({path: label != FROZEN for path, label in labels.items()})
-    return optax.chain(optax.masked(optax.clip_by_global_norm(config.max_grad_norm), trainable), by_label)
+    if config.max_grad_norm is not None:
+        trainable = unflatten({path: label != FROZEN for path, label in labels.items()})
+        by_label = optax.chain(optax.masked(optax.clip_by_global_norm(config.max_grad_norm), trainable), by_label)
+
+    def update(updates, state, params=None, **extra):
+        with _OPTAX_PROMOTION():
+            return by_label.update(updates, state, params, **extra)
+
+    return optax.GradientTransformationExtraArgs(by_label.init, update)
 
 
 def labels_of(params: Params, labels: dict[Path, str]) -> dict[Path, str]:

@@ -1,0 +1,251 @@
+"""The parameter split: what is trained, what is not, and that the program itself knows."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from kit import one_device
+
+from sft_jax.architecture import Architecture, Rope
+from sft_jax.config import OptimizerConfig
+from sft_jax.errors import UserError
+from sft_jax.models.decoder import Decoder
+from sft_jax.models.lora import FROZEN, attach_lora, flatten, init_adapter, split_params, unflatten
+from sft_jax.sharding import make_mesh
+from sft_jax.training.optimizer import labels_of, make_optimizer
+from sft_jax.training.state import make_state, state_shardings
+from sft_jax.training.step import make_train_step
+from sft_jax.typing import Batch
+
+pytestmark = pytest.mark.smoke
+
+# Every dimension is its own number, so that shapes in a compiled program tell what they are.
+ARCH = Architecture("llama", 211, 40, 104, 3, 4, 2, 12, 1e-5, Rope(1e4), tie_word_embeddings=False)
+RANK = 6
+
+
+def make(full=False, targets="all-linear", token_table=False, dtype=jnp.float32, dropout=0.0):
+    def network():
+        model = Decoder(ARCH, jax.random.key(0), dtype)
+        if not full:
+            attach_lora(model, RANK, 12.0, targets, dropout)
+        return model
+
+    return split_params(nnx.eval_shape(network), make_mesh(devices=one_device()), full, token_table)
+
+
+def weights(split, seed=0):
+    rng = np.random.default_rng(seed)
+
+    def fill(leaf):
+        return jax.device_put(jnp.asarray(0.1 * rng.normal(size=leaf.shape), leaf.dtype), leaf.sharding)
+
+    return jax.tree.map(fill, split.trainable), jax.tree.map(fill, split.frozen)
+
+
+def batch(num_targets=None, seed=0):
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, 211, (4, 17))
+    mask = rng.random((4, 16)) < 0.5
+    if num_targets == 0:
+        mask[:] = False
+    segments = np.ones((4, 16), np.int32)
+    positions = np.broadcast_to(np.arange(16), (4, 16))
+    fields = (ids[:, :-1], ids[:, 1:], mask, segments, positions)
+    return Batch(*(jnp.asarray(x, bool if x.dtype == bool else jnp.int32) for x in fields))
+
+
+def step_of(split, accumulation=1, dropout_key=None, **changes):
+    settings = {"learning_rate": 1e-2, "warmup_ratio": 0.0, "schedule": "constant"} | changes
+    optimizer = make_optimizer(OptimizerConfig(**settings), labels_of(split.trainable, split.labels))
+    mesh = make_mesh(devices=one_device())
+    shardings = state_shardings(split.trainable, optimizer, mesh)
+    rate = settings["learning_rate"]
+    step = make_train_step(split, optimizer, lambda _: jnp.float32(rate), accumulation, dropout_key, shardings)
+    return step, lambda params: make_state(jax.tree.map(jnp.array, params), optimizer, mesh), optimizer
+
+
+def test_every_leaf_has_one_label_and_the_right_dtype():
+    split = make(dtype=jnp.bfloat16)
+    trainable, frozen = flatten(split.trainable), flatten(split.frozen)
+    assert split.labels.keys() == trainable.keys() | frozen.keys()
+    assert not trainable.keys() & frozen.keys()
+    assert {split.labels[path] for path in trainable} == {"lora_a", "lora_b"}
+    assert {split.labels[path] for path in frozen} == {FROZEN}
+    assert {leaf.dtype for leaf in trainable.values()} == {jnp.dtype(jnp.float32)}
+    assert {leaf.dtype for leaf in frozen.values()} == {jnp.dtype(jnp.bfloat16)}
+    full = make(full=True)
+    assert not full.frozen
+    assert {full.labels[p] for p in full.labels if p[-1] == "scale"} == {"full_no_decay"}
+    assert {full.labels[p] for p in full.labels if p[-1] == "kernel"} == {"full"}
+    with_table = make(token_table=True)
+    assert {p for p, label in with_table.labels.items() if label == "full"} == {
+        ("embed_tokens", "embedding"),
+        ("lm_head", "kernel"),
+    }
+
+
+def test_targets():
+    assert {p[-2] for p in flatten(make(targets=["q_proj", "mlp.up_proj"]).trainable)} == {"q_proj", "up_proj"}
+    for target, words in (("c_attn", "matches no linear layer; this model has down_proj"), ("lm_head", "not supported")):
+        with pytest.raises(UserError, match=words):
+            make(targets=["q_proj", target])
+
+
+def test_a_fresh_adapter_changes_nothing_and_a_has_the_kaiming_bound():
+    split = make()
+    adapter = init_adapter(flatten(split.trainable), jax.random.key(0))
+    for path, leaf in adapter.items():
+        if path[-1] == "lora_b":
+            assert not leaf.any()
+        else:
+            bound = leaf.shape[-2] ** -0.5
+            assert 0.9 * bound < float(jnp.abs(leaf).max()) <= bound
+            assert abs(float(leaf.std()) / (bound / np.sqrt(3)) - 1) < 0.15
+    _, frozen = weights(split)
+    data = batch()
+    with_adapter = split.merge(unflatten(adapter), frozen)(data.inputs, data.segment_ids, data.positions)
+    plain = make(full=True)
+    without = plain.merge(frozen, {})(data.inputs, data.segment_ids, data.positions)
+    assert np.array_equal(with_adapter, without)
+
+
+def test_frozen_is_frozen():
+    split = make(dtype=jnp.bfloat16)
+    params, frozen = weights(split)
+    before = jax.tree.map(np.asarray, frozen)
+    step, init, optimizer = step_of(split, weight_decay=0.1)
+    state = init(params)
+    for i in range(5):
+        state, metrics = step(state, frozen, batch(seed=i))
+    assert jax.tree.all(jax.tree.map(np.array_equal, before, frozen))
+    assert not jax.tree.all(jax.tree.map(np.array_equal, params, state.params))
+    assert np.isfinite(metrics["loss"])
+    moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
+    assert sum(leaf.size for leaf in moments) == 2 * sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def test_the_optimizer_leaves_frozen_leaves_alone_even_if_given_them():
+    split = make()
+    params, frozen = weights(split)
+    everything = unflatten(flatten(params) | flatten(frozen))
+    optimizer = make_optimizer(OptimizerConfig(weight_decay=0.1), split.labels)
+    grads = jax.tree.map(jnp.ones_like, everything)
+    state = optimizer.init(everything)
+    updates, _ = optimizer.update(grads, state, everything, learning_rate=jnp.float32(1.0))
+    for path, update in flatten(updates).items():
+        assert bool(update.any()) == (split.labels[path] != FROZEN)
+
+
+def test_no_base_weight_gradient_in_the_program():
+    """Gradients of base weights would be arrays of the weights' shapes that some product makes."""
+    shapes = {
+        f"{a},{b}" for a, b in ((40, 48), (48, 40), (40, 24), (24, 40), (40, 104), (104, 40), (40, 211), (211, 40))
+    }
+
+    def products(full):
+        split = make(full=full)
+        params, frozen = weights(split)
+        step, init, _ = step_of(split)
+        return step.lower(init(params), frozen, batch()).as_text(dialect="hlo")
+
+    def made(text):
+        return set(re.findall(r"= f32\[([\d,]+)\]\S* dot\(", text)) & shapes
+
+    assert len(made(products(full=True))) >= 4  # the same look does find them where they are
+    assert made(products(full=False)) == set()
+
+
+def test_all_masked_batch_changes_nothing():
+    for full in (False, True):
+        split = make(full=full)
+        params, frozen = weights(split)
+        step, init, _ = step_of(split, weight_decay=0.1)
+        state, _ = step(init(params), frozen, batch())
+        before = jax.tree.map(np.asarray, (state.params, state.opt_state))
+        state, metrics = step(state, frozen, batch(num_targets=0))
+        assert float(metrics["loss"]) == 0.0
+        assert float(metrics["target_tokens"]) == 0.0
+        assert jax.tree.all(jax.tree.map(np.array_equal, before, (state.params, state.opt_state)))
+        assert int(state.step) == 2
+        assert not bool(state.halted)
+
+
+def test_not_finite_halts_before_any_harm():
+    split = make()
+    params, frozen = weights(split)
+    step, init, _ = step_of(split)
+    state, _ = step(init(params), frozen, batch())
+    before = jax.tree.map(np.asarray, (state.params, state.opt_state))
+    broken = jax.tree.map(lambda x: x.at[..., 0].set(jnp.inf), frozen)
+    state, metrics = step(state, broken, batch())
+    assert not bool(metrics["finite"])
+    state, _ = step(state, frozen, batch())  # started before the loss was looked at
+    assert bool(state.halted)
+    assert int(state.step) == 1
+    assert jax.tree.all(jax.tree.map(np.array_equal, before, (state.params, state.opt_state)))
+
+
+def test_dropout_is_on_the_adapter_input_only_and_differs_by_step():
+    split = make(dropout=0.5)
+    params, frozen = weights(split)
+    data = batch()
+
+    def hidden(params, key):
+        return split.merge(params, frozen)(data.inputs, data.segment_ids, data.positions, key)
+
+    keys = jax.random.split(jax.random.key(0), 2)
+    assert not np.array_equal(hidden(params, keys[0]), hidden(params, keys[1]))
+    assert np.array_equal(hidden(params, keys[0]), hidden(params, keys[0]))
+    no_update = jax.tree.map(jnp.zeros_like, params)
+    assert np.array_equal(hidden(no_update, keys[0]), hidden(no_update, None))
+    step, init, _ = step_of(split, dropout_key=keys[0], learning_rate=0.0)
+    state = init(params)
+    state, first = step(state, frozen, data)
+    _, second = step(state, frozen, data)
+    assert float(first["loss"]) != float(second["loss"])
+
+
+def test_adamw_is_optax_adamw_and_the_clip_is_global():
+    split = make()
+    params, frozen = weights(split)
+    data = batch()
+    step, init, _ = step_of(split, weight_decay=0.3, max_grad_norm=0.01)
+    state = init(params)
+    reference = optax.chain(optax.clip_by_global_norm(0.01), optax.adamw(1e-2, weight_decay=0.3))
+    expected, expected_state = params, reference.init(params)
+
+    def loss(params):
+        from sft_jax.training.loss import batch_loss
+
+        total, count = batch_loss(split.merge(params, frozen), data)
+        return total / count
+
+    for _ in range(3):
+        state, _ = step(state, frozen, data)
+        with jax.numpy_dtype_promotion("standard"):
+            updates, expected_state = reference.update(jax.grad(loss)(expected), expected_state, expected)
+        expected = optax.apply_updates(expected, updates)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), state.params, expected)
+
+
+def test_schedules_are_optax_ones():
+    from sft_jax.training.optimizer import make_schedule
+
+    def rates(schedule):
+        make_rate = make_schedule(OptimizerConfig(learning_rate=1.0, warmup_ratio=0.1, schedule=schedule), 100)
+        return np.array([make_rate(jnp.int32(i)) for i in range(100)])
+
+    reference = optax.warmup_cosine_decay_schedule(0.0, 1.0, 10, 100)
+    np.testing.assert_allclose(rates("cosine"), [reference(i) for i in range(100)], atol=1e-6)
+    assert (rates("constant")[10:] == 1.0).all()
+    np.testing.assert_allclose(rates("linear")[10:], 1 - np.arange(90) / 90, atol=1e-6)
+    wsd = rates("wsd")
+    assert (wsd[10:81] == 1.0).all()
+    np.testing.assert_allclose(wsd[80:], 1 - np.arange(20) / 20, atol=1e-6)
+    for name in ("constant", "linear", "cosine", "wsd"):
+        np.testing.assert_allclose(rates(name)[:10], np.arange(10) / 10, atol=1e-6)
