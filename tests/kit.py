@@ -195,3 +195,27 @@ def logits(model, ids: np.ndarray) -> np.ndarray:
     ids = jnp.asarray(ids, jnp.int32)
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
     return np.asarray(model.logits(model(ids, jnp.ones_like(ids), positions)))
+
+
+def run_model(run: Path):
+    """The network of a run as its last checkpoint has it: frozen base from the files, trained leaves restored."""
+    from sft_jax import config as configs
+    from sft_jax.checkpoint import Checkpoints
+    from sft_jax.hf.config import read_architecture
+    from sft_jax.hf.reader import TensorReader
+    from sft_jax.sharding import make_mesh
+    from sft_jax.train import build, load_weights
+
+    config = configs.load(run / "config.yaml")
+    checkpoints = Checkpoints(run / "checkpoints")
+    step = checkpoints.steps()[-1]
+    params, vocab_size = checkpoints.restore_params(step), checkpoints.run(step)["vocab_size"]
+    checkpoints.close()
+    folder = Path(config.model.path)
+    arch = read_architecture(folder)
+    old_vocab_size = arch.vocab_size
+    arch = dataclasses.replace(arch, vocab_size=vocab_size)
+    split = build(config, arch, make_mesh(devices=one_device()), bool(config.data.added_tokens))
+    reader = TensorReader(folder) if config.model.init == "pretrained" else None
+    _, frozen = load_weights(config, arch, split, reader, old_vocab_size, only_frozen=True)
+    return split.merge(jax.tree.map(jnp.asarray, params), frozen)

@@ -69,7 +69,7 @@ def _read_file(path: Path) -> Any:
     with _quiet_datasets():
         try:
             return datasets.load_dataset(builder, data_files=str(path), split="train")
-        except datasets.exceptions.DatasetGenerationError as error:
+        except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
             if builder == "json":
                 _name_malformed_line(path)
             cause = error.__cause__ or error

@@ -1,0 +1,151 @@
+"""What a run exports is what the run computes, in transformers and in PEFT."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from kit import CHATML, logits, make_model, one_device, run_config, run_model, sft_jax, write_jsonl
+from peft import AutoPeftModelForCausalLM, PeftModel
+from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sft_jax.errors import UserError
+from sft_jax.export import export
+from sft_jax.train import train
+
+IDS = np.random.default_rng(0).integers(0, 380, (2, 60))
+
+
+def torch_logits(model, ids=IDS):
+    with torch.no_grad():
+        return model.eval()(torch.tensor(ids)).logits.numpy()
+
+
+@pytest.fixture(scope="module", params=["tied", "untied"])
+def base(request, tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp(request.param) / "base", tie_word_embeddings=request.param == "tied")
+
+
+@pytest.fixture(scope="module")
+def lora_run(base, chats):
+    run = base.parent / "lora"
+    train(run_config(base, chats, run, training__max_steps=8), one_device())
+    return run
+
+
+@pytest.fixture(scope="module")
+def full_run(base, chats):
+    run = base.parent / "full"
+    train(run_config(base, chats, run, lora=None, training__max_steps=8), one_device())
+    return run
+
+
+def test_run_merged_and_adapter_agree(base, lora_run, tmp_path):
+    export(lora_run, tmp_path / "merged", "merged")
+    export(lora_run, tmp_path / "adapter")
+    ours = logits(run_model(lora_run), IDS)
+    merged = torch_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
+    untouched = AutoModelForCausalLM.from_pretrained(base)
+    before = torch_logits(untouched)
+    adapter = torch_logits(PeftModel.from_pretrained(untouched, tmp_path / "adapter"))
+    auto = torch_logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter"))
+    assert np.abs(ours - before).max() > 0.1
+    for other in (merged, adapter, auto):
+        np.testing.assert_allclose(other, ours, atol=1e-4, rtol=0)
+
+
+def test_full_run_and_export_agree(base, full_run, tmp_path):
+    export(full_run, tmp_path / "tuned")
+    ours = logits(run_model(full_run), IDS)
+    np.testing.assert_allclose(
+        torch_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")), ours, atol=1e-4, rtol=0
+    )
+    before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "tuned" / "model.safetensors")
+    assert {name: x.shape for name, x in before.items()} == {name: x.shape for name, x in after.items()}
+    assert not any(np.array_equal(before[name], after[name]) for name in before)
+    with pytest.raises(UserError, match="there is no adapter"):
+        export(full_run, tmp_path / "adapter", "adapter")
+
+
+def test_folder_has_all_that_inference_needs(base, lora_run, tmp_path):
+    export(lora_run, tmp_path / "merged", "merged")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert tokenizer.chat_template == CHATML
+    generation = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    card = (tmp_path / "merged" / "README.md").read_text()
+    for words in ("`base`", "chats.jsonl", "every assistant turn", "LoRA, rank 4", "0.005", "training loss", "→"):
+        assert words in card
+    assert str(tmp_path) not in card
+    before, after = (json.loads((f / "config.json").read_text()) for f in (base, tmp_path / "merged"))
+    assert before == after
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_untrained_export_is_byte_equal(base, chats, tmp_path, full):
+    changes = {"lora": None} if full else {}
+    train(run_config(base, chats, tmp_path / "run", training__max_steps=0, **changes), one_device())
+    export(tmp_path / "run", tmp_path / "out", "merged")
+    before, after = (load_file(f / "model.safetensors") for f in (base, tmp_path / "out"))
+    assert before.keys() == after.keys()
+    assert all(before[name].tobytes() == after[name].tobytes() for name in before)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_added_tokens_resize_and_load(base, chats, tmp_path, full):
+    template = tmp_path / "template.jinja"
+    template.write_text(CHATML.replace("<|im_end|>", "<|done|>").replace("<|im_start|>", "<|begin|>"))
+    config = run_config(
+        base,
+        chats,
+        tmp_path / "run",
+        data__chat_template=str(template),
+        data__added_tokens=["<|begin|>", "<|done|>"],
+        training__max_steps=8,
+        **({"lora": None} if full else {}),
+    )
+    train(config, one_device())
+    ours = logits(run_model(tmp_path / "run"), IDS)
+    assert ours.shape[-1] == 386
+    export(tmp_path / "run", tmp_path / "merged", "merged")
+    models = [AutoModelForCausalLM.from_pretrained(tmp_path / "merged")]
+    if not full:
+        export(tmp_path / "run", tmp_path / "adapter")
+        models.append(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter"))
+    for model in models:
+        np.testing.assert_allclose(torch_logits(model), ours, atol=1e-4, rtol=0)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    generation = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == [tokenizer.convert_tokens_to_ids("<|done|>"), 2]
+    # the added rows were told apart by training
+    rows = load_file(tmp_path / "merged" / "model.safetensors")["model.embed_tokens.weight"][384:]
+    assert not np.array_equal(rows[0], rows[1])
+
+
+def test_random_weights_to_a_model(base, tmp_path):
+    data = write_jsonl(tmp_path / "text.jsonl", [{"text": "river market bridge " * (1 + i % 4)} for i in range(24)])
+    config = run_config(
+        base, data, tmp_path / "run", lora=None, model__init="random", training__max_steps=20, data__max_length=64
+    )
+    last = train(config, one_device())
+    assert last["loss"] < 4  # from ln 384 = 5.95
+    export(tmp_path / "run", tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    np.testing.assert_allclose(torch_logits(model), logits(run_model(tmp_path / "run"), IDS), atol=1e-4, rtol=0)
+
+
+def test_never_into_a_folder_that_holds_something(lora_run, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    done = sft_jax("export", lora_run, tmp_path / "mine")
+    assert done.returncode == 2
+    assert "not an empty folder" in done.stderr
+    assert [f.name for f in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+    assert [f.name for f in tmp_path.iterdir()] == ["mine"]
+    done = sft_jax("export", lora_run, tmp_path / "new", "--step", "5")
+    assert done.returncode == 2
+    assert "there are 8" in done.stderr
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(UserError, match="not a run folder"):
+        export(tmp_path, tmp_path / "new")

@@ -1,0 +1,124 @@
+"""A run that was killed and started again is bit for bit the run that was not."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from kit import conversations, losses, one_device, run_config, write_jsonl
+
+from sft_jax import config as configs
+from sft_jax.checkpoint import Checkpoints
+from sft_jax.errors import UserError
+from sft_jax.models.lora import flatten
+from sft_jax.train import train
+
+pytestmark = pytest.mark.smoke
+
+STEPS = 160
+
+
+def config_of(tiny, data, out, **changes):
+    """Dropout on, shuffled and packed, several epochs: everything that could go astray on the way."""
+    settings = {
+        "training__max_steps": STEPS,
+        "training__save_every": 20,
+        "training__batch_size": 2,
+        "lora__dropout": 0.1,
+        "optimizer__schedule": "cosine",
+        **changes,
+    }
+    return run_config(tiny, data, out, **settings)
+
+
+def params_of(run, step):
+    checkpoints = Checkpoints(run / "checkpoints")
+    params = flatten(checkpoints.restore_params(step))
+    checkpoints.close()
+    return params
+
+
+def command(path):
+    return [sys.executable, "-m", "sft_jax", "train", str(path)]
+
+
+def test_killed_three_times(tiny, chats, tmp_path):
+    environment = os.environ | {"XLA_FLAGS": ""}
+    for name in ("whole", "killed"):
+        configs.save(config_of(tiny, chats, tmp_path / name), tmp_path / f"{name}.yaml")
+    subprocess.run(command(tmp_path / "whole.yaml"), check=True, env=environment, capture_output=True, timeout=300)
+
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    kills = []
+    for after in (10, 70, 125):  # before the first checkpoint, between two, and late
+        process = subprocess.Popen(
+            command(tmp_path / "killed.yaml"), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        deadline = time.monotonic() + 200
+        while process.poll() is None and time.monotonic() < deadline:
+            done = metrics.read_text().count("\n") if metrics.exists() else 0
+            if done >= after:
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.002)
+        assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+        kills.append(metrics.read_text().count("\n"))
+    assert kills == sorted(kills)
+    last = subprocess.run(command(tmp_path / "killed.yaml"), env=environment, capture_output=True, text=True, timeout=300, check=True)
+    assert "resume  at step" in last.stderr
+
+    rows = [[json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("whole", "killed")]
+    assert [row["step"] for row in rows[1]] == list(range(1, STEPS + 1))
+    for key in ("loss", "grad_norm", "learning_rate", "real_tokens"):
+        assert [row[key] for row in rows[0]] == [row[key] for row in rows[1]]
+    whole, killed = (params_of(tmp_path / name, STEPS) for name in ("whole", "killed"))
+    assert all(np.array_equal(whole[path], killed[path]) for path in whole)
+
+
+def test_a_finished_run_is_left_alone(tiny, chats, tmp_path):
+    config = config_of(tiny, chats, tmp_path / "run", training__max_steps=4)
+    train(config, one_device())
+    before = losses(tmp_path / "run")
+    assert train(config, one_device())["step"] == 4
+    assert losses(tmp_path / "run") == before
+
+
+def test_another_config_data_or_model_is_refused(tiny, tmp_path):
+    data = write_jsonl(tmp_path / "a.jsonl", conversations(8))
+    run = tmp_path / "run"
+    train(config_of(tiny, data, run, training__max_steps=4), one_device())
+    with pytest.raises(UserError, match=r"lora.alpha=8.0, the config now says 9.0"):
+        train(config_of(tiny, data, run, training__max_steps=4, lora__alpha=9.0), one_device())
+    with pytest.raises(UserError, match=r"max_steps=4, the config now says 5"):
+        train(config_of(tiny, data, run, training__max_steps=5), one_device())
+    write_jsonl(data, conversations(8, seed=1))
+    with pytest.raises(UserError, match="training data has changed"):
+        train(config_of(tiny, data, run, training__max_steps=4), one_device())
+    write_jsonl(data, conversations(8))
+    train(config_of(tiny, data, run, training__max_steps=4, training__log_every=2), one_device())
+
+
+def test_not_finite_stops_with_rows_and_a_saved_state(tiny, chats, tmp_path):
+    config = config_of(
+        tiny,
+        chats,
+        tmp_path / "run",
+        optimizer__learning_rate=1e30,
+        optimizer__max_grad_norm=None,
+        optimizer__schedule="constant",
+    )
+    with pytest.raises(UserError, match=r"step \d+: loss .*chats.jsonl row \d+.*saved as step \d+") as raised:
+        train(config, one_device())
+    step = int(str(raised.value).split(":")[0].removeprefix("step "))
+    report = json.loads((tmp_path / "run" / "report" / f"not_finite_step_{step}.json").read_text())
+    assert report["rows"]
+    assert all("chats.jsonl row" in row for row in report["rows"])
+    saved = params_of(tmp_path / "run", step - 1)
+    assert all(np.isfinite(leaf).all() for leaf in saved.values())
+    assert losses(tmp_path / "run")[-1] is None  # the row is there, as null
+    with pytest.raises(UserError, match=f"step {step}: "):  # and it is found again from there
+        train(config, one_device())
