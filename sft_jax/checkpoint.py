@@ -8,8 +8,23 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from sft_jax.errors import UserError
 from sft_jax.training.state import TrainState
-from sft_jax.typing import Params
+from sft_jax.tree import Params, flatten
+
+# A checkpoint is continued only by the same config; these keys do not change what is computed.
+_FREE_KEYS = (
+    "training.output_dir",
+    "training.eval_every",
+    "training.save_every",
+    "training.log_every",
+    "training.keep_checkpoints",
+    "training.tensorboard",
+    "training.wandb_project",
+    "data.eval",
+    "model.remat",
+    "mesh.",
+)
 
 _HANDLERS = {
     "params": ocp.StandardCheckpointHandler,
@@ -84,3 +99,36 @@ class Checkpoints:
 
 def _besides_params(state: TrainState) -> dict[str, Any]:
     return {"step": state.step, "opt_state": state.opt_state, "halted": state.halted}
+
+
+def check_run_folder(run: Path) -> None:
+    """Only an absent or empty folder, or one that holds a run, may be written to.
+
+    Raises:
+        UserError: it holds something else.
+    """
+    if run.exists() and not run.is_dir():
+        raise UserError(f"training.output_dir: {run} is a file")
+    if run.is_dir() and any(run.iterdir()) and not ((run / "config.yaml").is_file() or (run / "checkpoints").is_dir()):
+        raise UserError(f"training.output_dir: {run} holds something that is not a run; name another folder")
+
+
+def check_same_run(run: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
+    """Whether a checkpoint belongs to the config, data and base model at hand.
+
+    Args:
+        saved, current: ``config`` as nested dicts, ``data`` and ``base`` fingerprints.
+
+    Raises:
+        UserError: names the first key that differs.
+    """
+    before, now = ({".".join(path): v for path, v in flatten(one["config"]).items()} for one in (saved, current))
+    for key in sorted(before.keys() | now.keys()):
+        if not key.startswith(_FREE_KEYS) and before.get(key) != now.get(key):
+            raise UserError(
+                f"{run}: holds a run with {key}={before.get(key)!r}, the config now says {now.get(key)!r}; "
+                "restore it, or name another training.output_dir"
+            )
+    for key, what in (("data", "training data"), ("base", "base model")):
+        if saved[key] != current[key]:
+            raise UserError(f"{run}: the {what} has changed since this run began; name another training.output_dir")

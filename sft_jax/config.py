@@ -59,7 +59,8 @@ class LoraConfig:
         _require(0.0 <= self.dropout < 1.0, "lora.dropout", f"{self.dropout} is not in [0, 1)")
         names = self.target_modules
         _require(
-            names == "all-linear" or (isinstance(names, list) and names and all(isinstance(n, str) for n in names)),
+            names == "all-linear"
+            or (isinstance(names, list) and bool(names) and all(isinstance(n, str) for n in names)),
             "lora.target_modules",
             f"{names!r} is neither 'all-linear' nor a list of module names such as [q_proj, v_proj]",
         )
@@ -71,7 +72,9 @@ class SourceConfig:
 
     path: str = "???"
     format: str = "auto"  # auto | messages | prompt-completion | text
-    weight: float = 1.0  # how often each of its rows is seen in an epoch; a fraction takes a new random share each epoch
+    weight: float = (
+        1.0  # how often each of its rows is seen in an epoch; a fraction takes a new random share each epoch
+    )
     split: str = "train"  # of a Hugging Face dataset id
     revision: str | None = None
 
@@ -159,9 +162,7 @@ class TrainingConfig:
         ):
             _require(getattr(self, name) >= 1, f"training.{name}", f"{getattr(self, name)} is not at least 1")
         _require(self.num_train_epochs > 0, "training.num_train_epochs", f"{self.num_train_epochs} is not positive")
-        _require(
-            self.max_steps is None or self.max_steps >= 0, "training.max_steps", f"{self.max_steps} is negative"
-        )
+        _require(self.max_steps is None or self.max_steps >= 0, "training.max_steps", f"{self.max_steps} is negative")
         _require(
             self.batch_size % self.gradient_accumulation_steps == 0,
             "training.gradient_accumulation_steps",
@@ -196,7 +197,9 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
-        _require(len(self.data.train) > 0, "data.train", "names no source; give at least one, such as [{path: a.jsonl}]")
+        _require(
+            len(self.data.train) > 0, "data.train", "names no source; give at least one, such as [{path: a.jsonl}]"
+        )
         _require(
             self.model.init == "pretrained" or self.lora is None,
             "model.init",
@@ -224,7 +227,9 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML: {_one_line(error)}") from error
     if not OmegaConf.is_dict(given):
-        raise UserError(f"{path}: a config is a mapping with the keys {', '.join(f.name for f in dataclasses.fields(Config))}")
+        raise UserError(
+            f"{path}: a config is a mapping with the keys {', '.join(f.name for f in dataclasses.fields(Config))}"
+        )
     try:
         for override in overrides or []:
             key, equals, value = override.partition("=")
@@ -263,16 +268,7 @@ def save(config: Config, path: Path) -> None:
     path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
 
 
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one level with dotted keys: ``{"a": {"b": 1}}`` → ``{"a.b": 1}``."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        flat |= flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
-    return flat
-
-
-def _one_line(error: Exception) -> str:
+def _one_line(error: object) -> str:
     return " ".join(str(error).split())
 
 
@@ -287,7 +283,6 @@ def _explain(error: Any) -> str:
         close = difflib.get_close_matches(str(error.key), known, n=1)
         way_out = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
         return f"unknown key {key!r}; {way_out}"
-    message = _one_line(error.msg if getattr(error, "msg", None) else error)
+    message = _one_line(getattr(error, "msg", None) or error)
     message = message.split(" full_key:")[0]
     return f"{key}: {message}" if key else message
-

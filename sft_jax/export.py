@@ -33,8 +33,9 @@ from sft_jax.hf.reader import TensorReader
 from sft_jax.hf.save import save_tensors
 from sft_jax.hf.tokenizer import load_tokenizer
 from sft_jax.metrics import read_metrics
-from sft_jax.models.lora import flatten, is_adapter
-from sft_jax.typing import Path as LeafPath
+from sft_jax.models.lora import is_adapter
+from sft_jax.tree import Path as LeafPath
+from sft_jax.tree import flatten
 
 
 def export(run: str | Path, out: str | Path, form: str | None = None, step: int | None = None) -> Path:

@@ -109,8 +109,7 @@ class Progress:
             self._last_line = now
             left = (now - self._start) / max(1, step - self._first) * (self._total - step)
             self.say(
-                f"step {step}/{self._total}  loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s  "
-                f"{_clock(left)} left"
+                f"step {step}/{self._total}  loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s  {_clock(left)} left"
             )
 
     def say(self, text: str) -> None:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-
-from sft_jax.metrics import read_metrics
+from typing import Any
 
 _SMOOTHING = 0.9
 
 
-def plot_loss(run: Path) -> Path:
-    """``report/loss.png``: training loss by step, smoothed, with the held-out loss where there is one."""
+def plot_loss(run: Path, rows: list[dict[str, Any]]) -> Path:
+    """``report/loss.png``: training loss by step, smoothed, with the held-out loss where there is one.
+
+    Args:
+        run: the run folder.
+        rows: of its ``metrics.jsonl``.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = read_metrics(run / "metrics.jsonl")
     train = [(row["step"], row["loss"]) for row in rows if row.get("loss") is not None]
     held_out = [(row["step"], row["eval_loss"]) for row in rows if row.get("eval_loss") is not None]
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -36,7 +37,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 }
 
 
-def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh with the axes ``data, fsdp, tensor``; one size may be -1 and takes all remaining devices.
 
     Raises:
@@ -54,9 +55,30 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def num_batch_shards(mesh: Mesh) -> int:
-    """Into how many parts the rows of a batch are split."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+def check_batch(batch_size: int, parts: int, mesh: Mesh) -> None:
+    """Refuse a batch whose rows, cut into ``parts``, do not divide over the devices.
+
+    Raises:
+        UserError: with the sizes that do.
+    """
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size // parts % shards:
+        raise UserError(
+            f"training.batch_size: {batch_size} rows in {parts} part(s) do not divide over the {shards} devices of "
+            f"data × fsdp; use a multiple of {shards * parts}"
+        )
+
+
+def check_heads(num_heads: int, mesh: Mesh) -> None:
+    """Refuse a tensor axis that would cut through a head.
+
+    Raises:
+        UserError: with the sizes that do not.
+    """
+    tensor = mesh.shape["tensor"]
+    if num_heads % tensor:
+        fitting = ", ".join(str(n) for n in range(1, num_heads + 1) if num_heads % n == 0)
+        raise UserError(f"mesh.tensor: {tensor} does not divide the {num_heads} heads; these do: {fitting}")
 
 
 def partition_spec(axes: Sequence[str], shape: Sequence[int], mesh: Mesh | jax.sharding.AbstractMesh) -> PartitionSpec:

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 import time
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+import numpy as np
 from jax.sharding import Mesh
+from tqdm import tqdm
 
 from sft_jax import config as configs
+from sft_jax.announce import Announcer
 from sft_jax.architecture import Architecture
-from sft_jax.checkpoint import Checkpoints
+from sft_jax.checkpoint import Checkpoints, check_run_folder, check_same_run
 from sft_jax.config import Config, SourceConfig
 from sft_jax.data.chat import Encoder
 from sft_jax.data.examples import Examples, Report, encode_sources
@@ -28,35 +28,20 @@ from sft_jax.data.sources import open_sources
 from sft_jax.errors import UserError
 from sft_jax.hf.config import read_architecture
 from sft_jax.hf.hub import find_model
-from sft_jax.hf.load import load_params
-from sft_jax.hf.peft import load_adapter
 from sft_jax.hf.reader import TensorReader
 from sft_jax.hf.tokenizer import load_tokenizer
-from sft_jax.metrics import MetricsWriter, Progress
-from sft_jax.models.decoder import Decoder
-from sft_jax.models.lora import Split, attach_lora, flatten, init_adapter, is_adapter, split_params, unflatten
+from sft_jax.metrics import MetricsWriter, Progress, read_metrics
 from sft_jax.report import plot_loss
-from sft_jax.sharding import make_mesh, num_batch_shards
+from sft_jax.sharding import check_batch, check_heads, make_mesh
 from sft_jax.training.optimizer import labels_of, make_optimizer, make_schedule
 from sft_jax.training.state import TrainState, abstract_state, make_state, state_shardings
 from sft_jax.training.step import EvalStep, make_eval_step, make_train_step
-from sft_jax.typing import Array, Params
-
-# A checkpoint is continued only by the same config; these keys do not change what is computed.
-_FREE_KEYS = (
-    "training.output_dir",
-    "training.eval_every",
-    "training.save_every",
-    "training.log_every",
-    "training.keep_checkpoints",
-    "training.tensorboard",
-    "training.wandb_project",
-    "model.remat",
-    "mesh.",
-)
+from sft_jax.training.weights import build, load_weights
+from sft_jax.tree import Params
+from sft_jax.typing import Array
 
 
-def train(config: Config, devices: Sequence[jax.Device] | None = None) -> dict[str, Any]:
+def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any]:
     """Run, or continue, the training that ``config`` describes; returns the last metrics.
 
     Args:
@@ -68,11 +53,11 @@ def train(config: Config, devices: Sequence[jax.Device] | None = None) -> dict[s
     # -- devices and mesh ---------------------------------------------------------------------------------------------
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
     is_main = jax.process_index() == 0
-    say = _Speaker(is_main)
-    _check_batch(config, mesh)
+    say = Announcer(is_main)
+    check_batch(config.training.batch_size, config.training.gradient_accumulation_steps, mesh)
     run = Path(config.training.output_dir)
-    _check_run_folder(run)
-    say("devices", f"{mesh.size} × {mesh.devices.flat[0].device_kind}, mesh {_shape(mesh)}")
+    check_run_folder(run)
+    say.mesh(mesh)
 
     # -- data ---------------------------------------------------------------------------------------------------------
     folder = find_model(config.model.path, config.model.revision)
@@ -80,25 +65,26 @@ def train(config: Config, devices: Sequence[jax.Device] | None = None) -> dict[s
     tokenizer, num_added = load_tokenizer(folder, config.data.chat_template, config.data.added_tokens)
     encoder = Encoder(tokenizer, config.data.train_on, config.data.stop_token)
     examples, data_report = _encode(config, config.data.train, encoder, arch)
-    _say_data(say, "data", data_report, encoder)
+    say.data("data", data_report, encoder)
     held_out = None
     if config.data.eval:
         encoder = Encoder(tokenizer, config.data.train_on, config.data.stop_token)
         held_out, held_out_report = _encode(config, config.data.eval, encoder, arch)
-        _say_data(say, "held out", held_out_report, encoder)
+        say.data("held out", held_out_report, encoder)
     plan = _plan(config, examples)
     total_steps = plan.num_steps
-    say("plan", _describe_plan(config, examples, plan))
+    say.plan(config, examples, plan)
 
     # -- model --------------------------------------------------------------------------------------------------------
     old_vocab_size = arch.vocab_size
     arch = dataclasses.replace(arch, vocab_size=max(arch.vocab_size, len(tokenizer)))
-    _check_heads(arch, mesh)
-    split = build(config, arch, mesh, train_token_table=num_added > 0)
+    check_heads(arch.num_heads, mesh)
+    model, training = config.model, config.training
+    split = build(arch, mesh, config.lora, model.dtype, model.remat, token_table=num_added > 0)
     reader = TensorReader(folder) if config.model.init == "pretrained" else None
-    say("model", _describe_model(config, arch, split))
+    say.model(config, arch.family, split)
     resumes = any((run / "checkpoints").glob("[0-9]*"))
-    params, frozen = load_weights(config, arch, split, reader, old_vocab_size, only_frozen=resumes)
+    params, frozen = load_weights(split, arch, reader, config.lora, old_vocab_size, training.seed, only_frozen=resumes)
 
     # -- optimizer and steps ------------------------------------------------------------------------------------------
     optimizer = make_optimizer(config.optimizer, labels_of(split.trainable, split.labels))
@@ -109,8 +95,8 @@ def train(config: Config, devices: Sequence[jax.Device] | None = None) -> dict[s
         split,
         optimizer,
         schedule,
-        config.training.gradient_accumulation_steps,
-        jax.random.fold_in(jax.random.key(config.training.seed), 1) if dropout else None,
+        training.gradient_accumulation_steps,
+        jax.random.fold_in(jax.random.key(training.seed), 1) if dropout else None,
         shardings,
     )
     eval_step = make_eval_step(split)
@@ -124,13 +110,13 @@ def train(config: Config, devices: Sequence[jax.Device] | None = None) -> dict[s
         "vocab_size": arch.vocab_size,
     }
     run.mkdir(parents=True, exist_ok=True)
-    checkpoints = Checkpoints(run / "checkpoints", config.training.keep_checkpoints)
-    loader = Loader(examples, plan, mesh, config.training.batch_size, config.data.max_length)
+    checkpoints = Checkpoints(run / "checkpoints", training.keep_checkpoints)
+    loader = Loader(examples, plan, mesh, training.batch_size, config.data.max_length)
     latest = max(checkpoints.steps(), default=None)
     if resumes and latest is None:
         raise UserError(f"{run}: its checkpoints are not complete; name another training.output_dir")
     if latest is not None:
-        _check_same_run(run, checkpoints.run(latest), identity)
+        check_same_run(run, checkpoints.run(latest), identity)
         state, position = checkpoints.restore(latest, abstract_state(split.trainable, optimizer, mesh))
         loader.set_state(position)
         say("resume", f"at step {latest} of {total_steps}")
@@ -146,15 +132,15 @@ def train(config: Config, devices: Sequence[jax.Device] | None = None) -> dict[s
     writer = MetricsWriter(
         run,
         first_step,
-        config.training.tensorboard,
-        config.training.wandb_project,
+        training.tensorboard,
+        training.wandb_project,
         configs.to_dict(config),
         enabled=is_main,
     )
     progress = Progress(first_step, total_steps, enabled=is_main)
     evaluator = None if held_out is None else _Evaluator(config, held_out, mesh, eval_step)
     last: dict[str, Any] = {"step": first_step}
-    slot_tokens = config.training.batch_size * config.data.max_length
+    slot_tokens = training.batch_size * config.data.max_length
 
     def evaluate(step: int, state: TrainState) -> None:
         if evaluator is not None:
@@ -179,7 +165,7 @@ def train(config: Config, devices: Sequence[jax.Device] | None = None) -> dict[s
             "step_seconds": now - since,
         }
         last.update(row)
-        if step % config.training.log_every == 0 or step == total_steps or not values["finite"]:
+        if step % training.log_every == 0 or step == total_steps or not values["finite"]:
             writer.write(row)
         progress.update(step, row["loss"], row["real_tokens_per_second"])
         if not values["finite"]:
@@ -205,8 +191,8 @@ def train(config: Config, devices: Sequence[jax.Device] | None = None) -> dict[s
                     if pending is not None:
                         since = finish_step(*pending, since)
                     pending = (step, metrics)
-                    evaluates = step % config.training.eval_every == 0 or step == total_steps
-                    saves = step % config.training.save_every == 0 or step == total_steps
+                    evaluates = step % training.eval_every == 0 or step == total_steps
+                    saves = step % training.save_every == 0 or step == total_steps
                     if evaluates or saves:
                         since = finish_step(*pending, since)
                         pending = None
@@ -224,64 +210,9 @@ def train(config: Config, devices: Sequence[jax.Device] | None = None) -> dict[s
 
     # -- finish -------------------------------------------------------------------------------------------------------
     if is_main:
-        picture = plot_loss(run)
+        picture = plot_loss(run, read_metrics(run / "metrics.jsonl"))
         say("done", f"{total_steps} steps; loss curve in {picture}; next: sft-jax export {run} OUT")
     return last
-
-
-def build(config: Config, arch: Architecture, mesh: Mesh, train_token_table: bool) -> Split:
-    """The network of a config, taken apart into trainable and frozen leaves; nothing is allocated."""
-    lora = config.lora
-
-    def network() -> Decoder:
-        model = Decoder(arch, jax.random.key(0), jnp.dtype(config.model.dtype), config.model.remat)
-        if lora is not None:
-            attach_lora(model, lora.rank, lora.alpha, lora.target_modules, lora.dropout)
-        return model
-
-    return split_params(nnx.eval_shape(network), mesh, full=lora is None, token_table=train_token_table)
-
-
-def load_weights(
-    config: Config,
-    arch: Architecture,
-    split: Split,
-    reader: TensorReader | None,
-    old_vocab_size: int,
-    only_frozen: bool = False,
-) -> tuple[Params, Params]:
-    """Trainable and frozen leaves, in place on the mesh: base weights from files or random, adapters fresh or given.
-
-    With ``only_frozen`` the trainable leaves, which a checkpoint is about to give, are checked but not read.
-    """
-    trainable, frozen = flatten(split.trainable), flatten(split.frozen)
-    adapter = {path: leaf for path, leaf in trainable.items() if is_adapter(path)}
-    base = {path: leaf for path, leaf in (trainable | frozen).items() if path not in adapter}
-    seed = jax.random.key(config.training.seed)
-    if reader is not None:
-        wanted = frozen if only_frozen else base
-        loaded = load_params(reader, base, wanted, arch.num_layers, arch.tie_word_embeddings, old_vocab_size)
-    elif only_frozen:
-        loaded = {}
-    else:
-        loaded = _random_weights(arch, base, seed)
-    weights = {path: loaded[path] for path in frozen}
-    if only_frozen:
-        return {}, unflatten(weights)
-    lora = config.lora
-    if lora is not None and lora.init_from is not None:
-        loaded |= load_adapter(lora.init_from, adapter, arch.num_layers, lora.rank, lora.alpha)
-    elif adapter:
-        loaded |= init_adapter(adapter, seed)
-    return unflatten({path: loaded[path] for path in trainable}), unflatten(weights)
-
-
-def _random_weights(arch: Architecture, base: dict, seed: Array) -> dict:
-    def init() -> dict:
-        leaves = dict(nnx.to_flat_state(nnx.state(Decoder(arch, seed))))
-        return {path: leaves[path][...].astype(leaf.dtype) for path, leaf in base.items()}
-
-    return jax.jit(init, out_shardings={path: leaf.sharding for path, leaf in base.items()})()
 
 
 class _Evaluator:
@@ -300,24 +231,11 @@ class _Evaluator:
         return loss / sum(float(s["target_tokens"]) for s in sums)
 
 
-class _Speaker:
-    """Start-up lines, ``name  text``, from one process only."""
-
-    def __init__(self, enabled: bool):
-        self._enabled = enabled
-
-    def __call__(self, name: str, text: str) -> None:
-        if self._enabled:
-            print(f"{name:>9}  {text}", file=sys.stderr, flush=True)
-
-
 def _encode(
     config: Config, sources: list[SourceConfig], encoder: Encoder, arch: Architecture
 ) -> tuple[Examples, Report]:
     opened = open_sources(sources)
     num_rows = sum(len(source.rows) for source in opened)
-    from tqdm import tqdm
-
     with tqdm(total=num_rows, unit="row", desc="tokenising", leave=False, disable=None) as bar:
         examples, report = encode_sources(opened, encoder, config.data.max_length, config.data.overlong, bar.update)
     longest = int(examples.slots.max()) + 1
@@ -333,8 +251,6 @@ def _encode(
 def _plan(config: Config, examples: Examples) -> Plan:
     repeats = None
     if any(weight != 1.0 for weight in examples.weights):
-        import numpy as np
-
         repeats = np.asarray(examples.weights)[examples.source]
     return plan_run(
         examples.slots,
@@ -347,44 +263,6 @@ def _plan(config: Config, examples: Examples) -> Plan:
         config.data.shuffle,
         repeats,
     )
-
-
-def _check_batch(config: Config, mesh: Mesh) -> None:
-    parts = config.training.gradient_accumulation_steps
-    rows, shards = config.training.batch_size // parts, num_batch_shards(mesh)
-    if rows % shards:
-        raise UserError(
-            f"training.batch_size: {config.training.batch_size} rows in {parts} part(s) do not divide over the "
-            f"{shards} devices of data × fsdp; use a multiple of {shards * parts}"
-        )
-
-
-def _check_heads(arch: Architecture, mesh: Mesh) -> None:
-    tensor = mesh.shape["tensor"]
-    if arch.num_heads % tensor:
-        fits = [n for n in range(1, arch.num_heads + 1) if arch.num_heads % n == 0]
-        raise UserError(f"mesh.tensor: {tensor} does not divide the {arch.num_heads} heads; {fits} do")
-
-
-def _check_run_folder(run: Path) -> None:
-    """Only an absent or empty folder, or one that holds a run, may be written to."""
-    if run.exists() and not run.is_dir():
-        raise UserError(f"training.output_dir: {run} is a file")
-    if run.is_dir() and any(run.iterdir()) and not ((run / "config.yaml").is_file() or (run / "checkpoints").is_dir()):
-        raise UserError(f"training.output_dir: {run} holds something that is not a run; name another folder")
-
-
-def _check_same_run(run: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
-    before, now = configs.flatten(saved["config"]), configs.flatten(current["config"])
-    for key in sorted(before.keys() | now.keys()):
-        if not key.startswith(_FREE_KEYS) and before.get(key) != now.get(key):
-            raise UserError(
-                f"{run}: holds a run with {key}={before.get(key)!r}, the config now says {now.get(key)!r}; "
-                "restore it, or name another training.output_dir"
-            )
-    for key, what in (("data", "training data"), ("base", "base model")):
-        if saved[key] != current[key]:
-            raise UserError(f"{run}: the {what} has changed since this run began; name another training.output_dir")
 
 
 def _stop_not_finite(
@@ -411,46 +289,3 @@ def _stop_not_finite(
         f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; the batch holds {shown} "
         f"(all in {path}); the state before it is saved as step {step - 1}"
     )
-
-
-def _say_data(say: _Speaker, name: str, report: Report, encoder: Encoder) -> None:
-    share = report.targets / report.tokens
-    say(name, f"{report.kept:,} of {report.rows:,} rows, {report.tokens:,} tokens, {share:.0%} of them targets")
-    if report.dropped or report.truncated or report.dropped_without_targets:
-        say("", f"too long: {report.dropped:,} dropped, {report.truncated:,} truncated, "
-            f"{report.dropped_without_targets:,} left without targets; {report.targets_lost:,} targets lost")  # fmt: skip
-    if report.straddling:
-        say("", f"{report.straddling:,} tokens straddle the edge of a trained turn and are not trained")
-    stops = ", ".join(f"{token!r} ({count:,} turns)" for token, count in report.stop_tokens.items())
-    say("mask", f"train_on {encoder.train_on}, from {encoder.mask_source}; stop token {stops}")
-
-
-def _describe_plan(config: Config, examples: Examples, plan: Plan) -> str:
-    if plan.num_steps == 0:
-        return "no steps"
-    slots = (len(plan.rows) - 1) * config.data.max_length
-    filled = int(examples.slots[plan.items].sum())
-    packing = "packed" if config.data.packing else "one example a row"
-    epochs = Counter(int(end) for end in plan.epoch_ends)
-    return (
-        f"{plan.num_steps:,} steps of {config.training.batch_size} rows × {config.data.max_length} slots, "
-        f"{len(epochs)} epoch(s), {packing}, {filled / slots:.1%} of slots filled"
-    )
-
-
-def _describe_model(config: Config, arch: Architecture, split: Split) -> str:
-    def count(params: Params) -> int:
-        return sum(leaf.size for leaf in flatten(params).values())
-
-    trained, frozen = count(split.trainable), count(split.frozen)
-    kind = "full fine-tuning" if config.lora is None else f"LoRA rank {config.lora.rank}, alpha {config.lora.alpha:g}"
-    by_label = Counter(label for label in split.labels.values())
-    labels = ", ".join(f"{count} {label}" for label, count in sorted(by_label.items()))
-    return (
-        f"{arch.family}, {kind}: {trained:,} trained (float32), {frozen:,} frozen ({config.model.dtype}); "
-        f"leaves {labels}; attention xla (query chunks), remat {config.model.remat}"
-    )
-
-
-def _shape(mesh: Mesh) -> str:
-    return " × ".join(f"{name} {size}" for name, size in mesh.shape.items())

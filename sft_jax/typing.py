@@ -5,23 +5,15 @@ N query heads, K key/value heads, G = N/K, H head dim, V vocabulary, R rank, L l
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import jax
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
-
-Params = dict[str, Any]
-"""A nested dict of arrays; the keys are the attribute names of the network."""
-
-Path = tuple[str, ...]
-"""A leaf's place in a nested dict: ``("layers", "self_attn", "q_proj", "kernel")``."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Batch:
-    """Rows of tokens, all fields ``[B, T]``.
+    """Rows of tokens, all fields ``[B, T]``; numpy until they are placed on the mesh.
 
     A conversation with the ids ``[7, 8, 9, 2]`` of which ``[9, 2]`` are the answer and its stop token becomes, in a
     row of five slots::
@@ -33,11 +25,11 @@ class Batch:
         positions     0 1 2 0 0     restart with every segment
     """
 
-    inputs: Int[Array | np.ndarray, "B T"]
-    targets: Int[Array | np.ndarray, "B T"]
-    loss_mask: Bool[Array | np.ndarray, "B T"]
-    segment_ids: Int[Array | np.ndarray, "B T"]
-    positions: Int[Array | np.ndarray, "B T"]
+    inputs: Int[Array, "B T"]
+    targets: Int[Array, "B T"]
+    loss_mask: Bool[Array, "B T"]
+    segment_ids: Int[Array, "B T"]
+    positions: Int[Array, "B T"]
 
 
-__all__ = ["Array", "Batch", "Bool", "Float", "Int", "Params", "Path"]
+__all__ = ["Array", "Batch", "Bool", "Float", "Int"]

@@ -31,10 +31,9 @@ CHATML = (
 )
 CHATML_UNMARKED = CHATML.replace("{% generation %}", "").replace("{% endgeneration %}", "")
 
-_WORDS = (
-    "river mountain harbour bread copper lantern winter orchard violin market island garden bridge letter "
-    "captain silver window forest candle journey seven twelve north quiet yellow"
-).split()
+_WORDS = ["river", "mountain", "harbour", "bread", "copper", "lantern", "winter", "orchard", "violin", "market"]
+_WORDS += ["island", "garden", "bridge", "letter", "captain", "silver", "window", "forest", "candle", "journey"]
+_WORDS += ["seven", "twelve", "north", "quiet", "yellow"]
 
 
 def sentence(rng: np.random.Generator, low: int, high: int) -> str:
@@ -96,9 +95,9 @@ def make_model(folder: Path, **changes) -> Path:
 
     from sft_jax.hf.config import read_architecture
     from sft_jax.hf.load import expected_shapes
-    from sft_jax.models.lora import flatten
     from sft_jax.sharding import make_mesh
-    from sft_jax.train import build
+    from sft_jax.training.weights import build
+    from sft_jax.tree import flatten
 
     tokenizer = make_tokenizer()
     config = {
@@ -123,7 +122,7 @@ def make_model(folder: Path, **changes) -> Path:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     tokenizer.save_pretrained(folder)
-    split = build(run_config(folder, lora=None), read_architecture(folder), make_mesh(devices=jax.devices()[:1]), False)
+    split = build(read_architecture(folder), make_mesh(devices=one_device()), None, "float32")
     rng = np.random.default_rng(1)
     tensors = {
         name: (np.ones(shape) + 0.1 * rng.normal(size=shape) if len(shape) == 1 else 0.08 * rng.normal(size=shape))
@@ -181,12 +180,11 @@ def load_model(folder: Path, dtype=jnp.float32):
     from sft_jax.hf.config import read_architecture
     from sft_jax.hf.reader import TensorReader
     from sft_jax.sharding import make_mesh
-    from sft_jax.train import build, load_weights
+    from sft_jax.training.weights import build, load_weights
 
     arch = read_architecture(folder)
-    config = run_config(folder, lora=None, model__dtype=jnp.dtype(dtype).name)
-    split = build(config, arch, make_mesh(devices=one_device()), False)
-    trainable, frozen = load_weights(config, arch, split, TensorReader(folder), arch.vocab_size)
+    split = build(arch, make_mesh(devices=one_device()), None, jnp.dtype(dtype).name)
+    trainable, frozen = load_weights(split, arch, TensorReader(folder))
     return split.merge(trainable, frozen), split, trainable
 
 
@@ -204,7 +202,7 @@ def run_model(run: Path):
     from sft_jax.hf.config import read_architecture
     from sft_jax.hf.reader import TensorReader
     from sft_jax.sharding import make_mesh
-    from sft_jax.train import build, load_weights
+    from sft_jax.training.weights import build, load_weights
 
     config = configs.load(run / "config.yaml")
     checkpoints = Checkpoints(run / "checkpoints")
@@ -215,7 +213,8 @@ def run_model(run: Path):
     arch = read_architecture(folder)
     old_vocab_size = arch.vocab_size
     arch = dataclasses.replace(arch, vocab_size=vocab_size)
-    split = build(config, arch, make_mesh(devices=one_device()), bool(config.data.added_tokens))
+    mesh = make_mesh(devices=one_device())
+    split = build(arch, mesh, config.lora, config.model.dtype, token_table=bool(config.data.added_tokens))
     reader = TensorReader(folder) if config.model.init == "pretrained" else None
-    _, frozen = load_weights(config, arch, split, reader, old_vocab_size, only_frozen=True)
+    _, frozen = load_weights(split, arch, reader, None, old_vocab_size, only_frozen=True)
     return split.merge(jax.tree.map(jnp.asarray, params), frozen)

@@ -99,10 +99,16 @@ def test_data(tiny, chats, tmp_path):
     refused(run_config(tiny, text('{"foo": 1}\n', "foo.jsonl"), out), "no known format in the columns foo")
     refused(run_config(tiny, text("a,b\n", "a.csv"), out), "unknown kind of file '.csv'")
     row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant"}]}
-    refused(run_config(tiny, write_jsonl(tmp_path / "b.jsonl", [*conversations(2), row]), out), "b.jsonl row 2", "'content'")
+    refused(
+        run_config(tiny, write_jsonl(tmp_path / "b.jsonl", [*conversations(2), row]), out), "b.jsonl row 2", "'content'"
+    )
     row = {"messages": [{"content": "a"}, {"role": "assistant", "content": "b"}]}
-    refused(run_config(tiny, write_jsonl(tmp_path / "c.jsonl", [*conversations(2), row]), out), "c.jsonl row 2", "'role'")
-    refused(run_config(tiny, write_jsonl(tmp_path / "d.jsonl", [{"text": 3}]), out), "d.jsonl row 0", "must be a string")
+    refused(
+        run_config(tiny, write_jsonl(tmp_path / "c.jsonl", [*conversations(2), row]), out), "c.jsonl row 2", "'role'"
+    )
+    refused(
+        run_config(tiny, write_jsonl(tmp_path / "d.jsonl", [{"text": 3}]), out), "d.jsonl row 0", "must be a string"
+    )
     refused(run_config(tiny, chats, out, data__max_length=4), "all 40 rows are longer than data.max_length 4")
     refused(run_config(tiny, chats, out, data__chat_template="absent.jinja"), "no such file absent.jinja")
     bad_template = text("{% for m in messages %}{{ raise_exception('roles must alternate') }}{% endfor %}", "t.jinja")

@@ -83,7 +83,9 @@ def test_bad_files_are_named(tmp_path, text, words):
 
 
 def test_help_imports_nothing_heavy():
-    code = "import sys\nfrom sft_jax.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\nprint(*sys.modules)"
+    code = (
+        "import sys\nfrom sft_jax.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\nprint(*sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "train" in done.stdout
     assert not re.search(r"\b(jax|flax|transformers|datasets|omegaconf|numpy)\b(?!\.)", done.stdout.split("\n")[-2])

@@ -15,11 +15,12 @@ from sft_jax.data.loader import Loader
 from sft_jax.data.packing import plan_run
 from sft_jax.data.sources import open_sources
 from sft_jax.models.decoder import Decoder
-from sft_jax.models.lora import attach_lora, flatten, split_params
+from sft_jax.models.lora import attach_lora, split_params
 from sft_jax.sharding import make_mesh
 from sft_jax.training.optimizer import labels_of, make_optimizer
 from sft_jax.training.state import make_state, state_shardings
 from sft_jax.training.step import make_train_step
+from sft_jax.tree import flatten, unflatten
 
 pytestmark = pytest.mark.smoke
 
@@ -40,7 +41,9 @@ def update(examples, full, tied, mesh=None, parts=1, packing=False):
     """Loss and new weights after one step on all examples; every weight is a fixed function of its place."""
     mesh = mesh or make_mesh(devices=one_device())
     vocab_size = len(make_tokenizer())
-    arch = Architecture("qwen3", vocab_size, 32, 64, 2, 4, 2, 8, 1e-5, Rope(1e4), tie_word_embeddings=tied, qk_norm=True)
+    arch = Architecture(
+        "qwen3", vocab_size, 32, 64, 2, 4, 2, 8, 1e-5, Rope(1e4), tie_word_embeddings=tied, qk_norm=True
+    )
 
     def network():
         model = Decoder(arch, jax.random.key(0), jnp.float32, "full")
@@ -50,13 +53,13 @@ def update(examples, full, tied, mesh=None, parts=1, packing=False):
 
     split = split_params(nnx.eval_shape(network), mesh, full)
     rng = np.random.default_rng(0)
-    numbers = {path: 0.2 * rng.normal(size=split_leaf.shape).astype(np.float32) for path, split_leaf in
-               sorted((flatten(split.trainable) | flatten(split.frozen)).items())}  # fmt: skip
+    numbers = {
+        path: 0.2 * rng.normal(size=split_leaf.shape).astype(np.float32)
+        for path, split_leaf in sorted((flatten(split.trainable) | flatten(split.frozen)).items())
+    }
 
     def place(tree):
         leaves = flatten(tree)
-        from sft_jax.models.lora import unflatten
-
         return unflatten({path: jax.device_put(numbers[path], leaf.sharding) for path, leaf in leaves.items()})
 
     # With eps = 1 the first update is nearly linear in the gradient, so that its error is the gradient's; with a huge

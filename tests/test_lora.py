@@ -14,11 +14,12 @@ from sft_jax.architecture import Architecture, Rope
 from sft_jax.config import OptimizerConfig
 from sft_jax.errors import UserError
 from sft_jax.models.decoder import Decoder
-from sft_jax.models.lora import FROZEN, attach_lora, flatten, init_adapter, split_params, unflatten
+from sft_jax.models.lora import FROZEN, attach_lora, init_adapter, split_params
 from sft_jax.sharding import make_mesh
 from sft_jax.training.optimizer import labels_of, make_optimizer
 from sft_jax.training.state import make_state, state_shardings
 from sft_jax.training.step import make_train_step
+from sft_jax.tree import flatten, unflatten
 from sft_jax.typing import Batch
 
 pytestmark = pytest.mark.smoke
@@ -91,7 +92,10 @@ def test_every_leaf_has_one_label_and_the_right_dtype():
 
 def test_targets():
     assert {p[-2] for p in flatten(make(targets=["q_proj", "mlp.up_proj"]).trainable)} == {"q_proj", "up_proj"}
-    for target, words in (("c_attn", "matches no linear layer; this model has down_proj"), ("lm_head", "not supported")):
+    for target, words in (
+        ("c_attn", "matches no linear layer; this model has down_proj"),
+        ("lm_head", "not supported"),
+    ):
         with pytest.raises(UserError, match=words):
             make(targets=["q_proj", target])
 
@@ -118,7 +122,7 @@ def test_frozen_is_frozen():
     split = make(dtype=jnp.bfloat16)
     params, frozen = weights(split)
     before = jax.tree.map(np.asarray, frozen)
-    step, init, optimizer = step_of(split, weight_decay=0.1)
+    step, init, _ = step_of(split, weight_decay=0.1)
     state = init(params)
     for i in range(5):
         state, metrics = step(state, frozen, batch(seed=i))

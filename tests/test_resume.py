@@ -14,8 +14,8 @@ from kit import conversations, losses, one_device, run_config, write_jsonl
 from sft_jax import config as configs
 from sft_jax.checkpoint import Checkpoints
 from sft_jax.errors import UserError
-from sft_jax.models.lora import flatten
 from sft_jax.train import train
+from sft_jax.tree import flatten
 
 pytestmark = pytest.mark.smoke
 
@@ -68,10 +68,15 @@ def test_killed_three_times(tiny, chats, tmp_path):
         assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
         kills.append(metrics.read_text().count("\n"))
     assert kills == sorted(kills)
-    last = subprocess.run(command(tmp_path / "killed.yaml"), env=environment, capture_output=True, text=True, timeout=300, check=True)
+    last = subprocess.run(
+        command(tmp_path / "killed.yaml"), env=environment, capture_output=True, text=True, timeout=300, check=True
+    )
     assert "resume  at step" in last.stderr
 
-    rows = [[json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("whole", "killed")]
+    rows = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("whole", "killed")
+    ]
     assert [row["step"] for row in rows[1]] == list(range(1, STEPS + 1))
     for key in ("loss", "grad_norm", "learning_rate", "real_tokens"):
         assert [row[key] for row in rows[0]] == [row[key] for row in rows[1]]

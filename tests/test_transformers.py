@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 from sft_jax.hf.names import is_stacked, is_transposed, tensor_names
 from sft_jax.hf.reader import TensorReader
 from sft_jax.hf.save import save_tensors
-from sft_jax.models.lora import flatten
+from sft_jax.tree import flatten
 
 SHAPE = {
     "vocab_size": 131,
@@ -32,14 +32,23 @@ LLAMA3_ROPE = {
 FAMILIES = {
     "llama2": ("Llama", {"num_key_value_heads": 6, "head_dim": 8}),
     "llama3": ("Llama", {"head_dim": 10, "rope_parameters": LLAMA3_ROPE}),
-    "llama-linear-rope": ("Llama", {"head_dim": 8, "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),  # fmt: skip
+    "llama-linear-rope": (
+        "Llama",
+        {"head_dim": 8, "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
+    ),
     "llama-biases": ("Llama", {"head_dim": 12, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
     "mistral": ("Mistral", {"head_dim": 14, "sliding_window": 9}),
     "mistral-no-window": ("Mistral", {"head_dim": 10, "sliding_window": None}),
     "qwen2": ("Qwen2", {"hidden_size": 48, "tie_word_embeddings": True}),
-    "qwen2-windows": ("Qwen2", {"hidden_size": 48, "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2}),  # fmt: skip
+    "qwen2-windows": (
+        "Qwen2",
+        {"hidden_size": 48, "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2},
+    ),
     "qwen3": ("Qwen3", {"head_dim": 20}),
-    "qwen3-tied": ("Qwen3", {"head_dim": 6, "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),  # fmt: skip
+    "qwen3-tied": (
+        "Qwen3",
+        {"head_dim": 6, "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+    ),
 }
 
 

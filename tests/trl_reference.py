@@ -20,7 +20,9 @@ def main(folder: str, data: str, out: str, mode: str) -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     if mode == "lora":
-        model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"))
+        model = get_peft_model(
+            model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+        )
         for name, parameter in model.named_parameters():
             if "lora_B" in name:  # not at zero, so that A is trained from the first step
                 torch.nn.init.normal_(parameter, 0.0, 0.05)

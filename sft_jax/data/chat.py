@@ -154,7 +154,9 @@ class Encoder:
         last = next((i for i in range(end - 1, start - 1, -1) if ids[i] in self._special), None)
         if last is None or self.tokenizer.decode(ids[last + 1 : end]).strip():
             where = "inside {% generation %}" if self.is_marked else "after an assistant message"
-            raise RowError(f"an assistant turn does not end with a stop token; the chat template must write one {where}")
+            raise RowError(
+                f"an assistant turn does not end with a stop token; the chat template must write one {where}"
+            )
         self.stop_counts[ids[last]] += 1
 
     def _marked_turns(self, conversations: list[list[Message]]) -> list[tuple[list[int], list[Span]]]:

@@ -30,7 +30,12 @@ class StepSource:
         return self.plan.num_steps
 
     def __getitem__(self, step: int) -> Batch:
-        return make_batch(self.examples, self.plan.rows_of(step)[self.rows], len(range(*self.rows.indices(self.batch_size))), self.row_length)
+        return make_batch(
+            self.examples,
+            self.plan.rows_of(step)[self.rows],
+            len(range(*self.rows.indices(self.batch_size))),
+            self.row_length,
+        )
 
 
 def make_batch(examples: Examples, rows: list[np.ndarray], num_rows: int, row_length: int) -> Batch:
@@ -55,14 +60,18 @@ def make_batch(examples: Examples, rows: list[np.ndarray], num_rows: int, row_le
             inputs[r, where], targets[r, where], loss_mask[r, where] = ids[:-1], ids[1:], mask[1:]
             segment_ids[r, where], positions[r, where] = segment, np.arange(len(ids) - 1)
             at = where.stop
-    return Batch(inputs, targets, loss_mask, segment_ids, positions)
+    return Batch(inputs, targets, loss_mask, segment_ids, positions)  # type: ignore[arg-type]
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> slice:
     """Which rows of a global batch the devices of this process hold."""
     sharding = named_sharding(mesh, ("batch", "length"), (batch_size, 1))
-    parts = [index[0].indices(batch_size) for index in sharding.addressable_devices_indices_map((batch_size, 1)).values()]
-    return slice(min(start for start, _, _ in parts), max(stop for _, stop, _ in parts))
+    parts = [
+        range(batch_size)[index[0]]
+        for index in sharding.addressable_devices_indices_map((batch_size, 1)).values()
+        if index is not None
+    ]
+    return slice(min(part.start for part in parts), max(part.stop for part in parts))
 
 
 def to_mesh(batch: Batch, mesh: Mesh, batch_size: int, rows: slice) -> Batch:

@@ -60,6 +60,7 @@ def _open(source: SourceConfig) -> list[tuple[str, Any]]:
 
 def _read_file(path: Path) -> Any:
     import datasets
+    from datasets.exceptions import DatasetsError
 
     builder = _BUILDERS.get(path.suffix)
     if builder is None:
@@ -69,7 +70,7 @@ def _read_file(path: Path) -> Any:
     with _quiet_datasets():
         try:
             return datasets.load_dataset(builder, data_files=str(path), split="train")
-        except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
+        except (DatasetsError, ValueError, OSError) as error:
             if builder == "json":
                 _name_malformed_line(path)
             cause = error.__cause__ or error
@@ -78,12 +79,13 @@ def _read_file(path: Path) -> Any:
 
 def _read_hub(source: SourceConfig) -> Any:
     import datasets
+    from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HfHubHTTPError
 
     with _quiet_datasets():
         try:
             return datasets.load_dataset(source.path, split=source.split, revision=source.revision)
-        except (datasets.exceptions.DatasetsError, HfHubHTTPError, OSError, ValueError) as error:
+        except (DatasetsError, HfHubHTTPError, OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"data: {source.path!r} is no local file and could not be fetched: {reason}") from error
 

@@ -31,7 +31,9 @@ def model_card(config: Config, form: str, step: int, metrics: list[dict[str, Any
     front["tags"] = "[sft, sft-jax, lora]" if lora else "[sft, sft-jax]"
     base_name = Path(base).name if local else base
     data = ", ".join(f"`{Path(source.path).name if local else source.path}`" for source in config.data.train)
-    method = f"LoRA, rank {lora.rank}, alpha {lora.alpha:g}, on {_targets(lora.target_modules)}" if lora else "all weights"
+    method = (
+        f"LoRA, rank {lora.rank}, alpha {lora.alpha:g}, on {_targets(lora.target_modules)}" if lora else "all weights"
+    )
     rows = {
         "base model": f"`{base_name}` ({dtype})",
         "method": method,

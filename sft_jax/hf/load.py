@@ -12,7 +12,8 @@ import numpy as np
 from sft_jax.errors import UserError
 from sft_jax.hf.names import is_stacked, is_transposed, tensor_names
 from sft_jax.hf.reader import TensorReader
-from sft_jax.typing import Array, Path
+from sft_jax.tree import Path
+from sft_jax.typing import Array
 
 # Buffers that older exports carry and that follow from the config.
 _IGNORED = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
@@ -38,7 +39,11 @@ def load_params(
         UserError: a tensor is missing, has another shape, or is in the files but has no place in the network.
     """
     _check(reader, abstract, num_layers, tied, old_vocab_size)
-    return {path: _load_leaf(reader, path, leaf, num_layers, old_vocab_size) for path, leaf in abstract.items() if path in wanted}
+    return {
+        path: _load_leaf(reader, path, leaf, num_layers, old_vocab_size)
+        for path, leaf in abstract.items()
+        if path in wanted
+    }
 
 
 def expected_shapes(abstract: dict[Path, Any], num_layers: int) -> dict[str, tuple[int, ...]]:
@@ -60,7 +65,9 @@ def _check(reader: TensorReader, abstract: dict, num_layers: int, tied: bool, ol
         if name not in reader.names:
             raise UserError(f"{reader.folder}: tensor {name} is missing")
         if reader.shape(name) != shape:
-            raise UserError(f"{reader.folder}: tensor {name} has shape {reader.shape(name)}, config.json asks for {shape}")
+            raise UserError(
+                f"{reader.folder}: tensor {name} has shape {reader.shape(name)}, config.json asks for {shape}"
+            )
         reader.dtype(name)
     allowed = {"lm_head.weight"} if tied else set()
     extra = sorted(name for name in reader.names - set(expected) - allowed if not name.endswith(_IGNORED))

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from sft_jax.typing import Path
+from sft_jax.tree import Path
 
 _LAST = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
 _ADAPTER_LAST = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}

@@ -13,8 +13,8 @@ from safetensors.numpy import save_file
 from sft_jax.errors import UserError
 from sft_jax.hf.names import adapter_names
 from sft_jax.hf.reader import TensorReader
+from sft_jax.tree import Path as LeafPath
 from sft_jax.typing import Array
-from sft_jax.typing import Path as LeafPath
 
 # Settings that change what an adapter computes and that this library does not have, with the value that means "off".
 _UNSUPPORTED = {

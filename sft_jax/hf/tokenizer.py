@@ -8,7 +8,9 @@ from typing import Any
 from sft_jax.errors import UserError
 
 
-def load_tokenizer(folder: Path, chat_template: str | None = None, added_tokens: list[str] | None = None) -> tuple[Any, int]:
+def load_tokenizer(
+    folder: Path, chat_template: str | None = None, added_tokens: list[str] | None = None
+) -> tuple[Any, int]:
     """A fast tokenizer (offsets are needed for masks) and how many tokens were added; remote code is never run.
 
     Args:

@@ -54,9 +54,9 @@ class Linear(nnx.Module):
     ):
         self.axes = axes
         self.kernel = make.normal((*stack, in_dim, out_dim), axes)
-        self.bias = nnx.data(make.zeros((*stack, out_dim), axes[1:]) if use_bias else None)
-        self.lora_a = nnx.data(None)
-        self.lora_b = nnx.data(None)
+        self.bias: nnx.Param | None = nnx.data(make.zeros((*stack, out_dim), axes[1:]) if use_bias else None)
+        self.lora_a: nnx.LoRAParam | None = nnx.data(None)
+        self.lora_b: nnx.LoRAParam | None = nnx.data(None)
         self.lora_scale = 0.0
         self.lora_dropout = 0.0
 
@@ -65,7 +65,7 @@ class Linear(nnx.Module):
         y = x @ self.kernel[...].astype(x.dtype)
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
-        if self.lora_a is not None:
+        if self.lora_a is not None and self.lora_b is not None:
             if self.lora_dropout and dropout_key is not None:
                 keep = jax.random.bernoulli(dropout_key, 1.0 - self.lora_dropout, x.shape)
                 x = jnp.where(keep, x / (1.0 - self.lora_dropout), jnp.zeros_like(x))
@@ -108,15 +108,15 @@ class SelfAttention(nnx.Module):
         self.k_proj = Linear(d, k * h, ("embed", "kv_heads"), make, stack, arch.qkv_bias)
         self.v_proj = Linear(d, k * h, ("embed", "kv_heads"), make, stack, arch.qkv_bias)
         self.o_proj = Linear(n * h, d, ("heads", "embed"), make, stack, arch.o_bias)
-        self.q_norm = nnx.data(RMSNorm(h, arch.norm_eps, make, stack) if arch.qk_norm else None)
-        self.k_norm = nnx.data(RMSNorm(h, arch.norm_eps, make, stack) if arch.qk_norm else None)
+        self.q_norm: RMSNorm | None = nnx.data(RMSNorm(h, arch.norm_eps, make, stack) if arch.qk_norm else None)
+        self.k_norm: RMSNorm | None = nnx.data(RMSNorm(h, arch.norm_eps, make, stack) if arch.qk_norm else None)
 
     def __call__(self, x, segment_ids, sin, cos, window, dropout_key) -> Float[Array, "B T D"]:
         keys = _split(dropout_key, 4)
         q = self._heads(self.q_proj(x, keys[0]), self.num_heads, "heads")
         k = self._heads(self.k_proj(x, keys[1]), self.num_kv_heads, "kv_heads")
         v = self._heads(self.v_proj(x, keys[2]), self.num_kv_heads, "kv_heads")
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         out = attention(rotate(q, sin, cos), rotate(k, sin, cos), v, segment_ids, window)
         return self.o_proj(out.reshape(*x.shape[:2], -1), keys[3])
@@ -166,7 +166,7 @@ class Decoder(nnx.Module):
         self.embed_tokens = Embedding(arch.vocab_size, arch.hidden_size, make)
         self.layers = DecoderLayer(arch, make, (arch.num_layers,))
         self.norm = RMSNorm(arch.hidden_size, arch.norm_eps, make)
-        self.lm_head = nnx.data(
+        self.lm_head: Linear | None = nnx.data(
             None if arch.tie_word_embeddings else Linear(arch.hidden_size, arch.vocab_size, ("embed", "vocab"), make)
         )
 

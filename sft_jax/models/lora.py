@@ -19,7 +19,8 @@ from jax.sharding import Mesh
 from sft_jax.errors import UserError
 from sft_jax.models.decoder import Decoder, Linear
 from sft_jax.sharding import named_sharding
-from sft_jax.typing import Array, Params, Path
+from sft_jax.tree import Params, Path, unflatten
+from sft_jax.typing import Array
 
 FROZEN = "frozen"
 LABELS = ("lora_a", "lora_b", "full", "full_no_decay", FROZEN)
@@ -81,7 +82,7 @@ def split_params(model: Decoder, mesh: Mesh, full: bool, token_table: bool = Fal
         token_table: train the token table and the output head besides adapters. Needed where tokens were added: their
             rows start alike, and frozen rows could never be told apart.
     """
-    leaves = nnx.to_flat_state(nnx.state(model))
+    leaves = [(tuple(map(str, path)), variable) for path, variable in nnx.to_flat_state(nnx.state(model))]
     labels = {path: _label(path, variable, full, token_table) for path, variable in leaves}
 
     def place(path: Path, variable: Any) -> jax.ShapeDtypeStruct:
@@ -90,7 +91,7 @@ def split_params(model: Decoder, mesh: Mesh, full: bool, token_table: bool = Fal
         return jax.ShapeDtypeStruct(variable.shape, dtype, sharding=sharding)
 
     abstract = {path: place(path, variable) for path, variable in leaves}
-    graphdef, *_ = nnx.split(model, lambda path, _: labels[tuple(path)] != FROZEN, ...)
+    graphdef, *_ = nnx.split(model, lambda path, _: labels[tuple(map(str, path))] != FROZEN, ...)
     trainable = {path: leaf for path, leaf in abstract.items() if labels[path] != FROZEN}
     frozen = {path: leaf for path, leaf in abstract.items() if labels[path] == FROZEN}
     return Split(graphdef, unflatten(trainable), unflatten(frozen), labels)
@@ -119,25 +120,6 @@ def init_adapter(abstract: dict[Path, jax.ShapeDtypeStruct], key: Array) -> dict
 def is_adapter(path: Path) -> bool:
     """Whether a leaf belongs to an adapter."""
     return path[-1] in ("lora_a", "lora_b")
-
-
-def flatten(tree: Params) -> dict[Path, Any]:
-    """Nested dicts to one dict keyed by path."""
-    flat = {}
-    for key, value in tree.items():
-        flat |= {(key, *path): leaf for path, leaf in flatten(value).items()} if isinstance(value, dict) else {(key,): value}
-    return flat
-
-
-def unflatten(flat: dict[Path, Any]) -> Params:
-    """The inverse of :func:`flatten`."""
-    tree: Params = {}
-    for (*parents, last), leaf in flat.items():
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return tree
 
 
 def _label(path: Path, variable: nnx.Variable, full: bool, token_table: bool) -> str:

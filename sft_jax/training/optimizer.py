@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import partial
 
 import jax
@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import optax
 
 from sft_jax.config import OptimizerConfig
-from sft_jax.models.lora import FROZEN, LABELS, flatten, unflatten
-from sft_jax.typing import Array, Params, Path
+from sft_jax.models.lora import FROZEN, LABELS
+from sft_jax.tree import Params, Path, flatten, unflatten
+from sft_jax.typing import Array
 
 # optax raises floats to integer powers, which strict dtype promotion forbids; our own arithmetic stays strict.
 _OPTAX_PROMOTION = partial(jax.numpy_dtype_promotion, "standard")
@@ -35,7 +36,9 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> Callable[[Array]
         "cosine": optax.cosine_decay_schedule(peak, rest),
         "wsd": optax.linear_schedule(peak, 0.0, decay, transition_begin=max(0, rest - decay)),
     }
-    schedule = optax.join_schedules([optax.linear_schedule(0.0, peak, max(1, warmup)), shapes[config.schedule]], [warmup])
+    schedule = optax.join_schedules(
+        [optax.linear_schedule(0.0, peak, max(1, warmup)), shapes[config.schedule]], [warmup]
+    )
 
     def rate(step: Array) -> Array:
         with _OPTAX_PROMOTION():
@@ -61,7 +64,7 @@ def make_optimizer(config: OptimizerConfig, labels: dict[Path, str]) -> optax.Gr
         _scale_by_given_rate(),
     )
     plain = optax.chain(optax.scale_by_adam(config.b1, config.b2, config.eps), _scale_by_given_rate())
-    transforms = {
+    transforms: dict[Hashable, optax.GradientTransformation] = {
         "lora_a": decayed,
         "lora_b": decayed,
         "full": decayed,
@@ -91,4 +94,4 @@ def _scale_by_given_rate() -> optax.GradientTransformationExtraArgs:
     def update(updates, state, params=None, *, learning_rate, **_):
         return optax.tree.scale(-learning_rate, updates), state
 
-    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)  # type: ignore[arg-type]

@@ -11,7 +11,8 @@ import optax
 from jax.sharding import Mesh
 
 from sft_jax.sharding import replicated
-from sft_jax.typing import Array, Params
+from sft_jax.tree import Params
+from sft_jax.typing import Array
 
 
 @jax.tree_util.register_dataclass

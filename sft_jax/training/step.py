@@ -13,7 +13,8 @@ from jax import lax
 from sft_jax.models.lora import Split
 from sft_jax.training.loss import batch_loss
 from sft_jax.training.state import TrainState
-from sft_jax.typing import Array, Batch, Params
+from sft_jax.tree import Params
+from sft_jax.typing import Array, Batch
 
 Metrics = dict[str, Array]
 TrainStep = Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]

@@ -1,0 +1,92 @@
+"""The network of a run and its weights: built without memory, then read, drawn or continued into place."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from sft_jax.architecture import Architecture
+from sft_jax.config import LoraConfig
+from sft_jax.hf.load import load_params
+from sft_jax.hf.peft import load_adapter
+from sft_jax.hf.reader import TensorReader
+from sft_jax.models.decoder import Decoder
+from sft_jax.models.lora import Split, attach_lora, init_adapter, is_adapter, split_params
+from sft_jax.tree import Params, Path, flatten, unflatten
+from sft_jax.typing import Array
+
+
+def build(
+    arch: Architecture, mesh: Mesh, lora: LoraConfig | None, dtype: str, remat: str = "full", token_table: bool = False
+) -> Split:
+    """The network, taken apart into trainable and frozen leaves; nothing is allocated.
+
+    Args:
+        lora: None for full fine-tuning.
+        dtype: of compute and frozen weights.
+        remat: ``full``, ``dots`` or ``none``.
+        token_table: train token table and output head besides adapters.
+
+    Raises:
+        UserError: a LoRA target that matches nothing.
+    """
+
+    def network() -> Decoder:
+        model = Decoder(arch, jax.random.key(0), jnp.dtype(dtype), remat)
+        if lora is not None:
+            attach_lora(model, lora.rank, lora.alpha, lora.target_modules, lora.dropout)
+        return model
+
+    return split_params(nnx.eval_shape(network), mesh, full=lora is None, token_table=token_table)
+
+
+def load_weights(
+    split: Split,
+    arch: Architecture,
+    reader: TensorReader | None,
+    lora: LoraConfig | None = None,
+    old_vocab_size: int | None = None,
+    seed: int = 0,
+    only_frozen: bool = False,
+) -> tuple[Params, Params]:
+    """Trainable and frozen leaves, in place on the mesh.
+
+    Args:
+        reader: the base model's files; None draws random weights (pretraining).
+        lora: where its adapter comes from: fresh, or a PEFT folder.
+        old_vocab_size: of the files, where tokens were added.
+        only_frozen: check the trainable base leaves, but do not read them: a checkpoint is about to give them.
+
+    Raises:
+        UserError: a tensor is missing, has the wrong shape or no place; an adapter that does not fit.
+    """
+    trainable, frozen = flatten(split.trainable), flatten(split.frozen)
+    adapter = {path: leaf for path, leaf in trainable.items() if is_adapter(path)}
+    base = {path: leaf for path, leaf in (trainable | frozen).items() if path not in adapter}
+    wanted = frozen if only_frozen else base
+    key = jax.random.key(seed)
+    if reader is not None:
+        loaded = load_params(reader, base, wanted, arch.num_layers, arch.tie_word_embeddings, old_vocab_size)
+    else:
+        loaded = _random_weights(arch, wanted, key)
+    if not only_frozen and lora is not None and lora.init_from is not None:
+        loaded |= load_adapter(lora.init_from, adapter, arch.num_layers, lora.rank, lora.alpha)
+    elif not only_frozen and adapter:
+        loaded |= init_adapter(adapter, key)
+    return (
+        unflatten({path: loaded[path] for path in trainable if path in loaded}),
+        unflatten({path: loaded[path] for path in frozen}),
+    )
+
+
+def _random_weights(arch: Architecture, wanted: dict[Path, jax.ShapeDtypeStruct], key: Array) -> dict[Path, Array]:
+    if not wanted:
+        return {}
+
+    def init() -> dict[Path, Array]:
+        leaves = {tuple(map(str, path)): leaf for path, leaf in nnx.to_flat_state(nnx.state(Decoder(arch, key)))}
+        return {path: leaves[path][...].astype(leaf.dtype) for path, leaf in wanted.items()}
+
+    return jax.jit(init, out_shardings={path: leaf.sharding for path, leaf in wanted.items()})()
