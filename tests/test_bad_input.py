@@ -15,8 +15,6 @@ from sft_jax.errors import UserError
 from sft_jax.export import export
 from sft_jax.train import train
 
-pytestmark = pytest.mark.smoke
-
 
 def refused(config, *words):
     """In this process: the error's words; nothing was written."""

@@ -1,11 +1,13 @@
 """The config at the door: what is read, what is refused, and with which words."""
 
+import dataclasses
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from omegaconf import DictConfig, OmegaConf
 
 from sft_jax import config
 from sft_jax.errors import UserError
@@ -89,3 +91,21 @@ def test_help_imports_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "train" in done.stdout
     assert not re.search(r"\b(jax|flax|transformers|datasets|omegaconf|numpy)\b(?!\.)", done.stdout.split("\n")[-2])
+
+
+def test_example_config_has_every_key_at_its_default():
+    path = Path(__file__).parent.parent / "configs" / "example.yaml"
+    loaded = config.load(path)
+    written = OmegaConf.load(path)
+    assert not OmegaConf.missing_keys(written)
+
+    def same_keys(section, instance):
+        assert set(section) == {f.name for f in dataclasses.fields(instance)}
+        for name, part in section.items():
+            if isinstance(part, DictConfig):
+                same_keys(part, getattr(instance, name))
+
+    same_keys(written, loaded)
+    defaults = config.Config(data=loaded.data)
+    for name in ("lora", "optimizer", "mesh"):
+        assert getattr(loaded, name) == getattr(defaults, name)

@@ -22,8 +22,6 @@ from sft_jax.training.state import make_state, state_shardings
 from sft_jax.training.step import make_train_step
 from sft_jax.tree import flatten, unflatten
 
-pytestmark = pytest.mark.smoke
-
 LENGTH = 64
 
 
@@ -108,7 +106,7 @@ def test_packing(examples, references, full):
 
 
 @pytest.mark.parametrize("full", [False, True])
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (1, 1, 4), (2, 2, 2)])
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (1, 1, 4), pytest.param((2, 2, 2), marks=pytest.mark.smoke)])
 def test_devices(examples, references, full, sizes):
     tied = sizes != (2, 2, 2)
     devices = jax.devices()[: np.prod(sizes)]

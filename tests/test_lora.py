@@ -199,6 +199,7 @@ def test_dropout_is_on_the_adapter_input_only_and_differs_by_step():
     params, frozen = weights(split)
     data = batch()
 
+    @jax.jit
     def hidden(params, key):
         return split.merge(params, frozen)(data.inputs, data.segment_ids, data.positions, key)
 
@@ -215,26 +216,23 @@ def test_dropout_is_on_the_adapter_input_only_and_differs_by_step():
 
 
 def test_adamw_is_optax_adamw_and_the_clip_is_global():
-    split = make()
-    params, frozen = weights(split)
-    data = batch()
-    step, init, _ = step_of(split, weight_decay=0.3, max_grad_norm=0.01)
-    state = init(params)
-    reference = optax.chain(optax.clip_by_global_norm(0.01), optax.adamw(1e-2, weight_decay=0.3))
-    expected, expected_state = params, reference.init(params)
-
-    def loss(params):
-        from sft_jax.training.loss import batch_loss
-
-        total, count = batch_loss(split.merge(params, frozen), data)
-        return total / count
-
-    for _ in range(3):
-        state, _ = step(state, frozen, data)
-        with jax.numpy_dtype_promotion("standard"):
-            updates, expected_state = reference.update(jax.grad(loss)(expected), expected_state, expected)
-        expected = optax.apply_updates(expected, updates)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), state.params, expected)
+    """On the same gradients, so that only the optimizer itself is compared; norms and biases are not decayed."""
+    for full in (False, True):
+        split = make(full=full)
+        params, _ = weights(split)
+        labels = labels_of(split.trainable, split.labels)
+        ours = make_optimizer(OptimizerConfig(weight_decay=0.3, max_grad_norm=0.5), labels)
+        decayed = unflatten({path: label != "full_no_decay" for path, label in labels.items()})
+        theirs = optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(1e-2, weight_decay=0.3, mask=decayed))
+        expected, state, reference = params, ours.init(params), theirs.init(params)
+        for seed in range(4):
+            grads, _ = weights(split, seed)
+            with jax.numpy_dtype_promotion("standard"):
+                updates, reference = theirs.update(grads, reference, expected)
+            expected = optax.apply_updates(expected, updates)
+            updates, state = ours.update(grads, state, params, learning_rate=jnp.float32(1e-2))
+            params = optax.apply_updates(params, updates)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), params, expected)
 
 
 def test_schedules_are_optax_ones():

@@ -17,8 +17,6 @@ from sft_jax.errors import UserError
 from sft_jax.train import train
 from sft_jax.tree import flatten
 
-pytestmark = pytest.mark.smoke
-
 STEPS = 160
 
 
@@ -84,6 +82,7 @@ def test_killed_three_times(tiny, chats, tmp_path):
     assert all(np.array_equal(whole[path], killed[path]) for path in whole)
 
 
+@pytest.mark.smoke
 def test_a_finished_run_is_left_alone(tiny, chats, tmp_path):
     config = config_of(tiny, chats, tmp_path / "run", training__max_steps=4)
     train(config, one_device())
