@@ -101,6 +101,16 @@ def _besides_params(state: TrainState) -> dict[str, Any]:
     return {"step": state.step, "opt_state": state.opt_state, "halted": state.halted}
 
 
+def latest_step(folder: Path) -> int | None:
+    """The newest complete step of a ``checkpoints/`` folder; None where there is none, or no folder."""
+    if not folder.is_dir():
+        return None
+    checkpoints = Checkpoints(folder)
+    latest = max(checkpoints.steps(), default=None)
+    checkpoints.close()
+    return latest
+
+
 def check_run_folder(run: Path) -> None:
     """Only an absent or empty folder, or one that holds a run, may be written to.
 

@@ -163,7 +163,9 @@ def _write_merged(source: _Source, folder: Path) -> None:
     sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, _) in trained.items()}
     reader = source.reader
     if reader is not None:
-        untrained = sorted(reader.names - set(trained))
+        untrained = reader.names - set(trained)
+        if arch.tie_word_embeddings and "model.embed_tokens.weight" in trained:
+            untrained -= {"lm_head.weight"}  # some tied models carry a copy of the table, which is now out of date
         sizes |= {name: math.prod(reader.shape(name)) * reader.dtype(name).itemsize for name in untrained}
 
     def get(name: str) -> np.ndarray:

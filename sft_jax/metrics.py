@@ -17,14 +17,14 @@ class MetricsWriter:
 
     Args:
         folder: the run folder.
-        first_step: rows of later steps, left by a run that was cut off, are removed first.
+        keep_until: rows of later steps, left by a run that was cut off, are removed first.
         enabled: False on all processes but one.
     """
 
     def __init__(
         self,
         folder: Path,
-        first_step: int,
+        keep_until: int,
         tensorboard: bool = True,
         wandb_project: str | None = None,
         config: dict[str, Any] | None = None,
@@ -34,7 +34,7 @@ class MetricsWriter:
         if not enabled:
             return
         path = folder / "metrics.jsonl"
-        kept = [row for row in read_metrics(path) if row["step"] <= first_step]
+        kept = [row for row in read_metrics(path) if row["step"] <= keep_until]
         partial = path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         partial.replace(path)
@@ -42,7 +42,7 @@ class MetricsWriter:
         if tensorboard:
             from tensorboardX import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=keep_until + 1)
         if wandb_project:
             import wandb  # type: ignore[import-not-found]
 
@@ -88,7 +88,7 @@ class Progress:
         self._enabled = enabled
         self._last_line = -math.inf
         self._loss = math.nan
-        self._start, self._first = time.monotonic(), first_step
+        self._start: tuple[float, int] | None = None  # when and at which step the first update came
         if enabled and sys.stderr.isatty():
             from tqdm import tqdm
 
@@ -105,12 +105,12 @@ class Progress:
             self._bar.update(step - self._bar.n)
             return
         now = time.monotonic()
+        self._start = self._start or (now, step)
         if now - self._last_line >= _SECONDS_BETWEEN_LINES or step == self._total:
             self._last_line = now
-            left = (now - self._start) / max(1, step - self._first) * (self._total - step)
-            self.say(
-                f"step {step}/{self._total}  loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s  {_clock(left)} left"
-            )
+            began, first = self._start
+            left = f"{_clock((now - began) / (step - first) * (self._total - step))} left" if step > first else ""
+            self.say(f"step {step}/{self._total}  loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s  {left}")
 
     def say(self, text: str) -> None:
         """A line that does not disturb the bar."""

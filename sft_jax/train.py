@@ -18,7 +18,7 @@ from tqdm import tqdm
 from sft_jax import config as configs
 from sft_jax.announce import Announcer
 from sft_jax.architecture import Architecture
-from sft_jax.checkpoint import Checkpoints, check_run_folder, check_same_run
+from sft_jax.checkpoint import Checkpoints, check_run_folder, check_same_run, latest_step
 from sft_jax.config import Config, SourceConfig
 from sft_jax.data.chat import Encoder
 from sft_jax.data.examples import Examples, Report, encode_sources
@@ -83,8 +83,10 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
     split = build(arch, mesh, config.lora, model.dtype, model.remat, token_table=num_added > 0)
     reader = TensorReader(folder) if config.model.init == "pretrained" else None
     say.model(config, arch.family, split)
-    resumes = any((run / "checkpoints").glob("[0-9]*"))
-    params, frozen = load_weights(split, arch, reader, config.lora, old_vocab_size, training.seed, only_frozen=resumes)
+    latest = latest_step(run / "checkpoints")
+    params, frozen = load_weights(
+        split, arch, reader, config.lora, old_vocab_size, training.seed, only_frozen=latest is not None
+    )
 
     # -- optimizer and steps ------------------------------------------------------------------------------------------
     optimizer = make_optimizer(config.optimizer, labels_of(split.trainable, split.labels))
@@ -112,9 +114,6 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
     run.mkdir(parents=True, exist_ok=True)
     checkpoints = Checkpoints(run / "checkpoints", training.keep_checkpoints)
     loader = Loader(examples, plan, mesh, training.batch_size, config.data.max_length)
-    latest = max(checkpoints.steps(), default=None)
-    if resumes and latest is None:
-        raise UserError(f"{run}: its checkpoints are not complete; name another training.output_dir")
     if latest is not None:
         check_same_run(run, checkpoints.run(latest), identity)
         state, position = checkpoints.restore(latest, abstract_state(split.trainable, optimizer, mesh))
@@ -131,10 +130,10 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
     # -- loop ---------------------------------------------------------------------------------------------------------
     writer = MetricsWriter(
         run,
-        first_step,
-        training.tensorboard,
-        training.wandb_project,
-        configs.to_dict(config),
+        keep_until=-1 if latest is None else latest,
+        tensorboard=training.tensorboard,
+        wandb_project=training.wandb_project,
+        config=configs.to_dict(config),
         enabled=is_main,
     )
     progress = Progress(first_step, total_steps, enabled=is_main)
@@ -175,7 +174,7 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
     with jax.set_mesh(mesh):
         batches = iter(loader)
         try:
-            if first_step == 0:
+            if latest is None:
                 evaluate(0, state)
             if first_step < total_steps:
                 batch = next(batches)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from kit import CHATML, logits, make_model, one_device, run_config, run_model, sft_jax, write_jsonl
 from peft import AutoPeftModelForCausalLM, PeftModel
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sft_jax.errors import UserError
@@ -121,6 +121,31 @@ def test_added_tokens_resize_and_load(base, chats, tmp_path, full):
     # the added rows were told apart by training
     rows = load_file(tmp_path / "merged" / "model.safetensors")["model.embed_tokens.weight"][384:]
     assert not np.array_equal(rows[0], rows[1])
+
+
+def test_a_tied_model_that_carries_a_copy_of_its_table(tmp_path, chats):
+    base = make_model(tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}, base / "model.safetensors")
+    config = run_config(base, chats, tmp_path / "run", lora=None, data__added_tokens=["<|new|>"])
+    train(config, one_device())
+    export(tmp_path / "run", tmp_path / "out")
+    assert set(load_file(tmp_path / "out" / "model.safetensors")) == set(tensors)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    np.testing.assert_allclose(torch_logits(model), logits(run_model(tmp_path / "run"), IDS), atol=1e-4, rtol=0)
+
+
+def test_a_square_token_table_grows_too(tmp_path, chats):
+    """As many tokens as channels: which dimension grows must not be guessed from sizes."""
+    base = make_model(tmp_path / "base", hidden_size=384, num_hidden_layers=1, tie_word_embeddings=False)
+    config = run_config(base, chats, tmp_path / "run", data__added_tokens=["<|new|>"], training__max_steps=0)
+    train(config, one_device())
+    export(tmp_path / "run", tmp_path / "out", "merged")
+    before, after = (load_file(f / "model.safetensors") for f in (base, tmp_path / "out"))
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert after[name].shape == (385, 384)
+        assert np.array_equal(after[name][:384], before[name])
+        np.testing.assert_allclose(after[name][384], before[name].mean(axis=0), atol=1e-6)
 
 
 def test_random_weights_to_a_model(base, tmp_path):

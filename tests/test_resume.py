@@ -13,6 +13,7 @@ from kit import conversations, losses, one_device, run_config, write_jsonl
 
 from sft_jax import config as configs
 from sft_jax.checkpoint import Checkpoints
+from sft_jax.config import SourceConfig
 from sft_jax.errors import UserError
 from sft_jax.train import train
 from sft_jax.tree import flatten
@@ -89,6 +90,14 @@ def test_a_finished_run_is_left_alone(tiny, chats, tmp_path):
     before = losses(tmp_path / "run")
     assert train(config, one_device())["step"] == 4
     assert losses(tmp_path / "run") == before
+
+
+def test_killed_while_the_first_checkpoint_was_written(tiny, chats, tmp_path):
+    (tmp_path / "run" / "checkpoints" / "20.orbax-checkpoint-tmp").mkdir(parents=True)
+    config = config_of(tiny, chats, tmp_path / "run", training__max_steps=3, data__eval=[SourceConfig(path=str(chats))])
+    assert train(config, one_device())["step"] == 3
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 3]
 
 
 def test_another_config_data_or_model_is_refused(tiny, tmp_path):

@@ -79,7 +79,8 @@ def _load_leaf(
     reader: TensorReader, path: Path, leaf: jax.ShapeDtypeStruct, num_layers: int, old_vocab_size: int | None
 ) -> Array:
     names = tensor_names(path, num_layers)
-    grows = old_vocab_size is not None and path[0] in ("embed_tokens", "lm_head") and old_vocab_size not in leaf.shape
+    vocab_dim = 1 if is_transposed(path) else 0
+    grows = path[0] in ("embed_tokens", "lm_head") and old_vocab_size not in (None, leaf.shape[vocab_dim])
 
     def read(name: str, index: tuple[slice, ...]) -> np.ndarray:
         part = reader.read(name, index[::-1] if is_transposed(path) else index)
@@ -91,7 +92,7 @@ def _load_leaf(
             data = np.stack([read(name, tuple(rest)) for name in names[layers]])
         elif grows:
             table = np.asarray(reader.read(names[0]))
-            added = leaf.shape[path[-1] == "kernel"] - table.shape[0]
+            added = leaf.shape[vocab_dim] - table.shape[0]
             mean = table.astype(np.float32).mean(axis=0, keepdims=True).astype(table.dtype)
             table = np.concatenate([table, np.repeat(mean, added, axis=0)])
             data = (table.T if is_transposed(path) else table)[index]

@@ -29,7 +29,10 @@ class TensorReader:
         if (folder / single).is_file():
             files = [single]
         elif index.is_file():
-            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            try:
+                files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError) as error:
+                raise UserError(f"{index}: not an index of safetensors files: {error!r}") from error
         else:
             raise UserError(f"{folder}: no {single} and no {index.name}; weights are read from safetensors only")
         self._files: dict[str, Any] = {}
