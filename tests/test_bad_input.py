@@ -56,6 +56,7 @@ def test_model(tiny, chats, tmp_path):
         return folder
 
     refused(run_config(tmp_path / "absent", chats, out), "model.path", "absent")
+    refused(run_config("some/model", chats, out), "'some/model' is no local folder and could not be fetched")
     refused(run_config(tmp_path, chats, out), "has no config.json")
     refused(run_config(broken("gpt", {"model_type": "gpt2"}), chats, out), "'gpt2' is not supported", "llama")
     refused(run_config(broken("gelu", {"hidden_act": "gelu"}), chats, out), "hidden_act 'gelu'")

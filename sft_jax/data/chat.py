@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import jinja2
+
 from sft_jax.errors import UserError
 
 _QUIET = {"verbose": False}  # lengths are ours to judge, not the tokenizer's
@@ -20,7 +22,15 @@ Span = tuple[int, int]
 
 
 class RowError(ValueError):
-    """Why one row cannot be trained on; the caller adds file and row."""
+    """Why one row cannot be trained on; the caller adds file and row.
+
+    Args:
+        index: the row's place among those given.
+    """
+
+    def __init__(self, reason: str, index: int = 0):
+        super().__init__(reason)
+        self.index = index
 
 
 @dataclass(frozen=True)
@@ -72,20 +82,18 @@ class Encoder:
         """Encode rows of one format (``messages``, ``prompt-completion`` or ``text``).
 
         Raises:
-            RowError: with the row's place in ``rows`` as ``index`` attribute.
+            RowError: the first row that cannot be trained on.
+            UserError: the tokenizer lacks what the format needs.
         """
         try:
             return self._encode_batch(row_format, rows)
-        except _TEMPLATE_ERRORS:  # which row? once more, one by one
+        except RowError:  # which row? once more, one by one
             encoded = []
             for index, row in enumerate(rows):
                 try:
                     encoded += self._encode_batch(row_format, [row])
-                except _TEMPLATE_ERRORS as error:
-                    reason = str(error) if isinstance(error, RowError) else f"the chat template fails: {error}"
-                    located = RowError(" ".join(reason.split()))
-                    located.index = index  # type: ignore[attr-defined]
-                    raise located from error
+                except RowError as error:
+                    raise RowError(str(error), index) from error
             return encoded
 
     def _encode_batch(self, row_format: str, rows: Sequence[dict[str, Any]]) -> list[Encoded]:
@@ -161,7 +169,7 @@ class Encoder:
 
     def _marked_turns(self, conversations: list[list[Message]]) -> list[tuple[list[int], list[Span]]]:
         """Ids and token spans of what the template marks: exactly transformers' assistant mask, as runs."""
-        encoding = self.tokenizer.apply_chat_template(
+        encoding = self._apply_template(
             conversations, return_dict=True, return_assistant_tokens_mask=True, tokenizer_kwargs=_QUIET
         )
         masks = encoding["assistant_masks"]
@@ -174,7 +182,7 @@ class Encoder:
         renderings of the messages before it (with the generation prompt, as at inference) and up to it end. The turn
         is trained up to its last special token, the one that generation will stop at.
         """
-        texts = self.tokenizer.apply_chat_template(conversations, tokenize=False)
+        texts = self._apply_template(conversations, tokenize=False)
         encoding = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, **_QUIET)
         located = []
         for messages, text, ids, offsets in zip(
@@ -189,10 +197,15 @@ class Encoder:
             located.append((ids, turns))
         return located
 
+    def _apply_template(self, messages: Any, **options: Any) -> Any:
+        """transformers' sandboxed rendering; whatever a template stumbles over is the row's fault or its own."""
+        try:
+            return self.tokenizer.apply_chat_template(messages, **options)
+        except (jinja2.TemplateError, TypeError, KeyError, ValueError, AttributeError) as error:
+            raise RowError(f"the chat template fails: {' '.join(str(error).split())}") from error
+
     def _prefix_length(self, messages: list[Message], text: str, turn: int, add_generation_prompt: bool) -> int:
-        prefix = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        prefix = self._apply_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
         if not text.startswith(prefix):
             raise RowError(
                 f"message {turn}: the chat template renders earlier messages differently once later ones follow, "
@@ -207,15 +220,6 @@ class Encoder:
         if not stops:
             raise RowError("the chat template writes no special token after an assistant message, so nothing stops it")
         return inside[0], stops[-1] + 1
-
-
-def _template_errors() -> tuple[type[Exception], ...]:
-    import jinja2
-
-    return (RowError, jinja2.TemplateError, TypeError, KeyError, ValueError)
-
-
-_TEMPLATE_ERRORS = _template_errors()
 
 
 def _runs(mask: Sequence[int]) -> list[Span]:

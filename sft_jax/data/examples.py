@@ -124,8 +124,7 @@ def _encode_rows(source: Rows, encoder: Encoder, progress: Callable[[int], objec
         try:
             encoded = encoder.encode(source.format, batch)
         except RowError as error:
-            row = start + error.index  # type: ignore[attr-defined]
-            raise UserError(f"{source.name} row {row}: {error}") from error
+            raise UserError(f"{source.name} row {start + error.index}: {error}") from error
         yield from enumerate(encoded, start)
         progress(len(batch))
 

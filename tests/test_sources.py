@@ -1,0 +1,54 @@
+"""Files, folders and globs; formats by name and by columns."""
+
+import json
+
+import datasets
+import pytest
+from kit import conversations, write_jsonl
+
+from sft_jax.config import SourceConfig
+from sft_jax.data.sources import open_sources
+from sft_jax.errors import UserError
+
+
+def rows(path, **options):
+    return [(s.name, s.format, s.weight, list(s.rows)) for s in open_sources([SourceConfig(path=str(path), **options)])]
+
+
+def test_jsonl_json_and_parquet_are_the_same(tmp_path):
+    expected = conversations(4)
+    write_jsonl(tmp_path / "a.jsonl", expected)
+    (tmp_path / "b.json").write_text(json.dumps(expected))
+    datasets.Dataset.from_list(expected).to_parquet(tmp_path / "c.parquet")
+    for name in ("a.jsonl", "b.json", "c.parquet"):
+        assert rows(tmp_path / name) == [(str(tmp_path / name), "messages", 1.0, expected)]
+
+
+def test_folder_and_glob_in_order_of_names(tmp_path):
+    for name in ("b.jsonl", "a.jsonl"):
+        write_jsonl(tmp_path / name, [{"text": name}])
+    (tmp_path / "notes.md").write_text("not data")
+    for place in (tmp_path, tmp_path / "*.jsonl"):
+        found = rows(place, weight=2.0)
+        assert [(name, data) for name, _, _, data in found] == [
+            (str(tmp_path / n), [{"text": n}]) for n in ("a.jsonl", "b.jsonl")
+        ]
+        assert {weight for _, _, weight, _ in found} == {2.0}
+
+
+def test_format_by_columns_and_by_name(tmp_path):
+    both = write_jsonl(tmp_path / "both.jsonl", [{"prompt": "a", "completion": "b", "text": "ab"}])
+    assert rows(both)[0][1] == "prompt-completion"
+    assert rows(both, format="text")[0][1] == "text"
+    with pytest.raises(UserError, match="format 'messages' needs the column 'messages'; this file has completion"):
+        rows(both, format="messages")
+
+
+def test_what_is_not_there(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"no \.jsonl, \.json, \.parquet file"):
+        rows(tmp_path / "empty")
+    with pytest.raises(UserError, match=r"no file, folder or glob .*nothing\*\.jsonl"):
+        rows(tmp_path / "nothing*.jsonl")
+    with pytest.raises(UserError, match="'some/dataset' is no local file and could not be fetched"):
+        rows("some/dataset")
