@@ -1,7 +1,10 @@
 """Strict mode for every test: eight CPU devices, strict dtype promotion, exact matmuls, no network."""
 
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -9,6 +12,10 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # one cache for all workers and the processes they start
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="sft-jax-tests-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"])
 sys.path.insert(0, str(Path(__file__).parent))
 
 import jax
@@ -42,6 +49,11 @@ def chats(tmp_path_factory) -> Path:
     from kit import write_chats
 
     return write_chats(tmp_path_factory.mktemp("chats") / "chats.jsonl")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first, so that it does not run alone at the end."""
+    items.sort(key=lambda item: item.path.name != "test_real.py")
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
