@@ -12,10 +12,12 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # one cache for all workers and the processes they start
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="sft-jax-tests-")
+if "PYTEST_XDIST_WORKER" not in os.environ:  # one place for all workers and the processes they start, gone at the end
+    caches = tempfile.mkdtemp(prefix="sft-jax-tests-")
+    atexit.register(shutil.rmtree, caches)
+    os.environ["HF_DATASETS_CACHE"] = f"{caches}/datasets"
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{caches}/jax"
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"])
 sys.path.insert(0, str(Path(__file__).parent))
 
 import jax

@@ -85,9 +85,11 @@ class Encoder:
             RowError: the first row that cannot be trained on.
             UserError: the tokenizer lacks what the format needs.
         """
+        counted = self.stop_counts.copy(), self.num_straddling
         try:
             return self._encode_batch(row_format, rows)
         except RowError:  # which row? once more, one by one
+            self.stop_counts, self.num_straddling = counted
             encoded = []
             for index, row in enumerate(rows):
                 try:
