@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sft_jax.errors import UserError
 from sft_jax.export import export
+from sft_jax.hf.card import model_card
 from sft_jax.train import train
 
 IDS = np.random.default_rng(0).integers(0, 380, (2, 60))
@@ -80,6 +81,19 @@ def test_folder_has_all_that_inference_needs(base, lora_run, tmp_path):
     assert str(tmp_path) not in card
     before, after = (json.loads((f / "config.json").read_text()) for f in (base, tmp_path / "merged"))
     assert before == after
+
+
+def test_card_names_ids_and_hides_paths(tmp_path):
+    config = run_config("Qwen/Qwen3-0.6B", tmp_path / "secret" / "chats.jsonl", tmp_path)
+    card = model_card(config, "adapter", 3, [{"step": 1, "loss": 2.0}, {"step": 9, "loss": 1.0}], "bfloat16")
+    assert "base_model: Qwen/Qwen3-0.6B" in card
+    assert "`chats.jsonl`" in card
+    assert "secret" not in card
+    assert "| training loss | 2.0000 → 2.0000 |" in card  # not what came after the exported step
+    local = model_card(run_config(tmp_path, "org/data", tmp_path), "merged", 3, [], "bfloat16")
+    assert "base_model" not in local
+    assert "`org/data`" in local
+    assert "not measured" in local
 
 
 @pytest.mark.parametrize("full", [False, True])

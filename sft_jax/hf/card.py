@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,12 @@ def model_card(config: Config, form: str, step: int, metrics: list[dict[str, Any
         dtype: of the base model's weights.
     """
     base, lora, optimizer = config.model.path, config.lora, config.optimizer
-    local = Path(base).exists()
     front = {"library_name": "peft" if form == "adapter" else "transformers", "pipeline_tag": "text-generation"}
-    if not local:
+    if _public_name(base) == base:
         front["base_model"] = base
     front["tags"] = "[sft, sft-jax, lora]" if lora else "[sft, sft-jax]"
-    base_name = Path(base).name if local else base
-    data = ", ".join(f"`{Path(source.path).name if local else source.path}`" for source in config.data.train)
+    base_name = _public_name(base)
+    data = ", ".join(f"`{_public_name(source.path)}`" for source in config.data.train)
     method = (
         f"LoRA, rank {lora.rank}, alpha {lora.alpha:g}, on {_targets(lora.target_modules)}" if lora else "all weights"
     )
@@ -54,6 +54,12 @@ def model_card(config: Config, form: str, step: int, metrics: list[dict[str, Any
     lines += [f"| {name} | {value} |" for name, value in rows.items()]
     lines += ["", "Losses are nats per target token. " + _usage(form), "", f"Made with sft-jax {__version__}.", ""]
     return "\n".join(lines)
+
+
+def _public_name(path: str) -> str:
+    """A Hugging Face id as it is, of a local file or folder only the last part: where it lies is nobody's business."""
+    is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).exists()
+    return path if is_id else Path(path).name
 
 
 def _targets(targets: Any) -> str:
