@@ -11,6 +11,7 @@ from sft_jax.config import Config
 from sft_jax.data.chat import Encoder
 from sft_jax.data.examples import Examples, Report
 from sft_jax.data.packing import Plan
+from sft_jax.evaluation.compare import Task
 from sft_jax.models.lora import Split
 from sft_jax.tree import Params, flatten
 
@@ -44,6 +45,12 @@ class Announcer:
             self("", f"{report.straddling:,} tokens straddle the edge of a trained turn and are not trained")
         stops = ", ".join(f"{token!r} ({count:,} turns)" for token, count in report.stop_tokens.items())
         self("mask", f"train_on {encoder.train_on}, from {encoder.mask_source}; stop token {stops}")
+
+    def task(self, task: Task, names: tuple[str, ...] = ("held out", "documents")) -> None:
+        """What became of the rows to evaluate on."""
+        for name, report, encoder in task.reports:
+            if name in names:
+                self.data(name, report, encoder)
 
     def plan(self, config: Config, examples: Examples, plan: Plan) -> None:
         """Steps, epochs and how full the rows are."""

@@ -35,6 +35,59 @@ def _train(options: argparse.Namespace) -> int:
     return 0
 
 
+def _evaluate(options: argparse.Namespace) -> int:
+    from sft_jax.config import load
+
+    config = load(options.config, options.overrides)
+    _quiet_imports()
+    from sft_jax.evaluate import evaluate
+
+    evaluate(config, options.step, options.json)
+    return 0
+
+
+def _generate(options: argparse.Namespace) -> int:
+    if options.chat and (options.prompt or options.file or options.raw or options.json):
+        raise UserError("--chat reads what you type; leave out --prompt, --file, --raw and --json")
+    if not options.chat and not options.prompt and not options.file:
+        raise UserError("nothing to answer; give --prompt TEXT, --file FILE, or --chat")
+    if options.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens: {options.max_new_tokens} is not at least 1")
+    if options.batch_size < 1:
+        raise UserError(f"--batch-size: {options.batch_size} is not at least 1")
+    _quiet_imports()
+    from sft_jax.generate import read_prompts, run_chat, run_generate
+    from sft_jax.inference.sampling import Sampling
+
+    sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
+    limit = options.max_new_tokens
+    where = {"base": options.base, "step": options.step, "dtype": options.dtype}
+    if options.chat:
+        run_chat(options.model, limit, sampling, options.system, **where)
+        return 0
+    prompts = [*options.prompt, *(read_prompts(options.file) if options.file else [])]
+    run_generate(
+        options.model,
+        prompts,
+        limit,
+        sampling,
+        options.raw,
+        options.system,
+        options.batch_size,
+        as_json=options.json,
+        **where,
+    )
+    return 0
+
+
+def _score(options: argparse.Namespace) -> int:
+    _quiet_imports()
+    from sft_jax.score import run_score
+
+    run_score(options.model, options.file, options.raw, options.base, options.step, options.dtype, options.json)
+    return 0
+
+
 def _export(options: argparse.Namespace) -> int:
     os.environ["JAX_PLATFORMS"] = "cpu"  # an export needs no accelerator and takes none from a run beside it
     _quiet_imports()
@@ -62,6 +115,38 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("overrides", nargs="*", metavar="key=value", help="such as optimizer.learning_rate=2e-5")
     train.set_defaults(command=_train)
 
+    evaluate = commands.add_parser("evaluate", help="measure a run on held-out data: base beside tuned")
+    evaluate.add_argument("config", metavar="CONFIG.yaml", help="its training.output_dir is the run")
+    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="such as evaluation.shots=4")
+    evaluate.add_argument("--step", type=int, help="default: the last checkpoint")
+    evaluate.add_argument("--json", action="store_true", help="print the figures as JSON")
+    evaluate.set_defaults(command=_evaluate)
+
+    generate = commands.add_parser("generate", help="answer prompts, or talk")
+    _add_model(generate)
+    generate.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
+    generate.add_argument("--file", help="prompts: one a line, or the 'prompt' of each row of a .jsonl")
+    generate.add_argument("--chat", action="store_true", help="a conversation at the terminal")
+    generate.add_argument("--raw", action="store_true", help="continue plain text, without the chat template")
+    generate.add_argument("--system", metavar="TEXT", help="a system message before each prompt")
+    generate.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
+    generate.add_argument("--temperature", type=float, default=0.0, metavar="X", help="default 0: the likeliest token")
+    generate.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest; default 0: all")
+    generate.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest that make up P"
+    )
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--batch-size", type=int, default=16, metavar="N", help="prompts answered at a time")
+    generate.add_argument("--json", action="store_true", help="one JSON object a prompt")
+    generate.set_defaults(command=_generate)
+
+    score = commands.add_parser("score", help="log-likelihood of given responses")
+    _add_model(score)
+    score.add_argument("file", metavar="FILE.jsonl", help="rows with 'prompt' and 'responses' (or chosen and rejected)")
+    score.add_argument("--raw", action="store_true", help="plain text, without the chat template")
+    score.add_argument("--json", action="store_true", help="one JSON object a response")
+    score.set_defaults(command=_score)
+
     export = commands.add_parser("export", help="write a run as a PEFT adapter or a Hugging Face model")
     export.add_argument("run", metavar="RUN", help="the run folder (training.output_dir)")
     export.add_argument("out", metavar="OUT", help="a folder that does not exist yet or is empty")
@@ -71,3 +156,12 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--step", type=int, help="default: the last checkpoint")
     export.set_defaults(command=_export)
     return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", metavar="MODEL_OR_RUN", help="builtin:tiny, a Hugging Face folder or id, a run folder, or an adapter"
+    )
+    parser.add_argument("--base", help="the base model of an adapter, where it has moved")
+    parser.add_argument("--step", type=int, help="of a run; default: the last checkpoint")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: the run's, or that of the files")

@@ -72,9 +72,7 @@ class SourceConfig:
 
     path: str = "???"
     format: str = "auto"  # auto | messages | prompt-completion | text
-    weight: float = (
-        1.0  # how often each of its rows is seen in an epoch; a fraction takes a new random share each epoch
-    )
+    weight: float = 1.0  # how often an epoch sees each of its rows; a fraction takes a new random share each epoch
     split: str = "train"  # of a Hugging Face dataset id
     revision: str | None = None
 
@@ -171,6 +169,32 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
+class EvaluationConfig:
+    """What ``evaluate`` measures on ``data.eval``, and what is written while training."""
+
+    at_end: bool = False  # evaluate when training ends
+    documents: list[SourceConfig] = field(default_factory=list)  # plain text on which forgetting is measured
+    answer: str = "text"  # how answers are compared
+    max_new_tokens: int = 256
+    num_questions: int | None = 200  # held-out conversations that are answered; null: all
+    batch_size: int = 32  # prompts answered at a time
+    shots: int = 0  # answered questions before each one, for the base model with few-shot prompting; 0: none
+    samples: list[str] = field(default_factory=list)  # prompts answered while training
+    samples_every: int = 100  # steps
+
+    def __post_init__(self) -> None:
+        _one_of(self.answer, "evaluation.answer", ("exact", "text", "number", "gsm8k", "choice"))
+        for name in ("max_new_tokens", "batch_size", "samples_every"):
+            _require(getattr(self, name) >= 1, f"evaluation.{name}", f"{getattr(self, name)} is not at least 1")
+        _require(
+            self.num_questions is None or self.num_questions >= 1,
+            "evaluation.num_questions",
+            f"{self.num_questions} is not at least 1 (null: all)",
+        )
+        _require(self.shots >= 0, "evaluation.shots", f"{self.shots} is negative")
+
+
+@dataclass(frozen=True)
 class MeshConfig:
     """How many devices along each axis; -1 takes all that remain."""
 
@@ -194,6 +218,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
@@ -204,6 +229,11 @@ class Config:
             self.model.init == "pretrained" or self.lora is None,
             "model.init",
             "random weights cannot be the frozen base of an adapter; set lora: null",
+        )
+        _require(
+            not self.evaluation.at_end or len(self.data.eval) > 0,
+            "evaluation.at_end",
+            "there is nothing to evaluate on; name held-out conversations in data.eval",
         )
 
 

@@ -62,6 +62,21 @@ class MetricsWriter:
         if self._wandb is not None:
             self._wandb.log(numbers, step=row["step"])
 
+    def write_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
+        """Answers written by the half-trained network: a row of their own, and text in TensorBoard.
+
+        Args:
+            samples: ``prompt``, ``text`` and ``finish_reason`` of each.
+        """
+        if self._file is None:
+            return
+        self._file.write(json.dumps({"step": step, "samples": samples}, ensure_ascii=False) + "\n")
+        self._file.flush()
+        if self._tensorboard is not None:
+            for i, sample in enumerate(samples):
+                text = f"{sample['prompt']}\n\n---\n\n{sample['text']}\n\n*{sample['finish_reason']}*"
+                self._tensorboard.add_text(f"samples/{i}", text, step)
+
     def close(self) -> None:
         """Flush and close everything."""
         for sink in (self._file, self._tensorboard):

@@ -20,18 +20,22 @@ from sft_jax.announce import Announcer
 from sft_jax.architecture import Architecture
 from sft_jax.checkpoint import Checkpoints, check_run_folder, check_same_run, latest_step
 from sft_jax.config import Config, SourceConfig
-from sft_jax.data.chat import Encoder
+from sft_jax.data.chat import Encoder, prompt_ids
 from sft_jax.data.examples import Examples, Report, encode_sources
 from sft_jax.data.loader import Loader
 from sft_jax.data.packing import Plan, plan_run
 from sft_jax.data.sources import open_sources
 from sft_jax.errors import UserError
-from sft_jax.hf.config import read_architecture
+from sft_jax.evaluation.compare import Networks, compare, prepare
+from sft_jax.hf.config import read_architecture, stop_ids
 from sft_jax.hf.hub import find_model
 from sft_jax.hf.reader import TensorReader
 from sft_jax.hf.tokenizer import load_tokenizer
+from sft_jax.inference.generator import Generator
 from sft_jax.metrics import MetricsWriter, Progress, read_metrics
-from sft_jax.report import plot_loss
+from sft_jax.report import table
+from sft_jax.report.loss import plot_loss
+from sft_jax.report.write import write_report
 from sft_jax.sharding import check_batch, check_heads, make_mesh
 from sft_jax.training.optimizer import labels_of, make_optimizer, make_schedule
 from sft_jax.training.state import TrainState, abstract_state, make_state, state_shardings
@@ -71,6 +75,11 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
         encoder = Encoder(tokenizer, config.data.train_on, config.data.stop_token)
         held_out, held_out_report = _encode(config, config.data.eval, encoder, arch)
         say.data("held out", held_out_report, encoder)
+    task = None
+    if config.evaluation.at_end:
+        task = prepare(config, arch, tokenizer)
+        say.task(task, names=("documents",))
+    prompts = [prompt_ids(tokenizer, [{"role": "user", "content": text}]) for text in config.evaluation.samples]
     plan = _plan(config, examples)
     total_steps = plan.num_steps
     say.plan(config, examples, plan)
@@ -85,8 +94,9 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
     say.model(config, arch.family, split)
     latest = latest_step(run / "checkpoints")
     params, frozen = load_weights(
-        split, arch, reader, config.lora, old_vocab_size, training.seed, only_frozen=latest is not None
+        split, arch, reader, config.lora, old_vocab_size, training.seed, "all" if latest is None else "frozen"
     )
+    stops = list(dict.fromkeys([*examples.stop_ids, *stop_ids(folder)]))
 
     # -- optimizer and steps ------------------------------------------------------------------------------------------
     optimizer = make_optimizer(config.optimizer, labels_of(split.trainable, split.labels))
@@ -148,6 +158,18 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
             writer.write({"step": step, "eval_loss": loss})
             progress.say(f"step {step}/{total_steps}  held-out loss {loss:.4f}")
 
+    generator = Generator(split, arch.max_positions, stops, mesh)
+
+    def write_samples(step: int, state: TrainState) -> None:
+        written = generator(state.params, frozen, prompts, config.evaluation.max_new_tokens)
+        samples = [
+            {"prompt": prompt, "text": tokenizer.decode(one.ids), "finish_reason": one.finish_reason}
+            for prompt, one in zip(config.evaluation.samples, written, strict=True)
+        ]
+        writer.write_samples(step, samples)
+        for sample in samples:
+            progress.say(f"step {step}/{total_steps}  {sample['prompt']!r} → {sample['text']!r}")
+
     def finish_step(step: int, metrics: dict[str, Array], since: float) -> float:
         """Wait for a step that was started one step ago, so that the device never waits for us; returns the time."""
         values = {key: value.item() for key, value in jax.device_get(metrics).items()}
@@ -176,6 +198,8 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
         try:
             if latest is None:
                 evaluate(0, state)
+                if prompts:
+                    write_samples(0, state)
             if first_step < total_steps:
                 batch = next(batches)
                 began = time.perf_counter()
@@ -192,11 +216,14 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
                     pending = (step, metrics)
                     evaluates = step % training.eval_every == 0 or step == total_steps
                     saves = step % training.save_every == 0 or step == total_steps
-                    if evaluates or saves:
+                    writes = bool(prompts) and (step % config.evaluation.samples_every == 0 or step == total_steps)
+                    if evaluates or saves or writes:
                         since = finish_step(*pending, since)
                         pending = None
                         if evaluates:
                             evaluate(step, state)
+                        if writes:
+                            write_samples(step, state)
                         if saves:
                             checkpoints.save(step, state, position, identity)
                         since = time.perf_counter()
@@ -208,9 +235,20 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
             progress.close()
 
     # -- finish -------------------------------------------------------------------------------------------------------
+    rows = read_metrics(run / "metrics.jsonl") if is_main else []
     if is_main:
-        picture = plot_loss(run, read_metrics(run / "metrics.jsonl"))
-        say("done", f"{total_steps} steps; loss curve in {picture}; next: sft-jax export {run} OUT")
+        say("done", f"{total_steps} steps; loss curve in {plot_loss(run, rows)}")
+    if task is not None:
+        tuned = state.params
+        del state  # the optimizer's memory is the base's now
+        base, _ = load_weights(split, arch, reader, None, old_vocab_size, training.seed, "trainable")
+        comparison = compare(config, task, Networks(split, mesh, arch, tokenizer, stops, frozen, base, tuned))
+        last.update({f"tuned_{key}": value for key, value in comparison.summary["tuned"].items()})
+        if is_main:
+            page = write_report(config, run, total_steps, comparison, rows, tokenizer)
+            print(table.as_text(comparison), flush=True)
+            say("report", str(page))
+    say("next", f"sft-jax generate {run} --chat, or sft-jax export {run} OUT")
     return last
 
 

@@ -224,6 +224,20 @@ class Encoder:
         return inside[0], stops[-1] + 1
 
 
+def prompt_ids(tokenizer: Any, messages: list[Message]) -> list[int]:
+    """Messages as the template renders them before an answer.
+
+    Raises:
+        UserError: no chat template, or messages that it refuses.
+    """
+    if not tokenizer.chat_template:
+        raise UserError("this model has no chat template; write plain text (--raw), or add a chat_template.jinja")
+    try:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    except (jinja2.TemplateError, TypeError, KeyError, ValueError, AttributeError) as error:
+        raise UserError(f"the chat template fails: {' '.join(str(error).split())}") from error
+
+
 def _runs(mask: Sequence[int]) -> list[Span]:
     """The stretches of ones: ``[0, 1, 1, 0, 1]`` → ``[(1, 3), (4, 5)]``."""
     edges = [i for i in range(len(mask) + 1) if (mask[i] if i < len(mask) else 0) != (mask[i - 1] if i else 0)]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sft_jax import builtin
 from sft_jax.config import SourceConfig
 from sft_jax.errors import UserError
 
@@ -42,6 +43,8 @@ def open_sources(sources: Sequence[SourceConfig]) -> list[Rows]:
 
 
 def _open(source: SourceConfig) -> list[tuple[str, Any]]:
+    if source.path.startswith(builtin.PREFIX):
+        return [(source.path, _read_file(builtin.locate(source.path, "data")))]
     path = Path(source.path).expanduser()
     if path.is_file():
         return [(source.path, _read_file(path))]
@@ -120,7 +123,7 @@ def _name_malformed_line(path: Path) -> None:
         except json.JSONDecodeError as error:
             raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from error
         return
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
                 json.loads(line)

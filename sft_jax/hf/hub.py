@@ -1,29 +1,35 @@
-"""Where a model lives: a local folder, or a Hugging Face id fetched into the local cache."""
+"""Where a model lives: in this package, in a local folder, or under a Hugging Face id, fetched into the local cache."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
+from sft_jax import builtin
 from sft_jax.errors import UserError
 
 # No pickle (.bin, .pt), no code (.py): what is not named here is not downloaded.
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "LICENSE*"]
 
 
-def find_model(path: str, revision: str | None = None) -> Path:
-    """The folder with ``config.json``, tokenizer and safetensors of a local path or Hugging Face id.
+def find_model(path: str, revision: str | None = None, asked_by: str = "model.path") -> Path:
+    """The folder with ``config.json``, tokenizer and safetensors of a built-in name, local path or Hugging Face id.
+
+    Args:
+        asked_by: the config key or file that names the model, for error messages.
 
     Raises:
-        UserError: neither a folder with a config.json nor an id that can be fetched.
+        UserError: neither built in, nor a folder with a config.json, nor an id that can be fetched.
     """
+    if path.startswith(builtin.PREFIX):
+        return builtin.locate(path, asked_by)
     folder = Path(path).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise UserError(f"model.path: {folder} has no config.json; it must be a Hugging Face model folder")
+            raise UserError(f"{asked_by}: {folder} has no config.json; it must be a Hugging Face model folder")
         return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
-        raise UserError(f"model.path: no folder {path!r}, and not a Hugging Face id such as Qwen/Qwen3-0.6B")
+        raise UserError(f"{asked_by}: no folder {path!r}, and not a Hugging Face id such as Qwen/Qwen3-0.6B")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -31,4 +37,4 @@ def find_model(path: str, revision: str | None = None) -> Path:
         return Path(snapshot_download(path, revision=revision, allow_patterns=_FILES))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"model.path: {path!r} is no local folder and could not be fetched: {reason}") from error
+        raise UserError(f"{asked_by}: {path!r} is no local folder and could not be fetched: {reason}") from error

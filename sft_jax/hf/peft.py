@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,13 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from sft_jax.errors import UserError
-from sft_jax.hf.names import adapter_names
+from sft_jax.hf.names import adapter_names, is_stacked, is_transposed, tensor_names
 from sft_jax.hf.reader import TensorReader
 from sft_jax.tree import Path as LeafPath
 from sft_jax.typing import Array
+
+_FILE = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
 
 # Settings that change what an adapter computes and that this library does not have, with the value that means "off".
 _UNSUPPORTED = {
@@ -31,41 +35,91 @@ _UNSUPPORTED = {
 }
 
 
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What ``adapter_config.json`` says."""
+
+    base: str  # folder or Hugging Face id
+    revision: str | None
+    rank: int
+    alpha: float
+    target_modules: list[str]
+
+
+def read_adapter_config(folder: Path) -> AdapterConfig:
+    """The adapter config of a PEFT folder.
+
+    Raises:
+        UserError: not LoRA, a PEFT setting that is not supported, or a key that is missing.
+    """
+    path = folder / "adapter_config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from error
+    if config.get("peft_type") != "LORA":
+        raise UserError(f"{path}: peft_type {config.get('peft_type')!r} is not LORA")
+    for key, off in _UNSUPPORTED.items():
+        if config.get(key, off) not in (off, None):
+            raise UserError(f"{path}: {key}={config[key]!r} is not supported")
+    for key in ("r", "lora_alpha", "target_modules", "base_model_name_or_path"):
+        if not config.get(key):
+            raise UserError(f"{path}: {key} is missing")
+    targets = config["target_modules"]
+    if not isinstance(targets, list):
+        raise UserError(f"{path}: target_modules={targets!r} is not supported; it must be a list of module names")
+    return AdapterConfig(
+        config["base_model_name_or_path"], config.get("revision"), config["r"], config["lora_alpha"], targets
+    )
+
+
+def token_rows(folder: Path) -> int | None:
+    """How many rows the token table has that an adapter carries whole; None where it carries none."""
+    reader = TensorReader(folder, _FILE)
+    name = f"{_PREFIX}model.embed_tokens.weight"
+    return reader.shape(name)[0] if name in reader.names else None
+
+
 def load_adapter(
     folder: str, abstract: dict[LeafPath, jax.ShapeDtypeStruct], num_layers: int, rank: int, alpha: float
 ) -> dict[LeafPath, Array]:
-    """The adapter leaves of ``abstract`` from a PEFT folder.
+    """Leaves of ``abstract`` from a PEFT folder: all adapters, and the token table and head where it carries them.
 
     Raises:
         UserError: not an adapter folder, another rank, alpha or set of modules, or an unsupported PEFT setting.
     """
     path = Path(folder)
-    config_file = path / "adapter_config.json"
-    if not config_file.is_file():
+    if not (path / "adapter_config.json").is_file():
         raise UserError(f"lora.init_from: {path} has no adapter_config.json; it must be a PEFT adapter folder")
-    config = json.loads(config_file.read_text(encoding="utf-8"))
-    if config.get("peft_type") != "LORA":
-        raise UserError(f"{config_file}: peft_type {config.get('peft_type')!r} is not LORA")
-    for key, off in _UNSUPPORTED.items():
-        if config.get(key, off) not in (off, None):
-            raise UserError(f"{config_file}: {key}={config[key]!r} is not supported")
-    for key, ours, theirs in (("rank", rank, config["r"]), ("alpha", alpha, config["lora_alpha"])):
+    config = read_adapter_config(path)
+    for key, ours, theirs in (("rank", rank, config.rank), ("alpha", alpha, config.alpha)):
         if ours != theirs:
             raise UserError(f"lora.{key}: {ours} is set, the adapter in {path} has {theirs}; set lora.{key}={theirs}")
-    reader = TensorReader(path, "adapter_model.safetensors")
-    wanted = {name for leaf_path in abstract for name in adapter_names(leaf_path, num_layers)}
+    reader = TensorReader(path, _FILE)
+    names = {}
+    for leaf_path in abstract:
+        if is_stacked(leaf_path):
+            names[leaf_path] = adapter_names(leaf_path, num_layers)
+        else:
+            whole = [_PREFIX + name for name in tensor_names(leaf_path, num_layers)]
+            if whole[0] in reader.names:
+                names[leaf_path] = whole
+    wanted = {name for of_leaf in names.values() for name in of_leaf}
     for missing in sorted(wanted - reader.names)[:1]:
         raise UserError(f"{path}: tensor {missing} is missing; does lora.target_modules fit this adapter?")
     for extra in sorted(reader.names - wanted)[:1]:
+        if extra.startswith((f"{_PREFIX}model.embed_tokens", f"{_PREFIX}lm_head")):
+            raise UserError(f"{path}: carries a token table with added tokens; name them in data.added_tokens")
         raise UserError(f"{path}: tensor {extra} has no place; add its module to lora.target_modules")
     loaded = {}
-    for leaf_path, leaf in abstract.items():
-        layers = [reader.read(name).T for name in adapter_names(leaf_path, num_layers)]
-        for layer in layers:
-            if layer.shape != leaf.shape[1:]:
-                name = ".".join(leaf_path)
-                raise UserError(f"{path}: {name} has shape {layer.shape}, this model asks for {leaf.shape[1:]}")
-        stacked = np.stack(layers).astype(leaf.dtype)
+    for leaf_path, of_leaf in names.items():
+        leaf = abstract[leaf_path]
+        shape = leaf.shape[1:] if is_stacked(leaf_path) else leaf.shape
+        layers = [reader.read(name).T if is_transposed(leaf_path) else reader.read(name) for name in of_leaf]
+        for name, layer in zip(of_leaf, layers, strict=True):
+            if layer.shape != shape:
+                raise UserError(f"{path}: tensor {name} is made for another model: {layer.shape}, this one has {shape}")
+        stacked = (np.stack(layers) if is_stacked(leaf_path) else layers[0]).astype(leaf.dtype)
         loaded[leaf_path] = jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index, x=stacked: x[index])
     return loaded
 
@@ -87,11 +141,11 @@ def save_adapter(
         leaves: adapter leaves, ``lora_a [L, in, R]`` and ``lora_b [L, R, out]``.
         extra: whole base tensors that were trained too (a resized token table), by Hugging Face name.
     """
-    tensors = {f"base_model.model.{name}": value for name, value in extra.items()}
+    tensors = {_PREFIX + name: value for name, value in extra.items()}
     for path, leaf in leaves.items():
         for name, layer in zip(adapter_names(path, num_layers), leaf, strict=True):
             tensors[name] = np.ascontiguousarray(layer.T.astype(np.float32))
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / _FILE, metadata={"format": "pt"})
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

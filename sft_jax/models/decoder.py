@@ -15,10 +15,14 @@ from flax import nnx
 from jax import lax
 
 from sft_jax.architecture import Architecture
-from sft_jax.models.attention import attention
+from sft_jax.models.attention import attention, cached_attention
+from sft_jax.models.cache import KeyValues
 from sft_jax.models.rope import rotate, sin_cos
 from sft_jax.sharding import constrain
 from sft_jax.typing import Array, Float, Int
+
+Window = int | Int[Array, ""] | None
+Attend = Callable[[Array, Array, Array], Array]  # q, k, v of the tokens at hand -> what each of them sees
 
 FULL_ATTENTION = 2**30  # a window no position exceeds, where only some layers have one
 
@@ -111,15 +115,16 @@ class SelfAttention(nnx.Module):
         self.q_norm: RMSNorm | None = nnx.data(RMSNorm(h, arch.norm_eps, make, stack) if arch.qk_norm else None)
         self.k_norm: RMSNorm | None = nnx.data(RMSNorm(h, arch.norm_eps, make, stack) if arch.qk_norm else None)
 
-    def __call__(self, x, segment_ids, sin, cos, window, dropout_key) -> Float[Array, "B T D"]:
+    def __call__(self, x, sin, cos, attend: Attend, dropout_key) -> tuple[Float[Array, "B T D"], KeyValues]:
         keys = _split(dropout_key, 4)
         q = self._heads(self.q_proj(x, keys[0]), self.num_heads, "heads")
         k = self._heads(self.k_proj(x, keys[1]), self.num_kv_heads, "kv_heads")
         v = self._heads(self.v_proj(x, keys[2]), self.num_kv_heads, "kv_heads")
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        out = attention(rotate(q, sin, cos), rotate(k, sin, cos), v, segment_ids, window)
-        return self.o_proj(out.reshape(*x.shape[:2], -1), keys[3])
+        q, k = rotate(q, sin, cos), rotate(k, sin, cos)
+        out = attend(q, k, v)
+        return self.o_proj(out.reshape(*x.shape[:2], -1), keys[3]), KeyValues(k, v)
 
     def _heads(self, x: Float[Array, "B T NH"], num_heads: int, axis: str) -> Float[Array, "B T N H"]:
         return constrain(x.reshape(*x.shape[:2], num_heads, self.head_dim), "batch", "length", axis, "head_dim")
@@ -146,12 +151,12 @@ class DecoderLayer(nnx.Module):
         self.post_attention_layernorm = RMSNorm(arch.hidden_size, arch.norm_eps, make, stack)
         self.mlp = MLP(arch, make, stack)
 
-    def __call__(self, x, segment_ids, sin, cos, window, dropout_key) -> Float[Array, "B T D"]:
+    def __call__(self, x, sin, cos, attend: Attend, dropout_key) -> tuple[Float[Array, "B T D"], KeyValues]:
         keys = _split(dropout_key, 2)
-        x = x + self.self_attn(self.input_layernorm(x), segment_ids, sin, cos, window, keys[0])
-        x = constrain(x, "batch", "length", "activation")
+        attended, seen = self.self_attn(self.input_layernorm(x), sin, cos, attend, keys[0])
+        x = constrain(x + attended, "batch", "length", "activation")
         x = x + self.mlp(self.post_attention_layernorm(x), keys[1])
-        return constrain(x, "batch", "length", "activation")
+        return constrain(x, "batch", "length", "activation"), seen
 
 
 class Decoder(nnx.Module):
@@ -178,19 +183,52 @@ class Decoder(nnx.Module):
         dropout_key: Array | None = None,
     ) -> Float[Array, "B T D"]:
         """Hidden states after the final norm, in the compute dtype. ``dropout_key`` turns adapter dropout on."""
+        hidden, _ = self._run(inputs, positions, _within(segment_ids), dropout_key=dropout_key)
+        return hidden
+
+    def prefill(
+        self, inputs: Int[Array, "B T"], segment_ids: Int[Array, "B T"], positions: Int[Array, "B T"]
+    ) -> tuple[Float[Array, "B T D"], KeyValues]:
+        """What :meth:`__call__` gives, and the keys and values ``[L, B, T, K, H]`` that later tokens attend to."""
+        return self._run(inputs, positions, _within(segment_ids), keep=True)
+
+    def decode(
+        self, inputs: Int[Array, "B 1"], positions: Int[Array, "B 1"], cache: KeyValues
+    ) -> tuple[Float[Array, "B 1 D"], KeyValues]:
+        """One more token a row, against a cache whose slot ``s`` holds position ``s``.
+
+        Returns:
+            its hidden states, and its keys and values ``[L, B, 1, K, H]``, to be written into slot ``positions``.
+        """
+
+        def attend(window: Window, layer_cache: KeyValues) -> Attend:
+            return lambda q, k, v: cached_attention(q, k, v, layer_cache, positions, window)
+
+        return self._run(inputs, positions, attend, cache, keep=True)
+
+    def _run(
+        self,
+        inputs: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        attend: Callable[[Window, Any], Attend],
+        cache: KeyValues | None = None,
+        dropout_key: Array | None = None,
+        keep: bool = False,
+    ) -> tuple[Float[Array, "B T D"], Any]:
         x = self.embed_tokens(inputs, self.dtype)
         sin, cos = sin_cos(positions, self.arch.rope, self.arch.head_dim)
         graphdef, layers = nnx.split(self.layers)
         windows, one_window = _windows(self.arch)
 
         def layer(x, scanned):
-            params, window, key = scanned
+            params, window, key, layer_cache = scanned
             window = one_window if window is None else window
-            return nnx.merge(graphdef, params)(x, segment_ids, sin, cos, window, key), None
+            x, seen = nnx.merge(graphdef, params)(x, sin, cos, attend(window, layer_cache), key)
+            return x, seen if keep else None
 
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.arch.num_layers)
-        x, _ = lax.scan(_rematerialised(layer, self.remat), x, (layers, windows, keys))
-        return self.norm(x)
+        x, seen = lax.scan(_rematerialised(layer, self.remat), x, (layers, windows, keys, cache))
+        return self.norm(x), seen
 
     def head(self) -> Float[Array, "D V"]:
         """The output projection in the compute dtype: the transposed token table where the two are tied."""
@@ -201,6 +239,10 @@ class Decoder(nnx.Module):
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """All logits at once, float32. For generation and tests; training never materialises them."""
         return jnp.einsum("btd,dv->btv", hidden, self.head(), preferred_element_type=jnp.float32)
+
+
+def _within(segment_ids: Int[Array, "B T"]) -> Callable[[Window, Any], Attend]:
+    return lambda window, _: lambda q, k, v: attention(q, k, v, segment_ids, window)
 
 
 def _split(key: Array | None, num: int) -> Any:

@@ -19,15 +19,22 @@ from sft_jax.typing import Array
 
 
 def build(
-    arch: Architecture, mesh: Mesh, lora: LoraConfig | None, dtype: str, remat: str = "full", token_table: bool = False
+    arch: Architecture,
+    mesh: Mesh,
+    lora: LoraConfig | None,
+    dtype: str,
+    remat: str = "full",
+    token_table: bool = False,
+    full: bool | None = None,
 ) -> Split:
     """The network, taken apart into trainable and frozen leaves; nothing is allocated.
 
     Args:
-        lora: None for full fine-tuning.
+        lora: None for no adapters.
         dtype: of compute and frozen weights.
         remat: ``full``, ``dots`` or ``none``.
         token_table: train token table and output head besides adapters.
+        full: train every base weight; by default where there are no adapters.
 
     Raises:
         UserError: a LoRA target that matches nothing.
@@ -39,7 +46,9 @@ def build(
             attach_lora(model, lora.rank, lora.alpha, lora.target_modules, lora.dropout)
         return model
 
-    return split_params(nnx.eval_shape(network), mesh, full=lora is None, token_table=token_table)
+    return split_params(
+        nnx.eval_shape(network), mesh, full=lora is None if full is None else full, token_table=token_table
+    )
 
 
 def load_weights(
@@ -49,15 +58,17 @@ def load_weights(
     lora: LoraConfig | None = None,
     old_vocab_size: int | None = None,
     seed: int = 0,
-    only_frozen: bool = False,
+    part: str = "all",
 ) -> tuple[Params, Params]:
     """Trainable and frozen leaves, in place on the mesh.
 
     Args:
         reader: the base model's files; None draws random weights (pretraining).
-        lora: where its adapter comes from: fresh, or a PEFT folder.
+        lora: where its adapter comes from: fresh, or a PEFT folder. Fresh adapters change nothing, so with None what
+            is loaded computes what the base model does.
         old_vocab_size: of the files, where tokens were added.
-        only_frozen: check the trainable base leaves, but do not read them: a checkpoint is about to give them.
+        part: ``all``, ``frozen`` (a checkpoint is about to give the trainable ones) or ``trainable``; the other leaves
+            are checked, not read.
 
     Raises:
         UserError: a tensor is missing, has the wrong shape or no place; an adapter that does not fit.
@@ -65,19 +76,19 @@ def load_weights(
     trainable, frozen = flatten(split.trainable), flatten(split.frozen)
     adapter = {path: leaf for path, leaf in trainable.items() if is_adapter(path)}
     base = {path: leaf for path, leaf in (trainable | frozen).items() if path not in adapter}
-    wanted = frozen if only_frozen else base
+    wanted = {"all": base, "frozen": frozen, "trainable": base.keys() - frozen.keys()}[part]
     key = jax.random.key(seed)
     if reader is not None:
         loaded = load_params(reader, base, wanted, arch.num_layers, arch.tie_word_embeddings, old_vocab_size)
     else:
-        loaded = _random_weights(arch, wanted, key)
-    if not only_frozen and lora is not None and lora.init_from is not None:
-        loaded |= load_adapter(lora.init_from, adapter, arch.num_layers, lora.rank, lora.alpha)
-    elif not only_frozen and adapter:
+        loaded = _random_weights(arch, {path: base[path] for path in wanted}, key)
+    if part != "frozen" and lora is not None and lora.init_from is not None:
+        loaded |= load_adapter(lora.init_from, trainable, arch.num_layers, lora.rank, lora.alpha)
+    elif part != "frozen" and adapter:
         loaded |= init_adapter(adapter, key)
     return (
         unflatten({path: loaded[path] for path in trainable if path in loaded}),
-        unflatten({path: loaded[path] for path in frozen}),
+        unflatten({path: loaded[path] for path in frozen if path in loaded}),
     )
 
 

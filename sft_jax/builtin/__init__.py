@@ -1,0 +1,27 @@
+"""What comes with the package: a tiny model that really was pretrained, and data about its world."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sft_jax.errors import UserError
+
+PREFIX = "builtin:"
+_FOLDER = Path(__file__).parent
+
+
+def locate(name: str, asked_by: str) -> Path:
+    """The folder or file behind a name such as ``builtin:tiny`` or ``builtin:countries/train.jsonl``.
+
+    Args:
+        asked_by: the config key or file that has the name, for the error message.
+
+    Raises:
+        UserError: there is no such thing; lists what there is.
+    """
+    known = {"tiny": _FOLDER / "tiny"}
+    known |= {f"countries/{file.name}": file for file in sorted((_FOLDER / "countries").glob("*.jsonl"))}
+    path = known.get(name.removeprefix(PREFIX))
+    if path is None:
+        raise UserError(f"{asked_by}: {name!r} is not built in; there are {', '.join(PREFIX + key for key in known)}")
+    return path

@@ -1,0 +1,72 @@
+"""The evaluation of a run: the base beside the tuned network, as a table, JSON and one page."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from sft_jax.announce import Announcer
+from sft_jax.config import Config
+from sft_jax.evaluation.compare import Comparison, Networks, compare, prepare
+from sft_jax.hf.config import read_architecture, stop_ids
+from sft_jax.metrics import read_metrics
+from sft_jax.models.lora import is_adapter
+from sft_jax.report import table
+from sft_jax.report.write import write_report
+from sft_jax.runs import open_run
+from sft_jax.sharding import check_batch, check_heads, make_mesh
+from sft_jax.training.weights import build, load_weights
+from sft_jax.tree import flatten, unflatten
+
+
+def evaluate(
+    config: Config, step: int | None = None, as_json: bool = False, devices: Sequence[Any] | None = None
+) -> Comparison:
+    """Evaluate the run in ``training.output_dir``: what ``data.eval`` and ``evaluation`` say, base beside tuned.
+
+    Writes ``report/summary.json``, ``report/answers.jsonl`` and ``report/report.html`` into the run folder, and prints
+    a table, or the summary as JSON.
+
+    Args:
+        step: a checkpoint; by default the last.
+        devices: which to use; by default all there are.
+
+    Raises:
+        UserError: no such run, nothing to evaluate on, or data that cannot be used.
+    """
+    say = Announcer(jax.process_index() == 0)
+    run = open_run(config.training.output_dir, step)
+    trained = run.config
+    config = dataclasses.replace(config, model=trained.model, lora=trained.lora)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
+    check_batch(config.training.batch_size, config.training.gradient_accumulation_steps, mesh)
+    say.mesh(mesh)
+    arch = read_architecture(run.base)
+    old_vocab_size = arch.vocab_size
+    arch = dataclasses.replace(arch, vocab_size=run.vocab_size)
+    check_heads(arch.num_heads, mesh)
+    task = prepare(config, arch, run.tokenizer)
+    say.task(task)
+    token_table = config.lora is not None and not all(map(is_adapter, run.params))
+    split = build(arch, mesh, config.lora, config.model.dtype, "none", token_table)
+    say.model(config, arch.family, split)
+    base, frozen = load_weights(split, arch, run.reader, None, old_vocab_size, trained.training.seed)
+    abstract = flatten(split.trainable)
+    tuned = unflatten({path: jax.device_put(run.params[path], leaf.sharding) for path, leaf in abstract.items()})
+    stops = list(dict.fromkeys([*run.stop_ids, *stop_ids(run.base)]))
+    networks = Networks(split, mesh, arch, run.tokenizer, stops, frozen, base, tuned)
+    comparison = compare(config, task, networks)
+    if jax.process_index() == 0:
+        page = write_report(
+            config, run.folder, run.step, comparison, read_metrics(run.folder / "metrics.jsonl"), run.tokenizer
+        )
+        if as_json:
+            print(json.dumps(comparison.summary))
+        else:
+            print(table.as_text(comparison))
+            say("report", str(page))
+    return comparison

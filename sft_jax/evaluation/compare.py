@@ -1,0 +1,197 @@
+"""The base model beside the tuned one, on the same held-out conversations and documents."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from sft_jax.architecture import Architecture
+from sft_jax.config import Config, SourceConfig
+from sft_jax.data.chat import Encoder
+from sft_jax.data.examples import Examples, Report, encode_sources
+from sft_jax.data.sources import Rows, open_sources
+from sft_jax.errors import UserError
+from sft_jax.evaluation.answers import same_answer
+from sft_jax.evaluation.likelihood import Scorer, TokenScores
+from sft_jax.evaluation.questions import Question, cut_at_blank_line, exchange, few_shot_prompts, questions
+from sft_jax.inference.generator import Generated, Generator
+from sft_jax.models.lora import Split
+from sft_jax.tree import Params
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is asked and read, encoded."""
+
+    held_out: Examples  # loss on assistant tokens, whatever was trained on, so that runs can be compared
+    asked: list[Question]
+    few_shot: list[list[int]]  # a prompt with answered questions before each of `asked`; empty: none
+    documents: Examples | None
+    reports: list[tuple[str, Report, Encoder]]  # what became of the rows
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What one network wrote for one question."""
+
+    text: str
+    right: bool
+    stopped: bool
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """``summary`` maps ``base``, ``tuned`` and, where asked for, ``few_shot`` to their metrics."""
+
+    summary: dict[str, dict[str, float | int]]
+    asked: list[Question]
+    answers: dict[str, list[Answered]]
+
+
+@dataclass(frozen=True)
+class Networks:
+    """Two settings of the trainable leaves of one network: before and after."""
+
+    split: Split
+    mesh: Mesh
+    arch: Architecture
+    tokenizer: Any
+    stop_ids: Sequence[int]
+    frozen: Params
+    base: Params
+    tuned: Params
+
+
+def prepare(config: Config, arch: Architecture, tokenizer: Any) -> Task:
+    """Read and encode what the config says to evaluate on.
+
+    Raises:
+        UserError: nothing to evaluate on, bad rows, or a few-shot prompt that does not fit.
+    """
+    if not config.data.eval:
+        raise UserError("data.eval: names no source; an evaluation needs held-out conversations")
+    rows, held_out, report, encoder = _encode(config, config.data.eval, tokenizer)
+    reports = [("held out", report, encoder)]
+    options = config.evaluation
+    asked = questions(held_out, rows, tokenizer, options.num_questions)
+    for question in asked:
+        if len(question.prompt_ids) >= arch.max_positions:
+            raise UserError(
+                f"data.eval: a prompt of {len(question.prompt_ids)} tokens leaves no room for an answer in the "
+                f"{arch.max_positions} positions of the model; lower data.max_length"
+            )
+    few_shot = []
+    if options.shots and asked:
+        shots = []
+        for source in open_sources(config.data.train):
+            if source.format != "text":
+                shots += [exchange(source, row) for row in range(len(source.rows))]
+        prompts = few_shot_prompts(asked, shots, options.shots, config.training.seed)
+        few_shot = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+        longest = max(map(len, few_shot))
+        if longest >= arch.max_positions:
+            raise UserError(
+                f"evaluation.shots: {options.shots} answered questions make a prompt of {longest} tokens, the model "
+                f"has {arch.max_positions} positions; use fewer"
+            )
+    documents = None
+    if options.documents:
+        _, documents, report, encoder = _encode(config, options.documents, tokenizer)
+        reports.append(("documents", report, encoder))
+    return Task(held_out, asked, few_shot, documents, reports)
+
+
+def compare(config: Config, task: Task, networks: Networks) -> Comparison:
+    """Measure both networks, with a bar on a terminal."""
+    options, training, n = config.evaluation, config.training, networks
+    rows = training.batch_size // training.gradient_accumulation_steps
+    scorer = Scorer(n.split, n.mesh, config.data.max_length, rows)
+    generator = Generator(n.split, n.arch.max_positions, n.stop_ids, n.mesh)
+    summary: dict[str, dict[str, float | int]] = {}
+    answers: dict[str, list[Answered]] = {}
+
+    def write(name: str, params: Params, prompts: Sequence[Sequence[int]]) -> list[Generated]:
+        with _bar(f"{name} answers", len(prompts)) as bar:
+            return generator(
+                params, n.frozen, prompts, options.max_new_tokens, batch_size=options.batch_size, progress=bar.update
+            )
+
+    def read(name: str, params: Params, examples: Examples) -> TokenScores:
+        with _bar(f"{name} reads", len(examples)) as bar:
+            return scorer.score(params, n.frozen, examples, bar.update)
+
+    for name, params in (("base", n.base), ("tuned", n.tuned)):
+        metrics = held_out_metrics(task.held_out, read(name, params, task.held_out), n.stop_ids)
+        if task.asked:
+            written = write(name, params, [question.prompt_ids for question in task.asked])
+            texts = [n.tokenizer.decode(one.ids, skip_special_tokens=True) for one in written]
+            answers[name] = [
+                Answered(text.strip(), same_answer(text, question.answer, options.answer), one.stopped, len(one.ids))
+                for text, one, question in zip(texts, written, task.asked, strict=True)
+            ]
+            metrics |= answer_metrics(answers[name])
+        if task.documents is not None:
+            scores = read(name, params, task.documents)
+            metrics["document_perplexity"] = math.exp(-scores.log_prob.mean(dtype=np.float64))
+        summary[name] = metrics
+    if task.documents is not None:
+        summary["tuned"]["document_kl"] = scorer.divergence(n.base, n.tuned, n.frozen, task.documents)
+    if task.few_shot:
+        answers["few_shot"] = []
+        for question, one in zip(task.asked, write("few-shot", n.base, task.few_shot), strict=True):
+            text, ended = cut_at_blank_line(n.tokenizer.decode(one.ids, skip_special_tokens=True))
+            right = same_answer(text, question.answer, options.answer)
+            answers["few_shot"].append(Answered(text.strip(), right, ended or one.stopped, len(one.ids)))
+        summary["few_shot"] = {"shots": options.shots} | answer_metrics(answers["few_shot"])
+    return Comparison(summary, task.asked, answers)
+
+
+def held_out_metrics(examples: Examples, scores: TokenScores, stop_ids: Sequence[int]) -> dict[str, float | int]:
+    """Loss, perplexity and accuracy over all target tokens; probability of the stop token where answers end."""
+    firsts = examples.offsets[:-1]
+    mask = np.delete(examples.mask, firsts)
+    targets = np.delete(examples.ids, firsts)
+    after = np.delete(np.append(examples.mask[1:], False), firsts)  # whether the token behind is a target as well
+    after[scores.starts[1:] - 1] = False
+    ends = mask & ~after & np.isin(targets, np.asarray(stop_ids))
+    loss = -float(scores.log_prob[mask].mean(dtype=np.float64))
+    metrics: dict[str, float | int] = {
+        "loss": loss,
+        "perplexity": math.exp(loss),
+        "token_accuracy": float(scores.correct[mask].mean()),
+        "num_targets": int(mask.sum()),
+    }
+    if ends.any():
+        metrics["stop_probability"] = float(np.exp(scores.log_prob[ends], dtype=np.float64).mean())
+    return metrics
+
+
+def answer_metrics(answers: Sequence[Answered]) -> dict[str, float | int]:
+    """Shares over all answers, and their mean length in tokens."""
+    return {
+        "exact_match": float(np.mean([one.right for one in answers])),
+        "stop_rate": float(np.mean([one.stopped for one in answers])),
+        "mean_length": float(np.mean([one.num_tokens for one in answers])),
+        "num_questions": len(answers),
+    }
+
+
+def _bar(what: str, total: int) -> tqdm:
+    return tqdm(desc=what, total=total, leave=False, disable=None)
+
+
+def _encode(
+    config: Config, sources: Sequence[SourceConfig], tokenizer: Any
+) -> tuple[list[Rows], Examples, Report, Encoder]:
+    train_on = "last_assistant" if config.data.train_on == "last_assistant" else "assistant"
+    opened = open_sources(sources)
+    encoder = Encoder(tokenizer, train_on, config.data.stop_token)
+    examples, report = encode_sources(opened, encoder, config.data.max_length, config.data.overlong)
+    return opened, examples, report, encoder

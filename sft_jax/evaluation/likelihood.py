@@ -1,0 +1,143 @@
+"""How likely a network finds given text, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh
+
+from sft_jax.data.examples import Examples
+from sft_jax.data.loader import local_rows, make_batch, to_mesh
+from sft_jax.data.packing import plan_run
+from sft_jax.models.decoder import Decoder
+from sft_jax.models.lora import Split
+from sft_jax.sharding import constrain
+from sft_jax.training.loss import CHUNK_SLOTS
+from sft_jax.tree import Params
+from sft_jax.typing import Array, Batch
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Of every token of some examples but their first, end to end; example ``i`` is ``[starts[i]:starts[i + 1]]``."""
+
+    log_prob: np.ndarray  # float32
+    correct: np.ndarray  # bool: it was the likeliest token
+    starts: np.ndarray
+
+
+class Scorer:
+    """Scores examples with one network, packed into rows; one program for all batches.
+
+    Args:
+        row_length: slots of a row; no example may be longer.
+        num_rows: rows of a batch.
+    """
+
+    def __init__(self, split: Split, mesh: Mesh, row_length: int, num_rows: int):
+        self._mesh, self._row_length, self._num_rows = mesh, row_length, num_rows
+        self._score = jax.jit(lambda trainable, frozen, batch: _token_scores(split.merge(trainable, frozen), batch))
+        self._diverge = jax.jit(
+            lambda base, tuned, frozen, batch: _divergence(split.merge(base, frozen), split.merge(tuned, frozen), batch)
+        )
+
+    def score(
+        self,
+        trainable: Params,
+        frozen: Params,
+        examples: Examples,
+        progress: Callable[[int], object] = lambda examples: None,
+    ) -> TokenScores:
+        """Log-probability of each token given those before it in its example."""
+        log_prob, correct = self._over_batches(
+            examples, lambda batch: self._score(trainable, frozen, batch), (np.float32, bool), progress
+        )
+        return TokenScores(log_prob, correct, _starts(examples))
+
+    def divergence(self, base: Params, tuned: Params, frozen: Params, examples: Examples) -> float:
+        """Mean over tokens of KL(base ‖ tuned) of the next-token distributions, in nats."""
+        (divergence,) = self._over_batches(
+            examples, lambda batch: (self._diverge(base, tuned, frozen, batch),), (np.float32,)
+        )
+        return float(divergence.mean(dtype=np.float64))
+
+    def _over_batches(
+        self,
+        examples: Examples,
+        compute: Callable[[Batch], tuple[Array, ...]],
+        dtypes: tuple[type, ...],
+        progress: Callable[[int], object] = lambda examples: None,
+    ) -> list[np.ndarray]:
+        """Run over all examples and put what comes out, ``[B, T]``, back into the order of the examples."""
+        plan = plan_run(examples.slots, self._row_length, self._num_rows, 1, shuffle=False)
+        mine = local_rows(self._mesh, self._num_rows)
+        starts = _starts(examples)
+        flat = [np.zeros(int(starts[-1]), dtype) for dtype in dtypes]
+        with jax.set_mesh(self._mesh):
+            for step in range(plan.num_steps):
+                rows = plan.rows_of(step)
+                local = make_batch(examples, rows[mine], mine.stop - mine.start, self._row_length)
+                computed = jax.device_get(compute(to_mesh(local, self._mesh, self._num_rows, mine)))
+                for r, items in enumerate(rows):
+                    at = 0
+                    for item in items:
+                        size = int(examples.slots[item])
+                        for into, values in zip(flat, computed, strict=True):
+                            into[starts[item] : starts[item + 1]] = values[r, at : at + size]
+                        at += size
+                progress(sum(map(len, rows)))
+        return flat
+
+
+def _starts(examples: Examples) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(examples.slots)])
+
+
+def _token_scores(model: Decoder, batch: Batch) -> tuple[Array, Array]:
+    hidden = model(batch.inputs, batch.segment_ids, batch.positions)
+    head = constrain(model.head(), "activation", "vocab")
+
+    def chunk(scanned: tuple[Array, Array]) -> tuple[Array, Array]:
+        hidden, targets = scanned
+        log_probs = _log_probs(hidden, head)
+        chosen = jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
+        return chosen, jnp.argmax(log_probs, axis=-1) == targets
+
+    return _in_chunks(chunk, hidden, batch.targets)
+
+
+def _divergence(base: Decoder, tuned: Decoder, batch: Batch) -> Array:
+    base_head, tuned_head = (constrain(model.head(), "activation", "vocab") for model in (base, tuned))
+
+    def chunk(scanned: tuple[Array, Array]) -> Array:
+        p, q = _log_probs(scanned[0], base_head), _log_probs(scanned[1], tuned_head)
+        return jnp.sum(jnp.exp(p) * (p - q), axis=-1)
+
+    where = (batch.inputs, batch.segment_ids, batch.positions)
+    return _in_chunks(chunk, base(*where), tuned(*where))
+
+
+def _log_probs(hidden: Array, head: Array) -> Array:
+    logits = jnp.einsum("bcd,dv->bcv", hidden, head, preferred_element_type=jnp.float32)
+    return jax.nn.log_softmax(constrain(logits, "batch", "length", "vocab"), axis=-1)
+
+
+def _in_chunks(function: Callable, *arrays: Array):
+    """``function`` over chunks of positions, so that no more than a chunk's logits exist at once."""
+    num_rows, length = arrays[0].shape[:2]
+    size = min(length, max(1, CHUNK_SLOTS // num_rows))
+    padding = -length % size
+
+    def split(x: Array) -> Array:  # [B, T, ...] -> [chunks, B, chunk, ...]
+        x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(num_rows, -1, size, *x.shape[2:]), 1, 0)
+
+    def join(x: Array) -> Array:
+        return jnp.moveaxis(x, 0, 1).reshape(num_rows, length + padding)[:, :length]
+
+    return jax.tree.map(join, lax.map(function, tuple(map(split, arrays))))

@@ -1,0 +1,219 @@
+"""Decoding with a cache: prompts in, tokens out, one compiled program for each bucket of shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh
+
+from sft_jax.errors import UserError
+from sft_jax.inference.sampling import Sampling, sample
+from sft_jax.models.cache import KeyValues
+from sft_jax.models.lora import Split
+from sft_jax.sharding import constrain
+from sft_jax.tree import Params
+from sft_jax.typing import Array, Bool, Int
+
+_SMALLEST_BUCKET = 16
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What was written after one prompt."""
+
+    ids: list[int]  # without the stop token
+    stopped: bool  # by a stop token; otherwise by the length limit
+
+    @property
+    def finish_reason(self) -> str:
+        """``stop`` or ``length``."""
+        return "stop" if self.stopped else "length"
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _State:
+    """A batch half written."""
+
+    cache: KeyValues  # [L, B, S, K, H]
+    token: Int[Array, "B"]  # drawn last, not yet in the cache
+    position: Int[Array, "B"]  # of that token
+    done: Bool[Array, "B"]
+    written: Int[Array, "B S"]  # tokens drawn, in order; stop tokens among them
+    num_written: Int[Array, ""]
+
+
+class Generator:
+    """Generates with one network.
+
+    Args:
+        split: the network.
+        max_positions: its longest context, prompt and answer together.
+        stop_ids: any of them ends an answer.
+        mesh: where the weights are.
+    """
+
+    def __init__(self, split: Split, max_positions: int, stop_ids: Sequence[int], mesh: Mesh):
+        self._max_positions = max_positions
+        self._stop_ids = tuple(sorted(set(stop_ids)))
+        self._mesh = mesh
+        self._shards = mesh.shape["data"] * mesh.shape["fsdp"]
+        stops = np.asarray(self._stop_ids, np.int32)
+
+        def draw(logits: Array, state: _State, keys: Array, sampling: tuple[Array, Array, Array]) -> _State:
+            keys = jax.vmap(lambda key: jax.random.fold_in(key, state.num_written))(keys)
+            token = jnp.where(state.done, state.token, sample(logits, keys, *sampling))
+            return _State(
+                cache=state.cache,
+                token=token,
+                position=jnp.where(state.done, state.position, state.position + 1),
+                done=state.done | jnp.isin(token, stops),
+                written=state.written.at[:, state.num_written].set(token),
+                num_written=state.num_written + 1,
+            )
+
+        def start(trainable: Params, frozen: Params, ids: Array, lengths: Array, keys: Array, sampling, slots: int):
+            model = split.merge(trainable, frozen)
+            where = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
+            inside = (where < lengths[:, None]).astype(jnp.int32)
+            hidden, cache = model.prefill(constrain(ids, "batch", "length"), inside, where)
+            last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)
+            state = _State(
+                cache=cache.grown(slots),
+                token=jnp.zeros_like(lengths),
+                position=lengths - 1,
+                done=lengths == 0,  # rows of padding
+                written=jnp.zeros((ids.shape[0], slots), jnp.int32),
+                num_written=jnp.zeros((), jnp.int32),
+            )
+            return draw(model.logits(last)[:, 0], state, keys, sampling)
+
+        def go_on(trainable: Params, frozen: Params, state: _State, limit: Array, keys: Array, sampling) -> _State:
+            model = split.merge(trainable, frozen)
+
+            def body(state: _State) -> _State:
+                hidden, new = model.decode(state.token[:, None], state.position[:, None], state.cache)
+                cache = state.cache.written(new, state.position)
+                state = _State(cache, state.token, state.position, state.done, state.written, state.num_written)
+                return draw(model.logits(hidden)[:, 0], state, keys, sampling)
+
+            return lax.while_loop(lambda s: (s.num_written < limit) & ~jnp.all(s.done), body, state)
+
+        self._start = jax.jit(start, static_argnames="slots")
+        self._go_on = jax.jit(go_on, donate_argnums=2)
+
+    def __call__(
+        self,
+        trainable: Params,
+        frozen: Params,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        sampling: Sampling | None = None,
+        batch_size: int = 16,
+        progress: Callable[[int], object] = lambda prompts: None,
+    ) -> list[Generated]:
+        """An answer to each prompt, in their order.
+
+        Each prompt's answer is its own: it does not depend on the prompts beside it, drawn tokens included.
+
+        Args:
+            prompts: token ids, none empty.
+            max_new_tokens: the length limit; where the context ends before, that is the limit.
+            progress: called with the number of prompts finished since the last call.
+
+        Raises:
+            UserError: a prompt that leaves no room in the context, or is empty.
+        """
+        sampling = sampling or Sampling()
+        for i, prompt in enumerate(prompts):
+            self._check(f"prompt {i + 1}", len(prompt))
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        answers: dict[int, Generated] = {}
+        for at in range(0, len(order), batch_size):
+            members = order[at : at + batch_size]
+            rows = min(batch_size, len(prompts))  # also for the last batch: no new program for a few rows less
+            batch = [prompts[i] for i in members]
+            state, limit, keys = self._begin(trainable, frozen, batch, members, rows, max_new_tokens, sampling)
+            with jax.set_mesh(self._mesh):
+                state = self._go_on(trainable, frozen, state, jnp.int32(limit), keys, sampling.numbers)
+            written = jax.device_get(state.written[:, :limit])
+            for row, i in enumerate(members):
+                room = min(limit, self._max_positions - len(prompts[i]))
+                answers[i] = self._answer(written[row, :room].tolist())
+            progress(len(members))
+        return [answers[i] for i in range(len(prompts))]
+
+    def stream(
+        self,
+        trainable: Params,
+        frozen: Params,
+        prompt: Sequence[int],
+        max_new_tokens: int,
+        sampling: Sampling | None = None,
+    ) -> Iterator[int]:
+        """The tokens of one answer as they come; a stop token ends the iteration and is its last element.
+
+        Raises:
+            UserError: as :meth:`__call__`.
+        """
+        sampling = sampling or Sampling()
+        self._check("the prompt", len(prompt))
+        state, limit, keys = self._begin(trainable, frozen, [prompt], [0], 1, max_new_tokens, sampling)
+        for step in range(limit):
+            if step:
+                with jax.set_mesh(self._mesh):
+                    state = self._go_on(trainable, frozen, state, jnp.int32(step + 1), keys, sampling.numbers)
+            token = int(state.token[0])
+            yield token
+            if token in self._stop_ids:
+                return
+
+    def _check(self, name: str, length: int) -> None:
+        if length == 0:
+            raise UserError(f"{name} is empty")
+        if length >= self._max_positions:
+            raise UserError(
+                f"{name} has {length} tokens; the model's context has {self._max_positions} and an answer needs room"
+            )
+
+    def _begin(
+        self,
+        trainable: Params,
+        frozen: Params,
+        prompts: Sequence[Sequence[int]],
+        indices: Sequence[int],
+        num_rows: int,
+        max_new_tokens: int,
+        sampling: Sampling,
+    ) -> tuple[_State, int, Array]:
+        """Prefill a batch and draw the first token: state, number of tokens to write at most, one key a row."""
+        longest = max(map(len, prompts))
+        limit = min(max_new_tokens, self._max_positions - min(map(len, prompts)))
+        length = _bucket(longest)
+        slots = max(length, _bucket(longest + limit))
+        rows = _bucket(num_rows, 1)
+        rows += -rows % self._shards
+        ids, lengths, numbers = np.zeros((rows, length), np.int32), np.zeros(rows, np.int32), np.zeros(rows, np.int32)
+        for row, (prompt, index) in enumerate(zip(prompts, indices, strict=True)):
+            ids[row, : len(prompt)], lengths[row], numbers[row] = prompt, len(prompt), index
+        key = jax.random.key(sampling.seed)
+        keys = jax.vmap(lambda number: jax.random.fold_in(key, number))(jnp.asarray(numbers))
+        with jax.set_mesh(self._mesh):
+            state = self._start(trainable, frozen, ids, lengths, keys, sampling.numbers, slots=slots)
+        return state, limit, keys
+
+    def _answer(self, tokens: list[int]) -> Generated:
+        for i, token in enumerate(tokens):
+            if token in self._stop_ids:
+                return Generated(tokens[:i], stopped=True)
+        return Generated(tokens, stopped=False)
+
+
+def _bucket(size: int, smallest: int = _SMALLEST_BUCKET) -> int:
+    """The next power of two: few programs serve all sizes."""
+    return max(smallest, 1 << (size - 1).bit_length())

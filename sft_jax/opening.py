@@ -1,0 +1,167 @@
+"""A network ready to be used, from whatever a user has: built-in name, model folder, hub id, run folder or adapter."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from sft_jax.architecture import Architecture
+from sft_jax.config import LoraConfig
+from sft_jax.errors import UserError
+from sft_jax.hf.config import read_architecture, read_config, stop_ids
+from sft_jax.hf.hub import find_model
+from sft_jax.hf.load import load_params
+from sft_jax.hf.peft import load_adapter, read_adapter_config, token_rows
+from sft_jax.hf.reader import TensorReader
+from sft_jax.hf.tokenizer import load_tokenizer
+from sft_jax.inference.generator import Generator
+from sft_jax.models.lora import Split
+from sft_jax.runs import is_run, open_run
+from sft_jax.sharding import check_heads, make_mesh
+from sft_jax.training.weights import build
+from sft_jax.tree import Params, flatten, unflatten
+from sft_jax.tree import Path as LeafPath
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A network with its weights in place: adapters in float32, everything else in the compute dtype."""
+
+    description: str  # what was opened, for people
+    arch: Architecture
+    tokenizer: Any
+    mesh: Mesh
+    split: Split
+    adapter: Params
+    frozen: Params
+    stop_ids: list[int]
+
+    def generator(self) -> Generator:
+        """A generator that stops at this network's stop tokens."""
+        return Generator(self.split, self.arch.max_positions, self.stop_ids, self.mesh)
+
+
+def open_model(
+    name: str,
+    base: str | None = None,
+    step: int | None = None,
+    dtype: str | None = None,
+    devices: Sequence[Any] | None = None,
+) -> Opened:
+    """Open a model by what a user calls it, over all devices.
+
+    Args:
+        name: ``builtin:tiny``, a Hugging Face folder or id, a run folder, or a PEFT adapter folder.
+        base: the base model of an adapter, where it is not where the adapter says.
+        step: a checkpoint of a run; by default the last.
+        dtype: of computing; by default the run's, or that of the files.
+        devices: which to use; by default all there are.
+
+    Raises:
+        UserError: nothing of that name, or a base that is missing or does not fit.
+    """
+    folder = Path(name).expanduser()
+    mesh = make_mesh(devices=devices)
+    if is_run(folder):
+        return _open_run(folder, step, dtype, mesh)
+    if step is not None:
+        raise UserError(f"{name}: only run folders have steps, and this is none")
+    if (folder / "adapter_config.json").is_file():
+        return _open_adapter(folder, base, dtype, mesh)
+    if base is not None:
+        raise UserError(f"{name}: only adapters have a base model, and this is none (no adapter_config.json)")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise UserError(f"{name}: neither a run, nor a Hugging Face model, nor a PEFT adapter is in this folder")
+    found = find_model(name, asked_by="model")
+    tokenizer, _ = load_tokenizer(found)
+    arch = read_architecture(found)
+    dtype = dtype or _file_dtype(found)
+    split = build(arch, mesh, None, dtype, remat="none", full=False)
+    frozen = _place(split.frozen, arch, TensorReader(found), {}, arch.vocab_size)
+    stops = _with_eos(stop_ids(found), tokenizer)
+    return Opened(f"{name}, {arch.family}, {dtype}", arch, tokenizer, mesh, split, {}, frozen, stops)
+
+
+def _open_run(folder: Path, step: int | None, dtype: str | None, mesh: Mesh) -> Opened:
+    run = open_run(folder, step)
+    arch = read_architecture(run.base)
+    old_vocab_size = arch.vocab_size
+    arch = dataclasses.replace(arch, vocab_size=run.vocab_size)
+    check_heads(arch.num_heads, mesh)
+    dtype = dtype or run.config.model.dtype
+    split = build(arch, mesh, run.config.lora, dtype, remat="none", full=False)
+    frozen = _place(split.frozen, arch, run.reader, run.params, old_vocab_size)
+    adapter = {path: _put(run.params[path], leaf) for path, leaf in flatten(split.trainable).items()}
+    stops = list(dict.fromkeys([*run.stop_ids, *_with_eos(stop_ids(run.base), run.tokenizer)]))
+    what = f"{folder} at step {run.step}, {'full fine-tuning' if run.config.lora is None else 'LoRA'} of "
+    return Opened(
+        f"{what}{run.config.model.path}, {dtype}", arch, run.tokenizer, mesh, split, unflatten(adapter), frozen, stops
+    )
+
+
+def _open_adapter(folder: Path, base: str | None, dtype: str | None, mesh: Mesh) -> Opened:
+    config = read_adapter_config(folder)
+    asked_by = "--base" if base else f"{folder / 'adapter_config.json'}: base_model_name_or_path"
+    found = find_model(base or config.base, None if base else config.revision, asked_by)
+    arch = read_architecture(found)
+    old_vocab_size = arch.vocab_size
+    arch = dataclasses.replace(arch, vocab_size=max(arch.vocab_size, token_rows(folder) or 0))
+    check_heads(arch.num_heads, mesh)
+    has_tokenizer = (folder / "tokenizer.json").is_file()
+    tokenizer, _ = load_tokenizer(folder if has_tokenizer else found)
+    dtype = dtype or _file_dtype(found)
+    lora = LoraConfig(rank=config.rank, alpha=config.alpha, target_modules=config.target_modules)
+    split = build(arch, mesh, lora, dtype, remat="none", full=False)
+    tables = {path: leaf for path, leaf in flatten(split.frozen).items() if path[0] in ("embed_tokens", "lm_head")}
+    wanted = flatten(split.trainable) | tables
+    given = load_adapter(str(folder), wanted, arch.num_layers, config.rank, config.alpha)
+    frozen = _place(split.frozen, arch, TensorReader(found), given, old_vocab_size)
+    adapter = unflatten({path: given[path] for path in flatten(split.trainable)})
+    stops = _with_eos(stop_ids(folder) or stop_ids(found), tokenizer)
+    return Opened(
+        f"{folder}, adapter of rank {config.rank} on {base or config.base}, {dtype}",
+        arch,
+        tokenizer,
+        mesh,
+        split,
+        adapter,
+        frozen,
+        stops,
+    )
+
+
+def _place(
+    abstract: Params, arch: Architecture, reader: TensorReader | None, given: dict[LeafPath, Any], old_vocab_size: int
+) -> Params:
+    """Base leaves in place: those given as they are, the others from the files."""
+    leaves = flatten(abstract)
+    loaded = {path: _put(given[path], leaf) for path, leaf in leaves.items() if path in given}
+    wanted = leaves.keys() - loaded.keys()
+    if reader is not None:
+        loaded |= load_params(reader, leaves, wanted, arch.num_layers, arch.tie_word_embeddings, old_vocab_size)
+    return unflatten({path: loaded[path] for path in leaves})
+
+
+def _put(value: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    if isinstance(value, jax.Array):
+        return value
+    sharding: Any = leaf.sharding
+    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: np.asarray(value[index]).astype(leaf.dtype))
+
+
+def _file_dtype(folder: Path) -> str:
+    """The dtype of a model's files, as far as it is one we compute in: float16 has too small a range."""
+    config = read_config(folder)
+    dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
+    return "float32" if dtype == "float32" else "bfloat16"
+
+
+def _with_eos(ids: list[int], tokenizer: Any) -> list[int]:
+    return ids or ([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])

@@ -1,0 +1,107 @@
+"""Charts as SVG that takes its colours from the page around it, so that one page is right in light and in dark."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from typing import Any
+
+# Placeholders matplotlib draws with -> variables of the page's style sheet.
+_COLOURS = {
+    "#010101": "var(--ink)",
+    "#020202": "var(--line)",
+    "#030303": "var(--base)",
+    "#040404": "var(--few-shot)",
+    "#050505": "var(--tuned)",
+}
+_INK, _LINE, BASE, FEW_SHOT, TUNED = _COLOURS
+_SMOOTHING = 0.9
+
+
+def bars(groups: Sequence[str], series: dict[str, tuple[str, list[float | None]]], per_cent: bool) -> str:
+    """Groups of bars with their figures above.
+
+    Args:
+        series: name to (colour, one value a group; None draws no bar).
+        per_cent: values are shares.
+    """
+    figure, axes = _figure()
+    width = 0.8 / len(series)
+    for i, (name, (colour, values)) in enumerate(series.items()):
+        places = [group + (i - (len(series) - 1) / 2) * width for group in range(len(groups))]
+        shown = [(place, value) for place, value in zip(places, values, strict=True) if value is not None]
+        drawn = axes.bar([p for p, _ in shown], [v for _, v in shown], width * 0.92, color=colour, label=name)
+        labels = [f"{value:.0%}" if per_cent else f"{value:.2f}" for _, value in shown]
+        axes.bar_label(drawn, labels, fontsize=8, color=_INK, padding=2)
+    axes.set_xticks(range(len(groups)), groups)
+    axes.tick_params(axis="x", length=0)
+    if per_cent:
+        axes.set_ylim(0, 1.12)
+        axes.set_yticks([0, 0.5, 1], ["0 %", "50 %", "100 %"])
+    else:
+        axes.margins(y=0.15)
+    return _svg(figure, axes)
+
+
+def loss_curves(metrics: Sequence[dict[str, Any]]) -> str:
+    """Training loss, smoothed, and held-out loss by step, from the rows of ``metrics.jsonl``."""
+    figure, axes = _figure()
+    train = [(row["step"], row["loss"]) for row in metrics if row.get("loss") is not None]
+    held_out = [(row["step"], row["eval_loss"]) for row in metrics if row.get("eval_loss") is not None]
+    if train:
+        steps, losses = zip(*train, strict=True)
+        smooth, average = [], losses[0]
+        for loss in losses:
+            average = _SMOOTHING * average + (1 - _SMOOTHING) * loss
+            smooth.append(average)
+        axes.plot(steps, losses, color=BASE, linewidth=0.8, alpha=0.6)
+        axes.plot(steps, smooth, color=BASE, linewidth=1.8, label="training, smoothed")
+    if held_out:
+        steps, losses = zip(*held_out, strict=True)
+        axes.plot(steps, losses, color=TUNED, linewidth=1.8, marker="o", markersize=3.5, label="held out")
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss per target token")
+    axes.grid(color=_LINE, linewidth=0.6)
+    return _svg(figure, axes)
+
+
+def _figure() -> tuple[Any, Any]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(5.2, 2.9), layout="constrained")
+    figure.patch.set_alpha(0)
+    axes.patch.set_alpha(0)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(_LINE)
+    axes.tick_params(colors=_INK, labelsize=8)
+    axes.xaxis.label.set_color(_INK)
+    axes.yaxis.label.set_color(_INK)
+    axes.xaxis.label.set_fontsize(9)
+    axes.yaxis.label.set_fontsize(9)
+    return figure, axes
+
+
+def _svg(figure: Any, axes: Any) -> str:
+    import matplotlib
+    from matplotlib import pyplot
+
+    axes.legend(frameon=False, fontsize=8, labelcolor=_INK, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+    text = io.StringIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif"}):
+        figure.savefig(text, format="svg", metadata=nothing)
+    pyplot.close(figure)
+    svg = text.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font: \1 var(--font)", svg)
+    for placeholder, variable in _COLOURS.items():
+        svg = svg.replace(placeholder, variable)
+    return svg

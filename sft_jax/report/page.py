@@ -1,0 +1,90 @@
+"""One self-contained page about a run: figures, curves, answers side by side, and which tokens were trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sft_jax.evaluation.compare import Comparison
+from sft_jax.report import charts, table
+
+_SHARES = ("exact_match", "stop_rate", "token_accuracy")
+_COLOURS = {"base": charts.BASE, "few_shot": charts.FEW_SHOT, "tuned": charts.TUNED}
+_MAX_SAMPLES = 24
+
+
+def write_page(
+    path: Path,
+    title: str,
+    facts: dict[str, str],
+    comparison: Comparison,
+    metrics: Sequence[dict[str, Any]],
+    trained_rows: Sequence[list[tuple[str, bool]]],
+) -> Path:
+    """Write the page; it needs no network and no other file.
+
+    Args:
+        facts: what was tuned and how, as label and text.
+        metrics: the rows of ``metrics.jsonl``.
+        trained_rows: training rows as pieces of text with whether they are trained.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    page = environment.get_template("page.html.jinja").render(
+        title=title,
+        facts=facts,
+        columns=table.columns(comparison),
+        rows=table.rows(comparison),
+        share_chart=_shares(comparison),
+        loss_chart=charts.loss_curves(metrics) if metrics else "",
+        document_chart=_documents(comparison),
+        document_kl=comparison.summary["tuned"].get("document_kl"),
+        num_asked=len(comparison.asked),
+        samples=_samples(comparison),
+        trained_rows=trained_rows,
+    )
+    partial = path.with_suffix(".partial")
+    partial.write_text(page, encoding="utf-8")
+    partial.replace(path)
+    return path
+
+
+def _shares(comparison: Comparison) -> str:
+    keys = [key for key in _SHARES if any(key in metrics for metrics in comparison.summary.values())]
+    series = {
+        name: (_COLOURS[column], [comparison.summary[column].get(key) for key in keys])
+        for column, name in table.columns(comparison).items()
+    }
+    return charts.bars([table.METRICS[key][0] for key in keys], series, per_cent=True)
+
+
+def _documents(comparison: Comparison) -> str:
+    values = {column: comparison.summary[column].get("document_perplexity") for column in ("base", "tuned")}
+    if None in values.values():
+        return ""
+    return charts.bars(
+        ["perplexity of documents"],
+        {column: (_COLOURS[column], [value]) for column, value in values.items()},
+        per_cent=False,
+    )
+
+
+def _samples(comparison: Comparison) -> list[dict[str, Any]]:
+    """Wrong answers of the tuned network first: they are what one wants to read."""
+    tuned = comparison.answers.get("tuned", [])
+    order = sorted(range(len(tuned)), key=lambda i: tuned[i].right)[: _MAX_SAMPLES // 2]
+    spread = [round(i * (len(tuned) - 1) / (_MAX_SAMPLES - 1)) for i in range(_MAX_SAMPLES)] if tuned else []
+    wrong = [i for i in order if not tuned[i].right]
+    chosen = list(dict.fromkeys([*wrong, *spread]))[:_MAX_SAMPLES]
+    return [
+        {
+            "question": comparison.asked[i].question,
+            "gold": comparison.asked[i].answer,
+            "answers": {column: comparison.answers[column][i] for column in table.columns(comparison)},
+        }
+        for i in chosen
+    ]

@@ -1,0 +1,61 @@
+"""The comparison as lines of text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sft_jax.evaluation.compare import Comparison
+
+# key -> (label, format); shares are shown in per cent
+METRICS: dict[str, tuple[str, str]] = {
+    "exact_match": ("exact match", "{:.1%}"),
+    "stop_rate": ("stops by itself", "{:.1%}"),
+    "mean_length": ("mean length (tokens)", "{:.1f}"),
+    "loss": ("loss per target token", "{:.3f}"),
+    "perplexity": ("perplexity of the answers", "{:.2f}"),
+    "token_accuracy": ("token accuracy", "{:.1%}"),
+    "stop_probability": ("p(stop) where answers end", "{:.3f}"),
+    "document_perplexity": ("perplexity of documents", "{:.2f}"),
+    "document_kl": ("KL to the base on documents", "{:.3f}"),
+}
+_NAMES = {"base": "base", "few_shot": "base, {shots}-shot", "tuned": "tuned"}
+
+
+def columns(comparison: Comparison) -> dict[str, str]:
+    """The networks compared, in the order they are shown, with their headings."""
+    summary = comparison.summary
+    return {key: name.format(**summary[key]) for key, name in _NAMES.items() if key in summary}
+
+
+def rows(comparison: Comparison) -> list[tuple[str, list[str]]]:
+    """A label and one formatted figure a column, "–" where something was not measured."""
+    found = []
+    for key, (label, form) in METRICS.items():
+        values = [comparison.summary[column].get(key) for column in columns(comparison)]
+        if any(value is not None for value in values):
+            found.append((label, ["–" if value is None else form.format(value) for value in values]))
+    return found
+
+
+def as_text(comparison: Comparison, num_samples: int = 4) -> str:
+    """Some answers side by side, then the table."""
+    lines = []
+    chosen = _spread(len(comparison.asked), num_samples) if comparison.answers else []
+    for i in chosen:
+        question = comparison.asked[i]
+        lines += ["", f"  {question.question}   (held out; right: {question.answer})"]
+        for column, name in columns(comparison).items():
+            answer = comparison.answers[column][i]
+            text = answer.text if len(answer.text) <= 90 else f"{answer.text[:90]} …"
+            ending = "■ stops" if answer.stopped else "… does not stop"
+            lines.append(f"    {name:>13}  {text!r} {ending}")
+    headings = list(columns(comparison).values())
+    width = max(15, *map(len, headings)) + 2
+    asked = f"{len(comparison.asked)} held-out questions" if comparison.asked else "held-out text"
+    lines += ["", f"  {asked:<28}" + "".join(f"{name:>{width}}" for name in headings)]
+    lines += [f"  {label:<28}" + "".join(f"{value:>{width}}" for value in values) for label, values in rows(comparison)]
+    return "\n".join(lines)
+
+
+def _spread(total: int, num: int) -> Sequence[int]:
+    return sorted({round(i * (total - 1) / max(1, num - 1)) for i in range(min(num, total))})

@@ -1,0 +1,77 @@
+"""What an evaluation leaves in a run folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sft_jax.config import Config
+from sft_jax.data.chat import Encoder
+from sft_jax.data.pieces import pieces
+from sft_jax.data.sources import open_sources
+from sft_jax.evaluation.compare import Comparison
+from sft_jax.report.page import write_page
+
+_SHOWN_ROWS = 4
+
+
+def write_report(
+    config: Config,
+    run: Path,
+    step: int,
+    comparison: Comparison,
+    metrics: Sequence[dict[str, Any]],
+    tokenizer: Any,
+) -> Path:
+    """``summary.json``, ``answers.jsonl`` and ``report.html`` in ``run/report``; returns the page.
+
+    Args:
+        metrics: the rows of ``metrics.jsonl``.
+    """
+    folder = run / "report"
+    folder.mkdir(exist_ok=True)
+    _write(folder / "summary.json", json.dumps({"step": step} | comparison.summary, indent=1) + "\n")
+    lines = []
+    for i, question in enumerate(comparison.asked):
+        row: dict[str, Any] = {"question": question.question, "answer": question.answer}
+        row |= {name: dataclasses.asdict(answers[i]) for name, answers in comparison.answers.items()}
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    _write(folder / "answers.jsonl", "".join(lines))
+    title = f"{run.name}: step {step}"
+    return write_page(
+        folder / "report.html", title, _facts(config, step), comparison, metrics, _trained_rows(config, tokenizer)
+    )
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def _facts(config: Config, step: int) -> dict[str, str]:
+    lora = config.lora
+    method = "all weights" if lora is None else f"LoRA, rank {lora.rank}, alpha {lora.alpha:g}"
+    optimizer = config.optimizer
+    return {
+        "base model": config.model.path,
+        "tuned": f"{method}; loss on {config.data.train_on} tokens",
+        "training data": ", ".join(source.path for source in config.data.train),
+        "held out": ", ".join(source.path for source in config.data.eval),
+        "documents": ", ".join(source.path for source in config.evaluation.documents) or "none",
+        "training": f"{step} steps of {config.training.batch_size} × {config.data.max_length} tokens, "
+        f"learning rate {optimizer.learning_rate:g} {optimizer.schedule}, seed {config.training.seed}",
+        "answers": f"greedy, at most {config.evaluation.max_new_tokens} tokens, compared as {config.evaluation.answer}",
+    }
+
+
+def _trained_rows(config: Config, tokenizer: Any) -> list[list[tuple[str, bool]]]:
+    """The first rows of the training data as pieces of text with whether they are trained."""
+    source = open_sources(config.data.train)[0]
+    columns = source.rows[:_SHOWN_ROWS]
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    encoded = Encoder(tokenizer, config.data.train_on, config.data.stop_token).encode(source.format, rows)
+    return [pieces(tokenizer, row.ids[: config.data.max_length], row.mask[: config.data.max_length]) for row in encoded]

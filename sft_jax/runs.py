@@ -1,0 +1,82 @@
+"""What a finished or half-finished run left: config, trained leaves, tokenizer, and the base model they belong to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from sft_jax import config as configs
+from sft_jax.checkpoint import Checkpoints
+from sft_jax.config import Config
+from sft_jax.errors import UserError
+from sft_jax.hf.config import read_config
+from sft_jax.hf.hub import find_model
+from sft_jax.hf.reader import TensorReader
+from sft_jax.hf.tokenizer import load_tokenizer
+from sft_jax.tree import Path as LeafPath
+from sft_jax.tree import flatten
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder, opened at one checkpoint."""
+
+    folder: Path
+    config: Config
+    step: int
+    params: dict[LeafPath, np.ndarray]  # trained leaves, float32
+    base: Path  # folder of the base model
+    reader: TensorReader | None  # None where the base is random weights, all of which were trained
+    tokenizer: Any
+    stop_ids: list[int]  # stop tokens in the training data, the most frequent first
+    vocab_size: int  # of the trained network: the base's, and added tokens
+
+    def dtype(self, name: str) -> np.dtype:
+        """The dtype of a tensor in the base model's files."""
+        if self.reader is not None:
+            return self.reader.dtype(name)
+        config = read_config(self.base)
+        dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
+        return np.dtype({"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}[dtype])
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is one that training writes into."""
+    return (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir()
+
+
+def open_run(folder: str | Path, step: int | None = None) -> Run:
+    """Read a run folder.
+
+    Args:
+        step: a checkpoint; by default the last.
+
+    Raises:
+        UserError: not a run folder, no (such) checkpoint, or the base model is missing or has changed.
+    """
+    folder = Path(folder)
+    if not is_run(folder):
+        raise UserError(f"{folder}: not a run folder; it has no config.yaml and checkpoints")
+    config = configs.load(folder / "config.yaml")
+    checkpoints = Checkpoints(folder / "checkpoints", config.training.keep_checkpoints)
+    try:
+        steps = checkpoints.steps()
+        if not steps:
+            raise UserError(f"{folder}: has no checkpoint yet")
+        if step is not None and step not in steps:
+            raise UserError(f"{folder}: has no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
+        step = steps[-1] if step is None else step
+        identity = checkpoints.run(step)
+        base = find_model(config.model.path, config.model.revision)
+        reader = TensorReader(base) if config.model.init == "pretrained" else None
+        if reader is not None and reader.fingerprint() != identity["base"]:
+            raise UserError(f"{base}: the base model has changed since {folder} was trained")
+        params = flatten(checkpoints.restore_params(step))
+    finally:
+        checkpoints.close()
+    tokenizer, _ = load_tokenizer(folder / "tokenizer")
+    return Run(folder, config, step, params, base, reader, tokenizer, identity["stop_ids"], identity["vocab_size"])

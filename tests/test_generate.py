@@ -1,0 +1,338 @@
+"""Generation: the cache computes what training computes, drawing follows the settings, every kind of model opens."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from kit import CHATML, load_model, logits, make_model, one_device, run_config, sft_jax
+
+from sft_jax.errors import UserError
+from sft_jax.export import export
+from sft_jax.generate import generate, read_prompts
+from sft_jax.inference.generator import Generator
+from sft_jax.inference.sampling import Sampling, filter_logits, sample
+from sft_jax.models.attention import attention, cached_attention
+from sft_jax.models.cache import KeyValues
+from sft_jax.opening import open_model
+from sft_jax.train import train
+
+SHAPES = {
+    "llama": {},
+    "window": {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 5},
+    "qwen3-windows": {
+        "model_type": "qwen3",
+        "architectures": ["Qwen3ForCausalLM"],
+        "use_sliding_window": True,
+        "sliding_window": 6,
+        "max_window_layers": 1,
+        "tie_word_embeddings": False,
+    },
+}
+PROMPTS = [[5, 9, 200, 31], list(range(60, 99)), [7], list(range(100, 117))]
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("window", [None, 4])
+def test_cached_attention_is_the_last_row_of_attention(window):
+    rng = np.random.default_rng(0)
+    length, slots = 9, 16
+    q, k, v = (jnp.asarray(rng.normal(size=(2, length, heads, 6)), jnp.float32) for heads in (4, 2, 2))
+    whole = attention(q, k, v, jnp.ones((2, length), jnp.int32), window)
+    for position in (0, 3, length - 1):
+        junk = jnp.full((2, slots, 2, 6), 1e3)  # slots at and behind the position are never looked at
+        cache = KeyValues(junk.at[:, :position].set(k[:, :position]), junk.at[:, :position].set(v[:, :position]))
+        here = slice(position, position + 1)
+        one = cached_attention(q[:, here], k[:, here], v[:, here], cache, jnp.full((2, 1), position), window)
+        np.testing.assert_allclose(one[:, 0], whole[:, position], atol=1e-6)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("shape", SHAPES)
+def test_cache_gives_the_logits_of_training(shape, tmp_path):
+    """Rows of unequal length in one padded batch, continued token by token."""
+    model, _, _ = load_model(make_model(tmp_path / "model", **SHAPES[shape]))
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(0, 380, size).tolist() for size in (3, 21, 11)]
+    num_prompt = [1, 14, 9]
+    padded, slots = 16, 32
+    ids = np.zeros((3, padded), np.int32)
+    for r, (row, n) in enumerate(zip(rows, num_prompt, strict=True)):
+        ids[r, :n] = row[:n]
+    where = jnp.broadcast_to(jnp.arange(padded), ids.shape)
+    hidden, cache = model.prefill(ids, (where < jnp.asarray(num_prompt)[:, None]).astype(jnp.int32), where)
+    first = model.logits(hidden)
+    cache = cache.grown(slots)
+    step = jax.jit(lambda token, position, cache: model.decode(token[:, None], position[:, None], cache))
+    for r, (row, n) in enumerate(zip(rows, num_prompt, strict=True)):
+        expected = logits(model, np.asarray([row]))[0]
+        np.testing.assert_allclose(first[r, :n], expected[:n], atol=1e-4)
+    position = jnp.asarray(num_prompt)
+    for _ in range(3):
+        token = jnp.asarray([row[min(p, len(row) - 1)] for row, p in zip(rows, position.tolist(), strict=True)])
+        hidden, new = step(token, position, cache)
+        cache = cache.written(new, position)
+        for r, row in enumerate(rows):
+            at = int(position[r])
+            if at < len(row):
+                expected = logits(model, np.asarray([row[: at + 1]]))[0, -1]
+                np.testing.assert_allclose(model.logits(hidden)[r, 0], expected, atol=1e-4)
+        position = position + 1
+
+
+def test_greedy_text_is_transformers_text(data_dir):
+    """256 tokens of a really trained model, from prompts of unequal length, end of text ignored."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = data_dir / "models" / "stories260K"
+    opened = open_model(str(folder), devices=one_device())
+    reference = AutoModelForCausalLM.from_pretrained(folder).eval()
+    texts = ["Once upon a time", "Lily and Tom went to the", "One day, a big dog"]
+    prompts = [opened.tokenizer(text)["input_ids"] for text in texts]
+    num = min(256, opened.arch.max_positions - max(map(len, prompts)))
+    assert num == 256
+    ours = Generator(opened.split, opened.arch.max_positions, [], opened.mesh)(
+        opened.adapter, opened.frozen, prompts, num
+    )
+    for prompt, one in zip(prompts, ours, strict=True):
+        with torch.no_grad():
+            theirs = reference.generate(
+                torch.tensor([prompt]),
+                attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                max_new_tokens=num,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+            )[0, len(prompt) :].tolist()
+        assert len(one.ids) == num
+        assert one.ids == theirs
+
+
+def test_filter_is_that_of_transformers():
+    import torch
+    from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    rng = np.random.default_rng(0)
+    for temperature, top_k, top_p in ((0.7, 0, 1.0), (1.3, 5, 1.0), (1.0, 0, 0.8), (0.5, 7, 0.6), (2.0, 1, 0.01)):
+        scores = rng.normal(size=(20, 40)).astype(np.float32) * 3
+        expected = TemperatureLogitsWarper(temperature)(None, torch.tensor(scores))
+        if top_k:
+            expected = TopKLogitsWarper(top_k)(None, expected)
+        if top_p < 1:
+            expected = TopPLogitsWarper(top_p)(None, expected)
+        numbers = Sampling(temperature, top_k, top_p).numbers
+        ours = jax.vmap(lambda row, numbers=numbers: filter_logits(row, *numbers))(scores)
+        np.testing.assert_allclose(ours, expected.numpy(), rtol=1e-6)
+
+
+@pytest.mark.smoke
+def test_what_is_drawn_follows_the_probabilities():
+    scores = jnp.asarray([[0.0, 1.0, 2.0, -1.0]])
+    keys = jax.random.split(jax.random.key(0), 4000)
+    drawn = np.asarray(sample(jnp.tile(scores, (4000, 1)), keys, *Sampling(1.0).numbers))
+    expected = jax.nn.softmax(scores[0])
+    np.testing.assert_allclose(np.bincount(drawn, minlength=4) / 4000, expected, atol=0.03)
+    assert set(np.asarray(sample(jnp.tile(scores, (400, 1)), keys[:400], *Sampling(1.0, top_k=2).numbers))) == {1, 2}
+    assert set(np.asarray(sample(jnp.tile(scores, (400, 1)), keys[:400], *Sampling(0.0).numbers))) == {2}
+
+
+@pytest.fixture(scope="module")
+def opened(tiny):
+    return open_model(str(tiny), devices=one_device())
+
+
+def ids_of(opened, prompts, num=20, sampling=None, **options):
+    return [one.ids for one in opened.generator()(opened.adapter, opened.frozen, prompts, num, sampling, **options)]
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_answer_does_not_depend_on_its_neighbours(opened, temperature):
+    sampling = Sampling(temperature, seed=3)
+    together = ids_of(opened, PROMPTS, sampling=sampling)
+    assert together == ids_of(opened, PROMPTS, sampling=sampling, batch_size=2)
+    if temperature == 0:
+        assert together == [ids_of(opened, [prompt])[0] for prompt in PROMPTS]
+    else:
+        assert together != ids_of(opened, PROMPTS, sampling=Sampling(temperature, seed=4))
+    assert together[0] != together[1]
+
+
+@pytest.mark.smoke
+def test_one_program_a_bucket(opened):
+    generator = opened.generator()
+    for length in (5, 9, 14):  # a prompt of up to 16 tokens, and up to 32 with the answer
+        generator(opened.adapter, opened.frozen, [list(range(20, 20 + length))] * 3, 12)
+    generator(opened.adapter, opened.frozen, [[5, 6, 7, 8, 9]] * 4, 12, Sampling(0.9, 3, 0.7, 1))
+    assert (generator._start._cache_size(), generator._go_on._cache_size()) == (1, 1)
+
+
+@pytest.mark.smoke
+def test_devices_do_not_matter(tiny, opened):
+    assert len(jax.devices()) == 8
+    assert ids_of(open_model(str(tiny)), PROMPTS) == ids_of(opened, PROMPTS)
+
+
+@pytest.mark.smoke
+def test_stopping_and_streaming(opened):
+    free = ids_of(opened, PROMPTS, 30)
+    at = 7
+    stop = free[1][at]
+    first = free[1].index(stop)
+    generator = Generator(opened.split, opened.arch.max_positions, [stop], opened.mesh)
+    answers = generator(opened.adapter, opened.frozen, PROMPTS, 30)
+    assert answers[1].ids == free[1][:first]
+    assert answers[1].finish_reason == "stop"
+    for one, whole in zip(answers, free, strict=True):
+        assert one.ids == (whole[: whole.index(stop)] if stop in whole else whole)
+        assert one.stopped == (stop in whole)
+    assert list(generator.stream(opened.adapter, opened.frozen, PROMPTS[1], 30)) == [*answers[1].ids, stop]
+    for prompt, whole in zip(PROMPTS, free, strict=True):
+        assert list(opened.generator().stream(opened.adapter, opened.frozen, prompt, 9)) == whole[:9]
+    sampling = Sampling(1.0, seed=5)
+    drawn = ids_of(opened, PROMPTS[:1], 9, sampling)[0]
+    assert list(opened.generator().stream(opened.adapter, opened.frozen, PROMPTS[0], 9, sampling)) == drawn
+
+
+@pytest.mark.smoke
+def test_the_context_ends(opened):
+    long = (list(range(4, 380)) * 2)[:500]  # of 512
+    short, cut = ids_of(opened, [[5, 6], long], 40)
+    assert (len(short), len(cut)) == (40, 12)
+    assert cut == ids_of(opened, [long], 12)[0]
+    with pytest.raises(UserError, match="prompt 2 has 512 tokens; the model's context has 512"):
+        ids_of(opened, [[5, 6], (list(range(4, 380)) * 2)[:512]])
+    with pytest.raises(UserError, match="prompt 1 is empty"):
+        ids_of(opened, [[]])
+
+
+@pytest.fixture(scope="module")
+def tuned(tiny, chats, tmp_path_factory):
+    """A LoRA run and a full run, one of them with added tokens, and their exports."""
+    folder = tmp_path_factory.mktemp("tuned")
+    template = folder / "template.jinja"
+    template.write_text(CHATML.replace("<|im_end|>", "<|done|>"))
+    added = {"data__chat_template": str(template), "data__added_tokens": ["<|done|>"]}
+    for name, changes in {"lora": {}, "added": added, "full": {"lora": None}}.items():
+        train(run_config(tiny, chats, folder / name, training__max_steps=8, **changes), one_device())
+        export(folder / name, folder / f"{name}-merged", "merged")
+        if name != "full":
+            export(folder / name, folder / f"{name}-adapter")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["lora", "added", "full"])
+def test_run_adapter_and_merged_write_the_same(tuned, tiny, name):
+    kinds = ["", "-merged"] + (["-adapter"] if name != "full" else [])
+    models = [open_model(str(tuned / f"{name}{kind}"), devices=one_device()) for kind in kinds]
+    base = open_model(str(tiny), devices=one_device())
+    written = [[text for _, text in generate(model, ["Which river?", "bread"], 24)] for model in models]
+    assert written[0] == written[1] == written[-1]
+    assert written[0] != [text for _, text in generate(base, ["Which river?", "bread"], 24)]
+    assert {tuple(model.stop_ids) for model in models} == {(384, 2) if name == "added" else (2,)}
+
+
+def test_an_adapter_finds_its_base_or_says_why_not(tuned, tiny, tmp_path):
+    import shutil
+
+    adapter = tmp_path / "adapter"
+    shutil.copytree(tuned / "lora-adapter", adapter)
+    path = adapter / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"base_model_name_or_path": str(tmp_path / "gone")}))
+    with pytest.raises(UserError, match=r"adapter_config.json: base_model_name_or_path: no folder .*gone"):
+        open_model(str(adapter), devices=one_device())
+    moved = open_model(str(adapter), base=str(tiny), devices=one_device())
+    there = open_model(str(tuned / "lora-adapter"), devices=one_device())
+    assert ids_of(moved, PROMPTS) == ids_of(there, PROMPTS)
+    other = make_model(tmp_path / "other", hidden_size=60)
+    with pytest.raises(UserError, match=r"made for another model: \(48, 4\), this one has \(60, 4\)"):
+        open_model(str(adapter), base=str(other), devices=one_device())
+    shallow = make_model(tmp_path / "shallow", num_hidden_layers=2)
+    with pytest.raises(UserError, match=r"layers\.2\..* has no place"):
+        open_model(str(adapter), base=str(shallow), devices=one_device())
+    path.write_text(json.dumps(config | {"use_dora": True}))
+    with pytest.raises(UserError, match="use_dora=True is not supported"):
+        open_model(str(adapter), devices=one_device())
+
+
+def test_what_cannot_be_opened(tuned, tiny, tmp_path):
+    for arguments, words in (
+        ({"name": str(tmp_path / "nowhere")}, "no folder"),
+        ({"name": "builtin:huge"}, "'builtin:huge' is not built in; there are builtin:tiny"),
+        ({"name": str(tmp_path)}, "neither a run, nor a Hugging Face model, nor a PEFT adapter"),
+        ({"name": str(tuned / "lora"), "step": 3}, "no checkpoint of step 3; there are 8"),
+        ({"name": str(tiny), "step": 3}, "only run folders have steps"),
+        ({"name": str(tiny), "base": "x"}, "only adapters have a base"),
+    ):
+        with pytest.raises(UserError) as raised:
+            open_model(**arguments, devices=one_device())
+        assert words in str(raised.value)
+        assert "\n" not in str(raised.value)
+
+
+def test_command_line(tuned, tiny, tmp_path):
+    run, prompt = str(tuned / "lora"), "Which river?"
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps({"prompt": "bread and copper"}) + "\n")
+    done = sft_jax("generate", run, "--prompt", prompt, "--file", file, "--json", "--max-new-tokens", 12)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["prompt"] for row in rows] == [prompt, "bread and copper"]
+    model = open_model(run, devices=one_device())
+    for row, (one, text) in zip(rows, generate(model, [row["prompt"] for row in rows], 12), strict=True):
+        assert row == {
+            "prompt": row["prompt"],
+            "text": text,
+            "token_ids": one.ids,
+            "finish_reason": "stop" if one.stopped else "length",
+        }
+    streamed = sft_jax("generate", run, "--prompt", prompt, "--max-new-tokens", 12)
+    assert streamed.stdout == rows[0]["text"] + "\n"
+    raw = sft_jax("generate", run, "--prompt", prompt, "--raw", "--max-new-tokens", 12)
+    expected = ids_of(model, [model.tokenizer(prompt)["input_ids"]], 12)[0]
+    assert raw.stdout == model.tokenizer.decode(expected, skip_special_tokens=True) + "\n"
+
+
+def test_chat_keeps_what_was_said(tuned, monkeypatch, capsys):
+    import io
+
+    from sft_jax.generate import run_chat
+
+    run = str(tuned / "lora")
+    model = open_model(run, devices=one_device())
+    monkeypatch.setattr("sys.stdin", io.StringIO("Which river?\nAnd bread?\n/reset\nAnd bread?\n"))
+    run_chat(run, 10, Sampling())
+    first, second, fresh = capsys.readouterr().out.splitlines()
+    said = [{"role": "user", "content": "Which river?"}]
+    for shown, messages in (
+        (first, said),
+        (second, [*said, {"role": "assistant", "content": first}, {"role": "user", "content": "And bread?"}]),
+        (fresh, [{"role": "user", "content": "And bread?"}]),
+    ):
+        ids = model.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        assert shown == model.tokenizer.decode(ids_of(model, [ids], 10)[0], skip_special_tokens=True)
+    assert second != fresh
+
+
+def test_bad_command_lines(tuned, tiny, tmp_path):
+    (tmp_path / "empty.txt").write_text("\n\n")
+    with pytest.raises(UserError, match="has no prompts"):
+        read_prompts(str(tmp_path / "empty.txt"))
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\n')
+    with pytest.raises(UserError, match="row 1: has no string 'prompt'"):
+        read_prompts(str(tmp_path / "rows.jsonl"))
+    for arguments, words in (
+        (["generate", tiny], "nothing to answer"),
+        (["generate", tiny, "--chat", "--json"], "--chat reads what you type"),
+        (["generate", tiny, "--prompt", "a", "--temperature", "-1"], "temperature: -1.0 is negative"),
+        (["generate", tiny, "--prompt", "a", "--top-p", "0"], "top-p: 0.0 is not in (0, 1]"),
+        (["generate", tmp_path / "gone", "--prompt", "a"], "no folder"),
+        (["generate", tiny, "--prompt", "bread " * 600], "the model's context has 512"),
+    ):
+        done = sft_jax(*arguments)
+        assert done.returncode == 2, done.stderr
+        assert words in done.stderr.splitlines()[-1]
+        assert "Traceback" not in done.stderr
