@@ -25,18 +25,17 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 TOOLS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TOOLS.parent), str(TOOLS / "tiny")]
 
-from documents import documents  # noqa: E402
-from questions import conversations  # noqa: E402
-from vocabulary import VOCAB_SIZE, write_tokenizer  # noqa: E402
-from world import World, read_world  # noqa: E402
+from documents import documents
+from questions import conversations
+from vocabulary import VOCAB_SIZE, draw_turn_rows, write_tokenizer
+from world import World, read_world
 
 SHIPPED = TOOLS.parent / "sft_jax" / "builtin"
 NUM_DOCUMENTS = 60_000
 NUM_TOKENIZER_DOCUMENTS = 20_000
 NUM_HELD_OUT_DOCUMENTS = 200
 
-# Llama: 4 layers, 1.1 million parameters. The wide initialisation keeps apart the tokens that no document has, such as
-# those of the chat template: all of them are pushed the same way, and only their start tells them from each other.
+# Llama: 4 layers, 1.1 million parameters.
 ARCHITECTURE = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -118,7 +117,8 @@ def pretrain(world: World, work: Path) -> dict[str, Any]:
     train(config)
     minutes = (time.perf_counter() - began) / 60
     export(work / "run", work / "tiny")
-    (work / "tiny" / "README.md").unlink()
+    (work / "tiny" / "README.md").unlink()  # the recipe says it all
+    draw_turn_rows(work / "tiny", texts[:NUM_TOKENIZER_DOCUMENTS], config.training.seed)
     metrics = read_metrics(work / "run" / "metrics.jsonl")
     weights = (work / "tiny" / "model.safetensors").read_bytes()
     recipe = {

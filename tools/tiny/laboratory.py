@@ -1,0 +1,195 @@
+"""The tiny model as an object of experiment: tune it on any examples, ask it, score it.
+
+It uses the library's own parts (plan, loader, step, scorer, generator) rather than ``sft_jax.train``, so that examples
+can be changed in ways that the command refuses, and so that one compiled program serves many small runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from sft_jax.config import LoraConfig, OptimizerConfig, SourceConfig
+from sft_jax.data.chat import Encoded, Encoder
+from sft_jax.data.examples import Examples, encode_sources
+from sft_jax.data.loader import Loader
+from sft_jax.data.packing import plan_run
+from sft_jax.data.sources import open_sources
+from sft_jax.evaluation.answers import same_answer
+from sft_jax.evaluation.likelihood import Scorer
+from sft_jax.evaluation.questions import Question, exchange, questions
+from sft_jax.hf.config import read_architecture
+from sft_jax.hf.hub import find_model
+from sft_jax.hf.reader import TensorReader
+from sft_jax.hf.tokenizer import load_tokenizer
+from sft_jax.inference.generator import Generator
+from sft_jax.sharding import make_mesh
+from sft_jax.training.optimizer import labels_of, make_optimizer, make_schedule
+from sft_jax.training.state import make_state
+from sft_jax.training.step import make_train_step
+from sft_jax.training.weights import build, load_weights
+
+LENGTH, ROWS, STEPS = 128, 8, 80  # as configs/quickstart.yaml
+LEARNING_RATE = {"lora": 5e-4, "full": 2e-4}
+MAX_NEW_TOKENS = 24
+NUM_QUESTIONS = 150
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A network after tuning, and what it took."""
+
+    kind: str  # "rank 16" or "full"
+    trainable: Any
+    frozen: Any
+
+
+class Laboratory:
+    """The base model, its data, and one compiled program for each kind of network."""
+
+    def __init__(self) -> None:
+        self.mesh = make_mesh(devices=jax.devices()[:1])
+        folder = find_model("builtin:tiny")
+        self.arch, self.reader = read_architecture(folder), TensorReader(folder)
+        self.tokenizer, _ = load_tokenizer(folder)
+        self.train, self.train_rows = self.read("train")
+        held_out, rows = self.read("heldout")
+        self.asked = questions(held_out, rows, self.tokenizer, NUM_QUESTIONS)
+        unknown, rows = self.read("unknown")
+        self.unknown, self.unknown_asked = unknown, questions(unknown, rows, self.tokenizer)
+        self.documents, _ = self.read("documents")
+        self.answer_kinds = self._answer_kinds()
+        stop, eos = self.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+        self.stop, self.stops = stop, [stop, eos]
+        self._kinds: dict[str, dict[str, Any]] = {}
+
+    def read(self, name: str, train_on: str = "assistant") -> tuple[Examples, list]:
+        rows = open_sources([SourceConfig(f"builtin:countries/{name}.jsonl")])
+        return encode_sources(rows, Encoder(self.tokenizer, train_on), LENGTH)[0], rows
+
+    def encode(self, pairs: Sequence[tuple[str, str]]) -> Examples:
+        """Questions with given answers."""
+        encoder = Encoder(self.tokenizer)
+        rows = [
+            {"prompt": [{"role": "user", "content": q}], "completion": [{"role": "assistant", "content": a}]}
+            for q, a in pairs
+        ]
+        encoded = encoder.encode("prompt-completion", rows)
+        return joined(encoded)
+
+    def kind(self, name: str) -> dict[str, Any]:
+        """Network, step, scorer and generator of ``full`` or ``rank R``; made once."""
+        if name not in self._kinds:
+            lora = None if name == "full" else LoraConfig(rank=int(name.split()[1]), alpha=2.0 * int(name.split()[1]))
+            split = build(self.arch, self.mesh, lora, "float32", "none")
+            rate = LEARNING_RATE["full" if lora is None else "lora"]
+            options = OptimizerConfig(learning_rate=rate, warmup_ratio=0.05)
+            optimizer = make_optimizer(options, labels_of(split.trainable, split.labels))
+            self._kinds[name] = {
+                "lora": lora,
+                "split": split,
+                "optimizer": optimizer,
+                "step": make_train_step(split, optimizer, make_schedule(options, STEPS)),
+                "scorer": Scorer(split, self.mesh, LENGTH, ROWS),
+                "generator": Generator(split, self.arch.max_positions, self.stops, self.mesh),
+            }
+        return self._kinds[name]
+
+    def base(self, name: str = "rank 16", seed: int = 0) -> Tuned:
+        """The base model in the shape of a kind: fresh adapters change nothing."""
+        return Tuned(name, *load_weights(self.kind(name)["split"], self.arch, self.reader, None, None, seed))
+
+    def tune(self, examples: Examples, seed: int, name: str = "rank 16") -> Tuned:
+        """``STEPS`` optimizer steps on ``examples``, however few they are."""
+        kind, start = self.kind(name), self.base(name, seed)
+        plan = plan_run(examples.slots, LENGTH, ROWS, 1, STEPS, seed)
+        state = make_state(start.trainable, kind["optimizer"], self.mesh)
+        with jax.set_mesh(self.mesh):
+            for batch in Loader(examples, plan, self.mesh, ROWS, LENGTH):
+                state, _ = kind["step"](state, start.frozen, batch)
+        return Tuned(name, state.params, start.frozen)
+
+    def write(self, tuned: Tuned, prompts: Sequence[Sequence[int]]) -> list[tuple[str, bool, int]]:
+        """Text, whether it stopped, and length of each answer."""
+        generator = self.kind(tuned.kind)["generator"]
+        written = generator(tuned.trainable, tuned.frozen, prompts, MAX_NEW_TOKENS, batch_size=256)
+        return [
+            (self.tokenizer.decode(w.ids, skip_special_tokens=True).strip(), w.stopped, len(w.ids)) for w in written
+        ]
+
+    def answers(self, tuned: Tuned, asked: Sequence[Question]) -> dict[str, float]:
+        """Exact match, stop rate and mean length on questions."""
+        written = self.write(tuned, [question.prompt_ids for question in asked])
+        right = [
+            same_answer(text, question.answer, "text") for (text, _, _), question in zip(written, asked, strict=True)
+        ]
+        return {
+            "exact_match": float(np.mean(right)),
+            "stop_rate": float(np.mean([stopped for _, stopped, _ in written])),
+            "mean_length": float(np.mean([length for _, _, length in written])),
+        }
+
+    def document_perplexity(self, tuned: Tuned) -> float:
+        scores = self.kind(tuned.kind)["scorer"].score(tuned.trainable, tuned.frozen, self.documents)
+        return math.exp(-scores.log_prob.mean(dtype=np.float64))
+
+    def log_likelihood(self, tuned: Tuned, pairs: Sequence[tuple[str, str]]) -> float:
+        """Mean log-likelihood of whole answers, stop token included."""
+        examples = self.encode(pairs)
+        scores = self.kind(tuned.kind)["scorer"].score(tuned.trainable, tuned.frozen, examples)
+        mask = np.delete(examples.mask, examples.offsets[:-1])
+        return float(scores.log_prob[mask].sum(dtype=np.float64) / len(examples))
+
+    def _answer_kinds(self) -> dict[str, set[str]]:
+        """For each kind of question (recognised by its wording) the answers that are of the right kind."""
+        kinds: dict[str, set[str]] = {}
+        for source in ("train", "heldout", "unknown"):
+            _, rows = self.read(source)
+            for row in range(len(rows[0].rows)):
+                question, answer = exchange(rows[0], row)
+                kinds.setdefault(kind_of(question), set()).add(answer.casefold())
+        return kinds
+
+
+def kind_of(question: str) -> str:
+    for kind, words in (("capital", ("capital",)), ("landmark", ("known for", "should i see", "landmark", "sight"))):
+        if any(word in question.casefold() for word in words):
+            return kind
+    return "other"
+
+
+def joined(encoded: Sequence[Encoded]) -> Examples:
+    """Encoded rows end to end."""
+    return Examples(
+        ids=np.concatenate([np.asarray(one.ids, np.int32) for one in encoded]),
+        mask=np.concatenate([np.asarray(one.mask, bool) for one in encoded]),
+        offsets=np.concatenate([[0], np.cumsum([len(one.ids) for one in encoded], dtype=np.int64)]),
+        source=np.zeros(len(encoded), np.int32),
+        row=np.arange(len(encoded)),
+        names=("made here",),
+        weights=(1.0,),
+        stop_ids=(),
+    )
+
+
+def row_of(examples: Examples, index: int) -> Encoded:
+    """One example, to be joined with others."""
+    ids, mask = examples[index]
+    return Encoded(ids.tolist(), mask.tolist())
+
+
+def drawn(examples: Examples, num: int, seed: int) -> Examples:
+    """``num`` examples at random."""
+    chosen = np.random.default_rng(seed).choice(len(examples), num, replace=False)
+    return joined([row_of(examples, i) for i in chosen])
+
+
+def without_stop(examples: Examples, stop: int) -> Examples:
+    """The same answers, the stop token no target any more."""
+    return dataclasses.replace(examples, mask=examples.mask & (examples.ids != stop))
