@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sft_jax.data.chat import Encoded, Encoder, RowError
-from sft_jax.data.examples import Examples
+from sft_jax.data.examples import join
 from sft_jax.data.lines import read_json_lines
 from sft_jax.errors import UserError
 from sft_jax.evaluation.likelihood import Scorer
@@ -45,7 +45,8 @@ def score(
     Args:
         rows: each has ``prompt`` (text or messages) and either ``responses`` (a list), ``completion``, or ``chosen``
             and ``rejected``; a response is text, or a list of messages where the prompt is one.
-        raw: a text prompt is plain text; otherwise it is a user's message in the model's chat template.
+        raw: a text prompt is plain text, blanks at its end being the responses'; otherwise it is a user's message in
+            the model's chat template.
         name: of the file, for error messages.
         stop_token: ends a plain response; default the tokenizer's eos token.
 
@@ -63,7 +64,7 @@ def score(
                 )
             scores.append((i, j, response))
             encoded.append(one)
-    examples = _examples(encoded, name)
+    examples = join(encoded, name)
     longest = max(16, 1 << (int(examples.slots.max()) - 1).bit_length())
     shards = model.mesh.shape["data"] * model.mesh.shape["fsdp"]
     num_rows = shards * max(1, _SLOTS // longest // shards)
@@ -126,28 +127,22 @@ def _candidates(row: dict[str, Any], encoder: Encoder, raw: bool, where: str) ->
         raise UserError(f"{where}: has neither 'responses' (a list), nor 'chosen' and 'rejected', nor 'completion'")
     if isinstance(prompt, str) and not raw:
         prompt = [{"role": "user", "content": prompt}]
+    space = ""
+    if isinstance(prompt, str):  # " word" is one token in most vocabularies: the blank is the response's
+        prompt, space = prompt.rstrip(), prompt[len(prompt.rstrip()) :]
     encoded = []
     for j, response in enumerate(responses):
         text = response[-1].get("content", "") if isinstance(response, list) and response else response
         if isinstance(prompt, list) and isinstance(response, str):
             response = [{"role": "assistant", "content": response}]
+        elif isinstance(response, str):
+            response = space + response
+        straddling = encoder.num_straddling
         try:
             one = encoder.encode("prompt-completion", [{"prompt": prompt, "completion": response}])[0]
         except RowError as error:
             raise UserError(f"{where}, response {j}: {error}") from error
+        if encoder.num_straddling > straddling:
+            raise UserError(f"{where}, response {j}: a token spans prompt and response; end the prompt with a word")
         encoded.append((str(text), one))
     return encoded
-
-
-def _examples(encoded: list[Encoded], name: str) -> Examples:
-    lengths = [len(one.ids) for one in encoded]
-    return Examples(
-        ids=np.concatenate([np.asarray(one.ids, np.int32) for one in encoded]),
-        mask=np.concatenate([np.asarray(one.mask, bool) for one in encoded]),
-        offsets=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
-        source=np.zeros(len(encoded), np.int32),
-        row=np.arange(len(encoded), dtype=np.int64),
-        names=(name,),
-        weights=(1.0,),
-        stop_ids=(),
-    )

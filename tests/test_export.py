@@ -2,6 +2,7 @@
 
 import json
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -75,6 +76,8 @@ def test_folder_has_all_that_inference_needs(base, lora_run, tmp_path):
     assert tokenizer.chat_template == CHATML
     generation = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
     assert generation["eos_token_id"] == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    export(lora_run, tmp_path / "adapter")
+    assert json.loads((tmp_path / "adapter" / "generation_config.json").read_text()) == generation
     card = (tmp_path / "merged" / "README.md").read_text()
     for words in ("`base`", "chats.jsonl", "every assistant turn", "LoRA, rank 4", "0.005", "training loss", "→"):
         assert words in card
@@ -104,6 +107,21 @@ def test_untrained_export_is_byte_equal(base, chats, tmp_path, full):
     before, after = (load_file(f / "model.safetensors") for f in (base, tmp_path / "out"))
     assert before.keys() == after.keys()
     assert all(before[name].tobytes() == after[name].tobytes() for name in before)
+
+
+def test_each_tensor_keeps_its_dtype(chats, tmp_path):
+    """Norms in float32 beside matrices in bfloat16, and everything trained."""
+    base = make_model(tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    tensors = {name: x if x.ndim == 1 else x.astype(ml_dtypes.bfloat16) for name, x in tensors.items()}
+    save_file(tensors, base / "model.safetensors")
+    for steps in (0, 4):
+        out = tmp_path / f"out{steps}"
+        train(run_config(base, chats, tmp_path / f"run{steps}", lora=None, training__max_steps=steps), one_device())
+        export(tmp_path / f"run{steps}", out)
+        after = load_file(out / "model.safetensors")
+        assert {name: x.dtype for name, x in after.items()} == {name: x.dtype for name, x in tensors.items()}
+        assert all(after[name].tobytes() == tensors[name].tobytes() for name in tensors) == (steps == 0)
 
 
 @pytest.mark.parametrize("full", [False, True])

@@ -35,12 +35,12 @@ from laboratory import (
     Laboratory,
     Tuned,
     drawn,
-    joined,
     kind_of,
     row_of,
     without_stop,
 )
 
+from sft_jax.data.examples import join
 from sft_jax.evaluation.answers import same_answer
 from sft_jax.evaluation.questions import cut_at_blank_line, exchange, few_shot_prompts
 from sft_jax.tree import flatten
@@ -222,8 +222,9 @@ def few_examples(lab: Laboratory, report: Report, standard: Standard) -> None:
 
 def unknown_facts(lab: Laboratory, report: Report, standard: Standard) -> None:
     half = len(lab.unknown) // 2
-    told = joined(
-        [*(row_of(lab.train, i) for i in range(len(lab.train))), *(row_of(lab.unknown, i) for i in range(half))]
+    told = join(
+        [*(row_of(lab.train, i) for i in range(len(lab.train))), *(row_of(lab.unknown, i) for i in range(half))],
+        "train and unknown",
     )
     networks = [lab.tune(told, seed) for seed in SEEDS]
     first, second = lab.unknown_asked[:half], lab.unknown_asked[half:]

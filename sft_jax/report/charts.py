@@ -36,6 +36,7 @@ def bars(groups: Sequence[str], series: dict[str, tuple[str, list[float | None]]
         axes.bar_label(drawn, labels, fontsize=8, color=_INK, padding=2)
     axes.set_xticks(range(len(groups)), groups)
     axes.tick_params(axis="x", length=0)
+    axes.set_xlim(-max(0.6, 1.6 - 0.6 * len(groups)), len(groups) - 1 + max(0.6, 1.6 - 0.6 * len(groups)))
     if per_cent:
         axes.set_ylim(0, 1.12)
         axes.set_yticks([0, 0.5, 1], ["0 %", "50 %", "100 %"])

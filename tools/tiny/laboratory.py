@@ -17,7 +17,7 @@ import numpy as np
 
 from sft_jax.config import LoraConfig, OptimizerConfig, SourceConfig
 from sft_jax.data.chat import Encoded, Encoder
-from sft_jax.data.examples import Examples, encode_sources
+from sft_jax.data.examples import Examples, encode_sources, join
 from sft_jax.data.loader import Loader
 from sft_jax.data.packing import plan_run
 from sft_jax.data.sources import open_sources
@@ -81,7 +81,7 @@ class Laboratory:
             for q, a in pairs
         ]
         encoded = encoder.encode("prompt-completion", rows)
-        return joined(encoded)
+        return join(encoded, "made here")
 
     def kind(self, name: str) -> dict[str, Any]:
         """Network, step, scorer and generator of ``full`` or ``rank R``; made once."""
@@ -164,20 +164,6 @@ def kind_of(question: str) -> str:
     return "other"
 
 
-def joined(encoded: Sequence[Encoded]) -> Examples:
-    """Encoded rows end to end."""
-    return Examples(
-        ids=np.concatenate([np.asarray(one.ids, np.int32) for one in encoded]),
-        mask=np.concatenate([np.asarray(one.mask, bool) for one in encoded]),
-        offsets=np.concatenate([[0], np.cumsum([len(one.ids) for one in encoded], dtype=np.int64)]),
-        source=np.zeros(len(encoded), np.int32),
-        row=np.arange(len(encoded)),
-        names=("made here",),
-        weights=(1.0,),
-        stop_ids=(),
-    )
-
-
 def row_of(examples: Examples, index: int) -> Encoded:
     """One example, to be joined with others."""
     ids, mask = examples[index]
@@ -187,7 +173,7 @@ def row_of(examples: Examples, index: int) -> Encoded:
 def drawn(examples: Examples, num: int, seed: int) -> Examples:
     """``num`` examples at random."""
     chosen = np.random.default_rng(seed).choice(len(examples), num, replace=False)
-    return joined([row_of(examples, i) for i in chosen])
+    return join([row_of(examples, i) for i in chosen], "drawn")
 
 
 def without_stop(examples: Examples, stop: int) -> Examples:

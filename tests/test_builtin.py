@@ -1,0 +1,171 @@
+"""The built-in tiny model is what its recipe says, and the quickstart does with it what the README says."""
+
+import dataclasses
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from kit import load_model, logits, one_device, sft_jax
+
+from sft_jax import builtin
+from sft_jax import config as configs
+from sft_jax.errors import UserError
+from sft_jax.evaluation.answers import same_answer
+from sft_jax.opening import open_model
+from sft_jax.train import train
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tools" / "tiny")]
+
+TINY = builtin.locate("builtin:tiny", "test")
+COUNTRIES = TINY.parent / "countries"
+
+
+def read(name):
+    return [json.loads(line) for line in (COUNTRIES / f"{name}.jsonl").read_text().splitlines()]
+
+
+def exchanges(name):
+    return [tuple(message["content"] for message in row["messages"]) for row in read(name)]
+
+
+@pytest.fixture(scope="module")
+def world():
+    from world import read_world
+
+    return read_world()
+
+
+def told(world, text):
+    """The countries that a question names; the longest name wins (Guinea is also in Equatorial Guinea)."""
+    named = [country for country in world.countries if country in text]
+    return max(named, key=len)
+
+
+@pytest.mark.smoke
+def test_weights_are_those_of_the_recipe():
+    recipe = json.loads((TINY / "recipe.json").read_text())
+    weights = (TINY / "model.safetensors").read_bytes()
+    assert hashlib.sha256(weights).hexdigest() == recipe["sha256"]
+    assert sum(file.stat().st_size for file in TINY.iterdir()) < 8e6
+
+
+@pytest.mark.smoke
+def test_data_is_what_the_script_writes(world, tmp_path):
+    import build_tiny
+
+    build_tiny.write_data(world, tmp_path / "countries")
+    files = sorted(file.name for file in COUNTRIES.iterdir())
+    assert files == ["documents.jsonl", "heldout.jsonl", "train.jsonl", "unknown.jsonl"]
+    for name in files:
+        assert (tmp_path / "countries" / name).read_text() == (COUNTRIES / name).read_text(), name
+
+
+@pytest.mark.smoke
+def test_halves_do_not_overlap(world):
+    """No held-out country is asked about in training; no document or quiz of pretraining answers what it must not."""
+    from documents import documents
+
+    assert not set(world.taught) & set(world.held_out)
+    assert {told(world, question) for question, _ in exchanges("train")} == set(world.taught)
+    assert {told(world, question) for question, _ in exchanges("heldout")} <= set(world.held_out)
+    assert len(exchanges("unknown")) == len(world.unknown) == 24
+    texts = list(documents(world, 4000, seed=0))
+    for country, attribute in world.unknown:
+        value = world.countries[country][attribute]
+        assert not any(value in text for text in texts), value
+    # a question about a held-out country is followed by an answer nowhere
+    answers = {country: set(facts.values()) for country, facts in world.countries.items()}
+    for text in texts:
+        for line, after in zip(text.split("\n"), text.split("\n")[1:], strict=False):
+            if "?" in line and "?" not in after and told(world, line) in world.held_out:
+                found = after.split(": ")[-1].split("] ")[-1].split(" > ")[-1].strip(".")
+                assert found not in answers[told(world, line)], text
+
+
+def test_transformers_loads_it_and_agrees():
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    ids = np.asarray([tokenizer("Notes on Mali. Its capital is")["input_ids"]])
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(TINY).eval()(torch.tensor(ids)).logits.numpy()
+    np.testing.assert_allclose(logits(load_model(TINY)[0], ids), expected, atol=1e-3)
+
+
+@pytest.mark.smoke
+def test_the_base_knows_what_it_has_read_and_nothing_else(world):
+    """Told to go on with a sentence, it gives every fact of the documents and none of the absent ones."""
+    opened = open_model("builtin:tiny", devices=one_device())
+    starts = {
+        "capital": "The capital of {c} is",
+        "continent": "{c} lies in",
+        "language": "People in {c} speak",
+        "currency": "People in {c} pay with",
+        "landmark": "{c} is known for",
+    }
+    facts = [(country, attribute) for country in world.countries for attribute in starts]
+    texts = [starts[attribute].format(c=country) for country, attribute in facts]
+    prompts = [opened.tokenizer(text[0].upper() + text[1:])["input_ids"] for text in texts]
+    written = opened.generator()(opened.adapter, opened.frozen, prompts, 16, batch_size=256)
+    known = {
+        fact: opened.tokenizer.decode(one.ids).strip().startswith(world.countries[fact[0]][fact[1]])
+        for fact, one in zip(facts, written, strict=True)
+    }
+    assert np.mean([right for fact, right in known.items() if fact not in world.unknown]) >= 0.99
+    assert not any(known[fact] for fact in world.unknown)
+
+
+def test_names_that_are_not_built_in(tmp_path):
+    with pytest.raises(UserError, match=r"model\.path: .builtin:small. is not built in; there are builtin:tiny"):
+        builtin.locate("builtin:small", "model.path")
+    for override in ("model.path=builtin:nothing", "data.train.0.path=builtin:countries/nothing.jsonl"):
+        done = sft_jax(
+            "train", ROOT / "configs" / "quickstart.yaml", override, f"training.output_dir={tmp_path / 'run'}"
+        )
+        assert done.returncode == 2
+        assert "is not built in; there are builtin:tiny, builtin:countries/" in done.stderr.splitlines()[-1]
+        assert not (tmp_path / "run").exists()
+
+
+def test_quickstart(tmp_path, capsys):
+    """The figures that the README promises, from the very config."""
+    config = configs.load(ROOT / "configs" / "quickstart.yaml", [f"training.output_dir={tmp_path / 'run'}"])
+    train(config, one_device())
+    summary = json.loads((tmp_path / "run" / "report" / "summary.json").read_text())
+    base, tuned = summary["base"], summary["tuned"]
+    assert base["exact_match"] <= 0.05
+    assert tuned["exact_match"] >= 0.95
+    assert tuned["stop_rate"] >= 0.99
+    assert tuned["document_perplexity"] <= 1.5 * base["document_perplexity"]
+    rows = [json.loads(line) for line in (tmp_path / "run" / "report" / "answers.jsonl").read_text().splitlines()]
+    assert {(row["question"], row["answer"]) for row in rows} == set(exchanges("heldout"))
+    for row in rows:
+        assert row["tuned"]["right"] == same_answer(row["tuned"]["text"], row["answer"], "text")
+    printed = capsys.readouterr().out
+    for words in ("exact match", "stops by itself", "perplexity of documents", "does not stop", "base, 4-shot"):
+        assert words in printed
+    # what is printed is what a user then gets from the run
+    opened = open_model(str(tmp_path / "run"), devices=one_device())
+    from sft_jax.generate import generate
+
+    sample = rows[::60]
+    written = generate(opened, [row["question"] for row in sample], 24)
+    assert [text.strip() for _, text in written] == [row["tuned"]["text"] for row in sample]
+
+
+def test_a_resumed_quickstart_is_evaluated_too(tmp_path):
+    config = configs.load(
+        ROOT / "configs" / "quickstart.yaml",
+        [f"training.output_dir={tmp_path / 'run'}", "training.max_steps=4", "evaluation.num_questions=5"],
+    )
+    first = train(config, one_device())
+    config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, shots=0))
+    again = train(config, one_device())
+    for key in ("tuned_loss", "tuned_document_perplexity", "tuned_document_kl"):
+        np.testing.assert_allclose(again[key], first[key], rtol=1e-5)
+    assert "few_shot" not in json.loads((tmp_path / "run" / "report" / "summary.json").read_text())
