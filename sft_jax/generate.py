@@ -28,7 +28,7 @@ def generate(
     batch_size: int = 16,
     progress: Callable[[int], object] = lambda prompts: None,
 ) -> list[tuple[Generated, str]]:
-    """An answer to each prompt: ids, and text without special tokens.
+    """An answer to each prompt: ids, and text without special tokens (an answer in a chat also without outer blanks).
 
     Args:
         raw: continue the prompt as plain text; otherwise it is a user's message in the model's chat template.
@@ -41,7 +41,7 @@ def generate(
     written = model.generator()(
         model.adapter, model.frozen, encoded, max_new_tokens, sampling, batch_size, progress=progress
     )
-    return [(one, model.tokenizer.decode(one.ids, skip_special_tokens=True)) for one in written]
+    return [(one, _text(model.tokenizer, one.ids, raw)) for one in written]
 
 
 def run_generate(
@@ -74,7 +74,7 @@ def run_generate(
                 print(f"{prompt}\n→ {text}\n", flush=True)
         return
     ids = _encode(model.tokenizer, prompts[0], raw, system)
-    _print_stream(model, model.generator().stream(model.adapter, model.frozen, ids, max_new_tokens, sampling))
+    _print_stream(model, model.generator().stream(model.adapter, model.frozen, ids, max_new_tokens, sampling), raw)
 
 
 def run_chat(
@@ -111,7 +111,7 @@ def run_chat(
         ids = prompt_ids(model.tokenizer, asked)
         try:
             stream = generator.stream(model.adapter, model.frozen, ids, max_new_tokens, sampling)
-            answer = _print_stream(model, stream)
+            answer = _print_stream(model, stream, raw=False)
         except UserError as error:  # the context is full; what was said before is still there
             print(f"{error}; /reset starts anew", file=sys.stderr)
             continue
@@ -153,17 +153,23 @@ def _encode(tokenizer: Any, prompt: str, raw: bool, system: str | None) -> list[
     return prompt_ids(tokenizer, [*start, {"role": "user", "content": prompt}])
 
 
-def _print_stream(model: Opened, stream: Iterator[int]) -> str:
+def _text(tokenizer: Any, ids: Sequence[int], raw: bool) -> str:
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    return text if raw else text.strip()
+
+
+def _print_stream(model: Opened, stream: Iterator[int], raw: bool) -> str:
     """Print text as its tokens come, each character once it is whole; returns all of it."""
     ids: list[int] = []
     shown = ""
     for token in stream:
         if token not in model.stop_ids:
             ids.append(token)
-        text = model.tokenizer.decode(ids, skip_special_tokens=True)
-        whole = text.rstrip("\ufffd")
-        print(whole[len(shown) :], end="", flush=True)
-        shown = whole
-    text = model.tokenizer.decode(ids, skip_special_tokens=True)
+        text = _text(model.tokenizer, ids, raw)
+        if text.startswith(shown):  # blanks at the end may belong to a next word, or to nothing
+            whole = text.rstrip("\ufffd")
+            print(whole[len(shown) :], end="", flush=True)
+            shown = max(shown, whole, key=len)
+    text = _text(model.tokenizer, ids, raw)
     print(text[len(shown) :], flush=True)
     return text

@@ -163,7 +163,11 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
     def write_samples(step: int, state: TrainState) -> None:
         written = generator(state.params, frozen, prompts, config.evaluation.max_new_tokens)
         samples = [
-            {"prompt": prompt, "text": tokenizer.decode(one.ids), "finish_reason": one.finish_reason}
+            {
+                "prompt": prompt,
+                "text": tokenizer.decode(one.ids, skip_special_tokens=True).strip(),
+                "finish_reason": one.finish_reason,
+            }
             for prompt, one in zip(config.evaluation.samples, written, strict=True)
         ]
         writer.write_samples(step, samples)

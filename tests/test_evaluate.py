@@ -266,8 +266,7 @@ def test_samples_while_training(evaluated):
 
     for sample, (one, text) in zip(samples[10], generate(model, config.evaluation.samples, 16), strict=True):
         assert sample["finish_reason"] == one.finish_reason
-        assert model.tokenizer.decode(one.ids) == sample["text"]
-        assert text in sample["text"]
+        assert text == sample["text"]
     events = b"".join(f.read_bytes() for f in (folder / "run" / "tensorboard").iterdir())
     assert b"samples/1" in events
 

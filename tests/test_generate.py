@@ -313,7 +313,7 @@ def test_chat_keeps_what_was_said(tuned, monkeypatch, capsys):
         (fresh, [{"role": "user", "content": "And bread?"}]),
     ):
         ids = model.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-        assert shown == model.tokenizer.decode(ids_of(model, [ids], 10)[0], skip_special_tokens=True)
+        assert shown == model.tokenizer.decode(ids_of(model, [ids], 10)[0], skip_special_tokens=True).strip()
     assert second != fresh
 
 

@@ -255,8 +255,8 @@ def unknown_facts(lab: Laboratory, report: Report, standard: Standard) -> None:
         ("facts", "tuned", f"tuned, with {half} of the absent facts among the examples"),
         rows,
         stay <= 0.1,
-        f"What is answered instead has the right form: {fitting:.0%} of the answers are a capital where a capital is "
-        f"asked for and a landmark where a landmark is, of some other country, without a sign of doubt. {examples}.",
+        f"None of the answers says so: {fitting:.0%} are of the right kind (a capital where a capital is asked for, a "
+        f"landmark where a landmark is), of some other country. {examples}.",
     )
 
 
@@ -291,19 +291,21 @@ def few_shot(lab: Laboratory, report: Report, standard: Standard) -> None:
         ("", "exact match"),
         rows,
         bool(np.mean(tuned) >= np.mean(found[best])),
-        f"Prompting changes no weight and reaches {spread(found[best])} at its best (k = {best}); tuning reaches "
-        f"{spread(tuned)} and needs no shots in every prompt.\n\n![exact match against shots](claims/few_shot.png)",
+        f"Prompting changes no weight and reaches {spread(found[best])} at its best (k = {best}), tuning "
+        f"{spread(tuned)}. The prompts have a form that the base has read in quizzes (`Question: … Answer: …`, about "
+        f"the other half of the countries), which is why it needs no shots; with {SHOTS[-1]} shots they are longer than "
+        "anything it has read (128 tokens).\n\n![exact match against shots](claims/few_shot.png)",
     )
 
 
 def lora_or_full(lab: Laboratory, report: Report, standard: Standard) -> None:
     networks = {f"rank {rank}": standard.networks if rank == 16 else None for rank in RANKS} | {"full": None}
-    rows, matches, perplexities = [], {}, {}
+    rows, matches, perplexities, sizes = [], {}, {}, {}
     for name, tuned in networks.items():
         tuned = tuned or [lab.tune(lab.train, seed, name) for seed in SEEDS]
         matches[name] = [lab.answers(network, lab.asked)["exact_match"] for network in tuned]
         perplexities[name] = [lab.document_perplexity(network) for network in tuned]
-        num = sum(leaf.size for leaf in flatten(tuned[0].trainable).values())
+        num = sizes[name] = sum(leaf.size for leaf in flatten(tuned[0].trainable).values())
         rows.append(
             [
                 name if name == "full" else f"LoRA, {name}",
@@ -320,7 +322,9 @@ def lora_or_full(lab: Laboratory, report: Report, standard: Standard) -> None:
         {"exact match": {i: matches[name] for i, name in enumerate(labels)}},
         labels=labels,
     )
-    least = min(np.mean(matches[f"rank {rank}"]) for rank in RANKS if rank >= 4)
+    gap = float(np.mean(matches["full"]) - np.mean(matches["rank 16"]))
+    forgets = float(np.mean(perplexities["rank 16"]) - np.mean(perplexities["full"]))
+    share = sizes["rank 16"] / sizes["full"]
     report.section(
         "LoRA reaches what full fine-tuning reaches, with a fraction of the optimizer memory, and forgets less",
         (
@@ -331,53 +335,49 @@ def lora_or_full(lab: Laboratory, report: Report, standard: Standard) -> None:
             f"perplexity of documents (base {standard.base_perplexity:.2f})",
         ),
         rows,
-        bool(
-            least >= np.mean(matches["full"]) - 0.02
-            and np.mean(perplexities["rank 16"]) < np.mean(perplexities["full"])
-        ),
-        "Moments are two float32 numbers a trained parameter.\n\n![exact match by rank](claims/lora_or_full.png)",
+        gap <= 0.02 and share < 0.5 and forgets < 0,
+        f"Rank 16 against full: {-gap:+.1%} exact match, {share:.0%} of the optimizer moments (two float32 numbers a "
+        f"trained parameter), perplexity of documents {forgets:+.2f}. All ranks have one learning rate and full "
+        "fine-tuning another; how much is forgotten depends on the rate, the steps and the rank more than on the "
+        "method.\n\n![exact match by rank](claims/lora_or_full.png)",
     )
 
 
 def preference(lab: Laboratory, report: Report, standard: Standard) -> None:
-    """Better: the bare answer. Acceptable: the same, wordier. Wrong: the bare answer to another question."""
+    """Better: the bare answer. Acceptable: the same and a full stop. Wrong: the bare answer to another question."""
     source = lab.train_rows[0]
     pairs = [exchange(source, row) for row in range(len(source.rows))]
-    wordy = [(question, f"I think it is {answer}") for question, answer in pairs]
+    dotted = [(question, f"{answer}.") for question, answer in pairs]
     asked = [(question.question, question.answer) for question in lab.asked]
     others = [asked[(i + 1) % len(asked)][1] for i in range(len(asked))]
     kinds = {
         "better": asked,
-        "acceptable": [(question, f"I think it is {answer}") for question, answer in asked],
+        "acceptable": [(question, f"{answer}.") for question, answer in asked],
         "wrong": [(question, other) for (question, _), other in zip(asked, others, strict=True)],
     }
     settings: dict[str, Callable[[int], Tuned]] = {
         "base": lambda seed: standard.base,
         "SFT on the better ones": lambda seed: standard.networks[SEEDS.index(seed)],
-        "SFT on the acceptable ones": lambda seed: lab.tune(lab.encode(wordy), seed),
-        "SFT on both": lambda seed: lab.tune(lab.encode(pairs + wordy), seed),
+        "SFT on the acceptable ones": lambda seed: lab.tune(lab.encode(dotted), seed),
+        "SFT on both": lambda seed: lab.tune(lab.encode(pairs + dotted), seed),
     }
     means: dict[str, dict[str, list[float]]] = {}
     for name, make in settings.items():
         networks = [make(seed) for seed in SEEDS]
         means[name] = {kind: [lab.log_likelihood(n, of) for n in networks] for kind, of in kinds.items()}
     rows = [[name, *(spread(values, "{:.1f}") for values in of.values())] for name, of in means.items()]
-    on_better = {kind: float(np.mean(values)) for kind, values in means["SFT on the better ones"].items()}
-    on_both = {kind: float(np.mean(values)) for kind, values in means["SFT on both"].items()}
-    margin = on_both["better"] - on_both["acceptable"]
-    unordered = on_better["acceptable"] < on_better["wrong"] or abs(margin) < 3
+    margins = {name: float(np.mean(of["better"]) - np.mean(of["acceptable"])) for name, of in means.items()}
     report.section(
         "SFT cannot say that one good answer is slightly better than another",
         ("mean log-likelihood of", "the better answer", "the acceptable answer", "a wrong answer"),
         rows,
-        bool(unordered),
-        "Better is the bare answer, acceptable the same with “I think it is” before it, wrong the bare answer to "
-        "another question. Trained on the better ones alone, the model finds the acceptable answer "
-        f"{'less' if on_better['acceptable'] < on_better['wrong'] else 'more'} likely than a wrong one "
-        f"({on_better['acceptable']:.1f} against {on_better['wrong']:.1f}): what was not shown is not “nearly as "
-        f"good”, it is just not the target. Trained on both, the two differ by {margin:+.1f} nats, which is how the "
-        "data were mixed and not a preference. An order between answers needs a loss that sees both, as preference "
-        "methods have.",
+        abs(margins["SFT on both"]) < 1 and margins["SFT on the acceptable ones"] < 0,
+        "Better is the bare answer, acceptable the same with a full stop, wrong the bare answer to another question. "
+        f"Better minus acceptable is {margins['SFT on the better ones']:+.1f} nats after tuning on the better ones, "
+        f"{margins['SFT on the acceptable ones']:+.1f} after tuning on the acceptable ones and "
+        f"{margins['SFT on both']:+.1f} after tuning on both: what was shown is likely, in the proportion in which it "
+        "was shown. That both are good and one slightly better has no place in such data; it needs a loss that sees "
+        "both answers at once, as preference methods have.",
     )
 
 

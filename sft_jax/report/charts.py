@@ -7,6 +7,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from sft_jax.report.loss import LossCurves
+
 # Placeholders matplotlib draws with -> variables of the page's style sheet.
 _COLOURS = {
     "#010101": "var(--ink)",
@@ -16,7 +18,6 @@ _COLOURS = {
     "#050505": "var(--tuned)",
 }
 _INK, _LINE, BASE, FEW_SHOT, TUNED = _COLOURS
-_SMOOTHING = 0.9
 
 
 def bars(groups: Sequence[str], series: dict[str, tuple[str, list[float | None]]], per_cent: bool) -> str:
@@ -45,22 +46,15 @@ def bars(groups: Sequence[str], series: dict[str, tuple[str, list[float | None]]
     return _svg(figure, axes)
 
 
-def loss_curves(metrics: Sequence[dict[str, Any]]) -> str:
-    """Training loss, smoothed, and held-out loss by step, from the rows of ``metrics.jsonl``."""
+def loss_chart(curves: LossCurves) -> str:
+    """Training loss and held-out loss by step."""
     figure, axes = _figure()
-    train = [(row["step"], row["loss"]) for row in metrics if row.get("loss") is not None]
-    held_out = [(row["step"], row["eval_loss"]) for row in metrics if row.get("eval_loss") is not None]
-    if train:
-        steps, losses = zip(*train, strict=True)
-        smooth, average = [], losses[0]
-        for loss in losses:
-            average = _SMOOTHING * average + (1 - _SMOOTHING) * loss
-            smooth.append(average)
-        axes.plot(steps, losses, color=BASE, linewidth=0.8, alpha=0.6)
-        axes.plot(steps, smooth, color=BASE, linewidth=1.8, label="training, smoothed")
-    if held_out:
-        steps, losses = zip(*held_out, strict=True)
-        axes.plot(steps, losses, color=TUNED, linewidth=1.8, marker="o", markersize=3.5, label="held out")
+    if curves.train:
+        axes.plot(*zip(*curves.train, strict=True), color=BASE, linewidth=0.8, alpha=0.6)
+        axes.plot(*zip(*curves.smooth, strict=True), color=BASE, linewidth=1.8, label="training, smoothed")
+    if curves.held_out:
+        points = zip(*curves.held_out, strict=True)
+        axes.plot(*points, color=TUNED, linewidth=1.8, marker="o", markersize=3.5, label="held out")
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss per target token")
     axes.grid(color=_LINE, linewidth=0.6)

@@ -1,11 +1,33 @@
-"""Plots of a run."""
+"""The loss of a run, step by step."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 _SMOOTHING = 0.9
+
+
+@dataclass(frozen=True)
+class LossCurves:
+    """Points of step and loss per target token."""
+
+    train: list[tuple[int, float]]
+    smooth: list[tuple[int, float]]  # an exponential average of `train`
+    held_out: list[tuple[int, float]]
+
+
+def loss_curves(rows: Sequence[dict[str, Any]]) -> LossCurves:
+    """The curves in the rows of a ``metrics.jsonl``."""
+    train = [(row["step"], row["loss"]) for row in rows if row.get("loss") is not None]
+    smooth: list[tuple[int, float]] = []
+    for step, loss in train:
+        before = smooth[-1][1] if smooth else loss
+        smooth.append((step, _SMOOTHING * before + (1 - _SMOOTHING) * loss))
+    held_out = [(row["step"], row["eval_loss"]) for row in rows if row.get("eval_loss") is not None]
+    return LossCurves(train, smooth, held_out)
 
 
 def plot_loss(run: Path, rows: list[dict[str, Any]]) -> Path:
@@ -20,24 +42,19 @@ def plot_loss(run: Path, rows: list[dict[str, Any]]) -> Path:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    train = [(row["step"], row["loss"]) for row in rows if row.get("loss") is not None]
-    held_out = [(row["step"], row["eval_loss"]) for row in rows if row.get("eval_loss") is not None]
+    curves = loss_curves(rows)
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    if train:
-        steps, losses = zip(*train, strict=True)
-        smooth, average = [], losses[0]
-        for loss in losses:
-            average = _SMOOTHING * average + (1 - _SMOOTHING) * loss
-            smooth.append(average)
-        axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=1)
-        axes.plot(steps, smooth, color="tab:blue", linewidth=2, label=f"training (smoothed), ends at {smooth[-1]:.3f}")
-    if held_out:
-        steps, losses = zip(*held_out, strict=True)
-        label = f"held out, {losses[0]:.3f} → {losses[-1]:.3f}"
-        axes.plot(steps, losses, color="tab:orange", marker="o", markersize=4, linewidth=2, label=label)
+    if curves.train:
+        axes.plot(*zip(*curves.train, strict=True), color="tab:blue", alpha=0.25, linewidth=1)
+        label = f"training (smoothed), ends at {curves.smooth[-1][1]:.3f}"
+        axes.plot(*zip(*curves.smooth, strict=True), color="tab:blue", linewidth=2, label=label)
+    if curves.held_out:
+        label = f"held out, {curves.held_out[0][1]:.3f} → {curves.held_out[-1][1]:.3f}"
+        points = zip(*curves.held_out, strict=True)
+        axes.plot(*points, color="tab:orange", marker="o", markersize=4, linewidth=2, label=label)
     axes.set(xlabel="optimizer step", ylabel="loss per target token (nats)", title=run.name)
     axes.grid(alpha=0.3)
-    if train or held_out:
+    if curves.train or curves.held_out:
         axes.legend(frameon=False)
     path = run / "report" / "loss.png"
     path.parent.mkdir(exist_ok=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 from sft_jax.evaluation.compare import Comparison
 from sft_jax.report import charts, table
+from sft_jax.report.loss import loss_curves
 
 _SHARES = ("exact_match", "stop_rate", "token_accuracy")
 _COLOURS = {"base": charts.BASE, "few_shot": charts.FEW_SHOT, "tuned": charts.TUNED}
@@ -40,7 +41,7 @@ def write_page(
         columns=table.columns(comparison),
         rows=table.rows(comparison),
         share_chart=_shares(comparison),
-        loss_chart=charts.loss_curves(metrics) if metrics else "",
+        loss_chart=charts.loss_chart(loss_curves(metrics)) if metrics else "",
         document_chart=_documents(comparison),
         document_kl=comparison.summary["tuned"].get("document_kl"),
         num_asked=len(comparison.asked),
