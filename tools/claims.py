@@ -293,8 +293,8 @@ def few_shot(lab: Laboratory, report: Report, standard: Standard) -> None:
         bool(np.mean(tuned) >= np.mean(found[best])),
         f"Prompting changes no weight and reaches {spread(found[best])} at its best (k = {best}), tuning "
         f"{spread(tuned)}. The prompts have a form that the base has read in quizzes (`Question: … Answer: …`, about "
-        f"the other half of the countries), which is why it needs no shots; with {SHOTS[-1]} shots they are longer than "
-        "anything it has read (128 tokens).\n\n![exact match against shots](claims/few_shot.png)",
+        f"the other half of the countries), which is why it needs no shots; with {SHOTS[-1]} shots they are longer "
+        "than anything it has read (128 tokens).\n\n![exact match against shots](claims/few_shot.png)",
     )
 
 
