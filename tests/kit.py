@@ -197,24 +197,7 @@ def logits(model, ids: np.ndarray) -> np.ndarray:
 
 def run_model(run: Path):
     """The network of a run as its last checkpoint has it: frozen base from the files, trained leaves restored."""
-    from sft_jax import config as configs
-    from sft_jax.checkpoint import Checkpoints
-    from sft_jax.hf.config import read_architecture
-    from sft_jax.hf.reader import TensorReader
-    from sft_jax.sharding import make_mesh
-    from sft_jax.training.weights import build, load_weights
+    from sft_jax.opening import open_model
 
-    config = configs.load(run / "config.yaml")
-    checkpoints = Checkpoints(run / "checkpoints")
-    step = checkpoints.steps()[-1]
-    params, vocab_size = checkpoints.restore_params(step), checkpoints.run(step)["vocab_size"]
-    checkpoints.close()
-    folder = Path(config.model.path)
-    arch = read_architecture(folder)
-    old_vocab_size = arch.vocab_size
-    arch = dataclasses.replace(arch, vocab_size=vocab_size)
-    mesh = make_mesh(devices=one_device())
-    split = build(arch, mesh, config.lora, config.model.dtype, token_table=bool(config.data.added_tokens))
-    reader = TensorReader(folder) if config.model.init == "pretrained" else None
-    _, frozen = load_weights(split, arch, reader, None, old_vocab_size, only_frozen=True)
-    return split.merge(jax.tree.map(jnp.asarray, params), frozen)
+    opened = open_model(str(run), devices=one_device())
+    return opened.split.merge(opened.adapter, opened.frozen)
