@@ -248,7 +248,7 @@ def test_an_adapter_finds_its_base_or_says_why_not(tuned, tiny, tmp_path):
     there = open_model(str(tuned / "lora-adapter"), devices=one_device())
     assert ids_of(moved, PROMPTS) == ids_of(there, PROMPTS)
     other = make_model(tmp_path / "other", hidden_size=60)
-    with pytest.raises(UserError, match=r"made for another model: \(48, 4\), this one has \(60, 4\)"):
+    with pytest.raises(UserError, match=r"made for another model: \(.*48.*\), this one has \(.*60.*\)"):
         open_model(str(adapter), base=str(other), devices=one_device())
     shallow = make_model(tmp_path / "shallow", num_hidden_layers=2)
     with pytest.raises(UserError, match=r"layers\.2\..* has no place"):
@@ -296,12 +296,12 @@ def test_command_line(tuned, tiny, tmp_path):
     assert raw.stdout == model.tokenizer.decode(expected, skip_special_tokens=True) + "\n"
 
 
-def test_chat_keeps_what_was_said(tuned, monkeypatch, capsys):
+def test_chat_keeps_what_was_said(tiny, monkeypatch, capsys):
     import io
 
     from sft_jax.generate import run_chat
 
-    run = str(tuned / "lora")
+    run = str(tiny)
     model = open_model(run, devices=one_device())
     monkeypatch.setattr("sys.stdin", io.StringIO("Which river?\nAnd bread?\n/reset\nAnd bread?\n"))
     run_chat(run, 10, Sampling())
