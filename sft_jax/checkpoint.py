@@ -74,21 +74,15 @@ class Checkpoints:
         restored = self._manager.restore(step, args=items)
         return TrainState(params=restored["params"], **restored["optimizer"]), restored["data"]
 
-    def restore_params(self, step: int, abstract: Params | None = None) -> Params:
-        """The trainable leaves of a step without the optimizer.
-
-        Args:
-            abstract: shapes and shardings to restore into; without it the leaves come as numpy arrays.
-        """
-        if abstract is not None:
-            items = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))  # type: ignore[call-arg]
-            return self._manager.restore(step, args=items)["params"]
+    def restore_params(self, step: int) -> Params:
+        """The trainable leaves of a step as numpy arrays, without the optimizer."""
         metadata = self._manager.item_metadata(step)["params"]
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         abstract = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), dict(metadata.tree)
         )
-        return jax.device_get(self.restore_params(step, abstract))
+        items = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))  # type: ignore[call-arg]
+        return jax.device_get(self._manager.restore(step, args=items)["params"])
 
     def run(self, step: int) -> dict[str, Any]:
         """What a step belongs to."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -98,8 +99,7 @@ class Generator:
 
             def body(state: _State) -> _State:
                 hidden, new = model.decode(state.token[:, None], state.position[:, None], state.cache)
-                cache = state.cache.written(new, state.position)
-                state = _State(cache, state.token, state.position, state.done, state.written, state.num_written)
+                state = dataclasses.replace(state, cache=state.cache.written(new, state.position))
                 return draw(model.logits(hidden)[:, 0], state, keys, sampling)
 
             return lax.while_loop(lambda s: (s.num_written < limit) & ~jnp.all(s.done), body, state)
