@@ -8,9 +8,9 @@ from collections import Counter
 from jax.sharding import Mesh
 
 from sft_jax.config import Config
-from sft_jax.data.chat import Encoder
 from sft_jax.data.examples import Examples, Report
 from sft_jax.data.packing import Plan
+from sft_jax.data.prepare import Prepared
 from sft_jax.evaluation.compare import Task
 from sft_jax.models.lora import Split
 from sft_jax.tree import Params, flatten
@@ -31,26 +31,39 @@ class Announcer:
         shape = " × ".join(f"{name} {size}" for name, size in mesh.shape.items())
         self("devices", f"{mesh.size} × {mesh.devices.flat[0].device_kind}, mesh {shape}")
 
-    def data(self, name: str, report: Report, encoder: Encoder) -> None:
+    def data(self, name: str, data: Prepared) -> None:
         """Rows kept and left out, how the mask was found, and what ends a turn."""
-        share = report.targets / report.tokens
-        self(name, f"{report.kept:,} of {report.rows:,} rows, {report.tokens:,} tokens, {share:.0%} of them targets")
-        if report.kept < report.rows or report.truncated:
+        report, encoder = data.report, data.encoder
+        rows, examples, kept = (report.total(key) for key in ("rows", "examples", "kept"))
+        tokens, targets = report.total("tokens"), report.total("targets")
+        of = f"{rows:,} rows" if examples == rows else f"{examples:,} examples from {rows:,} rows"
+        self(name, f"{kept:,} of {of}, {tokens:,} tokens, {targets / tokens:.0%} of them targets")
+        if len(report.sources) > 1:
+            for source in report.sources:
+                self("", f"{source.name}: {source.format}, {source.kept:,} kept, {source.tokens:,} tokens")
+        else:
+            self("", f"format {report.sources[0].format}, {_origin(report)}")
+        if report.total("refused"):
+            first = next(source for source in report.sources if source.reasons)
+            self("", f"{report.total('refused'):,} rows refused; the first: {first.reasons[0].at(first.name)}")
+        if kept < examples or report.total("truncated"):
             self(
                 "",
-                f"too long: {report.dropped:,} dropped, {report.truncated:,} truncated, "
-                f"{report.dropped_without_targets:,} left without targets; {report.targets_lost:,} targets lost",
+                f"too long: {report.total('dropped'):,} dropped, {report.total('truncated'):,} truncated, "
+                f"{report.total('dropped_without_targets'):,} left without targets; "
+                f"{report.total('targets_lost'):,} targets lost",
             )
-        if report.straddling:
-            self("", f"{report.straddling:,} tokens straddle the edge of a trained turn and are not trained")
+        for note, count in sorted(report.tally.notes.items()):
+            if count:
+                self("", f"{count:,} {note}")
         stops = ", ".join(f"{token!r} ({count:,} turns)" for token, count in report.stop_tokens.items())
         self("mask", f"train_on {encoder.train_on}, from {encoder.mask_source}; stop token {stops}")
 
     def task(self, task: Task, names: tuple[str, ...] = ("held out", "documents")) -> None:
         """What became of the rows to evaluate on."""
-        for name, report, encoder in task.reports:
+        for name, data in task.data:
             if name in names:
-                self.data(name, report, encoder)
+                self.data(name, data)
 
     def plan(self, config: Config, examples: Examples, plan: Plan) -> None:
         """Steps, epochs and how full the rows are."""
@@ -81,3 +94,12 @@ class Announcer:
             f"leaves {labels}",
         )
         self("compute", f"{config.model.dtype}, attention xla in query chunks, remat {config.model.remat}")
+
+
+def _origin(report: Report) -> str:
+    origins = [source.origin for source in report.sources]
+    if all(origin.cached for origin in origins):
+        return "tokens from the cache"
+    workers = max(origin.num_workers for origin in origins)
+    seconds = sum(origin.seconds for origin in origins)
+    return f"tokenised in {seconds:.1f} s" + (f" by {workers} processes" if workers > 1 else "")

@@ -14,6 +14,8 @@ from sft_jax.tree import Params, flatten
 
 # A checkpoint is continued only by the same config; these keys do not change what is computed.
 _FREE_KEYS = (
+    "data.cache",
+    "data.num_workers",
     "training.output_dir",
     "training.eval_every",
     "training.save_every",

@@ -66,19 +66,34 @@ class LoraConfig:
         )
 
 
+ROW_FORMATS = (
+    "auto",
+    "messages",
+    "sharegpt",
+    "alpaca",
+    "question-answer",
+    "prompt-completion",
+    "text",
+    "tokens",
+)
+
+
 @dataclass(frozen=True)
 class SourceConfig:
     """One source of rows: a file, a folder, a glob, or a Hugging Face dataset id."""
 
     path: str = "???"
-    format: str = "auto"  # auto | messages | prompt-completion | text
+    format: str = "auto"
     weight: float = 1.0  # how often an epoch sees each of its rows; a fraction takes a new random share each epoch
+    max_rows: int | None = None  # the first so many only
+    columns: dict[str, str] = field(default_factory=dict)  # our name of a column to the file's: {question: problem}
     split: str = "train"  # of a Hugging Face dataset id
     revision: str | None = None
 
     def __post_init__(self) -> None:
-        _one_of(self.format, "data.*.format", ("auto", "messages", "prompt-completion", "text"))
+        _one_of(self.format, "data.*.format", ROW_FORMATS)
         _require(self.weight > 0 and math.isfinite(self.weight), "data.*.weight", f"{self.weight} is not positive")
+        _require(self.max_rows is None or self.max_rows >= 1, "data.*.max_rows", f"{self.max_rows} is not at least 1")
 
 
 @dataclass(frozen=True)
@@ -92,6 +107,10 @@ class DataConfig:
     packing: bool = True
     shuffle: bool = True
     train_on: str = "assistant"
+    reasoning: str = "include"  # what an assistant thought before it answered; exclude takes it out of the data
+    on_bad_row: str = "error"  # skip: leave out and count rows that cannot be proven right
+    num_workers: int | None = None  # processes that tokenise; null: as many as the data and this machine allow
+    cache: bool = True  # keep what was tokenised, for the next start
     chat_template: str | None = None  # a Jinja file; default the tokenizer's own
     added_tokens: list[str] = field(default_factory=list)  # special tokens the tokenizer does not have yet
     stop_token: str | None = None  # ends a completion or a document; default the tokenizer's eos token
@@ -100,6 +119,13 @@ class DataConfig:
         _require(self.max_length >= 2, "data.max_length", f"{self.max_length} is not at least 2")
         _one_of(self.overlong, "data.overlong", ("drop", "truncate", "error"))
         _one_of(self.train_on, "data.train_on", ("assistant", "last_assistant", "all"))
+        _one_of(self.reasoning, "data.reasoning", ("include", "exclude"))
+        _one_of(self.on_bad_row, "data.on_bad_row", ("error", "skip"))
+        _require(
+            self.num_workers is None or self.num_workers >= 1,
+            "data.num_workers",
+            f"{self.num_workers} is not at least 1 (null: chosen by itself)",
+        )
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ def evaluate(
     old_vocab_size = arch.vocab_size
     arch = dataclasses.replace(arch, vocab_size=run.vocab_size)
     check_heads(arch.num_heads, mesh)
-    task = prepare(config, arch, run.tokenizer)
+    task = prepare(config, arch, run.tokenizer, stop_ids(run.base))
     say.task(task)
     token_table = config.lora is not None and not all(map(is_adapter, run.params))
     split = build(arch, mesh, config.lora, config.model.dtype, "none", token_table)

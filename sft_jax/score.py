@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from sft_jax.data.chat import Encoded, Encoder, RowError
+from sft_jax.data.chat import STRADDLING, Encoded, Encoder
 from sft_jax.data.examples import join
+from sft_jax.data.formats import parse
 from sft_jax.data.lines import read_json_lines
+from sft_jax.data.rows import RowError
 from sft_jax.errors import UserError
 from sft_jax.evaluation.likelihood import Scorer
 from sft_jax.opening import Opened, open_model
@@ -73,7 +75,7 @@ def score(
         tokens = scorer.score(model.adapter, model.frozen, examples, bar.update)
     found = []
     for number, (i, j, response) in enumerate(scores):
-        trained = examples[number][1][1:]
+        trained = examples[number][1][1:] > 0
         log_probs = tokens.log_prob[tokens.starts[number] : tokens.starts[number + 1]][trained]
         found.append(Score(i, j, float(log_probs.sum(dtype=np.float64)), len(log_probs), response))
     return found
@@ -137,12 +139,14 @@ def _candidates(row: dict[str, Any], encoder: Encoder, raw: bool, where: str) ->
             response = [{"role": "assistant", "content": response}]
         elif isinstance(response, str):
             response = space + response
-        straddling = encoder.num_straddling
+        straddling = encoder.tally.notes[STRADDLING]
         try:
-            one = encoder.encode("prompt-completion", [{"prompt": prompt, "completion": response}])[0]
+            found = encoder.encode([parse("prompt-completion", {"prompt": prompt, "completion": response})])[0]
+            if isinstance(found, RowError):
+                raise found
         except RowError as error:
             raise UserError(f"{where}, response {j}: {error}") from error
-        if encoder.num_straddling > straddling:
+        if encoder.tally.notes[STRADDLING] > straddling:
             raise UserError(f"{where}, response {j}: a token spans prompt and response; end the prompt with a word")
-        encoded.append((str(text), one))
+        encoded.append((str(text), found[-1]))
     return encoded

@@ -11,20 +11,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from sft_jax import config as configs
 from sft_jax.announce import Announcer
-from sft_jax.architecture import Architecture
 from sft_jax.checkpoint import Checkpoints, check_run_folder, check_same_run, latest_step
-from sft_jax.config import Config, SourceConfig
-from sft_jax.data.chat import Encoder, prompt_ids
-from sft_jax.data.examples import Examples, Report, encode_sources
+from sft_jax.config import Config
+from sft_jax.data.chat import prompt_ids
+from sft_jax.data.examples import Examples
 from sft_jax.data.loader import Loader
-from sft_jax.data.packing import Plan, plan_run
-from sft_jax.data.sources import open_sources
+from sft_jax.data.packing import Plan, plan_of, plan_run
+from sft_jax.data.prepare import prepare_data
 from sft_jax.errors import UserError
 from sft_jax.evaluation.compare import Networks, compare, prepare
 from sft_jax.hf.config import read_architecture, stop_ids
@@ -67,20 +64,20 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
     folder = find_model(config.model.path, config.model.revision)
     arch = read_architecture(folder)
     tokenizer, num_added = load_tokenizer(folder, config.data.chat_template, config.data.added_tokens)
-    encoder = Encoder(tokenizer, config.data.train_on, config.data.stop_token)
-    examples, data_report = _encode(config, config.data.train, encoder, arch)
-    say.data("data", data_report, encoder)
+    base_stops = stop_ids(folder)
+    data = prepare_data(config.data, config.data.train, tokenizer, base_stops, arch.max_positions)
+    examples = data.examples
+    say.data("data", data)
     held_out = None
     if config.data.eval:
-        encoder = Encoder(tokenizer, config.data.train_on, config.data.stop_token)
-        held_out, held_out_report = _encode(config, config.data.eval, encoder, arch)
-        say.data("held out", held_out_report, encoder)
+        held_out = prepare_data(config.data, config.data.eval, tokenizer, base_stops, arch.max_positions)
+        say.data("held out", held_out)
     task = None
     if config.evaluation.at_end:
-        task = prepare(config, arch, tokenizer)
+        task = prepare(config, arch, tokenizer, base_stops)
         say.task(task, names=("documents",))
     prompts = [prompt_ids(tokenizer, [{"role": "user", "content": text}]) for text in config.evaluation.samples]
-    plan = _plan(config, examples)
+    plan = plan_of(config.data, config.training, examples)
     total_steps = plan.num_steps
     say.plan(config, examples, plan)
 
@@ -96,7 +93,7 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
     params, frozen = load_weights(
         split, arch, reader, config.lora, old_vocab_size, training.seed, "all" if latest is None else "frozen"
     )
-    stops = list(dict.fromkeys([*examples.stop_ids, *stop_ids(folder)]))
+    stops = list(dict.fromkeys([*examples.stop_ids, *base_stops]))
 
     # -- optimizer and steps ------------------------------------------------------------------------------------------
     optimizer = make_optimizer(config.optimizer, labels_of(split.trainable, split.labels))
@@ -147,7 +144,7 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
         enabled=is_main,
     )
     progress = Progress(first_step, total_steps, enabled=is_main)
-    evaluator = None if held_out is None else _Evaluator(config, held_out, mesh, eval_step)
+    evaluator = None if held_out is None else _Evaluator(config, held_out.examples, mesh, eval_step)
     last: dict[str, Any] = {"step": first_step}
     slot_tokens = training.batch_size * config.data.max_length
 
@@ -257,7 +254,7 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
 
 
 class _Evaluator:
-    """Held-out loss per target token: sums over all batches, divided once."""
+    """Held-out loss per target token (by weight): sums over all batches, divided once."""
 
     def __init__(self, config: Config, examples: Examples, mesh: Mesh, step: EvalStep):
         rows = config.training.batch_size // config.training.gradient_accumulation_steps
@@ -269,41 +266,7 @@ class _Evaluator:
     def __call__(self, params: Params, frozen: Params) -> float:
         sums = [self._step(params, frozen, batch) for batch in self._make_loader()]
         loss = sum(float(s["loss"]) for s in sums)
-        return loss / sum(float(s["target_tokens"]) for s in sums)
-
-
-def _encode(
-    config: Config, sources: list[SourceConfig], encoder: Encoder, arch: Architecture
-) -> tuple[Examples, Report]:
-    opened = open_sources(sources)
-    num_rows = sum(len(source.rows) for source in opened)
-    with tqdm(total=num_rows, unit="row", desc="tokenising", leave=False, disable=None) as bar:
-        examples, report = encode_sources(opened, encoder, config.data.max_length, config.data.overlong, bar.update)
-    longest = int(examples.slots.max()) + 1
-    if longest > arch.max_positions:
-        where = examples.describe(int(examples.slots.argmax()))
-        raise UserError(
-            f"data.max_length: {where} has {longest} tokens, the model has {arch.max_positions} positions; "
-            f"set data.max_length={arch.max_positions}"
-        )
-    return examples, report
-
-
-def _plan(config: Config, examples: Examples) -> Plan:
-    repeats = None
-    if any(weight != 1.0 for weight in examples.weights):
-        repeats = np.asarray(examples.weights)[examples.source]
-    return plan_run(
-        examples.slots,
-        config.data.max_length,
-        config.training.batch_size,
-        config.training.num_train_epochs,
-        config.training.max_steps,
-        config.training.seed,
-        config.data.packing,
-        config.data.shuffle,
-        repeats,
-    )
+        return loss / sum(float(s["weight"]) for s in sums)
 
 
 def _stop_not_finite(

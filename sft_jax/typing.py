@@ -20,14 +20,14 @@ class Batch:
 
         inputs        7 8 9 0 0
         targets       8 9 2 0 0
-        loss_mask     0 1 1 0 0     belongs to targets: shifted first, packed second
+        loss_mask     0 1 1 0 0     belongs to targets: shifted first, packed second; 0.5 would count half
         segment_ids   1 1 1 0 0     0 is padding; attention stays within a segment
         positions     0 1 2 0 0     restart with every segment
     """
 
     inputs: Int[Array, "B T"]
     targets: Int[Array, "B T"]
-    loss_mask: Bool[Array, "B T"]
+    loss_mask: Float[Array, "B T"]
     segment_ids: Int[Array, "B T"]
     positions: Int[Array, "B T"]
 

@@ -15,6 +15,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 if "PYTEST_XDIST_WORKER" not in os.environ:  # one place for all workers and the processes they start, gone at the end
     caches = tempfile.mkdtemp(prefix="sft-jax-tests-")
     atexit.register(shutil.rmtree, caches)
+    os.environ["SFT_JAX_CACHE"] = f"{caches}/sft-jax"
     os.environ["HF_DATASETS_CACHE"] = f"{caches}/datasets"
     os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{caches}/jax"
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"

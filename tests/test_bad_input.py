@@ -96,7 +96,7 @@ def test_data(tiny, chats, tmp_path):
     refused(run_config(tiny, text(good.encode() + b'{"messages": "\xff\xfe"}\n'), out), "bad.jsonl:4: not valid UTF-8")
     refused(run_config(tiny, text("", "empty.jsonl"), out), "empty.jsonl: has no rows")
     refused(run_config(tiny, text('{"foo": 1}\n', "foo.jsonl"), out), "no known format in the columns foo")
-    refused(run_config(tiny, text("a,b\n", "a.csv"), out), "unknown kind of file '.csv'")
+    refused(run_config(tiny, text("a,b\n", "a.tsv"), out), "unknown kind of file '.tsv'")
     row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant"}]}
     refused(
         run_config(tiny, write_jsonl(tmp_path / "b.jsonl", [*conversations(2), row]), out), "b.jsonl row 2", "'content'"

@@ -5,9 +5,11 @@ import pytest
 from kit import CHATML, CHATML_UNMARKED, conversations, make_tokenizer, write_jsonl
 
 from sft_jax.config import SourceConfig
-from sft_jax.data.chat import Encoder, RowError
-from sft_jax.data.examples import encode_sources
+from sft_jax.data.chat import STRADDLING, Encoded, Encoder
+from sft_jax.data.examples import encode_sources, join
+from sft_jax.data.formats import parse
 from sft_jax.data.loader import make_batch
+from sft_jax.data.rows import RowError
 from sft_jax.data.sources import open_sources
 from sft_jax.errors import UserError
 
@@ -26,13 +28,24 @@ def trained_text(tokenizer, encoded) -> str:
     return tokenizer.decode([i for i, trained in zip(encoded.ids, encoded.mask, strict=True) if trained])
 
 
+def encode(encoder, rows, row_format="messages"):
+    """One example a row; a row that cannot be trained on raises its reason."""
+    examples = []
+    for result in encoder.encode([parse(row_format, row) for row in rows]):
+        if isinstance(result, RowError):
+            raise result
+        assert len(result) == 1
+        examples += result
+    return examples
+
+
 def test_mask_is_transformers_own(tokenizer):
     rows = conversations(20)
     reference = tokenizer.apply_chat_template(
         [row["messages"] for row in rows], return_dict=True, return_assistant_tokens_mask=True
     )
-    encoded = Encoder(tokenizer).encode("messages", rows)
-    assert [e.ids for e in encoded] == reference["input_ids"]
+    encoded = encode(Encoder(tokenizer), rows)
+    assert [e.ids.tolist() for e in encoded] == reference["input_ids"]
     assert [[int(m) for m in e.mask] for e in encoded] == reference["assistant_masks"]
 
 
@@ -41,52 +54,54 @@ def test_trained_text_is_the_answers_and_their_stop_tokens(tokenizer):
     for template in (CHATML, CHATML_UNMARKED):
         tokenizer.chat_template = template
         encoder = Encoder(tokenizer)
-        for row, encoded in zip(rows, encoder.encode("messages", rows), strict=True):
+        for row, encoded in zip(rows, encode(encoder, rows), strict=True):
             answers = [m["content"] + "<|im_end|>" for m in row["messages"] if m["role"] == "assistant"]
             assert trained_text(tokenizer, encoded) == "".join(answers)
-        assert set(encoder.stop_counts) == {tokenizer.convert_tokens_to_ids("<|im_end|>")}
+        assert set(encoder.tally.stops) == {tokenizer.convert_tokens_to_ids("<|im_end|>")}
 
 
 def test_unmarked_template_gives_the_same(tokenizer):
     rows = conversations(20)
-    marked = Encoder(tokenizer).encode("messages", rows)
+    marked = encode(Encoder(tokenizer), rows)
     tokenizer.chat_template = CHATML_UNMARKED
-    assert Encoder(tokenizer).encode("messages", rows) == marked
+    for one, other in zip(encode(Encoder(tokenizer), rows), marked, strict=True):
+        assert one.ids.tolist() == other.ids.tolist()
+        assert one.mask.tolist() == other.mask.tolist()
 
 
 def test_last_assistant_and_all(tokenizer):
     row = conversations(2)[1]
-    (last,) = Encoder(tokenizer, "last_assistant").encode("messages", [row])
+    (last,) = encode(Encoder(tokenizer, "last_assistant"), [row])
     assert trained_text(tokenizer, last) == row["messages"][-1]["content"] + "<|im_end|>"
-    (everything,) = Encoder(tokenizer, "all").encode("messages", [row])
+    (everything,) = encode(Encoder(tokenizer, "all"), [row])
     assert all(everything.mask)
 
 
 def test_prompt_and_completion(tokenizer):
     encoder = Encoder(tokenizer)
-    (plain,) = encoder.encode("prompt-completion", [{"prompt": "river", "completion": " mountain bridge"}])
+    (plain,) = encode(encoder, [{"prompt": "river", "completion": " mountain bridge"}], "prompt-completion")
     assert trained_text(tokenizer, plain) == " mountain bridge<|im_end|>"
     assert tokenizer.decode(plain.ids) == "river mountain bridge<|im_end|>"
     row = {
         "prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "seen before"}],
         "completion": [{"role": "user", "content": "b"}, {"role": "assistant", "content": "new"}],
     }
-    (chat,) = encoder.encode("prompt-completion", [row])
+    (chat,) = encode(encoder, [row], "prompt-completion")
     assert trained_text(tokenizer, chat) == "new<|im_end|>"
 
 
 def test_a_token_across_the_edge_is_counted_and_not_trained(tokenizer):
     encoder = Encoder(tokenizer)
-    (encoded,) = encoder.encode("prompt-completion", [{"prompt": "the riv", "completion": "er market"}])
-    assert encoder.num_straddling > 0
+    (encoded,) = encode(encoder, [{"prompt": "the riv", "completion": "er market"}], "prompt-completion")
+    assert encoder.tally.notes[STRADDLING] > 0
     assert trained_text(tokenizer, encoded) == " market<|im_end|>"
 
 
 def test_text_is_all_targets_and_ends_once(tokenizer):
-    (encoded,) = Encoder(tokenizer).encode("text", [{"text": "winter orchard"}])
+    (encoded,) = encode(Encoder(tokenizer), [{"text": "winter orchard"}], "text")
     assert all(encoded.mask)
     assert tokenizer.decode(encoded.ids) == "winter orchard<|im_end|>"
-    (other,) = Encoder(tokenizer, stop_token="<pad>").encode("text", [{"text": "winter orchard"}])
+    (other,) = encode(Encoder(tokenizer, stop_token="<pad>"), [{"text": "winter orchard"}], "text")
     assert tokenizer.decode(other.ids) == "winter orchard<pad>"
 
 
@@ -99,15 +114,32 @@ def test_templates_that_cannot_teach_to_stop_are_refused(tokenizer):
     for template in (outside, without):
         tokenizer.chat_template = template
         with pytest.raises(RowError, match="stop"):
-            Encoder(tokenizer).encode("messages", rows)
+            encode(Encoder(tokenizer), rows)
 
 
-def test_a_template_that_rewrites_history_is_refused(tokenizer):
-    tokenizer.chat_template = CHATML_UNMARKED.replace(
-        "{% for m in messages %}", "{% for m in messages %}{{ messages | length }}"
-    )
-    with pytest.raises(RowError, match="renders earlier messages differently"):
-        Encoder(tokenizer).encode("messages", conversations(2)[1:])
+def test_a_template_that_rewrites_history_gives_an_example_a_turn(tokenizer):
+    """The last answer alone begins with a thought, so no text has two answers as inference sees them."""
+    rewriting = CHATML.replace("{% generation %}", "{% generation %}{% if loop.last %}<think></think>{% endif %}")
+    assert rewriting != CHATML
+    (row,) = conversations(2)[1:]
+    answers = [i for i, m in enumerate(row["messages"]) if m["role"] == "assistant"]
+    assert len(answers) == 2
+    for template in (rewriting, rewriting.replace("{% generation %}", "").replace("{% endgeneration %}", "")):
+        tokenizer.chat_template = template
+        encoder = Encoder(tokenizer)
+        (examples,) = encoder.encode([parse("messages", row)])
+        for i, one in zip(answers, examples, strict=True):
+            assert trained_text(tokenizer, one) == f"<think></think>{row['messages'][i]['content']}<|im_end|>"
+            seen = tokenizer.apply_chat_template(row["messages"][:i], add_generation_prompt=True, tokenize=False)
+            assert tokenizer.decode(one.ids).startswith(seen)
+        assert encoder.tally.notes["conversations split, because the template rewrites earlier turns"] == 1
+
+
+def test_a_template_whose_prompt_is_no_beginning_is_refused(tokenizer):
+    """Here the text begins with how many messages there are, which inference could not know."""
+    tokenizer.chat_template = "{{ messages | length }}" + CHATML_UNMARKED
+    with pytest.raises(RowError, match="writes the messages before it in another way than alone"):
+        encode(Encoder(tokenizer), conversations(1))
 
 
 @pytest.mark.parametrize(
@@ -135,35 +167,30 @@ def test_overlong_rows(tokenizer, tmp_path):
         return encode_sources(sources, Encoder(tokenizer), 32, overlong)
 
     dropped, report = encode("drop")
-    assert (len(dropped), report.dropped, report.truncated) == (1, 2, 0)
+    assert (len(dropped), report.total("dropped"), report.total("truncated")) == (1, 2, 0)
     cut, report = encode("truncate")
-    assert (len(cut), report.truncated, report.dropped_without_targets) == (2, 1, 1)
+    assert (len(cut), report.total("truncated"), report.total("dropped_without_targets")) == (2, 1, 1)
     ids, mask = cut[1]
     assert len(ids) == 32
     assert ids[-1] != tokenizer.eos_token_id  # a cut answer is not taught to stop
     assert mask.any()
-    assert report.targets_lost > 0
+    assert report.total("targets_lost") > 0
     with pytest.raises(UserError, match=r"long.jsonl row 1: \d+ tokens are more than data.max_length 32"):
         encode("error")
 
 
 def test_batch_docstring_example():
-    from sft_jax.data.examples import Examples
-
-    examples = Examples(
-        ids=np.array([5, 6, 2, 7, 2], np.int32),
-        mask=np.array([0, 1, 1, 0, 1], bool),
-        offsets=np.array([0, 3, 5]),
-        source=np.zeros(2, np.int32),
-        row=np.arange(2),
-        names=("a.jsonl",),
-        weights=(1.0,),
-        stop_ids=(2,),
+    examples = join(
+        [
+            Encoded(np.array([5, 6, 2], np.int32), np.array([0, 1, 1], np.float32)),
+            Encoded(np.array([7, 2], np.int32), np.array([0, 0.5], np.float32)),
+        ],
+        "a.jsonl",
     )
     batch = make_batch(examples, [np.array([0, 1])], 2, 5)
     assert batch.inputs[0].tolist() == [5, 6, 7, 0, 0]
     assert batch.targets[0].tolist() == [6, 2, 2, 0, 0]
-    assert batch.loss_mask[0].tolist() == [1, 1, 1, 0, 0]
+    assert batch.loss_mask[0].tolist() == [1, 1, 0.5, 0, 0]
     assert batch.segment_ids[0].tolist() == [1, 1, 2, 0, 0]
     assert batch.positions[0].tolist() == [0, 1, 0, 0, 0]
     assert not batch.segment_ids[1].any()

@@ -12,7 +12,8 @@ from sft_jax.errors import UserError
 
 
 def rows(path, **options):
-    return [(s.name, s.format, s.weight, list(s.rows)) for s in open_sources([SourceConfig(path=str(path), **options)])]
+    opened = open_sources([SourceConfig(path=str(path), **options)])
+    return [(s.name, s.format, s.weight, list(s.table.read(0, len(s)))) for s in opened]
 
 
 def test_jsonl_json_and_parquet_are_the_same(tmp_path):
@@ -46,7 +47,7 @@ def test_format_by_columns_and_by_name(tmp_path):
 
 def test_what_is_not_there(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"no \.jsonl, \.json, \.parquet file"):
+    with pytest.raises(UserError, match=r"no \.jsonl, \.json, \.csv"):
         rows(tmp_path / "empty")
     with pytest.raises(UserError, match=r"no file, folder or glob .*nothing\*\.jsonl"):
         rows(tmp_path / "nothing*.jsonl")

@@ -42,7 +42,7 @@ from laboratory import (
 
 from sft_jax.data.examples import join
 from sft_jax.evaluation.answers import same_answer
-from sft_jax.evaluation.questions import cut_at_blank_line, exchange, few_shot_prompts
+from sft_jax.evaluation.questions import cut_at_blank_line, exchanges, few_shot_prompts
 from sft_jax.tree import flatten
 
 SEEDS = (0, 1, 2)
@@ -261,7 +261,7 @@ def unknown_facts(lab: Laboratory, report: Report, standard: Standard) -> None:
 
 
 def few_shot(lab: Laboratory, report: Report, standard: Standard) -> None:
-    shots = [exchange(lab.train_rows[0], row) for row in range(len(lab.train_rows[0].rows))]
+    shots = list(exchanges(lab.train_rows[0]))
     found: dict[int, list[float]] = {}
     for num in SHOTS:
         found[num] = []
@@ -346,7 +346,7 @@ def lora_or_full(lab: Laboratory, report: Report, standard: Standard) -> None:
 def preference(lab: Laboratory, report: Report, standard: Standard) -> None:
     """Better: the bare answer. Acceptable: the same and a full stop. Wrong: the bare answer to another question."""
     source = lab.train_rows[0]
-    pairs = [exchange(source, row) for row in range(len(source.rows))]
+    pairs = list(exchanges(source))
     dotted = [(question, f"{answer}.") for question, answer in pairs]
     asked = [(question.question, question.answer) for question in lab.asked]
     others = [asked[(i + 1) % len(asked)][1] for i in range(len(asked))]

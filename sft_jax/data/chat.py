@@ -1,44 +1,49 @@
 """From one row to token ids and the mask of what is trained: always made together, by one function.
 
-The mask never follows from a token id. It comes from where the template puts each assistant turn: from the template's
-own ``{% generation %}`` marks, or, without them, from comparing renderings that end before and after the turn.
+The mask never follows from a token id. It comes from where the template puts each assistant turn
+(:mod:`sft_jax.data.turns`), found in the text and carried over to tokens by their offsets.
 """
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import jinja2
+import numpy as np
 
+from sft_jax.data.rows import Conversation, Document, Message, Row, RowError, Tokens
+from sft_jax.data.template import ChatTemplate
+from sft_jax.data.turns import Rendered, TurnFinder
 from sft_jax.errors import UserError
 
-_QUIET = {"verbose": False}  # lengths are ours to judge, not the tokenizer's
-Message = dict[str, Any]
-Span = tuple[int, int]
-
-
-class RowError(ValueError):
-    """Why one row cannot be trained on; the caller adds file and row.
-
-    Args:
-        index: the row's place among those given.
-    """
-
-    def __init__(self, reason: str, index: int = 0):
-        super().__init__(reason)
-        self.index = index
+STRADDLING = "tokens across the edge of a trained turn"
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """``mask[i]`` says whether the loss counts predicting ``ids[i]``."""
+    """``mask[i]`` is what the loss counts predicting ``ids[i]``: 0 for context, 1 for targets, or a weight."""
 
-    ids: list[int]
-    mask: list[bool]
+    ids: np.ndarray  # int32
+    mask: np.ndarray  # float32
+
+
+@dataclass
+class Tally:
+    """What was met on the way; sums, so that tallies of parts can be added."""
+
+    stops: Counter[int] = field(default_factory=Counter)  # the token that ended a trained turn
+    tokens: Counter[str] = field(default_factory=Counter)  # by role; what no message says is the template's
+    targets: Counter[str] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)
+
+    def add(self, other: Tally) -> None:
+        """Add another tally to this one."""
+        self.stops.update(other.stops)
+        self.tokens.update(other.tokens)
+        self.targets.update(other.targets)
+        self.notes.update(other.notes)
 
 
 @dataclass
@@ -50,13 +55,16 @@ class Encoder:
         train_on: ``assistant`` (every assistant turn), ``last_assistant``, or ``all`` (every token).
         stop_token: what ends a completion or a document; default the tokenizer's eos token. Chats end their turns
             with what the template writes.
+        stop_ids: what generation stops at already, such as the ids in ``generation_config.json``.
+        keep_reasoning: whether rows are read with what an assistant thought before it answered.
     """
 
     tokenizer: Any
     train_on: str = "assistant"
     stop_token: str | None = None
-    stop_counts: Counter[int] = field(default_factory=Counter)  # how often each stop token ended a trained turn
-    num_straddling: int = 0  # tokens across the edge of a trained turn: not trained
+    stop_ids: Sequence[int] = ()
+    keep_reasoning: bool = True
+    tally: Tally = field(default_factory=Tally)
 
     def __post_init__(self) -> None:
         tokenizer = self.tokenizer
@@ -68,53 +76,175 @@ class Encoder:
                 raise UserError(
                     f"data.stop_token: the tokenizer has no token {self.stop_token!r}; add it to data.added_tokens"
                 )
-        if self._stop_id is not None:
-            self._special.add(self._stop_id)
-        template = tokenizer.chat_template or ""
-        self.is_marked = re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
+        self._stops = {*self.stop_ids, *([] if self._stop_id is None else [self._stop_id])}
+        self._special |= self._stops
+        self._blank: dict[int, bool] = {}
+        # transformers sets these before each call; here the tokenizer itself is called
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
+        self._encode_texts = tokenizer.backend_tokenizer.encode_batch
+        self._template = self._finder = None
+        if tokenizer.chat_template:
+            self._template = ChatTemplate(tokenizer.chat_template, dict(tokenizer.special_tokens_map))
+            texts = [text for text in tokenizer.convert_ids_to_tokens(sorted(self._special)) if text]
+            self._finder = TurnFinder(self._template, texts)
 
     @property
     def mask_source(self) -> str:
         """How the mask of a chat is found, for the start-up report."""
-        return "the template's {% generation %} marks" if self.is_marked else "renderings before and after each turn"
+        if self._template is None:
+            return "prompt and completion"
+        marked = self._template.is_marked
+        return "the template's {% generation %} marks" if marked else "renderings before and after each turn"
 
-    def encode(self, row_format: str, rows: Sequence[dict[str, Any]]) -> list[Encoded]:
-        """Encode rows of one format (``messages``, ``prompt-completion`` or ``text``).
+    def encode(self, rows: Sequence[Row | RowError]) -> list[list[Encoded] | RowError]:
+        """Encode rows: each gives one example, several where its template rewrites earlier turns, or a reason why not.
 
         Raises:
-            RowError: the first row that cannot be trained on.
-            UserError: the tokenizer lacks what the format needs.
+            UserError: the tokenizer lacks what the rows need.
         """
-        counted = self.stop_counts.copy(), self.num_straddling
-        try:
-            return self._encode_batch(row_format, rows)
-        except RowError:  # which row? once more, one by one
-            self.stop_counts, self.num_straddling = counted
-            encoded = []
-            for index, row in enumerate(rows):
-                try:
-                    encoded += self._encode_batch(row_format, [row])
-                except RowError as error:
-                    raise RowError(str(error), index) from error
-            return encoded
+        texts: list[str] = []
+        prepared: list[tuple[Row, list[Rendered]] | RowError] = []
+        for row in rows:
+            try:
+                if isinstance(row, RowError):
+                    raise row
+                rendered = self._render(row)
+            except RowError as error:
+                prepared.append(error)
+                continue
+            prepared.append((row, rendered))
+            texts += [one.text for one in rendered]
+        has_documents = any(isinstance(row, Document) for row in rows)
+        assert not has_documents or all(isinstance(row, Document | RowError) for row in rows)
+        encodings = iter(self._encode_texts(texts, add_special_tokens=has_documents))
+        results: list[list[Encoded] | RowError] = []
+        for one in prepared:
+            if isinstance(one, RowError):
+                results.append(one)
+                continue
+            row, rendered = one
+            mine = [next(encodings) for _ in rendered]
+            tally = Tally()
+            try:
+                if isinstance(row, Tokens):
+                    encoded = [self._encode_tokens(row, tally)]
+                elif isinstance(row, Document):
+                    encoded = [self._encode_document(row, mine[0], tally)]
+                else:
+                    weights = self._weights(row)
+                    pairs = zip(rendered, mine, strict=True)
+                    encoded = [self._encode_chat(weights, text, encoding, tally) for text, encoding in pairs]
+            except RowError as error:
+                results.append(error)
+                continue
+            for text in rendered:
+                tally.notes.update(text.notes)
+            self.tally.add(tally)
+            results.append(encoded)
+        return results
 
-    def _encode_batch(self, row_format: str, rows: Sequence[dict[str, Any]]) -> list[Encoded]:
-        if row_format == "text":
-            return [self._encode_text("", _string(row, "text"), everything=True) for row in rows]
-        if row_format == "messages":
-            chats = [(_messages(row, "messages"), 0) for row in rows]
-            return self._encode_chats(chats)
-        if all(isinstance(row.get("prompt"), list) for row in rows):
-            chats = []
-            for row in rows:
-                prompt = _messages(row, "prompt")
-                in_prompt = sum(message["role"] == "assistant" for message in prompt)
-                chats.append((prompt + _messages(row, "completion"), in_prompt))
-            return self._encode_chats(chats)
-        everything = self.train_on == "all"
-        return [self._encode_text(_string(row, "prompt"), _string(row, "completion"), everything) for row in rows]
+    def _render(self, row: Row) -> list[Rendered]:
+        if isinstance(row, Tokens):
+            return []
+        if isinstance(row, Document):
+            return [Rendered(row.prompt + row.completion, {}, [])]
+        if self._finder is None:
+            raise UserError("data.chat_template: the tokenizer has no chat template; give a Jinja file")
+        return self._finder.find(row.messages, row.tools, sorted(self._weights(row)))
 
-    def _encode_text(self, prompt: str, completion: str, everything: bool) -> Encoded:
+    def _weights(self, row: Conversation) -> dict[int, float]:
+        """Which messages are trained, and what each counts."""
+        answers = [i for i, message in enumerate(row.messages) if message["role"] == "assistant"]
+        weights = {}
+        for i, weight in enumerate(row.weights):
+            if i in answers:
+                weights[i] = 1.0 if weight is None else weight
+            elif weight:
+                raise RowError(f"message {i} ({row.messages[i]['role']}): only assistant messages can be trained")
+        trained = {i: weight for i, weight in weights.items() if weight > 0}
+        if not trained:
+            raise RowError("no assistant message to train on" + (", all have weight 0" if answers else ""))
+        if self.train_on == "last_assistant":
+            last = max(trained)
+            return {last: trained[last]}
+        return trained
+
+    def _encode_chat(self, weights: dict[int, float], text: Rendered, encoding: Any, tally: Tally) -> Encoded:
+        ids = encoding.ids
+        mask = np.full(len(ids), float(self.train_on == "all"), np.float32)
+        bos = self.tokenizer.bos_token_id
+        if ids[:2] == [bos, bos]:
+            raise RowError(f"the chat template writes the token {self.tokenizer.bos_token!r} twice at the start")
+        num_targets = 0
+        for i, (begin, end) in text.turns.items():
+            first, last = self._token_span(encoding, begin, end, tally)
+            last = self._find_stop(ids, first, last, i, tally)
+            mask[first:last] = weights[i]
+            num_targets += last - first
+        tally.targets["assistant"] += num_targets
+        elsewhere = 0
+        for role, (begin, end) in text.contents:
+            first, last = encoding.char_to_token(begin), encoding.char_to_token(end - 1)
+            if first is not None and last is not None:
+                tally.tokens[role] += last + 1 - first
+                elsewhere += last + 1 - first
+        tally.tokens["template"] += len(ids) - elsewhere
+        return Encoded(np.asarray(ids, np.int32), mask)
+
+    def _token_span(self, encoding: Any, begin: int, end: int, tally: Tally) -> tuple[int, int]:
+        """Tokens of the characters ``begin … end``: as transformers counts them where the template marks its turns,
+        else only those that are wholly inside."""
+        first, last = encoding.char_to_token(begin), encoding.char_to_token(end - 1)
+        while first is None and begin < end - 1:  # characters that belong to no token, such as some blanks
+            begin += 1
+            first = encoding.char_to_token(begin)
+        while last is None and end > begin + 1:
+            end -= 1
+            last = encoding.char_to_token(end - 1)
+        if first is None or last is None:
+            raise RowError("the tokenizer does not keep the text of a trained turn, so its tokens cannot be told")
+        assert self._template is not None
+        is_cut = encoding.token_to_chars(first)[0] < begin
+        if is_cut:
+            tally.notes[STRADDLING] += 1
+        return (first if self._template.is_marked or not is_cut else first + 1), last + 1
+
+    def _find_stop(self, ids: list[int], first: int, end: int, i: int, tally: Tally) -> int:
+        """Where a turn ends for training: after its stop token, or where the template's mark does.
+
+        A turn has to end with special tokens; whitespace may follow. The stop token is the first of them that
+        generation stops at already, else the last.
+
+        Raises:
+            RowError: there is none, so the turn would never be stopped, or the answer itself has it.
+        """
+        at = end
+        run: list[int] = []  # places of the special tokens at the end
+        while at > first and (ids[at - 1] in self._special or self._is_blank(ids[at - 1])):
+            at -= 1
+            if ids[at] in self._special:
+                run.append(at)
+        assert self._template is not None
+        if not run:
+            where = "inside {% generation %}" if self._template.is_marked else "after an assistant message"
+            raise RowError(
+                f"message {i}: the answer does not end with a stop token; the chat template must write one {where}"
+                " (a token of its own: data.added_tokens)"
+            )
+        stop = next((place for place in reversed(run) if ids[place] in self._stops), run[0])
+        if ids[stop] in ids[first:stop]:
+            token = self.tokenizer.convert_ids_to_tokens(ids[stop])
+            raise RowError(f"message {i}: the answer itself has the stop token {token!r}, which would end it there")
+        tally.stops[ids[stop]] += 1
+        return end if self._template.is_marked else run[0] + 1
+
+    def _is_blank(self, token: int) -> bool:
+        if token not in self._blank:
+            self._blank[token] = not self.tokenizer.decode([token]).strip()
+        return self._blank[token]
+
+    def _encode_document(self, row: Document, encoding: Any, tally: Tally) -> Encoded:
         """Prompt and completion tokenised as one string, then the stop token.
 
         With ids ``[1, 10, 11]`` for the prompt ``ab`` and ``[12]`` for the completion ``c``, the stop id 2 and a
@@ -122,106 +252,41 @@ class Encoder:
         """
         if self._stop_id is None:
             raise UserError("data.stop_token: the tokenizer has no eos token to end a document with; name a token")
-        encoding = self.tokenizer(prompt + completion, return_offsets_mapping=True, **_QUIET)
-        ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
-        if everything:
-            mask = [True] * len(ids)
+        ids, edge = encoding.ids, len(row.prompt)
+        if self.train_on == "all" or edge == 0:
+            mask = np.ones(len(ids), np.float32)
         else:
-            mask = [start >= len(prompt) and end > start for start, end in offsets]
-            self.num_straddling += sum(start < len(prompt) < end for start, end in offsets)
+            offsets = encoding.offsets
+            mask = np.asarray([float(start >= edge and end > start) for start, end in offsets], np.float32)
+            tally.notes[STRADDLING] += sum(start < edge < end for start, end in offsets)
+        if len(ids) > 1 and ids[0] == ids[1] == self.tokenizer.bos_token_id:  # the text has one of its own
+            ids, mask = ids[1:], mask[1:]
         if ids and ids[-1] == self._stop_id:
-            mask[-1] = True
+            mask[-1] = 1.0
         else:
-            ids, mask = [*ids, self._stop_id], [*mask, True]
-        self.stop_counts[self._stop_id] += 1
-        return Encoded(ids, mask)
+            ids, mask = [*ids, self._stop_id], np.append(mask, np.float32(1.0))
+        tally.stops[self._stop_id] += 1
+        num_targets = int((mask > 0).sum())
+        tally.tokens.update({"completion": num_targets, "prompt": len(ids) - num_targets})
+        tally.targets["completion"] += num_targets
+        return Encoded(np.asarray(ids, np.int32), mask)
 
-    def _encode_chats(self, chats: Sequence[tuple[list[Message], int]]) -> list[Encoded]:
-        """Chats with the number of leading assistant turns that are context only."""
-        if not self.tokenizer.chat_template:
-            raise UserError("data.chat_template: the tokenizer has no chat template; give a Jinja file")
-        conversations = [messages for messages, _ in chats]
-        located = self._marked_turns(conversations) if self.is_marked else self._compared_turns(conversations)
-        encoded = []
-        for (messages, num_context), (ids, turns) in zip(chats, located, strict=True):
-            expected = sum(message["role"] == "assistant" for message in messages)
-            if len(turns) != expected:
-                raise RowError(f"the template renders {len(turns)} assistant turns of {expected}")
-            turns = turns[num_context:]
-            if not turns:
-                raise RowError("no assistant message to train on")
-            if self.train_on == "last_assistant":
-                turns = turns[-1:]
-            mask = [self.train_on == "all"] * len(ids)
-            for start, end in turns:
-                self._count_stop(ids, start, end)
-                mask[start:end] = [True] * (end - start)
-            encoded.append(Encoded(ids, mask))
-        return encoded
-
-    def _count_stop(self, ids: list[int], start: int, end: int) -> None:
-        """Refuse a turn that does not end with a special token (whitespace may follow): it would never be stopped."""
-        last = next((i for i in range(end - 1, start - 1, -1) if ids[i] in self._special), None)
-        if last is None or self.tokenizer.decode(ids[last + 1 : end]).strip():
-            where = "inside {% generation %}" if self.is_marked else "after an assistant message"
-            raise RowError(
-                f"an assistant turn does not end with a stop token; the chat template must write one {where}"
-            )
-        self.stop_counts[ids[last]] += 1
-
-    def _marked_turns(self, conversations: list[list[Message]]) -> list[tuple[list[int], list[Span]]]:
-        """Ids and token spans of what the template marks: exactly transformers' assistant mask, as runs."""
-        encoding = self._apply_template(
-            conversations, return_dict=True, return_assistant_tokens_mask=True, tokenizer_kwargs=_QUIET
-        )
-        masks = encoding["assistant_masks"]
-        return [(ids, _runs(mask)) for ids, mask in zip(encoding["input_ids"], masks, strict=True)]
-
-    def _compared_turns(self, conversations: list[list[Message]]) -> list[tuple[list[int], list[Span]]]:
-        """Ids and token spans of the assistant turns of a template without marks.
-
-        The conversation is rendered and tokenised once. Where a turn begins and ends in that text is where the
-        renderings of the messages before it (with the generation prompt, as at inference) and up to it end. The turn
-        is trained up to its last special token, the one that generation will stop at.
-        """
-        texts = self._apply_template(conversations, tokenize=False)
-        encoding = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, **_QUIET)
-        located = []
-        for messages, text, ids, offsets in zip(
-            conversations, texts, encoding["input_ids"], encoding["offset_mapping"], strict=True
-        ):
-            turns = []
-            for i, message in enumerate(messages):
-                if message["role"] == "assistant":
-                    begin = self._prefix_length(messages[:i], text, i, add_generation_prompt=True)
-                    end = self._prefix_length(messages[: i + 1], text, i, add_generation_prompt=False)
-                    turns.append(self._token_span(ids, offsets, begin, end))
-            located.append((ids, turns))
-        return located
-
-    def _apply_template(self, messages: Any, **options: Any) -> Any:
-        """transformers' sandboxed rendering; whatever a template stumbles over is the row's fault or its own."""
-        try:
-            return self.tokenizer.apply_chat_template(messages, **options)
-        except (jinja2.TemplateError, TypeError, KeyError, ValueError, AttributeError) as error:
-            raise RowError(f"the chat template fails: {' '.join(str(error).split())}") from error
-
-    def _prefix_length(self, messages: list[Message], text: str, turn: int, add_generation_prompt: bool) -> int:
-        prefix = self._apply_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-        if not text.startswith(prefix):
-            raise RowError(
-                f"message {turn}: the chat template renders earlier messages differently once later ones follow, "
-                "so what inference will see cannot be told; mark the template with {% generation %}"
-            )
-        return len(prefix)
-
-    def _token_span(self, ids: list[int], offsets: list[Span], begin: int, end: int) -> Span:
-        inside = [i for i, (start, stop) in enumerate(offsets) if start >= begin and stop <= end and stop > start]
-        self.num_straddling += sum(start < begin < stop or start < end < stop for start, stop in offsets)
-        stops = [i for i in inside if ids[i] in self._special]
-        if not stops:
-            raise RowError("the chat template writes no special token after an assistant message, so nothing stops it")
-        return inside[0], stops[-1] + 1
+    def _encode_tokens(self, row: Tokens, tally: Tally) -> Encoded:
+        size = len(self.tokenizer)
+        for token in row.ids:
+            if not 0 <= token < size:
+                raise RowError(f"token {token} is not in the tokenizer's vocabulary of {size:,}")
+        mask = np.asarray(row.weights, np.float32)
+        if self.train_on == "all":
+            mask = np.ones_like(mask)
+        trained = np.flatnonzero(mask)
+        if len(trained) and row.ids[trained[-1]] in self._special:
+            tally.stops[row.ids[trained[-1]]] += 1
+        else:
+            tally.notes["tokenised rows whose targets do not end with a stop token"] += 1
+        tally.tokens.update({"completion": len(trained), "prompt": len(row.ids) - len(trained)})
+        tally.targets["completion"] += len(trained)
+        return Encoded(np.asarray(row.ids, np.int32), mask)
 
 
 def prompt_ids(tokenizer: Any, messages: list[Message]) -> list[int]:
@@ -233,41 +298,8 @@ def prompt_ids(tokenizer: Any, messages: list[Message]) -> list[int]:
     if not tokenizer.chat_template:
         raise UserError("this model has no chat template; write plain text (--raw), or add a chat_template.jinja")
     try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-    except (jinja2.TemplateError, TypeError, KeyError, ValueError, AttributeError) as error:
-        raise UserError(f"the chat template fails: {' '.join(str(error).split())}") from error
-
-
-def _runs(mask: Sequence[int]) -> list[Span]:
-    """The stretches of ones: ``[0, 1, 1, 0, 1]`` → ``[(1, 3), (4, 5)]``."""
-    edges = [i for i in range(len(mask) + 1) if (mask[i] if i < len(mask) else 0) != (mask[i - 1] if i else 0)]
-    return list(zip(edges[::2], edges[1::2], strict=True))
-
-
-def _string(row: dict[str, Any], key: str) -> str:
-    value = row.get(key)
-    if not isinstance(value, str):
-        raise RowError(f"{key!r} must be a string, it is {_kind(value)}")
-    return value
-
-
-def _messages(row: dict[str, Any], key: str) -> list[Message]:
-    """The messages of a row, without the empty fields that Arrow adds to make rows alike."""
-    value = row.get(key)
-    if not isinstance(value, list) or not value:
-        raise RowError(f"{key!r} must be a list of messages, it is {_kind(value)}")
-    messages = []
-    for i, message in enumerate(value):
-        if not isinstance(message, dict):
-            raise RowError(f"message {i} must be an object with role and content, it is {_kind(message)}")
-        message = {name: part for name, part in message.items() if part is not None}
-        for name in ("role", "content"):
-            if not isinstance(message.get(name), str):
-                problem = "is missing" if name not in message else f"must be a string, it is {_kind(message[name])}"
-                raise RowError(f"message {i}: {name!r} {problem}")
-        messages.append(message)
-    return messages
-
-
-def _kind(value: Any) -> str:
-    return "missing" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
+        template = ChatTemplate(tokenizer.chat_template, dict(tokenizer.special_tokens_map))
+        text, _ = template.render(messages, prompt=True)
+    except RowError as error:
+        raise UserError(str(error)) from error
+    return tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -1,61 +1,107 @@
-"""All encoded rows of a data set in flat arrays, with where each came from and what was left out."""
+"""All examples of a data set, where each came from, and what was left out."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from sft_jax.data.chat import Encoded, Encoder, RowError
-from sft_jax.data.sources import Rows
+from sft_jax.data.chat import STRADDLING, Encoded, Encoder, Tally
+from sft_jax.data.sources import Source
+from sft_jax.data.tokenise import Origin, tokenise
+from sft_jax.data.tokenised import RowErrorAt, Tokenised
 from sft_jax.errors import UserError
-
-_BATCH = 1000
 
 
 @dataclass
-class Report:
-    """What became of the rows."""
+class SourceReport:
+    """What became of the rows of one source. Tokens and targets are those of the examples that are kept."""
 
+    name: str
+    format: str
     rows: int = 0
+    refused: int = 0
+    examples: int = 0  # before the overlong ones are left out; a row may give several
     kept: int = 0
-    tokens: int = 0  # of kept rows
+    tokens: int = 0
     targets: int = 0
     dropped: int = 0  # longer than max_length
     dropped_without_targets: int = 0  # nothing to train on was left after truncation
     truncated: int = 0
     targets_lost: int = 0  # by dropping and truncating
-    straddling: int = 0
+    reasons: list[RowErrorAt] = field(default_factory=list)
+    origin: Origin = field(default_factory=lambda: Origin(False, 1, 0.0))
+
+
+@dataclass
+class Report:
+    """What became of the rows of all sources."""
+
+    sources: list[SourceReport] = field(default_factory=list)
+    tally: Tally = field(default_factory=Tally)  # of all examples that could be encoded
     stop_tokens: dict[str, int] = field(default_factory=dict)
+
+    def total(self, name: str) -> int:
+        """The sum of a number over all sources."""
+        return sum(getattr(source, name) for source in self.sources)
+
+    @property
+    def straddling(self) -> int:
+        """Tokens across the edge of a trained turn."""
+        return self.tally.notes[STRADDLING]
+
+    @property
+    def dropped_by_reason(self) -> dict[str, int]:
+        """How many were left out, and why: overlong examples, and refused rows by reason (numbers as #)."""
+        found = Counter(
+            {
+                "longer than data.max_length": self.total("dropped"),
+                "no targets left after truncation": self.total("dropped_without_targets"),
+            }
+        )
+        for source in self.sources:
+            found.update(re.sub(r"\d+", "#", one.reason) for one in source.reasons)
+            found["refused for other reasons"] += source.refused - len(source.reasons)
+        return {reason: count for reason, count in found.items() if count}
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Encoded rows end to end: row ``i`` is ``ids[offsets[i]:offsets[i + 1]]``, its mask likewise."""
+    """Encoded rows; example ``i`` is ``ids[starts[i]:starts[i] + lengths[i]]`` of its source. Files stay on disk."""
 
-    ids: np.ndarray  # int32
-    mask: np.ndarray  # bool
-    offsets: np.ndarray  # int64, one more than rows
-    source: np.ndarray  # int32, index into names
+    parts: tuple[Tokenised, ...]  # a source each
+    source: np.ndarray  # int32 [examples]
+    starts: np.ndarray  # int64
+    lengths: np.ndarray  # int32
     row: np.ndarray  # int64, row in its source
     names: tuple[str, ...]
     weights: tuple[float, ...]  # of the sources
     stop_ids: tuple[int, ...]
 
     def __len__(self) -> int:
-        return len(self.offsets) - 1
+        return len(self.lengths)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and mask of one row."""
-        where = slice(self.offsets[index], self.offsets[index + 1])
-        return self.ids[where], self.mask[where]
+        """Ids (int32) and mask (float32: what the loss counts each) of one example."""
+        part = self.parts[self.source[index]]
+        where = slice(self.starts[index], self.starts[index] + self.lengths[index])
+        return part.ids[where], part.weights[part.codes[where]]
 
     @property
     def slots(self) -> np.ndarray:
-        """How many slots each row takes in a batch: one less than its ids, because inputs and targets are shifted."""
-        return np.diff(self.offsets) - 1
+        """How many slots each example takes in a batch: one less than its ids, as inputs and targets are shifted."""
+        return self.lengths - 1
+
+    def flat(self) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and mask of all examples end to end, in memory."""
+        rows = [self[i] for i in range(len(self))]
+        return np.concatenate([ids for ids, _ in rows]), np.concatenate([mask for _, mask in rows])
 
     def describe(self, index: int) -> str:
         """``file.jsonl row 17``."""
@@ -64,105 +110,173 @@ class Examples:
     def fingerprint(self) -> str:
         """A short hash of all ids and masks: whether a resumed run sees the same data."""
         digest = hashlib.sha256()
-        for array in (self.ids, self.mask, self.offsets):
-            digest.update(np.ascontiguousarray(array).tobytes())
+        for part in self.parts:
+            for array in (part.ids, part.codes, part.weights):
+                digest.update(np.ascontiguousarray(array).data)
+        for array in (self.source, self.starts, self.lengths):
+            digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()[:16]
 
 
 def join(encoded: Sequence[Encoded], name: str) -> Examples:
-    """Encoded rows of one source, end to end."""
-    return Examples(
-        ids=np.concatenate([np.asarray(row.ids, np.int32) for row in encoded]),
-        mask=np.concatenate([np.asarray(row.mask, bool) for row in encoded]),
-        offsets=np.concatenate([[0], np.cumsum([len(row.ids) for row in encoded], dtype=np.int64)]),
-        source=np.zeros(len(encoded), np.int32),
-        row=np.arange(len(encoded), dtype=np.int64),
-        names=(name,),
-        weights=(1.0,),
-        stop_ids=(),
+    """Examples of one source that are in memory."""
+    masks = np.concatenate([np.asarray(one.mask, np.float32) for one in encoded])
+    weights, codes = np.unique(masks, return_inverse=True)
+    lengths = np.asarray([len(one.ids) for one in encoded], np.int32)
+    rows = np.arange(len(encoded), dtype=np.int64)
+    part = Tokenised(
+        ids=np.concatenate([np.asarray(one.ids, np.int32) for one in encoded]),
+        codes=codes.astype(np.uint8),
+        lengths=lengths,
+        rows=rows,
+        targets=np.asarray([np.count_nonzero(one.mask[1:]) for one in encoded], np.int32),
+        weights=weights,
+        num_rows=len(encoded),
+        num_refused=0,
+        refused=[],
+        tally=Tally(),
     )
+    return Examples((part,), np.zeros(len(encoded), np.int32), _starts(lengths), lengths, rows, (name,), (1.0,), ())
 
 
 def encode_sources(
-    sources: Sequence[Rows],
+    sources: Sequence[Source],
     encoder: Encoder,
     max_length: int,
     overlong: str = "drop",
     progress: Callable[[int], object] = lambda rows: None,
+    *,
+    on_bad_row: str = "error",
+    num_workers: int | None = 1,
+    cache: bool = False,
+    refuse: bool = True,
 ) -> tuple[Examples, Report]:
-    """Encode every row of every source; rows longer than ``max_length`` ids are handled as ``overlong`` says.
+    """Encode every row of every source; examples longer than ``max_length`` ids are handled as ``overlong`` says.
 
-    ``truncate`` cuts at the end and never adds a stop token to a cut answer, which would teach stopping early; a row
-    left without targets is dropped. ``progress`` is called with the number of rows done since the last call.
+    ``truncate`` cuts at the end and never adds a stop token to a cut answer, which would teach stopping early; an
+    example left without targets is dropped. ``progress`` is called with the number of rows done since the last call.
+
+    Args:
+        on_bad_row: ``error``, or ``skip`` rows that cannot be proven right, which are counted.
+        num_workers: processes that tokenise; None chooses.
+        cache: keep what was tokenised for the next start.
+        refuse: with False, bad rows are left to :func:`refuse_bad`.
 
     Raises:
         UserError: a row that cannot be encoded (file and row), an overlong row under ``error``, or nothing left.
     """
     report = Report()
-    ids: list[np.ndarray] = []
-    masks: list[np.ndarray] = []
-    origins: list[tuple[int, int]] = []
-    for source_index, source in enumerate(sources):
-        for row, encoded in _encode_rows(source, encoder, progress):
-            report.rows += 1
-            kept = _fit(encoded, max_length, overlong, f"{source.name} row {row}", report)
-            if kept is not None:
-                ids.append(np.asarray(kept.ids, np.int32))
-                masks.append(np.asarray(kept.mask, bool))
-                origins.append((source_index, row))
-    if not ids:
-        names = ", ".join(source.name for source in sources)
-        raise UserError(f"{names}: all {report.rows} rows are longer than data.max_length {max_length}; raise it")
+    parts: list[Tokenised] = []
+    columns: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
+    stops_early = refuse and on_bad_row == "error"
+    for index, source in enumerate(sources):
+        part, origin = tokenise(source, encoder, num_workers, cache, stops_early, progress)
+        one = SourceReport(source.name, source.format, part.num_rows, part.num_refused, len(part.lengths))
+        one.reasons, one.origin = part.refused, origin
+        report.sources.append(one)
+        report.tally.add(part.tally)
+        parts.append(part)
+        if refuse:
+            refuse_bad(report, on_bad_row)
+        starts, lengths, rows = _fit(part, source.name, max_length, overlong, one)
+        columns.append((np.full(len(starts), index, np.int32), starts, lengths, rows))
+    if refuse:
+        refuse_empty(report, max_length)
+    source_column, starts, lengths, rows = (np.concatenate(column) for column in zip(*columns, strict=True))
     examples = Examples(
-        ids=np.concatenate(ids),
-        mask=np.concatenate(masks),
-        offsets=np.concatenate([[0], np.cumsum([len(row) for row in ids], dtype=np.int64)]),
-        source=np.asarray([source for source, _ in origins], np.int32),
-        row=np.asarray([row for _, row in origins], np.int64),
+        parts=tuple(parts),
+        source=source_column,
+        starts=starts,
+        lengths=lengths,
+        row=rows,
         names=tuple(source.name for source in sources),
         weights=tuple(source.weight for source in sources),
-        stop_ids=tuple(stop for stop, _ in encoder.stop_counts.most_common()),
+        stop_ids=tuple(stop for stop, _ in report.tally.stops.most_common()),
     )
-    report.kept, report.tokens = len(examples), len(examples.ids)
-    report.targets = int(examples.mask.sum() - examples.mask[examples.offsets[:-1]].sum())
-    report.straddling = encoder.num_straddling
     tokens = encoder.tokenizer.convert_ids_to_tokens
-    report.stop_tokens = {tokens(stop): count for stop, count in encoder.stop_counts.most_common()}
+    report.stop_tokens = {tokens(stop): count for stop, count in report.tally.stops.most_common()}
     return examples, report
 
 
-def _encode_rows(source: Rows, encoder: Encoder, progress: Callable[[int], object]) -> Iterator[tuple[int, Encoded]]:
-    for start in range(0, len(source.rows), _BATCH):
-        columns = source.rows[start : start + _BATCH]
-        batch = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        try:
-            encoded = encoder.encode(source.format, batch)
-        except RowError as error:
-            raise UserError(f"{source.name} row {start + error.index}: {error}") from error
-        yield from enumerate(encoded, start)
-        progress(len(batch))
+def refuse_bad(report: Report, on_bad_row: str) -> None:
+    """Refuse data with bad rows where that is the policy.
+
+    Raises:
+        UserError: the first such row, and what to do.
+    """
+    if on_bad_row == "skip":
+        return
+    for source in report.sources:
+        if source.refused:
+            raise UserError(source.reasons[0].at(source.name))
 
 
-def _fit(row: Encoded, max_length: int, overlong: str, name: str, report: Report) -> Encoded | None:
-    num_targets = sum(row.mask[1:])  # the first token is never predicted
-    if num_targets == 0:
-        raise UserError(f"{name}: nothing to train on; every token is context")
-    if len(row.ids) <= max_length:
-        return row
-    if overlong == "error":
-        raise UserError(
-            f"{name}: {len(row.ids)} tokens are more than data.max_length {max_length}; "
-            "raise it or set data.overlong to drop or truncate"
-        )
-    cut = Encoded(row.ids[:max_length], row.mask[:max_length])
-    num_left = sum(cut.mask[1:])
-    if overlong == "drop":
-        report.dropped += 1
-        report.targets_lost += num_targets
-        return None
-    report.targets_lost += num_targets - num_left
-    if num_left == 0:
-        report.dropped_without_targets += 1
-        return None
-    report.truncated += 1
-    return cut
+def refuse_empty(report: Report, max_length: int) -> None:
+    """Refuse data of which nothing is left.
+
+    Raises:
+        UserError: no example is kept.
+    """
+    if report.total("kept"):
+        return
+    names = ", ".join(source.name for source in report.sources)
+    rows, refused = report.total("rows"), report.total("refused")
+    if refused == rows:
+        first = next(source for source in report.sources if source.reasons)
+        raise UserError(f"{names}: all {rows} rows are refused; the first: {first.reasons[0].at(first.name)}")
+    of_rest = f"{rows - refused} rows that are not refused" if refused else f"{rows} rows"
+    raise UserError(f"{names}: all {of_rest} are longer than data.max_length {max_length}; raise it")
+
+
+def _starts(lengths: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])[:-1].astype(np.int64)
+
+
+def _fit(
+    part: Tokenised, name: str, max_length: int, overlong: str, report: SourceReport
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Starts, lengths and rows of the examples of one source that are kept."""
+    lengths, targets = np.asarray(part.lengths), np.asarray(part.targets)
+    starts, rows = _starts(lengths), np.asarray(part.rows)
+    too_long = np.flatnonzero(lengths > max_length)
+    keep = np.ones(len(lengths), bool)
+    if len(too_long):
+        if overlong == "error":
+            first = int(too_long[0])
+            raise UserError(
+                f"{name} row {rows[first]}: {lengths[first]} tokens are more than data.max_length {max_length}; "
+                "raise it or set data.overlong to drop or truncate"
+            )
+        before = targets[too_long]
+        if overlong == "drop":
+            keep[too_long] = False
+            report.dropped = len(too_long)
+            report.targets_lost = int(before.sum())
+        else:
+            lengths, targets = lengths.copy(), targets.copy()
+            lengths[too_long] = max_length
+            trained = part.weights > 0
+            after = [trained[part.codes[starts[i] + 1 : starts[i] + max_length]].sum() for i in too_long]
+            targets[too_long] = after
+            keep[too_long] = targets[too_long] > 0
+            report.truncated = int(keep[too_long].sum())
+            report.dropped_without_targets = len(too_long) - report.truncated
+            report.targets_lost = int((before - targets[too_long]).sum())
+    report.kept = int(keep.sum())
+    report.tokens, report.targets = int(lengths[keep].sum()), int(targets[keep].sum())
+    return starts[keep], lengths[keep], rows[keep]
+
+
+def as_dict(report: Report) -> dict[str, Any]:
+    """The report as plain data, for ``inspect --json``."""
+    sources = []
+    for source in report.sources:
+        one = dataclasses.asdict(source)
+        one["reasons"] = [reason.at(source.name) for reason in source.reasons]
+        sources.append(one)
+    return {
+        "sources": sources,
+        "tokens_by_role": dict(report.tally.tokens),
+        "targets_by_role": dict(report.tally.targets),
+        "notes": {note: count for note, count in report.tally.notes.items() if count},
+    }

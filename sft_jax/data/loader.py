@@ -51,7 +51,7 @@ def make_batch(examples: Examples, rows: list[np.ndarray], num_rows: int, row_le
         positions     0 1 0 0 0
     """
     inputs, targets, segment_ids, positions = (np.zeros((num_rows, row_length), np.int32) for _ in range(4))
-    loss_mask = np.zeros((num_rows, row_length), bool)
+    loss_mask = np.zeros((num_rows, row_length), np.float32)
     for r, items in enumerate(rows):
         at = 0
         for segment, item in enumerate(items, start=1):

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sft_jax.config import DataConfig, TrainingConfig
+from sft_jax.data.examples import Examples
+
 WINDOW = 8192  # examples whose lengths are looked at together
 
 
@@ -83,6 +86,24 @@ def plan_run(
         rows=_offsets(row_sizes),
         steps=_offsets(step_sizes),
         epoch_ends=tuple(epoch_ends),
+    )
+
+
+def plan_of(data: DataConfig, training: TrainingConfig, examples: Examples) -> Plan:
+    """The plan of a run that a config describes."""
+    repeats = None
+    if any(weight != 1.0 for weight in examples.weights):
+        repeats = np.asarray(examples.weights)[examples.source]
+    return plan_run(
+        examples.slots,
+        data.max_length,
+        training.batch_size,
+        training.num_train_epochs,
+        training.max_steps,
+        training.seed,
+        data.packing,
+        data.shuffle,
+        repeats,
     )
 
 

@@ -1,83 +1,148 @@
-"""Rows of files, folders, globs and Hugging Face datasets."""
+"""Where rows come from: files, folders, globs, remote storage, and Hugging Face datasets."""
 
 from __future__ import annotations
 
 import glob
-import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sft_jax import builtin
 from sft_jax.config import SourceConfig
+from sft_jax.data.formats import COLUMNS, FORMATS, detect, missing_column, parse
+from sft_jax.data.rows import Row, RowError
+from sft_jax.data.tables import Dataset, Table, kind_of, open_file
 from sft_jax.errors import UserError
 
-_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+_KINDS = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
+_TRIED = 100  # rows that are looked at to tell the format
 
 
 @dataclass(frozen=True)
-class Rows:
-    """The rows of one file or one Hugging Face split, read lazily from Arrow."""
+class Source:
+    """The rows of one file or one Hugging Face split."""
 
     name: str
-    rows: Any  # datasets.Dataset: len(), slicing to a dict of columns, iteration over dicts
+    table: Table
     format: str
-    weight: float
+    weight: float = 1.0
+    max_rows: int | None = None
+    columns: dict[str, str] = field(default_factory=dict)  # our name of a column to the file's
+
+    def __len__(self) -> int:
+        return len(self.table) if self.max_rows is None else min(self.max_rows, len(self.table))
+
+    def read(self, start: int, stop: int, keep_reasoning: bool = True) -> Iterator[Row | RowError]:
+        """What rows ``start … stop`` say; one that says nothing usable is given as the reason why."""
+        for given in self.table.read(start, min(stop, len(self))):
+            if isinstance(given, RowError):
+                yield given
+                continue
+            try:
+                yield parse(self.format, _renamed(given, self.columns), keep_reasoning)
+            except RowError as error:
+                yield error
+
+    def row(self, index: int) -> Row:
+        """One row.
+
+        Raises:
+            UserError: it cannot be used.
+        """
+        found = next(self.read(index, index + 1))
+        if isinstance(found, RowError):
+            raise UserError(found.at(self.name, index))
+        return found
 
 
-def open_sources(sources: Sequence[SourceConfig]) -> list[Rows]:
+def open_sources(sources: Sequence[SourceConfig]) -> list[Source]:
     """Open every source; a folder or glob becomes one entry a file, in the order of the file names.
 
     Raises:
-        UserError: nothing there, a file that cannot be parsed (file and line), or no rows.
+        UserError: nothing there, a file that cannot be parsed (file and line), no rows, or no known format.
     """
     opened = []
     for source in sources:
-        for name, rows in _open(source):
-            if len(rows) == 0:
+        for name, table in _open(source):
+            if len(table) == 0:
                 raise UserError(f"{name}: has no rows")
-            opened.append(Rows(name, rows, _detect(name, rows, source.format), source.weight))
+            row_format = _format(name, table, source)
+            opened.append(Source(name, table, row_format, source.weight, source.max_rows, dict(source.columns)))
     return opened
 
 
-def _open(source: SourceConfig) -> list[tuple[str, Any]]:
+def _open(source: SourceConfig) -> list[tuple[str, Table]]:
     if source.path.startswith(builtin.PREFIX):
-        return [(source.path, _read_file(builtin.locate(source.path, "data")))]
+        return [(source.path, open_file(builtin.locate(source.path, "data"), source.path))]
+    if "://" in source.path:
+        return _open_remote(source)
     path = Path(source.path).expanduser()
     if path.is_file():
-        return [(source.path, _read_file(path))]
+        return [(source.path, open_file(path, source.path))]
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in _BUILDERS)
+        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            return [(source.path, Dataset(_load_saved(path, source)))]
+        files = sorted(file for file in path.iterdir() if kind_of(file.name) in _KINDS)
         if not files:
-            raise UserError(f"data: folder {source.path} has no {', '.join(_BUILDERS)} file")
+            raise UserError(f"data: folder {source.path} has no {', '.join(_KINDS)} file")
     else:
-        files = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
+        files = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
     if files:
-        return [(str(file), _read_file(file)) for file in files]
-    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source.path) and path.suffix not in _BUILDERS:
-        return [(f"{source.path}[{source.split}]", _read_hub(source))]
+        return [(str(file), open_file(file, str(file))) for file in files]
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source.path) and kind_of(path.name) not in _KINDS:
+        return [(f"{source.path}[{source.split}]", Dataset(_read_hub(source)))]
     raise UserError(f"data: no file, folder or glob {source.path!r}, and not a Hugging Face dataset id")
 
 
-def _read_file(path: Path) -> Any:
-    import datasets
-    from datasets.exceptions import DatasetsError
+def _open_remote(source: SourceConfig) -> list[tuple[str, Table]]:
+    """Files of ``gs://``, ``s3://`` or another storage that fsspec knows, copied to a temporary folder."""
+    import fsspec
 
-    builder = _BUILDERS.get(path.suffix)
-    if builder is None:
-        raise UserError(f"{path}: unknown kind of file {path.suffix!r}; supported are {', '.join(_BUILDERS)}")
-    if path.stat().st_size == 0:
-        raise UserError(f"{path}: has no rows")
-    with _quiet_datasets():
-        try:
-            return datasets.load_dataset(builder, data_files=str(path), split="train")
-        except (DatasetsError, ValueError, OSError) as error:
-            if builder == "json":
-                _name_malformed_line(path)
-            cause = error.__cause__ or error
-            raise UserError(f"{path}: cannot be read as {builder}: {' '.join(str(cause).split())[:200]}") from error
+    try:
+        fs, path = fsspec.core.url_to_fs(source.path)
+        if fs.isdir(path):
+            found = sorted(one for one in fs.ls(path, detail=False) if kind_of(one) in _KINDS)
+        else:
+            found = sorted(fs.glob(path))
+        if not found:
+            raise UserError(f"data: nothing there: {source.path}")
+        opened = []
+        for one in found:
+            target = Path(tempfile.mkdtemp(dir=_remote_copies())) / Path(one).name
+            fs.get_file(one, str(target))
+            name = fs.unstrip_protocol(one)
+            opened.append((name, open_file(target, name)))
+        return opened
+    except ImportError as error:
+        raise UserError(f"data: {source.path}: {' '.join(str(error).split())}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"data: {source.path} cannot be read: {' '.join(str(error).split())[:200]}") from error
+
+
+_copies: list[tempfile.TemporaryDirectory] = []
+
+
+def _remote_copies() -> str:
+    if not _copies:
+        _copies.append(tempfile.TemporaryDirectory(prefix="sft-jax-"))
+    return _copies[0].name
+
+
+def _load_saved(path: Path, source: SourceConfig) -> Any:
+    import datasets
+
+    try:
+        loaded = datasets.load_from_disk(str(path))
+    except (ValueError, OSError, KeyError) as error:
+        raise UserError(f"{path}: cannot be read as a saved dataset: {' '.join(str(error).split())[:200]}") from error
+    if isinstance(loaded, datasets.DatasetDict):
+        if source.split not in loaded:
+            raise UserError(f"{path}: has no split {source.split!r}; there are {', '.join(map(str, loaded))}")
+        return loaded[source.split]
+    return loaded
 
 
 def _read_hub(source: SourceConfig) -> Any:
@@ -110,41 +175,42 @@ class _quiet_datasets:
         datasets.enable_progress_bars()
 
 
-def _name_malformed_line(path: Path) -> None:
-    """Raise with the line number where JSON ends to be JSON; return if every line, or the file as a whole, parses."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise UserError(f"{path}:{line}: not valid UTF-8") from error
-    if path.suffix == ".json":
-        try:
-            json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from error
-        return
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}:{number}: not valid JSON: {error.msg} (column {error.colno})") from error
+def _renamed(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
+    if not columns:
+        return row
+    taken = set(columns.values())
+    renamed = {name: value for name, value in row.items() if name not in taken and name not in columns}
+    return renamed | {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
 
 
-def _detect(name: str, rows: Any, given: str) -> str:
-    """The row format: by name where it is given, else by the columns there are."""
-    columns = set(rows.column_names)
-    needed = {"messages": {"messages"}, "prompt-completion": {"prompt", "completion"}, "text": {"text"}}
-    if given != "auto":
-        missing = sorted(needed[given] - columns)
-        if missing:
-            have = ", ".join(sorted(columns))
-            raise UserError(f"{name}: format {given!r} needs the column {missing[0]!r}; this file has {have}")
-        return given
-    for kind, names in needed.items():
-        if names <= columns:
-            return kind
-    raise UserError(
-        f"{name}: no known format in the columns {', '.join(sorted(columns))}; "
-        "supported are messages, prompt + completion, text"
-    )
+def _format(name: str, table: Table, source: SourceConfig) -> str:
+    """The row format: by name where it is given, else by the columns of the first readable row."""
+    unknown = sorted(set(source.columns) - set(COLUMNS))
+    if unknown:
+        raise UserError(f"data.*.columns: {unknown[0]!r} is no column of a format; there are {', '.join(COLUMNS)}")
+    first = None
+    for row in table.read(0, _TRIED):
+        if isinstance(row, dict):
+            lacking = sorted(set(source.columns.values()) - set(row))
+            if lacking:
+                have = ", ".join(sorted(row))
+                raise UserError(f"{name}: data.*.columns names the column {lacking[0]!r}; this file has {have}")
+            first = set(_renamed(row, source.columns))
+            break
+        first = first or row
+    if isinstance(first, RowError):
+        raise UserError(first.at(name, 0))
+    assert first is not None
+    have = ", ".join(sorted(first))
+    if source.format != "auto":
+        missing = missing_column(source.format, first)
+        if missing is not None:
+            raise UserError(f"{name}: format {source.format!r} needs the column {missing!r}; this file has {have}")
+        return source.format
+    found = detect(first)
+    if found is None:
+        raise UserError(
+            f"{name}: no known format in the columns {have}; known are {', '.join(FORMATS)} (data.*.columns gives "
+            "columns other names)"
+        )
+    return found

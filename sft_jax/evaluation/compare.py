@@ -12,14 +12,14 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from sft_jax.architecture import Architecture
-from sft_jax.config import Config, SourceConfig
-from sft_jax.data.chat import Encoder
-from sft_jax.data.examples import Examples, Report, encode_sources
-from sft_jax.data.sources import Rows, open_sources
+from sft_jax.config import Config
+from sft_jax.data.examples import Examples
+from sft_jax.data.prepare import Prepared, prepare_data
+from sft_jax.data.sources import open_sources
 from sft_jax.errors import UserError
 from sft_jax.evaluation.answers import same_answer
 from sft_jax.evaluation.likelihood import Scorer, TokenScores
-from sft_jax.evaluation.questions import Question, cut_at_blank_line, exchange, few_shot_prompts, questions
+from sft_jax.evaluation.questions import Question, cut_at_blank_line, exchanges, few_shot_prompts, questions
 from sft_jax.inference.generator import Generated, Generator
 from sft_jax.models.lora import Split
 from sft_jax.tree import Params
@@ -33,7 +33,7 @@ class Task:
     asked: list[Question]
     few_shot: list[list[int]]  # a prompt with answered questions before each of `asked`; empty: none
     documents: Examples | None
-    reports: list[tuple[str, Report, Encoder]]  # what became of the rows
+    data: list[tuple[str, Prepared]]  # by name, for what is said of it
 
 
 @dataclass(frozen=True)
@@ -69,18 +69,22 @@ class Networks:
     tuned: Params
 
 
-def prepare(config: Config, arch: Architecture, tokenizer: Any) -> Task:
+def prepare(config: Config, arch: Architecture, tokenizer: Any, stop_ids: Sequence[int]) -> Task:
     """Read and encode what the config says to evaluate on.
+
+    Args:
+        stop_ids: what the base model's generation config stops at.
 
     Raises:
         UserError: nothing to evaluate on, bad rows, or a few-shot prompt that does not fit.
     """
     if not config.data.eval:
         raise UserError("data.eval: names no source; an evaluation needs held-out conversations")
-    rows, held_out, report, encoder = _encode(config, config.data.eval, tokenizer)
-    reports = [("held out", report, encoder)]
+    train_on = "last_assistant" if config.data.train_on == "last_assistant" else "assistant"
+    held_out = prepare_data(config.data, config.data.eval, tokenizer, stop_ids, arch.max_positions, train_on)
+    data = [("held out", held_out)]
     options = config.evaluation
-    asked = questions(held_out, rows, tokenizer, options.num_questions)
+    asked = questions(held_out.examples, held_out.sources, tokenizer, options.num_questions)
     for question in asked:
         if len(question.prompt_ids) >= arch.max_positions:
             raise UserError(
@@ -89,10 +93,7 @@ def prepare(config: Config, arch: Architecture, tokenizer: Any) -> Task:
             )
     few_shot = []
     if options.shots and asked:
-        shots = []
-        for source in open_sources(config.data.train):
-            if source.format != "text":
-                shots += [exchange(source, row) for row in range(len(source.rows))]
+        shots = [pair for source in open_sources(config.data.train) for pair in exchanges(source)]
         prompts = few_shot_prompts(asked, shots, options.shots, config.training.seed)
         few_shot = [tokenizer(prompt)["input_ids"] for prompt in prompts]
         longest = max(map(len, few_shot))
@@ -103,9 +104,10 @@ def prepare(config: Config, arch: Architecture, tokenizer: Any) -> Task:
             )
     documents = None
     if options.documents:
-        _, documents, report, encoder = _encode(config, options.documents, tokenizer)
-        reports.append(("documents", report, encoder))
-    return Task(held_out, asked, few_shot, documents, reports)
+        read = prepare_data(config.data, options.documents, tokenizer, stop_ids, arch.max_positions, train_on)
+        documents = read.examples
+        data.append(("documents", read))
+    return Task(held_out.examples, asked, few_shot, documents, data)
 
 
 def compare(config: Config, task: Task, networks: Networks) -> Comparison:
@@ -155,10 +157,11 @@ def compare(config: Config, task: Task, networks: Networks) -> Comparison:
 
 def held_out_metrics(examples: Examples, scores: TokenScores, stop_ids: Sequence[int]) -> dict[str, float | int]:
     """Loss, perplexity and accuracy over all target tokens; probability of the stop token where answers end."""
-    firsts = examples.offsets[:-1]
-    mask = np.delete(examples.mask, firsts)
-    targets = np.delete(examples.ids, firsts)
-    after = np.delete(np.append(examples.mask[1:], False), firsts)  # whether the token behind is a target as well
+    firsts = np.cumsum(examples.lengths) - examples.lengths
+    ids, weights = examples.flat()
+    trained = weights > 0
+    mask, targets = np.delete(trained, firsts), np.delete(ids, firsts)
+    after = np.delete(np.append(trained[1:], False), firsts)  # whether the token behind is a target as well
     after[scores.starts[1:] - 1] = False
     ends = mask & ~after & np.isin(targets, np.asarray(stop_ids))
     loss = -float(scores.log_prob[mask].mean(dtype=np.float64))
@@ -185,13 +188,3 @@ def answer_metrics(answers: Sequence[Answered]) -> dict[str, float | int]:
 
 def _bar(what: str, total: int) -> tqdm:
     return tqdm(desc=what, total=total, leave=False, disable=None)
-
-
-def _encode(
-    config: Config, sources: Sequence[SourceConfig], tokenizer: Any
-) -> tuple[list[Rows], Examples, Report, Encoder]:
-    train_on = "last_assistant" if config.data.train_on == "last_assistant" else "assistant"
-    opened = open_sources(sources)
-    encoder = Encoder(tokenizer, train_on, config.data.stop_token)
-    examples, report = encode_sources(opened, encoder, config.data.max_length, config.data.overlong)
-    return opened, examples, report, encoder

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from sft_jax.data.examples import Examples
-from sft_jax.data.sources import Rows
+from sft_jax.data.rows import RowError
+from sft_jax.data.sources import Source
 from sft_jax.errors import UserError
 
 
@@ -23,38 +24,37 @@ class Question:
     answer: str
 
 
-def questions(examples: Examples, rows: Sequence[Rows], tokenizer: Any, limit: int | None = None) -> list[Question]:
-    """The questions of encoded rows; plain documents ask nothing and give none.
+def questions(
+    examples: Examples, sources: Sequence[Source], tokenizer: Any, limit: int | None = None
+) -> list[Question]:
+    """The questions of encoded rows; plain documents and rows of tokens ask nothing and give none.
 
     Args:
-        rows: the sources that ``examples`` were encoded from.
+        sources: those that ``examples`` were encoded from.
         limit: at most so many, spread evenly over all.
     """
-    asked = [i for i in range(len(examples)) if rows[examples.source[i]].format != "text"]
+    asks = [source.format not in ("text", "tokens") for source in sources]
+    origins = zip(examples.source.tolist(), examples.row.tolist(), strict=True)
+    ends = {origin: i for i, origin in enumerate(origins)}
+    asked = [i for (source, _), i in ends.items() if asks[source]]  # the last example of each row
     if limit is not None and len(asked) > limit:
         asked = [asked[i] for i in np.linspace(0, len(asked) - 1, limit).round().astype(int)]
     found = []
     for i in asked:
         ids, mask = examples[i]
         start = last_run(mask)[0]
-        question, answer = exchange(rows[examples.source[i]], int(examples.row[i]))
-        prompt_ids = ids[:start].tolist()
-        found.append(Question(prompt_ids, tokenizer.decode(prompt_ids), question, answer))
+        pair = sources[examples.source[i]].row(int(examples.row[i])).last_exchange
+        if pair is not None:
+            prompt_ids = ids[:start].tolist()
+            found.append(Question(prompt_ids, tokenizer.decode(prompt_ids), *pair))
     return found
 
 
-def exchange(source: Rows, row: int) -> tuple[str, str]:
-    """The last question and answer of a row, as plain text."""
-    fields = source.rows[row]
-    if source.format == "messages":
-        messages = fields["messages"]
-    elif isinstance(fields["prompt"], list):
-        messages = fields["prompt"] + fields["completion"]
-    else:
-        return fields["prompt"].strip(), fields["completion"].strip()
-    last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-    asked = [message["content"] for message in messages[:last] if message["role"] == "user"]
-    return (asked[-1] if asked else "").strip(), messages[last]["content"].strip()
+def exchanges(source: Source) -> Iterator[tuple[str, str]]:
+    """The last question and answer of every row that has them, as plain text."""
+    for row in source.read(0, len(source)):
+        if not isinstance(row, RowError) and row.last_exchange is not None:
+            yield row.last_exchange
 
 
 def few_shot_prompts(asked: Sequence[Question], shots: Sequence[tuple[str, str]], num: int, seed: int) -> list[str]:
@@ -86,5 +86,5 @@ def last_run(mask: np.ndarray) -> tuple[int, int]:
     """Where the last stretch of ones begins and ends: ``[0, 1, 1, 0, 1, 1, 0]`` → ``(4, 6)``."""
     ones = np.flatnonzero(mask)
     end = int(ones[-1]) + 1
-    zeros = np.flatnonzero(~mask[:end])
+    zeros = np.flatnonzero(mask[:end] == 0)
     return (int(zeros[-1]) + 1 if len(zeros) else 0), end

@@ -11,6 +11,7 @@ from typing import Any
 from sft_jax.config import Config
 from sft_jax.data.chat import Encoder
 from sft_jax.data.pieces import pieces
+from sft_jax.data.rows import RowError
 from sft_jax.data.sources import open_sources
 from sft_jax.evaluation.compare import Comparison
 from sft_jax.report.page import write_page
@@ -70,8 +71,11 @@ def _facts(config: Config, step: int) -> dict[str, str]:
 
 def _trained_rows(config: Config, tokenizer: Any) -> list[list[tuple[str, bool]]]:
     """The first rows of the training data as pieces of text with whether they are trained."""
-    source = open_sources(config.data.train)[0]
-    columns = source.rows[:_SHOWN_ROWS]
-    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    encoded = Encoder(tokenizer, config.data.train_on, config.data.stop_token).encode(source.format, rows)
-    return [pieces(tokenizer, row.ids[: config.data.max_length], row.mask[: config.data.max_length]) for row in encoded]
+    data = config.data
+    encoder = Encoder(tokenizer, data.train_on, data.stop_token, keep_reasoning=data.reasoning == "include")
+    rows = list(open_sources(data.train)[0].read(0, _SHOWN_ROWS, encoder.keep_reasoning))
+    shown = [one for row in encoder.encode(rows) if not isinstance(row, RowError) for one in row]
+    return [
+        pieces(tokenizer, one.ids[: data.max_length].tolist(), (one.mask[: data.max_length] > 0).tolist())
+        for one in shown
+    ]

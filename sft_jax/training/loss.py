@@ -1,7 +1,7 @@
 """Masked next-token cross-entropy: sums, never means.
 
-Sums of losses and of targets are carried through microbatches and devices and divided once, by the step, so that the
-result does not depend on how a batch was cut up.
+Sums of losses and of target weights are carried through microbatches and devices and divided once, by the step, so
+that the result does not depend on how a batch was cut up.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from jax import lax
 
 from sft_jax.models.decoder import Decoder
 from sft_jax.sharding import constrain
-from sft_jax.typing import Array, Batch, Bool, Float, Int
+from sft_jax.typing import Array, Batch, Float, Int
 
 CHUNK_SLOTS = 4096  # slots of a batch whose logits are held at a time
 
@@ -21,10 +21,10 @@ def masked_cross_entropy(
     hidden: Float[Array, "B T D"],
     head: Float[Array, "D V"],
     targets: Int[Array, "B T"],
-    loss_mask: Bool[Array, "B T"],
+    loss_mask: Float[Array, "B T"],
     chunk_slots: int = CHUNK_SLOTS,
 ) -> Float[Array, ""]:
-    """Sum over trained targets of ``-log softmax(hidden · head)[target]``, float32.
+    """Sum over targets of ``-loss_mask · log softmax(hidden · head)[target]``, float32; the mask may be bool.
 
     Projection and loss run together over chunks of positions and are recomputed in the backward pass: no more than
     ``chunk_slots × V`` logits exist at once. Masked positions contribute exactly zero, also to gradients, whatever
@@ -46,14 +46,15 @@ def masked_cross_entropy(
         logits = jnp.einsum("bcd,dv->bcv", hidden, head, preferred_element_type=jnp.float32)
         logits = constrain(logits, "batch", "length", "vocab")
         nll = jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        return total + jnp.sum(jnp.where(mask, nll, 0.0)), None
+        return total + jnp.sum(jnp.where(mask != 0, nll * mask, 0.0)), None
 
-    total, _ = lax.scan(chunk_loss, jnp.zeros((), jnp.float32), (split(hidden), split(targets), split(loss_mask)))
+    mask = loss_mask.astype(jnp.float32)
+    total, _ = lax.scan(chunk_loss, jnp.zeros((), jnp.float32), (split(hidden), split(targets), split(mask)))
     return total
 
 
 def batch_loss(model: Decoder, batch: Batch, dropout_key: Array | None = None) -> tuple[Array, Array]:
-    """Summed loss and number of targets of a batch, both float32 scalars."""
+    """Summed loss and summed weights of the targets of a batch, both float32 scalars."""
     hidden = model(batch.inputs, batch.segment_ids, batch.positions, dropout_key)
     loss = masked_cross_entropy(hidden, model.head(), batch.targets, batch.loss_mask)
     return loss, jnp.sum(batch.loss_mask, dtype=jnp.float32)

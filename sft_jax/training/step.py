@@ -32,7 +32,7 @@ def make_train_step(
     """``step(state, frozen, batch) -> (state, metrics)``, jitted; the given state's buffers are reused.
 
     Only trainable leaves are differentiated. The batch is computed in ``accumulation`` parts of equal row counts;
-    loss sums, target counts and gradients are added up in float32 and divided once by all targets of the batch.
+    loss sums, target weights and gradients are added up in float32 and divided once by the weight of all targets.
 
     A batch without targets has loss 0 and changes nothing but the step counter. A loss or gradient that is not finite
     halts the state: from then on no step changes it, so what is saved is the state before the fault.
@@ -49,10 +49,10 @@ def make_train_step(
         return batch_loss(split.merge(trainable, frozen), batch, key)
 
     def part(params: Params, frozen: Params, batch: Batch, key: Array | None) -> tuple[Array, Array, Params]:
-        (loss, num_targets), grads = jax.value_and_grad(loss_of, has_aux=True)(params, frozen, batch, key)
+        (loss, weight), grads = jax.value_and_grad(loss_of, has_aux=True)(params, frozen, batch, key)
         if out_shardings is not None:
             grads = lax.with_sharding_constraint(grads, out_shardings.params)
-        return loss, num_targets, grads
+        return loss, weight, grads
 
     def sums(params: Params, frozen: Params, batch: Batch, key: Array | None) -> tuple[Array, Array, Params]:
         if accumulation == 1:
@@ -67,8 +67,8 @@ def make_train_step(
 
     def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, state.step)
-        loss_sum, num_targets, grad_sums = sums(state.params, frozen, batch, key)
-        denominator = jnp.maximum(num_targets, 1.0)
+        loss_sum, weight, grad_sums = sums(state.params, frozen, batch, key)
+        denominator = jnp.where(weight > 0, weight, 1.0)
         loss = loss_sum / denominator
         grads = jax.tree.map(lambda g: g / denominator, grad_sums)
         grad_norm = optax.tree.norm(grads)
@@ -78,7 +78,7 @@ def make_train_step(
 
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         halted = state.halted | ~finite
-        applies = ~halted & (num_targets > 0)
+        applies = ~halted & (weight > 0)
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(applies, new, old), (params, opt_state), (state.params, state.opt_state)
         )
@@ -87,7 +87,7 @@ def make_train_step(
             "loss": loss,
             "grad_norm": grad_norm,
             "learning_rate": learning_rate,
-            "target_tokens": num_targets,
+            "target_tokens": jnp.sum(batch.loss_mask != 0, dtype=jnp.float32),
             "real_tokens": jnp.sum(batch.segment_ids > 0, dtype=jnp.float32),
             "finite": finite,
         }
@@ -98,11 +98,11 @@ def make_train_step(
 
 
 def make_eval_step(split: Split) -> EvalStep:
-    """``step(trainable, frozen, batch)`` with the summed ``loss`` and ``target_tokens`` of a batch, without dropout."""
+    """``step(trainable, frozen, batch)`` with summed ``loss`` and ``weight`` of a batch's targets, without dropout."""
 
     def eval_step(trainable: Params, frozen: Params, batch: Batch) -> Metrics:
-        loss, num_targets = batch_loss(split.merge(trainable, frozen), batch)
-        return {"loss": loss, "target_tokens": num_targets}
+        loss, weight = batch_loss(split.merge(trainable, frozen), batch)
+        return {"loss": loss, "weight": weight}
 
     return jax.jit(eval_step)
 

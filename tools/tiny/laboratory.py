@@ -6,7 +6,6 @@ can be changed in ways that the command refuses, and so that one compiled progra
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,12 +17,14 @@ import numpy as np
 from sft_jax.config import LoraConfig, OptimizerConfig, SourceConfig
 from sft_jax.data.chat import Encoded, Encoder
 from sft_jax.data.examples import Examples, encode_sources, join
+from sft_jax.data.formats import parse
 from sft_jax.data.loader import Loader
 from sft_jax.data.packing import plan_run
+from sft_jax.data.rows import RowError
 from sft_jax.data.sources import open_sources
 from sft_jax.evaluation.answers import same_answer
 from sft_jax.evaluation.likelihood import Scorer
-from sft_jax.evaluation.questions import Question, exchange, questions
+from sft_jax.evaluation.questions import Question, exchanges, questions
 from sft_jax.hf.config import read_architecture
 from sft_jax.hf.hub import find_model
 from sft_jax.hf.reader import TensorReader
@@ -76,12 +77,10 @@ class Laboratory:
     def encode(self, pairs: Sequence[tuple[str, str]]) -> Examples:
         """Questions with given answers."""
         encoder = Encoder(self.tokenizer)
-        rows = [
-            {"prompt": [{"role": "user", "content": q}], "completion": [{"role": "assistant", "content": a}]}
-            for q, a in pairs
-        ]
-        encoded = encoder.encode("prompt-completion", rows)
-        return join(encoded, "made here")
+        rows = [parse("question-answer", {"question": q, "answer": a}) for q, a in pairs]
+        encoded = encoder.encode(rows)
+        assert not any(isinstance(one, RowError) for one in encoded)
+        return join([one[0] for one in encoded], "made here")  # type: ignore[index]
 
     def kind(self, name: str) -> dict[str, Any]:
         """Network, step, scorer and generator of ``full`` or ``rank R``; made once."""
@@ -143,7 +142,8 @@ class Laboratory:
         """Mean log-likelihood of whole answers, stop token included."""
         examples = self.encode(pairs)
         scores = self.kind(tuned.kind)["scorer"].score(tuned.trainable, tuned.frozen, examples)
-        mask = np.delete(examples.mask, examples.offsets[:-1])
+        _, weights = examples.flat()
+        mask = np.delete(weights, scores.starts[:-1] + np.arange(len(examples))) > 0
         return float(scores.log_prob[mask].sum(dtype=np.float64) / len(examples))
 
     def _answer_kinds(self) -> dict[str, set[str]]:
@@ -151,8 +151,7 @@ class Laboratory:
         kinds: dict[str, set[str]] = {}
         for source in ("train", "heldout", "unknown"):
             _, rows = self.read(source)
-            for row in range(len(rows[0].rows)):
-                question, answer = exchange(rows[0], row)
+            for question, answer in exchanges(rows[0]):
                 kinds.setdefault(kind_of(question), set()).add(answer.casefold())
         return kinds
 
@@ -166,8 +165,7 @@ def kind_of(question: str) -> str:
 
 def row_of(examples: Examples, index: int) -> Encoded:
     """One example, to be joined with others."""
-    ids, mask = examples[index]
-    return Encoded(ids.tolist(), mask.tolist())
+    return Encoded(*examples[index])
 
 
 def drawn(examples: Examples, num: int, seed: int) -> Examples:
@@ -178,4 +176,5 @@ def drawn(examples: Examples, num: int, seed: int) -> Examples:
 
 def without_stop(examples: Examples, stop: int) -> Examples:
     """The same answers, the stop token no target any more."""
-    return dataclasses.replace(examples, mask=examples.mask & (examples.ids != stop))
+    rows = [examples[i] for i in range(len(examples))]
+    return join([Encoded(ids, mask * (ids != stop)) for ids, mask in rows], "without stop")

@@ -1,0 +1,99 @@
+"""The data of a config as examples: one way for training, evaluation and inspection, so that they refuse the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tqdm import tqdm
+
+from sft_jax.config import DataConfig, SourceConfig
+from sft_jax.data.chat import Encoder
+from sft_jax.data.examples import Examples, Report, encode_sources, refuse_bad, refuse_empty
+from sft_jax.data.sources import Source, open_sources
+from sft_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Sources, what they became, and how."""
+
+    sources: list[Source]
+    examples: Examples
+    report: Report
+    encoder: Encoder
+
+
+def prepare_data(
+    config: DataConfig,
+    given: Sequence[SourceConfig],
+    tokenizer: Any,
+    stop_ids: Sequence[int],
+    max_positions: int,
+    train_on: str | None = None,
+) -> Prepared:
+    """Read, encode and check some sources, with a bar on a terminal.
+
+    Args:
+        stop_ids: what the model's generation config stops at.
+        max_positions: of the model.
+        train_on: by default the config's.
+
+    Raises:
+        UserError: anything wrong with the data.
+    """
+    prepared = look_at_data(config, given, tokenizer, stop_ids, train_on, refuse=True)
+    check_data(config, prepared, max_positions)
+    return prepared
+
+
+def look_at_data(
+    config: DataConfig,
+    given: Sequence[SourceConfig],
+    tokenizer: Any,
+    stop_ids: Sequence[int],
+    train_on: str | None = None,
+    refuse: bool = False,
+) -> Prepared:
+    """Read and encode some sources; without ``refuse``, bad rows are only noted, and :func:`check_data` refuses them.
+
+    Raises:
+        UserError: a source that cannot be read at all.
+    """
+    sources = open_sources(given)
+    encoder = Encoder(
+        tokenizer, train_on or config.train_on, config.stop_token, tuple(stop_ids), config.reasoning == "include"
+    )
+    num_rows = sum(map(len, sources))
+    with tqdm(total=num_rows, unit="row", desc="tokenising", leave=False, disable=None) as bar:
+        examples, report = encode_sources(
+            sources,
+            encoder,
+            config.max_length,
+            config.overlong,
+            bar.update,
+            on_bad_row=config.on_bad_row,
+            num_workers=config.num_workers,
+            cache=config.cache,
+            refuse=refuse,
+        )
+    return Prepared(sources, examples, report, encoder)
+
+
+def check_data(config: DataConfig, prepared: Prepared, max_positions: int) -> None:
+    """Refuse data that cannot be trained on.
+
+    Raises:
+        UserError: a bad row under ``on_bad_row: error``, nothing left, or an example longer than the model's context.
+    """
+    refuse_bad(prepared.report, config.on_bad_row)
+    refuse_empty(prepared.report, config.max_length)
+    examples = prepared.examples
+    longest = int(examples.lengths.max())
+    if longest > max_positions:
+        where = examples.describe(int(examples.lengths.argmax()))
+        raise UserError(
+            f"data.max_length: {where} has {longest} tokens, the model has {max_positions} positions; "
+            f"set data.max_length={max_positions}"
+        )

@@ -1,0 +1,77 @@
+"""What a row says once its format is understood: a conversation, a text to continue, or tokens as they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+Message = dict[str, Any]
+
+
+class RowError(ValueError):
+    """Why one row cannot be trained on; the caller adds file and row.
+
+    Args:
+        line: of the file, where the row could not even be read.
+    """
+
+    def __init__(self, reason: str, line: int | None = None):
+        super().__init__(reason)
+        self.line = line
+
+    def at(self, name: str, row: int) -> str:
+        """The reason after where it is: ``a.jsonl row 3: …``, or ``a.jsonl:4: …`` for a line that is no row."""
+        return f"{name} row {row}: {self}" if self.line is None else f"{name}:{self.line}: {self}"
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages as chat templates expect them, and how much each one counts.
+
+    Args:
+        messages: with ``role``; ``content`` is a string or absent; tool calls have their arguments as objects.
+        weights: of the loss of each message; None where the row says nothing, so that ``train_on`` decides.
+        tools: function schemas, or None.
+    """
+
+    messages: list[Message]
+    weights: list[float | None]
+    tools: list[dict[str, Any]] | None = None
+
+    @property
+    def last_exchange(self) -> tuple[str, str] | None:
+        """The last user message and the last answer, as plain text; None without an answer."""
+        answers = [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
+        if not answers:
+            return None
+        asked = [m.get("content", "") for m in self.messages[: answers[-1]] if m["role"] == "user"]
+        return (asked[-1] if asked else "").strip(), self.messages[answers[-1]].get("content", "").strip()
+
+
+@dataclass(frozen=True)
+class Document:
+    """Plain text: ``completion`` is trained, and with it the stop token; an empty prompt makes it a whole document."""
+
+    prompt: str
+    completion: str
+
+    @property
+    def last_exchange(self) -> tuple[str, str] | None:
+        """Prompt and completion; None for a whole document."""
+        return (self.prompt.strip(), self.completion.strip()) if self.prompt else None
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A row that was tokenised elsewhere: ``weights[i]`` is what predicting ``ids[i]`` counts."""
+
+    ids: list[int]
+    weights: list[float] = field(default_factory=list)
+
+    @property
+    def last_exchange(self) -> None:
+        """Nothing: text and tokens of a question cannot be told apart."""
+        return None
+
+
+Row = Conversation | Document | Tokens

@@ -1,0 +1,102 @@
+"""A chat template, rendered as transformers renders it: sandboxed, with the marks of what is generated."""
+
+from __future__ import annotations
+
+import re
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import jinja2
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from sft_jax.data.rows import Message, RowError
+
+SECONDS = 10.0  # that rendering one conversation may take
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """The template of one tokenizer.
+
+    Rendering goes through transformers' own function, so that the text is the one ``apply_chat_template`` tokenises.
+
+    Args:
+        source: Jinja.
+        special_tokens: what the template knows as ``bos_token``, ``eos_token``, …
+    """
+
+    source: str
+    special_tokens: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def is_marked(self) -> bool:
+        """Whether the template says itself what an assistant generates, with ``{% generation %}``."""
+        return re.search(r"\{%-?\s*generation\s*-?%\}", self.source) is not None
+
+    def render(
+        self, messages: list[Message], tools: list[dict[str, Any]] | None = None, prompt: bool = False
+    ) -> tuple[str, list[Span]]:
+        """The text of a conversation, and where the template marks it as generated.
+
+        Args:
+            prompt: end with what makes the assistant answer.
+
+        Raises:
+            RowError: the template refuses the messages, fails, or does not come to an end.
+        """
+        if not messages:
+            raise RowError("the conversation has no messages")
+        render: Any = render_jinja_template  # its annotations are narrower than what it takes
+        try:
+            with _time_limit(SECONDS):
+                texts, marks = render(
+                    [messages],
+                    tools=tools,
+                    chat_template=self.source,
+                    return_assistant_tokens_mask=self.is_marked,
+                    add_generation_prompt=prompt,
+                    **self.special_tokens,
+                )
+            texts[0].encode()  # templates may put together what JSON has escaped
+        except TimeoutError as error:
+            raise RowError(f"the chat template does not come to an end within {SECONDS:g} seconds") from error
+        except UnicodeEncodeError as error:
+            raise RowError("the conversation has half of a character (a lone surrogate)") from error
+        except (
+            jinja2.TemplateError,
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            MemoryError,
+            RecursionError,
+            TypeError,
+            ValueError,
+        ) as error:  # whatever a template stumbles over is the row's fault or its own
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise RowError(f"the chat template fails: {reason}") from error
+        return texts[0], sorted(marks[0]) if marks else []
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError after some seconds; only the main thread of a process can be interrupted."""
+    if threading.current_thread() is not threading.main_thread() or signal.getitimer(signal.ITIMER_REAL)[0]:
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

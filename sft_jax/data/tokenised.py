@@ -1,0 +1,170 @@
+"""The tokenised rows of one source, in files that are mapped into memory: what a cache keeps and workers hand over."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from sft_jax.data.chat import Encoded, Tally
+from sft_jax.data.rows import RowError
+
+_META = "meta.json"
+_ARRAYS = {"ids": np.int32, "codes": np.uint8, "lengths": np.int32, "rows": np.int64, "targets": np.int32}
+_MAX_WEIGHTS = 256
+_KEPT_REASONS = 1000  # refused rows whose reason is kept; more are only counted
+
+
+@dataclass(frozen=True)
+class Tokenised:
+    """Examples end to end; example ``i`` has ``lengths[i]`` ids. A row may give several, a refused one gives none.
+
+    Args:
+        codes: of each id, the place of its weight in ``weights``: one byte instead of a float.
+        targets: how many of an example's tokens are trained; its first is never predicted.
+        refused: row, line (where the row could not even be read) and reason.
+    """
+
+    ids: np.ndarray
+    codes: np.ndarray
+    lengths: np.ndarray
+    rows: np.ndarray
+    targets: np.ndarray
+    weights: np.ndarray  # float32
+    num_rows: int
+    num_refused: int
+    refused: list[RowErrorAt]
+    tally: Tally
+
+
+@dataclass(frozen=True)
+class RowErrorAt:
+    """A refused row."""
+
+    row: int
+    reason: str
+    line: int | None = None
+
+    def at(self, name: str) -> str:
+        """As :meth:`RowError.at`."""
+        return RowError(self.reason, self.line).at(name, self.row)
+
+
+@dataclass
+class Writer:
+    """Writes a :class:`Tokenised` into a folder, a batch at a time."""
+
+    folder: Path
+    weights: list[float] = field(default_factory=lambda: [0.0, 1.0])
+    num_rows: int = 0
+    num_refused: int = 0
+    refused: list[RowErrorAt] = field(default_factory=list)
+    tally: Tally = field(default_factory=Tally)
+
+    def __post_init__(self) -> None:
+        self._files: dict[str, BinaryIO] = {name: (self.folder / f"{name}.bin").open("wb") for name in _ARRAYS}
+        self._sizes = dict.fromkeys(_ARRAYS, 0)
+
+    def add(self, results: Sequence[list[Encoded] | RowError], first_row: int) -> None:
+        """Add what became of some rows, in order."""
+        kept: list[Encoded] = []
+        rows: list[int] = []
+        for row, result in enumerate(results, first_row):
+            if isinstance(result, RowError):
+                self._refuse(RowErrorAt(row, str(result), result.line))
+            elif not all(one.mask[1:].any() for one in result):
+                self._refuse(RowErrorAt(row, "nothing to train on; every token is context"))
+            else:
+                kept += result
+                rows += [row] * len(result)
+        self.num_rows += len(results)
+        if not kept:
+            return
+        lengths = np.asarray([len(one.ids) for one in kept], np.int32)
+        masks = np.concatenate([one.mask for one in kept])
+        starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+        trained = np.add.reduceat(masks > 0, starts, dtype=np.int32) - (masks[starts] > 0)
+        self._write("ids", np.concatenate([one.ids for one in kept]))
+        self._write("codes", self._codes(masks))
+        self._write("lengths", lengths)
+        self._write("rows", np.asarray(rows, np.int64))
+        self._write("targets", trained.astype(np.int32))
+
+    def add_part(self, part: Tokenised) -> None:
+        """Add the rows of a part, after those that are here already."""
+        codes = self._codes(part.weights)
+        self._write("ids", part.ids)
+        self._write("codes", codes[part.codes])
+        self._write("lengths", part.lengths)
+        self._write("rows", part.rows)
+        self._write("targets", part.targets)
+        for one in part.refused:
+            self._refuse(one)
+        self.num_refused += part.num_refused - len(part.refused)
+        self.num_rows += part.num_rows
+        self.tally.add(part.tally)
+
+    def finish(self) -> None:
+        """Write the rest; only now is the folder whole."""
+        for file in self._files.values():
+            file.close()
+        tally = self.tally
+        meta = {
+            "sizes": self._sizes,
+            "weights": self.weights,
+            "num_rows": self.num_rows,
+            "num_refused": self.num_refused,
+            "refused": [[one.row, one.reason, one.line] for one in self.refused],
+            "tally": {name: list(getattr(tally, name).items()) for name in ("stops", "tokens", "targets", "notes")},
+        }
+        (self.folder / _META).write_text(json.dumps(meta), encoding="utf-8")
+
+    def _refuse(self, one: RowErrorAt) -> None:
+        self.num_refused += 1
+        if len(self.refused) < _KEPT_REASONS:
+            self.refused.append(one)
+
+    def _codes(self, weights: np.ndarray) -> np.ndarray:
+        """Where in the table each weight is; new ones are added to it."""
+        known = np.asarray(self.weights, np.float32)
+        if ((weights == 0) | (weights == 1)).all():
+            return weights.astype(np.uint8)
+        for weight in np.setdiff1d(weights, known):
+            self.weights.append(float(weight))
+        assert len(self.weights) <= _MAX_WEIGHTS, "more than 256 different loss weights in one source"
+        known = np.asarray(self.weights, np.float32)
+        order = np.argsort(known)
+        return order[np.searchsorted(known[order], weights)].astype(np.uint8)
+
+    def _write(self, name: str, values: np.ndarray) -> None:
+        values = np.ascontiguousarray(values, _ARRAYS[name])
+        self._files[name].write(values.data)
+        self._sizes[name] += len(values)
+
+
+def read_tokenised(folder: Path) -> Tokenised | None:
+    """What a :class:`Writer` has written; None if it is not whole."""
+    try:
+        meta: dict[str, Any] = json.loads((folder / _META).read_text(encoding="utf-8"))
+        arrays = {}
+        for name, dtype in _ARRAYS.items():
+            path, size = folder / f"{name}.bin", meta["sizes"][name]
+            if path.stat().st_size != size * np.dtype(dtype).itemsize:
+                return None
+            arrays[name] = np.memmap(path, dtype, "r", shape=(size,)) if size else np.zeros(0, dtype)
+    except (OSError, ValueError, KeyError):
+        return None
+    tally = Tally(**{name: Counter(dict(map(tuple, pairs))) for name, pairs in meta["tally"].items()})
+    return Tokenised(
+        **arrays,
+        weights=np.asarray(meta["weights"], np.float32),
+        num_rows=meta["num_rows"],
+        num_refused=meta["num_refused"],
+        refused=[RowErrorAt(*one) for one in meta["refused"]],
+        tally=tally,
+    )
