@@ -35,6 +35,20 @@ def _train(options: argparse.Namespace) -> int:
     return 0
 
 
+def _inspect(options: argparse.Namespace) -> int:
+    from sft_jax.config import load
+
+    config = load(options.config, options.overrides)
+    if options.rows is not None and options.rows < 0:
+        raise UserError(f"--rows: {options.rows} is negative")
+    os.environ["JAX_PLATFORMS"] = "cpu"  # nothing is computed, and no accelerator taken from a run beside it
+    _quiet_imports()
+    from sft_jax.inspect import inspect
+
+    inspect(config, options.rows, options.json, options.html)
+    return 0
+
+
 def _evaluate(options: argparse.Namespace) -> int:
     from sft_jax.config import load
 
@@ -114,6 +128,18 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("config", metavar="CONFIG.yaml")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="such as optimizer.learning_rate=2e-5")
     train.set_defaults(command=_train)
+
+    inspect = commands.add_parser(
+        "inspect", help="show what will be trained: rows with their mask, counts, what is refused"
+    )
+    inspect.add_argument("config", metavar="CONFIG.yaml")
+    inspect.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.max_length=4096")
+    inspect.add_argument("--rows", type=int, metavar="N", help="examples to show; default 3, with --json all")
+    inspect.add_argument(
+        "--json", action="store_true", help="one JSON object a line: the summary, then an example each"
+    )
+    inspect.add_argument("--html", metavar="FILE", help="also write a page")
+    inspect.set_defaults(command=_inspect)
 
     evaluate = commands.add_parser("evaluate", help="measure a run on held-out data: base beside tuned")
     evaluate.add_argument("config", metavar="CONFIG.yaml", help="its training.output_dir is the run")

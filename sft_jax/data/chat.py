@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from sft_jax.data.rows import Conversation, Document, Message, Row, RowError, Tokens
-from sft_jax.data.template import ChatTemplate
+from sft_jax.data.template import ChatTemplate, can_be_interrupted
 from sft_jax.data.turns import Rendered, TurnFinder
 from sft_jax.errors import UserError
 
@@ -104,17 +104,19 @@ class Encoder:
             UserError: the tokenizer lacks what the rows need.
         """
         texts: list[str] = []
-        prepared: list[tuple[Row, list[Rendered]] | RowError] = []
-        for row in rows:
-            try:
-                if isinstance(row, RowError):
-                    raise row
-                rendered = self._render(row)
-            except RowError as error:
-                prepared.append(error)
-                continue
-            prepared.append((row, rendered))
-            texts += [one.text for one in rendered]
+        prepared: list[tuple[Row, list[Rendered], dict[int, float]] | RowError] = []
+        with can_be_interrupted():
+            for row in rows:
+                try:
+                    if isinstance(row, RowError):
+                        raise row
+                    weights = self._weights(row) if isinstance(row, Conversation) else {}
+                    rendered = self._render(row, weights)
+                except RowError as error:
+                    prepared.append(error)
+                    continue
+                prepared.append((row, rendered, weights))
+                texts += [one.text for one in rendered]
         has_documents = any(isinstance(row, Document) for row in rows)
         assert not has_documents or all(isinstance(row, Document | RowError) for row in rows)
         encodings = iter(self._encode_texts(texts, add_special_tokens=has_documents))
@@ -123,7 +125,7 @@ class Encoder:
             if isinstance(one, RowError):
                 results.append(one)
                 continue
-            row, rendered = one
+            row, rendered, weights = one
             mine = [next(encodings) for _ in rendered]
             tally = Tally()
             try:
@@ -132,7 +134,6 @@ class Encoder:
                 elif isinstance(row, Document):
                     encoded = [self._encode_document(row, mine[0], tally)]
                 else:
-                    weights = self._weights(row)
                     pairs = zip(rendered, mine, strict=True)
                     encoded = [self._encode_chat(weights, text, encoding, tally) for text, encoding in pairs]
             except RowError as error:
@@ -144,14 +145,14 @@ class Encoder:
             results.append(encoded)
         return results
 
-    def _render(self, row: Row) -> list[Rendered]:
+    def _render(self, row: Row, weights: dict[int, float]) -> list[Rendered]:
         if isinstance(row, Tokens):
             return []
         if isinstance(row, Document):
             return [Rendered(row.prompt + row.completion, {}, [])]
         if self._finder is None:
             raise UserError("data.chat_template: the tokenizer has no chat template; give a Jinja file")
-        return self._finder.find(row.messages, row.tools, sorted(self._weights(row)))
+        return self._finder.find(row.messages, row.tools, sorted(weights))
 
     def _weights(self, row: Conversation) -> dict[int, float]:
         """Which messages are trained, and what each counts."""
@@ -172,7 +173,7 @@ class Encoder:
 
     def _encode_chat(self, weights: dict[int, float], text: Rendered, encoding: Any, tally: Tally) -> Encoded:
         ids = encoding.ids
-        mask = np.full(len(ids), float(self.train_on == "all"), np.float32)
+        mask = (np.ones if self.train_on == "all" else np.zeros)(len(ids), np.float32)
         bos = self.tokenizer.bos_token_id
         if ids[:2] == [bos, bos]:
             raise RowError(f"the chat template writes the token {self.tokenizer.bos_token!r} twice at the start")
@@ -299,7 +300,8 @@ def prompt_ids(tokenizer: Any, messages: list[Message]) -> list[int]:
         raise UserError("this model has no chat template; write plain text (--raw), or add a chat_template.jinja")
     try:
         template = ChatTemplate(tokenizer.chat_template, dict(tokenizer.special_tokens_map))
-        text, _ = template.render(messages, prompt=True)
+        with can_be_interrupted():
+            text, _ = template.render(messages, prompt=True)
     except RowError as error:
         raise UserError(str(error)) from error
     return tokenizer(text, add_special_tokens=False)["input_ids"]

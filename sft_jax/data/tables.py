@@ -10,7 +10,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-import mmap
 import shutil
 import sys
 import tempfile
@@ -74,29 +73,26 @@ def kind_of(name: str) -> str:
 
 
 class JsonLines:
-    """A file with one JSON object a line, mapped into memory and parsed when a row is read."""
+    """A file with one JSON object a line, read a stretch at a time and parsed when a row is read."""
 
     def __init__(self, path: Path, name: str):
         self.path = path
-        with path.open("rb") as file:
-            size = path.stat().st_size
-            self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
-        starts, ends, numbers = [], [], []
-        for number, (begin, end) in enumerate(_lines(self._bytes)):
-            if end - begin > 256 or self._bytes[begin:end].strip():  # blank lines are no rows
-                starts.append(begin)
-                ends.append(end)
-                numbers.append(number)
-        self._starts, self._ends = np.asarray(starts, np.int64), np.asarray(ends, np.int64)
-        self._numbers = np.asarray(numbers, np.int64)
+        self._starts, self._ends, self._numbers = _find_lines(path)
 
     def __len__(self) -> int:
         return len(self._starts)
 
     def read(self, start: int, stop: int) -> Iterator[dict[str, Any] | RowError]:
         """Rows ``start … stop``; a malformed line is given as the reason why."""
-        for i in range(start, min(stop, len(self))):
-            line = self._bytes[self._starts[i] : self._ends[i]]
+        stop = min(stop, len(self))
+        if start >= stop:
+            return
+        first = int(self._starts[start])
+        with self.path.open("rb") as file:
+            file.seek(first)
+            block = file.read(int(self._ends[stop - 1]) - first)
+        for i in range(start, stop):
+            line = block[int(self._starts[i]) - first : int(self._ends[i]) - first]
             try:
                 row = json.loads(line.decode("utf-8-sig" if i == 0 else "utf-8"))
             except UnicodeDecodeError:
@@ -118,14 +114,22 @@ class JsonLines:
         return _file_digest(self.path)
 
 
-def _lines(data: mmap.mmap | bytes) -> Iterator[tuple[int, int]]:
-    """Where each line of some bytes begins and ends."""
-    begin, size = 0, len(data)
-    while begin < size:
-        end = data.find(b"\n", begin)
-        end = size if end < 0 else end
-        yield begin, end
-        begin = end + 1
+def _find_lines(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where the lines of a file that are not blank begin and end, and their numbers from 0."""
+    breaks, size = [], 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            breaks.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + size)
+            size += len(chunk)
+        ends = np.concatenate([*breaks, np.asarray([size], np.int64)]).astype(np.int64)
+        starts = np.concatenate([[0], ends[:-1] + 1])
+        kept = ends > starts
+        for i in np.flatnonzero(
+            kept & (ends - starts < 64)
+        ):  # blanks alone are no row; longer lines are looked at later
+            file.seek(int(starts[i]))
+            kept[i] = bool(file.read(int(ends[i] - starts[i])).strip())
+    return starts[kept], ends[kept], np.flatnonzero(kept)
 
 
 class Parquet:

@@ -15,7 +15,9 @@ import jinja2
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from sft_jax.data.rows import Message, RowError
+from sft_jax.errors import UserError
 
+_rendering = threading.Lock()  # a compiled template keeps the marks of the one text it is writing
 SECONDS = 10.0  # that rendering one conversation may take
 Span = tuple[int, int]
 
@@ -48,13 +50,14 @@ class ChatTemplate:
             prompt: end with what makes the assistant answer.
 
         Raises:
-            RowError: the template refuses the messages, fails, or does not come to an end.
+            RowError: the template refuses the messages, or fails.
+            UserError: it does not come to an end; other rows would not fare better.
         """
         if not messages:
             raise RowError("the conversation has no messages")
         render: Any = render_jinja_template  # its annotations are narrower than what it takes
         try:
-            with _time_limit(SECONDS):
+            with _rendering, _time_limit(SECONDS):
                 texts, marks = render(
                     [messages],
                     tools=tools,
@@ -65,7 +68,10 @@ class ChatTemplate:
                 )
             texts[0].encode()  # templates may put together what JSON has escaped
         except TimeoutError as error:
-            raise RowError(f"the chat template does not come to an end within {SECONDS:g} seconds") from error
+            raise UserError(
+                f"the chat template does not come to an end within {SECONDS:g} seconds for a conversation of "
+                f"{len(messages)} messages; give another one in data.chat_template"
+            ) from error
         except UnicodeEncodeError as error:
             raise RowError("the conversation has half of a character (a lone surrogate)") from error
         except (
@@ -85,8 +91,24 @@ class ChatTemplate:
 
 @contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError after some seconds; only the main thread of a process can be interrupted."""
-    if threading.current_thread() is not threading.main_thread() or signal.getitimer(signal.ITIMER_REAL)[0]:
+    """Raise TimeoutError after some seconds, inside :func:`can_be_interrupted`; elsewhere there is no limit."""
+    if not _armed:
+        yield
+        return
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+_armed: list[bool] = []
+
+
+@contextmanager
+def can_be_interrupted() -> Iterator[None]:
+    """Let templates that do not come to an end be stopped; works in the main thread of a process only."""
+    if threading.current_thread() is not threading.main_thread() or _armed:
         yield
         return
 
@@ -94,9 +116,9 @@ def _time_limit(seconds: float) -> Iterator[None]:
         raise TimeoutError
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    _armed.append(True)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        _armed.pop()
         signal.signal(signal.SIGALRM, before)

@@ -83,12 +83,12 @@ def tokenise(
     if num_workers is None:
         num_workers = max(1, min(_cores(), _MAX_WORKERS, rows // _ROWS_PER_WORKER))
     with _partial(kept) as folder:
-        writer = Writer(folder)
-        if num_workers == 1:
-            _encode_into(writer, source, encoder, 0, rows, stop_at_refusal, progress)
-        else:
-            _encode_in_processes(writer, source, encoder, num_workers, stop_at_refusal, progress)
-        writer.finish()
+        with Writer(folder) as writer:
+            if num_workers == 1:
+                _encode_into(writer, source, encoder, 0, rows, stop_at_refusal, progress)
+            else:
+                _encode_in_processes(writer, source, encoder, num_workers, stop_at_refusal, progress)
+            writer.finish()
         is_whole = writer.num_rows == rows
         if kept is not None and is_whole:
             with contextlib.suppress(FileExistsError, OSError):  # another start was quicker: the contents are the same
@@ -207,9 +207,7 @@ def _encode_in_processes(
             parts.append(part)
         _run_all([work / f"job{i}.json" for i in range(num_workers)], progress)
         for part in parts:
-            found = read_tokenised(part)
-            assert found is not None
-            writer.add_part(found)
+            writer.add_part(part)
 
 
 def _run_all(jobs: list[Path], progress: Callable[[int], object]) -> None:
@@ -260,24 +258,23 @@ def _run_all(jobs: list[Path], progress: Callable[[int], object]) -> None:
 
 def _work(job: dict[str, Any]) -> None:
     """What a worker does."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(
-        job["tokenizer"], trust_remote_code=False, local_files_only=True
-    )
+    # AutoTokenizer would look for the class of the model first, which takes longer than all else here
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(job["tokenizer"], local_files_only=True)
     assert _tokenizer_digest(tokenizer) == job["tokenizer_digest"], "the tokenizer has changed by being saved"
     encoder = Encoder(tokenizer, **job["encoder"])
     table = open_file(Path(job["path"]), job["name"])
     source = Source(job["name"], table, job["format"], max_rows=job["stop"], columns=job["columns"])
-    writer = Writer(Path(job["out"]))
-    _encode_into(
-        writer,
-        source,
-        encoder,
-        job["start"],
-        job["stop"],
-        job["stop_at_refusal"],
-        lambda rows: print(rows, flush=True),
-    )
-    writer.finish()
+    with Writer(Path(job["out"])) as writer:
+        _encode_into(
+            writer,
+            source,
+            encoder,
+            job["start"],
+            job["stop"],
+            job["stop_at_refusal"],
+            lambda rows: print(rows, flush=True),
+        )
+        writer.finish()
 
 
 # -- what a result depends on -----------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from sft_jax.data.rows import RowError
 _META = "meta.json"
 _ARRAYS = {"ids": np.int32, "codes": np.uint8, "lengths": np.int32, "rows": np.int64, "targets": np.int32}
 _MAX_WEIGHTS = 256
+_COPIED = 1 << 20  # ids at a time
 _KEPT_REASONS = 1000  # refused rows whose reason is kept; more are only counted
 
 
@@ -40,6 +42,7 @@ class Tokenised:
     num_refused: int
     refused: list[RowErrorAt]
     tally: Tally
+    digest: str = ""  # of ids and weights
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,14 @@ class Writer:
     def __post_init__(self) -> None:
         self._files: dict[str, BinaryIO] = {name: (self.folder / f"{name}.bin").open("wb") for name in _ARRAYS}
         self._sizes = dict.fromkeys(_ARRAYS, 0)
+        self._digests = {name: hashlib.blake2b(digest_size=16) for name in _ARRAYS}
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for file in self._files.values():
+            file.close()
 
     def add(self, results: Sequence[list[Encoded] | RowError], first_row: int) -> None:
         """Add what became of some rows, in order."""
@@ -95,11 +106,14 @@ class Writer:
         self._write("rows", np.asarray(rows, np.int64))
         self._write("targets", trained.astype(np.int32))
 
-    def add_part(self, part: Tokenised) -> None:
-        """Add the rows of a part, after those that are here already."""
+    def add_part(self, folder: Path) -> None:
+        """Add the rows of a part that another writer has written, after those that are here already."""
+        part = read_tokenised(folder)
+        assert part is not None
         codes = self._codes(part.weights)
-        self._write("ids", part.ids)
-        self._write("codes", codes[part.codes])
+        for start in range(0, len(part.ids), _COPIED):  # read, not mapped: what is mapped stays in memory
+            self._write("ids", _read(folder, "ids", start))
+            self._write("codes", codes[_read(folder, "codes", start)])
         self._write("lengths", part.lengths)
         self._write("rows", part.rows)
         self._write("targets", part.targets)
@@ -111,12 +125,12 @@ class Writer:
 
     def finish(self) -> None:
         """Write the rest; only now is the folder whole."""
-        for file in self._files.values():
-            file.close()
+        self.__exit__()
         tally = self.tally
         meta = {
             "sizes": self._sizes,
             "weights": self.weights,
+            "digest": " ".join(digest.hexdigest() for digest in self._digests.values()),
             "num_rows": self.num_rows,
             "num_refused": self.num_refused,
             "refused": [[one.row, one.reason, one.line] for one in self.refused],
@@ -144,7 +158,13 @@ class Writer:
     def _write(self, name: str, values: np.ndarray) -> None:
         values = np.ascontiguousarray(values, _ARRAYS[name])
         self._files[name].write(values.data)
+        self._digests[name].update(values.data)
         self._sizes[name] += len(values)
+
+
+def _read(folder: Path, name: str, start: int) -> np.ndarray:
+    dtype = np.dtype(_ARRAYS[name])
+    return np.fromfile(folder / f"{name}.bin", dtype, _COPIED, offset=start * dtype.itemsize)
 
 
 def read_tokenised(folder: Path) -> Tokenised | None:
@@ -167,4 +187,5 @@ def read_tokenised(folder: Path) -> Tokenised | None:
         num_refused=meta["num_refused"],
         refused=[RowErrorAt(*one) for one in meta["refused"]],
         tally=tally,
+        digest=f"{meta['digest']} {meta['weights']}",
     )

@@ -191,7 +191,7 @@ def _account(text: str, messages: list[Message], turns: dict[int, Span], notes: 
             found.append((message["role"], (begin, end)))
             at = max(at, end)
             continue
-        words = _THINK.split(message.get("content", ""))[-1].strip()
+        words = _words(message)[-1].strip()
         if not words:
             continue
         limit = next((begin for begin, _ in begins if begin >= at), len(text))
@@ -212,12 +212,18 @@ def _account(text: str, messages: list[Message], turns: dict[int, Span], notes: 
     return found
 
 
+def _words(message: Message) -> list[str]:
+    """The content of a message; where it has thoughts in it, those by themselves, as templates set them apart."""
+    content = message.get("content", "")
+    return _THINK.split(content) if "think>" in content else [content]
+
+
 def _own_words(message: Message, turn: str, i: int) -> None:
-    for part in _THINK.split(message.get("content", "")):
+    for part in _words(message):
         if part.strip() not in turn:
             raise RowError(f"message {i}: the template does not write its content as it is, so no mask can be proven")
     for name in ("reasoning_content", "reasoning", "thinking"):
-        if message.get(name, "").strip() not in turn:
+        if name in message and message[name].strip() not in turn:
             raise RowError(
                 f"message {i}: the template does not write its {name}; set data.reasoning to exclude, or use a "
                 "template that does"

@@ -61,6 +61,28 @@ def loss_chart(curves: LossCurves) -> str:
     return _svg(figure, axes)
 
 
+def histogram(bars: Sequence[tuple[int, int, int]], limit: int, label: str) -> str:
+    """Counts by value; what is beyond a limit stands as one bar of another colour.
+
+    Args:
+        bars: first and last value of a bar, and its count.
+    """
+    figure, axes = _figure()
+    width = bars[0][1] - bars[0][0] + 1 if bars else 1
+    for name, colour, shown in (
+        ("", TUNED, [bar for bar in bars if bar[0] <= limit]),
+        ("too long", FEW_SHOT, [bar for bar in bars if bar[0] > limit]),
+    ):
+        if shown:
+            places = [first - 0.5 for first, _, _ in shown]
+            axes.bar(places, [n for *_, n in shown], 0.92 * width, align="edge", color=colour, label=name or None)
+    axes.set_xlabel(label)
+    axes.set_ylabel("examples")
+    axes.grid(axis="y", color=_LINE, linewidth=0.6)
+    axes.set_axisbelow(True)
+    return _svg(figure, axes)
+
+
 def _figure() -> tuple[Any, Any]:
     import matplotlib
 
@@ -86,7 +108,8 @@ def _svg(figure: Any, axes: Any) -> str:
     import matplotlib
     from matplotlib import pyplot
 
-    axes.legend(frameon=False, fontsize=8, labelcolor=_INK, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=8, labelcolor=_INK, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
     text = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif"}):

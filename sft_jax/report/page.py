@@ -30,12 +30,9 @@ def write_page(
         metrics: the rows of ``metrics.jsonl``.
         trained_rows: training rows as pieces of text with whether they are trained.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    page = environment.get_template("page.html.jinja").render(
+    return render(
+        path,
+        "page.html.jinja",
         title=title,
         facts=facts,
         columns=table.columns(comparison),
@@ -48,6 +45,16 @@ def write_page(
         samples=_samples(comparison),
         trained_rows=trained_rows,
     )
+
+
+def render(path: Path, template: str, **values: Any) -> Path:
+    """Write a page of this folder's templates; it appears whole."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    page = environment.get_template(template).render(values)
     partial = path.with_suffix(".partial")
     partial.write_text(page, encoding="utf-8")
     partial.replace(path)

@@ -1,0 +1,88 @@
+"""What a config's data amount to, as plain figures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from sft_jax.config import DataConfig, TrainingConfig
+from sft_jax.data.packing import plan_of, plan_run
+from sft_jax.data.prepare import Prepared
+
+_BARS = 16  # of the histogram
+_SHOWN_REASONS = 20
+
+
+def summarise(data: DataConfig, training: TrainingConfig, prepared: Prepared) -> dict[str, Any]:
+    """Rows, tokens, targets and what was left out, by source and role; lengths; how the rows of a step are filled.
+
+    ``packing_efficiency`` is the share of slots with a token in it. Steps are those of one epoch, and of the run.
+    """
+    report, examples = prepared.report, prepared.examples
+    stops = report.stop_tokens
+    summary: dict[str, Any] = {
+        "rows": report.total("rows"),
+        "examples": report.total("examples"),
+        "kept": report.total("kept"),
+        "tokens": report.total("tokens"),
+        "targets": report.total("targets"),
+        "dropped": report.dropped_by_reason,
+        "truncated": report.total("truncated"),
+        "targets_lost": report.total("targets_lost"),
+        "refused": [one.at(source.name) for source in report.sources for one in source.reasons[:_SHOWN_REASONS]],
+        "stop_token": next(iter(stops), None),
+        "stop_tokens": stops,
+        "train_on": data.train_on,
+        "mask_from": prepared.encoder.mask_source,
+        "sources": [
+            {
+                "name": source.name,
+                "format": source.format,
+                "rows": source.rows,
+                "kept": source.kept,
+                "tokens": source.tokens,
+                "targets": source.targets,
+                "dropped": source.dropped + source.dropped_without_targets + source.refused,
+                "weight": weight,
+            }
+            for source, weight in zip(report.sources, examples.weights, strict=True)
+        ],
+        "tokens_by_role": dict(report.tally.tokens.most_common()),
+        "targets_by_role": dict(report.tally.targets.most_common()),
+        "notes": {note: count for note, count in report.tally.notes.most_common() if count},
+        "lengths": _histogram(np.concatenate([np.asarray(part.lengths) for part in examples.parts]), data.max_length),
+        "max_length": data.max_length,
+    }
+    if len(examples):
+        epoch = plan_run(
+            examples.slots,
+            data.max_length,
+            training.batch_size,
+            num_epochs=1,
+            seed=training.seed,
+            packing=data.packing,
+            shuffle=data.shuffle,
+        )
+        num_rows = len(epoch.rows) - 1
+        summary |= {
+            "packing_efficiency": int(examples.slots.sum()) / (num_rows * data.max_length),
+            "packed_rows": num_rows,
+            "steps_per_epoch": epoch.num_steps,
+            "steps": plan_of(data, training, examples).num_steps,
+        }
+    return summary
+
+
+def _histogram(lengths: np.ndarray, max_length: int) -> list[dict[str, int]]:
+    """How many examples are of which length, in steps of equal width; all that are too long in one last step."""
+    if len(lengths) == 0:
+        return []
+    longest = int(lengths.max())
+    top = min(longest, max_length)
+    width = max(1, -(-top // _BARS))
+    counts = np.bincount((lengths[lengths <= max_length] - 1) // width, minlength=-(-top // width))
+    bars = [{"from": i * width + 1, "to": min((i + 1) * width, top), "count": int(n)} for i, n in enumerate(counts)]
+    if longest > max_length:
+        bars.append({"from": max_length + 1, "to": longest, "count": int((lengths > max_length).sum())})
+    return bars
