@@ -65,8 +65,11 @@ class Announcer:
             if name in names:
                 self.data(name, data)
 
-    def plan(self, config: Config, examples: Examples, plan: Plan) -> None:
+    def plan(self, config: Config, examples: Examples, plan: Plan | None) -> None:
         """Steps, epochs and how full the rows are."""
+        if plan is None:
+            self("plan", f"{config.training.max_steps:,} steps of a stream; what is above is of its first rows")
+            return
         if plan.num_steps == 0:
             self("plan", "no steps")
             return

@@ -111,6 +111,7 @@ class DataConfig:
     on_bad_row: str = "error"  # skip: leave out and count rows that cannot be proven right
     num_workers: int | None = None  # processes that tokenise; null: as many as the data and this machine allow
     cache: bool = True  # keep what was tokenised, for the next start
+    streaming: bool = False  # read, tokenise and pack data.train while training; needs training.max_steps
     chat_template: str | None = None  # a Jinja file; default the tokenizer's own
     added_tokens: list[str] = field(default_factory=list)  # special tokens the tokenizer does not have yet
     stop_token: str | None = None  # ends a completion or a document; default the tokenizer's eos token
@@ -250,6 +251,11 @@ class Config:
     def __post_init__(self) -> None:
         _require(
             len(self.data.train) > 0, "data.train", "names no source; give at least one, such as [{path: a.jsonl}]"
+        )
+        _require(
+            not self.data.streaming or self.training.max_steps is not None,
+            "training.max_steps",
+            "has to be set with data.streaming, because the length of an epoch is not known",
         )
         _require(
             self.model.init == "pretrained" or self.lora is None,

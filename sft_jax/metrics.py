@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from sft_jax.tree import flatten
+
 _SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -49,13 +51,20 @@ class MetricsWriter:
             self._wandb = wandb.init(project=wandb_project, dir=str(folder), config=config, name=folder.name)
 
     def write(self, row: dict[str, Any]) -> None:
-        """One row; a number that is not finite is written as null, which JSON can hold."""
+        """One row; a number that is not finite is written as null, which JSON can hold.
+
+        Values may be numbers by name (losses by source), which become ``key/name`` in TensorBoard.
+        """
         if self._file is None:
             return
-        finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
+        finite = {
+            key: {name: _finite(one) for name, one in value.items()} if isinstance(value, dict) else _finite(value)
+            for key, value in row.items()
+        }
         self._file.write(json.dumps(finite) + "\n")
         self._file.flush()
-        numbers = {key: value for key, value in finite.items() if key != "step" and value is not None}
+        flat = {"/".join(path): value for path, value in flatten(finite).items()}
+        numbers = {key: value for key, value in flat.items() if key != "step" and value is not None}
         if self._tensorboard is not None:
             for key, value in numbers.items():
                 self._tensorboard.add_scalar(key, value, row["step"])
@@ -84,6 +93,10 @@ class MetricsWriter:
                 sink.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from sft_jax import config as configs
@@ -20,8 +21,9 @@ from sft_jax.config import Config
 from sft_jax.data.chat import prompt_ids
 from sft_jax.data.examples import Examples
 from sft_jax.data.loader import Loader
-from sft_jax.data.packing import Plan, plan_of, plan_run
+from sft_jax.data.packing import plan_of, plan_run
 from sft_jax.data.prepare import prepare_data
+from sft_jax.data.streaming import StreamLoader, first_rows, stream
 from sft_jax.errors import UserError
 from sft_jax.evaluation.compare import Networks, compare, prepare
 from sft_jax.hf.config import read_architecture, stop_ids
@@ -30,13 +32,14 @@ from sft_jax.hf.reader import TensorReader
 from sft_jax.hf.tokenizer import load_tokenizer
 from sft_jax.inference.generator import Generator
 from sft_jax.metrics import MetricsWriter, Progress, read_metrics
+from sft_jax.models.lora import Split
 from sft_jax.report import table
 from sft_jax.report.loss import plot_loss
 from sft_jax.report.write import write_report
 from sft_jax.sharding import check_batch, check_heads, make_mesh
 from sft_jax.training.optimizer import labels_of, make_optimizer, make_schedule
 from sft_jax.training.state import TrainState, abstract_state, make_state, state_shardings
-from sft_jax.training.step import EvalStep, make_eval_step, make_train_step
+from sft_jax.training.step import make_eval_step, make_train_step
 from sft_jax.training.weights import build, load_weights
 from sft_jax.tree import Params
 from sft_jax.typing import Array
@@ -65,9 +68,11 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
     arch = read_architecture(folder)
     tokenizer, num_added = load_tokenizer(folder, config.data.chat_template, config.data.added_tokens)
     base_stops = stop_ids(folder)
-    data = prepare_data(config.data, config.data.train, tokenizer, base_stops, arch.max_positions)
+    is_stream = config.data.streaming
+    given = first_rows(config.data.train) if is_stream else config.data.train
+    data = prepare_data(config.data, given, tokenizer, base_stops, arch.max_positions)
     examples = data.examples
-    say.data("data", data)
+    say.data("stream" if is_stream else "data", data)
     held_out = None
     if config.data.eval:
         held_out = prepare_data(config.data, config.data.eval, tokenizer, base_stops, arch.max_positions)
@@ -77,8 +82,9 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
         task = prepare(config, arch, tokenizer, base_stops)
         say.task(task, names=("documents",))
     prompts = [prompt_ids(tokenizer, [{"role": "user", "content": text}]) for text in config.evaluation.samples]
-    plan = plan_of(config.data, config.training, examples)
-    total_steps = plan.num_steps
+    plan = None if is_stream else plan_of(config.data, config.training, examples)
+    total_steps = config.training.max_steps if plan is None else plan.num_steps
+    assert total_steps is not None
     say.plan(config, examples, plan)
 
     # -- model --------------------------------------------------------------------------------------------------------
@@ -107,8 +113,8 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
         training.gradient_accumulation_steps,
         jax.random.fold_in(jax.random.key(training.seed), 1) if dropout else None,
         shardings,
+        num_groups(examples),
     )
-    eval_step = make_eval_step(split)
 
     # -- restore ------------------------------------------------------------------------------------------------------
     identity = {
@@ -120,7 +126,11 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
     }
     run.mkdir(parents=True, exist_ok=True)
     checkpoints = Checkpoints(run / "checkpoints", training.keep_checkpoints)
-    loader = Loader(examples, plan, mesh, training.batch_size, config.data.max_length)
+    loader: Loader | StreamLoader
+    if plan is None:
+        loader = stream(config, data.encoder, examples.groups, mesh, arch.max_positions)
+    else:
+        loader = Loader(examples, plan, mesh, training.batch_size, config.data.max_length)
     if latest is not None:
         check_same_run(run, checkpoints.run(latest), identity)
         state, position = checkpoints.restore(latest, abstract_state(split.trainable, optimizer, mesh))
@@ -133,6 +143,7 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
             tokenizer.save_pretrained(run / "tokenizer")
     del params
     first_step = int(state.step)
+    positions = {first_step: loader.get_state()}  # in the data, after each of the last few steps
 
     # -- loop ---------------------------------------------------------------------------------------------------------
     writer = MetricsWriter(
@@ -144,16 +155,16 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
         enabled=is_main,
     )
     progress = Progress(first_step, total_steps, enabled=is_main)
-    evaluator = None if held_out is None else _Evaluator(config, held_out.examples, mesh, eval_step)
+    evaluator = None if held_out is None else _Evaluator(config, held_out.examples, mesh, split)
     last: dict[str, Any] = {"step": first_step}
     slot_tokens = training.batch_size * config.data.max_length
 
     def evaluate(step: int, state: TrainState) -> None:
         if evaluator is not None:
-            loss = evaluator(state.params, frozen)
-            last.update(eval_loss=loss)
-            writer.write({"step": step, "eval_loss": loss})
-            progress.say(f"step {step}/{total_steps}  held-out loss {loss:.4f}")
+            row = evaluator(state.params, frozen)
+            last.update(row)
+            writer.write({"step": step, **row})
+            progress.say(f"step {step}/{total_steps}  held-out loss {row['eval_loss']:.4f}")
 
     generator = Generator(split, arch.max_positions, stops, mesh)
 
@@ -173,7 +184,9 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
 
     def finish_step(step: int, metrics: dict[str, Array], since: float) -> float:
         """Wait for a step that was started one step ago, so that the device never waits for us; returns the time."""
-        values = {key: value.item() for key, value in jax.device_get(metrics).items()}
+        fetched = jax.device_get(metrics)
+        by_source = source_losses(examples, fetched.pop("by_source"))
+        values = {key: value.item() for key, value in fetched.items()}
         now = time.perf_counter()
         row = {
             "step": step,
@@ -186,12 +199,15 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
             "real_tokens_per_second": values["real_tokens"] / (now - since),
             "step_seconds": now - since,
         }
+        if by_source:
+            row["source_loss"] = by_source
         last.update(row)
         if step % training.log_every == 0 or step == total_steps or not values["finite"]:
             writer.write(row)
         progress.update(step, row["loss"], row["real_tokens_per_second"])
         if not values["finite"]:
-            _stop_not_finite(run, step, values, examples, plan, checkpoints, state, identity)
+            rows = None if plan is None else [examples.describe(int(i)) for row in plan.rows_of(step - 1) for i in row]
+            _stop_not_finite(run, step, values, rows, positions[step - 1], checkpoints, state, identity)
         return now
 
     with jax.set_mesh(mesh):
@@ -203,6 +219,7 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
                     write_samples(0, state)
             if first_step < total_steps:
                 batch = next(batches)
+                positions[first_step + 1] = loader.get_state()
                 began = time.perf_counter()
                 compiled = train_step.lower(state, frozen, batch).compile()  # type: ignore[attr-defined]
                 say("compiled", f"the step in {time.perf_counter() - began:.1f} s")
@@ -210,8 +227,10 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
                 since = time.perf_counter()
                 for step in range(first_step + 1, total_steps + 1):
                     state, metrics = compiled(state, frozen, batch)
-                    position = {"next_index": step}
-                    batch = next(batches) if step < total_steps else batch
+                    if step < total_steps:
+                        batch = next(batches)
+                        positions[step + 1] = loader.get_state()
+                        positions.pop(step - 3, None)
                     if pending is not None:
                         since = finish_step(*pending, since)
                     pending = (step, metrics)
@@ -226,10 +245,10 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
                         if writes:
                             write_samples(step, state)
                         if saves:
-                            checkpoints.save(step, state, position, identity)
+                            checkpoints.save(step, state, positions[step], identity)
                         since = time.perf_counter()
             elif latest is None:  # nothing to do: the base model itself is the result
-                checkpoints.save(0, state, {"next_index": 0}, identity)
+                checkpoints.save(0, state, positions[0], identity)
         finally:
             checkpoints.close()
             writer.close()
@@ -256,40 +275,58 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
 class _Evaluator:
     """Held-out loss per target token (by weight): sums over all batches, divided once."""
 
-    def __init__(self, config: Config, examples: Examples, mesh: Mesh, step: EvalStep):
+    def __init__(self, config: Config, examples: Examples, mesh: Mesh, split: Split):
         rows = config.training.batch_size // config.training.gradient_accumulation_steps
         length = config.data.max_length
-        self._plan = plan_run(examples.slots, length, rows, 1, packing=config.data.packing, shuffle=False)
-        self._make_loader = lambda: Loader(examples, self._plan, mesh, rows, length)
-        self._step = step
+        plan = plan_run(examples.slots, length, rows, 1, packing=config.data.packing, shuffle=False)
+        self._examples = examples
+        self._make_loader = lambda: Loader(examples, plan, mesh, rows, length)
+        self._step = make_eval_step(split, num_groups(examples))
 
-    def __call__(self, params: Params, frozen: Params) -> float:
-        sums = [self._step(params, frozen, batch) for batch in self._make_loader()]
-        loss = sum(float(s["loss"]) for s in sums)
-        return loss / sum(float(s["weight"]) for s in sums)
+    def __call__(self, params: Params, frozen: Params) -> dict[str, Any]:
+        sums = [jax.device_get(self._step(params, frozen, batch)) for batch in self._make_loader()]
+        loss, weight = (sum(float(one[key]) for one in sums) for key in ("loss", "weight"))
+        row: dict[str, Any] = {"eval_loss": loss / weight}
+        by_source = source_losses(self._examples, np.sum([one["by_source"] for one in sums], axis=0))
+        return row | ({"eval_source_loss": by_source} if by_source else {})
+
+
+def num_groups(examples: Examples) -> int:
+    """How many sources have their losses told apart: none where there is only one."""
+    return len(examples.groups) if len(examples.groups) > 1 else 0
+
+
+def source_losses(examples: Examples, by_source: np.ndarray) -> dict[str, float]:
+    """Loss per target of each source that has any; ``by_source`` has summed losses and weights ``[S, 2]``."""
+    return {
+        name: float(loss / weight)
+        for name, (loss, weight) in zip(examples.groups, by_source, strict=False)
+        if weight > 0
+    }
 
 
 def _stop_not_finite(
     run: Path,
     step: int,
     values: dict[str, float],
-    examples: Examples,
-    plan: Plan,
+    rows: list[str] | None,
+    position: dict[str, Any],
     checkpoints: Checkpoints,
     state: TrainState,
     identity: dict[str, Any],
 ) -> None:
     """Save the state before the fault, write down the batch's rows, and end the run."""
     good = dataclasses.replace(state, halted=jnp.zeros_like(state.halted))
-    checkpoints.save(step - 1, good, {"next_index": step - 1}, identity)
+    checkpoints.save(step - 1, good, position, identity)
     checkpoints.wait()
-    rows = [examples.describe(int(item)) for row in plan.rows_of(step - 1) for item in row]
     path = run / "report" / f"not_finite_step_{step}.json"
     path.parent.mkdir(exist_ok=True)
     found = {key: repr(values[key]) for key in ("loss", "grad_norm")}
     path.write_text(json.dumps({"step": step, **found, "rows": rows}, indent=1) + "\n", encoding="utf-8")
-    shown = ", ".join(rows[:4]) + (f" and {len(rows) - 4} more" if len(rows) > 4 else "")
+    shown = "rows of a stream, which are not kept apart"
+    if rows is not None:
+        shown = ", ".join(rows[:4]) + (f" and {len(rows) - 4} more" if len(rows) > 4 else "") + f" (all in {path})"
     raise UserError(
-        f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; the batch holds {shown} "
-        f"(all in {path}); the state before it is saved as step {step - 1}"
+        f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; the batch holds {shown}; the state "
+        f"before it is saved as step {step - 1}"
     )

@@ -30,6 +30,7 @@ class Batch:
     loss_mask: Float[Array, "B T"]
     segment_ids: Int[Array, "B T"]
     positions: Int[Array, "B T"]
+    sources: Int[Array, "B T"] | None = None  # which of several sources a position is from; None where there is one
 
 
 __all__ = ["Array", "Batch", "Bool", "Float", "Int"]

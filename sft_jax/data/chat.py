@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from sft_jax.data.rows import Conversation, Document, Message, Row, RowError, Tokens
+from sft_jax.data.segments import SegmentEncoder
 from sft_jax.data.template import ChatTemplate, can_be_interrupted
 from sft_jax.data.turns import Rendered, TurnFinder
 from sft_jax.errors import UserError
@@ -82,10 +83,10 @@ class Encoder:
         # transformers sets these before each call; here the tokenizer itself is called
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
-        self._encode_texts = tokenizer.backend_tokenizer.encode_batch
-        self._template = self._finder = None
+        self._template = self._finder = self._segments = None
         if tokenizer.chat_template:
             self._template = ChatTemplate(tokenizer.chat_template, dict(tokenizer.special_tokens_map))
+            self._segments = SegmentEncoder(tokenizer, tokenizer.chat_template)
             texts = [text for text in tokenizer.convert_ids_to_tokens(sorted(self._special)) if text]
             self._finder = TurnFinder(self._template, texts)
 
@@ -117,9 +118,11 @@ class Encoder:
                     continue
                 prepared.append((row, rendered, weights))
                 texts += [one.text for one in rendered]
-        has_documents = any(isinstance(row, Document) for row in rows)
-        assert not has_documents or all(isinstance(row, Document | RowError) for row in rows)
-        encodings = iter(self._encode_texts(texts, add_special_tokens=has_documents))
+        if self._segments is not None and any(isinstance(row, Conversation) for row in rows):
+            assert not any(isinstance(row, Document) for row in rows)
+            encodings = iter(self._segments(texts))
+        else:
+            encodings = iter(self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=True))
         results: list[list[Encoded] | RowError] = []
         for one in prepared:
             if isinstance(one, RowError):

@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -83,6 +84,7 @@ class Examples:
     names: tuple[str, ...]
     weights: tuple[float, ...]  # of the sources
     stop_ids: tuple[int, ...]
+    given: tuple[str, ...] = ()  # the path in the config each source belongs to
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -92,6 +94,15 @@ class Examples:
         part = self.parts[self.source[index]]
         where = slice(self.starts[index], self.starts[index] + self.lengths[index])
         return part.ids[where], part.weights[part.codes[where]]
+
+    @cached_property
+    def groups(self) -> tuple[str, ...]:
+        """The paths in the config, each once: losses are told apart by these."""
+        return tuple(dict.fromkeys(self.given))
+
+    def group(self, index: int) -> int:
+        """Which group an example belongs to."""
+        return self.groups.index(self.given[self.source[index]])
 
     @property
     def slots(self) -> np.ndarray:
@@ -191,6 +202,7 @@ def encode_sources(
         names=tuple(source.name for source in sources),
         weights=tuple(source.weight for source in sources),
         stop_ids=tuple(stop for stop, _ in report.tally.stops.most_common()),
+        given=tuple(source.given or source.name for source in sources),
     )
     tokens = encoder.tokenizer.convert_ids_to_tokens
     report.stop_tokens = {tokens(stop): count for stop, count in report.tally.stops.most_common()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import grain
 import jax
@@ -52,6 +52,7 @@ def make_batch(examples: Examples, rows: list[np.ndarray], num_rows: int, row_le
     """
     inputs, targets, segment_ids, positions = (np.zeros((num_rows, row_length), np.int32) for _ in range(4))
     loss_mask = np.zeros((num_rows, row_length), np.float32)
+    sources = np.zeros((num_rows, row_length), np.int32) if len(examples.groups) > 1 else None
     for r, items in enumerate(rows):
         at = 0
         for segment, item in enumerate(items, start=1):
@@ -59,8 +60,10 @@ def make_batch(examples: Examples, rows: list[np.ndarray], num_rows: int, row_le
             where = slice(at, at + len(ids) - 1)
             inputs[r, where], targets[r, where], loss_mask[r, where] = ids[:-1], ids[1:], mask[1:]
             segment_ids[r, where], positions[r, where] = segment, np.arange(len(ids) - 1)
+            if sources is not None:
+                sources[r, where] = examples.group(int(item))
             at = where.stop
-    return Batch(inputs, targets, loss_mask, segment_ids, positions)  # type: ignore[arg-type]
+    return Batch(inputs, targets, loss_mask, segment_ids, positions, sources)  # type: ignore[arg-type]
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> slice:
@@ -86,7 +89,7 @@ def to_mesh(batch: Batch, mesh: Mesh, batch_size: int, rows: slice) -> Batch:
 
         return jax.make_array_from_callback(shape, named_sharding(mesh, ("batch", "length"), shape), part)  # type: ignore[arg-type]
 
-    return Batch(**{f.name: place(getattr(batch, f.name)) for f in fields(Batch)})
+    return jax.tree.map(place, batch)
 
 
 class Loader:

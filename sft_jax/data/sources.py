@@ -31,6 +31,7 @@ class Source:
     weight: float = 1.0
     max_rows: int | None = None
     columns: dict[str, str] = field(default_factory=dict)  # our name of a column to the file's
+    given: str = ""  # the path in the config, which may stand for several files
 
     def __len__(self) -> int:
         return len(self.table) if self.max_rows is None else min(self.max_rows, len(self.table))
@@ -70,7 +71,8 @@ def open_sources(sources: Sequence[SourceConfig]) -> list[Source]:
             if len(table) == 0:
                 raise UserError(f"{name}: has no rows")
             row_format = _format(name, table, source)
-            opened.append(Source(name, table, row_format, source.weight, source.max_rows, dict(source.columns)))
+            columns = dict(source.columns)
+            opened.append(Source(name, table, row_format, source.weight, source.max_rows, columns, source.path))
     return opened
 
 

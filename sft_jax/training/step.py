@@ -11,12 +11,13 @@ import optax
 from jax import lax
 
 from sft_jax.models.lora import Split
-from sft_jax.training.loss import batch_loss
+from sft_jax.training.loss import LossSums, batch_loss
 from sft_jax.training.state import TrainState
 from sft_jax.tree import Params
 from sft_jax.typing import Array, Batch
 
 Metrics = dict[str, Array]
+Sums = tuple[Array, LossSums, Params]  # loss, what goes with it, gradients
 TrainStep = Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]
 EvalStep = Callable[[Params, Params, Batch], Metrics]
 
@@ -28,6 +29,7 @@ def make_train_step(
     accumulation: int = 1,
     dropout_key: Array | None = None,
     out_shardings: Any = None,
+    num_sources: int = 0,
 ) -> TrainStep:
     """``step(state, frozen, batch) -> (state, metrics)``, jitted; the given state's buffers are reused.
 
@@ -40,34 +42,38 @@ def make_train_step(
     Args:
         dropout_key: turns adapter dropout on; each step and part has its own key.
         out_shardings: of the new state; gradients are constrained to those of the weights.
+        num_sources: how many sources ``batch.sources`` tells apart.
 
     Returns:
-        A function whose metrics are ``loss, grad_norm, learning_rate, target_tokens, real_tokens, finite``.
+        A function whose metrics are ``loss, grad_norm, learning_rate, target_tokens, real_tokens, finite`` and
+        ``by_source``, summed loss and weight of each source.
     """
 
-    def loss_of(trainable: Params, frozen: Params, batch: Batch, key: Array | None) -> tuple[Array, Array]:
-        return batch_loss(split.merge(trainable, frozen), batch, key)
+    def loss_of(trainable: Params, frozen: Params, batch: Batch, key: Array | None) -> tuple[Array, LossSums]:
+        return batch_loss(split.merge(trainable, frozen), batch, key, num_sources)
 
-    def part(params: Params, frozen: Params, batch: Batch, key: Array | None) -> tuple[Array, Array, Params]:
-        (loss, weight), grads = jax.value_and_grad(loss_of, has_aux=True)(params, frozen, batch, key)
+    def part(params: Params, frozen: Params, batch: Batch, key: Array | None) -> Sums:
+        (loss, sums), grads = jax.value_and_grad(loss_of, has_aux=True)(params, frozen, batch, key)
         if out_shardings is not None:
             grads = lax.with_sharding_constraint(grads, out_shardings.params)
-        return loss, weight, grads
+        return loss, sums, grads
 
-    def sums(params: Params, frozen: Params, batch: Batch, key: Array | None) -> tuple[Array, Array, Params]:
+    def total(params: Params, frozen: Params, batch: Batch, key: Array | None) -> Sums:
         if accumulation == 1:
             return part(params, frozen, batch, key)
         keys = None if key is None else jax.random.split(key, accumulation)
-        zero = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+        nothing = LossSums(jnp.zeros(()), jnp.zeros((num_sources, 2)))
+        zero = (jnp.zeros(()), nothing, jax.tree.map(jnp.zeros_like, params))
 
-        def add(total: Any, scanned: tuple[Batch, Array | None]) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, part(params, frozen, *scanned)), None
+        def add(so_far: Sums, scanned: tuple[Batch, Array | None]) -> tuple[Sums, None]:
+            return jax.tree.map(jnp.add, so_far, part(params, frozen, *scanned)), None
 
         return lax.scan(add, zero, (_interleave(batch, accumulation), keys))[0]
 
     def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, state.step)
-        loss_sum, weight, grad_sums = sums(state.params, frozen, batch, key)
+        loss_sum, sums, grad_sums = total(state.params, frozen, batch, key)
+        weight = sums.weight
         denominator = jnp.where(weight > 0, weight, 1.0)
         loss = loss_sum / denominator
         grads = jax.tree.map(lambda g: g / denominator, grad_sums)
@@ -90,6 +96,7 @@ def make_train_step(
             "target_tokens": jnp.sum(batch.loss_mask != 0, dtype=jnp.float32),
             "real_tokens": jnp.sum(batch.segment_ids > 0, dtype=jnp.float32),
             "finite": finite,
+            "by_source": sums.by_source,
         }
         return TrainState(step=step, params=params, opt_state=opt_state, halted=halted), metrics
 
@@ -97,12 +104,12 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0, out_shardings=shardings)
 
 
-def make_eval_step(split: Split) -> EvalStep:
-    """``step(trainable, frozen, batch)`` with summed ``loss`` and ``weight`` of a batch's targets, without dropout."""
+def make_eval_step(split: Split, num_sources: int = 0) -> EvalStep:
+    """``step(trainable, frozen, batch)`` with the sums ``loss``, ``weight`` and ``by_source``, without dropout."""
 
     def eval_step(trainable: Params, frozen: Params, batch: Batch) -> Metrics:
-        loss, weight = batch_loss(split.merge(trainable, frozen), batch)
-        return {"loss": loss, "weight": weight}
+        loss, sums = batch_loss(split.merge(trainable, frozen), batch, None, num_sources)
+        return {"loss": loss, "weight": sums.weight, "by_source": sums.by_source}
 
     return jax.jit(eval_step)
 

@@ -1,0 +1,111 @@
+"""A stream trains the same examples as a plan would, again and again, from any position on and on any mesh."""
+
+import dataclasses
+import json
+import shutil
+from collections import Counter
+
+import jax
+import numpy as np
+import pytest
+from kit import conversations, losses, make_tokenizer, one_device, run_config, write_jsonl
+
+from sft_jax.config import SourceConfig
+from sft_jax.data.chat import Encoder
+from sft_jax.data.examples import encode_sources
+from sft_jax.data.sources import open_sources
+from sft_jax.data.streaming import stream
+from sft_jax.errors import UserError
+from sft_jax.sharding import make_mesh
+from sft_jax.train import train
+
+
+@pytest.fixture
+def config(tiny, tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", conversations(40))
+    write_jsonl(tmp_path / "b.jsonl", conversations(20, seed=1))
+    given = [SourceConfig(path=str(tmp_path / name)) for name in ("a.jsonl", "b.jsonl")]
+    return run_config(tiny, out=tmp_path / "run", data__train=given, data__streaming=True)
+
+
+def batches(config, num, mesh=None, state=None):
+    groups = [source.path for source in config.data.train]
+    loader = stream(config, Encoder(make_tokenizer()), groups, mesh or make_mesh(devices=one_device()), 512)
+    if state is not None:
+        loader.set_state(state)
+    found, states = [], []
+    iterator = iter(loader)
+    for _ in range(num):
+        found.append(jax.tree.map(np.asarray, next(iterator)))
+        states.append(loader.get_state())
+    return found, states
+
+
+def examples_of(batch):
+    """Each example of a batch as its tokens, mask and source."""
+    for r in range(len(batch.inputs)):
+        for segment in range(1, batch.segment_ids[r].max() + 1):
+            where = batch.segment_ids[r] == segment
+            assert batch.positions[r][where].tolist() == list(range(where.sum()))
+            ids = [int(batch.inputs[r][where][0]), *batch.targets[r][where].tolist()]
+            yield tuple(ids), tuple(batch.loss_mask[r][where].tolist()), int(batch.sources[r][where][0])
+
+
+def test_every_example_as_often_as_the_others(config):
+    found, _ = batches(config, 60)
+    seen = Counter(example for batch in found for example in examples_of(batch))
+    expected = set()
+    for group, source in enumerate(open_sources(config.data.train)):
+        examples, _ = encode_sources([source], Encoder(make_tokenizer()), 128)
+        rows = [examples[i] for i in range(len(examples))]
+        expected |= {(tuple(ids.tolist()), tuple(mask[1:].tolist()), group) for ids, mask in rows}
+    assert set(seen) == expected
+    assert max(seen.values()) - min(seen.values()) <= 8  # bins stay open, so that epochs overlap a little
+    filled = np.mean([(batch.segment_ids > 0).mean() for batch in found])
+    assert filled > 0.85
+
+
+def test_from_any_position_on_and_on_any_mesh(config):
+    found, states = batches(config, 12)
+    json.dumps(states)
+    again, _ = batches(config, 4, make_mesh(2, 2, 1, jax.devices()[:4]), json.loads(json.dumps(states[7])))
+    for one, other in zip(found[8:], again, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_one_example_a_row_in_order(config):
+    data = dataclasses.replace(config.data, packing=False, shuffle=False, train=config.data.train[:1])
+    found, _ = batches(dataclasses.replace(config, data=data), 10)
+    assert all(batch.segment_ids.max() == 1 and batch.sources is None for batch in found)
+    examples, _ = encode_sources(open_sources(data.train), Encoder(make_tokenizer()), 128)
+    rows = [row[segment > 0] for batch in found for row, segment in zip(batch.targets, batch.segment_ids, strict=True)]
+    for i, row in enumerate(rows):
+        assert row.tolist() == examples[i][0][1:].tolist()
+
+
+def test_a_run_and_its_continuation_are_the_undisturbed_run(config, tmp_path):
+    def run(name, steps):
+        training = dataclasses.replace(
+            config.training, output_dir=str(tmp_path / name), max_steps=steps, save_every=4, tensorboard=True
+        )
+        train(dataclasses.replace(config, training=training), one_device())
+
+    run("whole", 8)
+    (tmp_path / "cut").mkdir()
+    rows = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert set(rows[0]["source_loss"]) == {source.path for source in config.data.train}
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "8")
+    run("again", 8)
+    assert losses(tmp_path / "again") == losses(tmp_path / "whole")
+
+
+def test_mistakes(config, tmp_path):
+    with pytest.raises(UserError, match=r"training.max_steps: has to be set with data.streaming"):
+        dataclasses.replace(config, training=dataclasses.replace(config.training, max_steps=None))
+    rows = [*conversations(1200), {"messages": [{"role": "user", "content": "a"}]}]
+    late = [SourceConfig(path=str(write_jsonl(tmp_path / "late.jsonl", rows)))]  # beyond the rows looked at before
+    data = dataclasses.replace(config.data, train=late, shuffle=False)
+    training = dataclasses.replace(config.training, max_steps=10_000, save_every=100_000, log_every=100)
+    with pytest.raises(UserError, match=r"late.jsonl row 1200: no assistant message to train on"):
+        train(dataclasses.replace(config, data=data, training=training), one_device())
