@@ -51,7 +51,7 @@ class Announcer:
                 "",
                 f"too long: {report.total('dropped'):,} dropped, {report.total('truncated'):,} truncated, "
                 f"{report.total('dropped_without_targets'):,} left without targets; "
-                f"{report.total('targets_lost'):,} targets lost",
+                f"{report.total('targets_lost'):,} targets ({report.share_lost:.1%}) lost",
             )
         for note, count in sorted(report.tally.notes.items()):
             if count:

@@ -135,6 +135,41 @@ def test_a_template_that_rewrites_history_gives_an_example_a_turn(tokenizer):
         assert encoder.tally.notes["conversations split, because the template rewrites earlier turns"] == 1
 
 
+def test_answers_that_no_prompt_comes_before(tokenizer):
+    """An assistant that speaks first, and a generation prompt that goes on differently from what answers are given."""
+    greeting = {"messages": [{"role": "assistant", "content": "market"}, *conversations(2)[1]["messages"]]}
+    tokenizer.chat_template = CHATML_UNMARKED
+    (one,) = encode(Encoder(tokenizer), [greeting])
+    assert trained_text(tokenizer, one).startswith("market<|im_end|>")
+    tokenizer.chat_template = CHATML_UNMARKED.replace("assistant\n' }}{% endif %}", "assistant\n<think>' }}{% endif %}")
+    assert tokenizer.chat_template != CHATML_UNMARKED
+    encoder = Encoder(tokenizer)
+    row = conversations(2)[1]
+    (one,) = encode(encoder, [row])
+    answers = [m["content"] + "<|im_end|>" for m in row["messages"] if m["role"] == "assistant"]
+    assert trained_text(tokenizer, one) == "".join(answers)
+    assert encoder.tally.notes["answers that do not follow the template's own generation prompt"] == 2
+
+
+def test_an_answer_with_the_stop_token_inside_is_refused(tokenizer):
+    row = conversations(1)[0]
+    row["messages"][-1]["content"] = "river <|im_end|> market"
+    for template in (CHATML, CHATML_UNMARKED):
+        tokenizer.chat_template = template
+        with pytest.raises(RowError, match=r"the answer itself has the stop token '<\|im_end\|>'"):
+            encode(Encoder(tokenizer), [row])
+
+
+def test_a_mark_around_the_question_is_refused(tokenizer):
+    tokenizer.chat_template = (
+        "{% generation %}{% for m in messages %}{{ m['role'] + m['content'] + '<|im_end|>' }}{% endfor %}"
+        "{% endgeneration %}"
+    )
+    row = {"messages": conversations(2)[1]["messages"][:2]}
+    with pytest.raises(RowError, match=r"its words are in a trained answer and nowhere else|the answer itself has"):
+        encode(Encoder(tokenizer), [row])
+
+
 def test_a_template_whose_prompt_is_no_beginning_is_refused(tokenizer):
     """Here the text begins with how many messages there are, which inference could not know."""
     tokenizer.chat_template = "{{ messages | length }}" + CHATML_UNMARKED

@@ -19,7 +19,8 @@ from sft_jax.data.template import ChatTemplate, can_be_interrupted
 from sft_jax.data.turns import Rendered, TurnFinder
 from sft_jax.errors import UserError
 
-STRADDLING = "tokens across the edge of a trained turn"
+STRADDLING = "tokens across the edge of a trained turn, not trained"
+MARKED_STRADDLING = "tokens across the edge of a trained turn, trained because the template's mark touches them"
 
 
 @dataclass(frozen=True)
@@ -199,6 +200,8 @@ class Encoder:
     def _token_span(self, encoding: Any, begin: int, end: int, tally: Tally) -> tuple[int, int]:
         """Tokens of the characters ``begin … end``: as transformers counts them where the template marks its turns,
         else only those that are wholly inside."""
+        if end <= begin:
+            return 0, 0
         first, last = encoding.char_to_token(begin), encoding.char_to_token(end - 1)
         while first is None and begin < end - 1:  # characters that belong to no token, such as some blanks
             begin += 1
@@ -210,9 +213,12 @@ class Encoder:
             raise RowError("the tokenizer does not keep the text of a trained turn, so its tokens cannot be told")
         assert self._template is not None
         is_cut = encoding.token_to_chars(first)[0] < begin
-        if is_cut:
+        if is_cut and self._template.is_marked:
+            tally.notes[MARKED_STRADDLING] += 1
+        elif is_cut:
             tally.notes[STRADDLING] += 1
-        return (first if self._template.is_marked or not is_cut else first + 1), last + 1
+            first += 1
+        return first, last + 1
 
     def _find_stop(self, ids: list[int], first: int, end: int, i: int, tally: Tally) -> int:
         """Where a turn ends for training: after its stop token, or where the template's mark does.

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
-from sft_jax.data.chat import STRADDLING, Encoded, Encoder, Tally
+from sft_jax.data.chat import Encoded, Encoder, Tally
 from sft_jax.data.sources import Source
 from sft_jax.data.tokenise import Origin, tokenise
 from sft_jax.data.tokenised import RowErrorAt, Tokenised
@@ -53,9 +51,10 @@ class Report:
         return sum(getattr(source, name) for source in self.sources)
 
     @property
-    def straddling(self) -> int:
-        """Tokens across the edge of a trained turn."""
-        return self.tally.notes[STRADDLING]
+    def share_lost(self) -> float:
+        """Which share of all targets is lost by dropping and truncating."""
+        lost = self.total("targets_lost")
+        return lost / max(1, lost + self.total("targets"))
 
     @property
     def dropped_by_reason(self) -> dict[str, int]:
@@ -276,18 +275,3 @@ def _fit(
     report.kept = int(keep.sum())
     report.tokens, report.targets = int(lengths[keep].sum()), int(targets[keep].sum())
     return starts[keep], lengths[keep], rows[keep]
-
-
-def as_dict(report: Report) -> dict[str, Any]:
-    """The report as plain data, for ``inspect --json``."""
-    sources = []
-    for source in report.sources:
-        one = dataclasses.asdict(source)
-        one["reasons"] = [reason.at(source.name) for reason in source.reasons]
-        sources.append(one)
-    return {
-        "sources": sources,
-        "tokens_by_role": dict(report.tally.tokens),
-        "targets_by_role": dict(report.tally.targets),
-        "notes": {note: count for note, count in report.tally.notes.items() if count},
-    }

@@ -30,6 +30,7 @@ def summarise(data: DataConfig, training: TrainingConfig, prepared: Prepared) ->
         "dropped": report.dropped_by_reason,
         "truncated": report.total("truncated"),
         "targets_lost": report.total("targets_lost"),
+        "share_of_targets_lost": report.share_lost,
         "refused": [one.at(source.name) for source in report.sources for one in source.reasons[:_SHOWN_REASONS]],
         "stop_token": next(iter(stops), None),
         "stop_tokens": stops,
@@ -75,7 +76,10 @@ def summarise(data: DataConfig, training: TrainingConfig, prepared: Prepared) ->
 
 
 def _histogram(lengths: np.ndarray, max_length: int) -> list[dict[str, int]]:
-    """How many examples are of which length, in steps of equal width; all that are too long in one last step."""
+    """How many examples are of which length, in steps of equal width; all that are too long in one last step.
+
+    With lengths 5, 16 and 30 and a ``max_length`` of 16, the first step is ``5 – 5``, the last one ``17 – 30``.
+    """
     if len(lengths) == 0:
         return []
     longest = int(lengths.max())
@@ -83,6 +87,7 @@ def _histogram(lengths: np.ndarray, max_length: int) -> list[dict[str, int]]:
     width = max(1, -(-top // _BARS))
     counts = np.bincount((lengths[lengths <= max_length] - 1) // width, minlength=-(-top // width))
     bars = [{"from": i * width + 1, "to": min((i + 1) * width, top), "count": int(n)} for i, n in enumerate(counts)]
+    bars = bars[next((i for i, bar in enumerate(bars) if bar["count"]), len(bars)) :]  # none is as short as these
     if longest > max_length:
         bars.append({"from": max_length + 1, "to": longest, "count": int((lengths > max_length).sum())})
     return bars

@@ -61,11 +61,6 @@ class TurnFinder:
         while waiting:
             text, marks = view.rendered(size)
             turns = {i: span for i in waiting if (span := view.turn(i, text, marks, size)) is not None}
-            if size == waiting[-1] + 1 and waiting[-1] not in turns:
-                raise RowError(
-                    f"message {waiting[-1]}: the template writes what is before the answer in another way than when "
-                    "it prompts for one, so what inference will see cannot be told; mark it with {% generation %}"
-                )
             if turns:
                 contents = _account(text, messages[:size], turns, view.notes)
                 found.append(Rendered(text, turns, contents, view.notes))
@@ -90,7 +85,7 @@ class _View:
     ):
         self._template, self._messages, self._tools, self._special = template, messages, tools, special
         self._texts: dict[int, tuple[str, list[Span]]] = {}
-        self._prompts: dict[int, str | None] = {}
+        self._begins: dict[int, int] = {}
         self.notes: Counter[str] = Counter()
 
     def rendered(self, size: int) -> tuple[str, list[Span]]:
@@ -101,37 +96,35 @@ class _View:
 
     def turn(self, i: int, text: str, marks: list[Span], size: int) -> Span | None:
         """Where message ``i`` is in ``text``, of ``size`` messages; None if inference would see another text."""
-        end = len(text) if i + 1 == size else self._end_in(text, self.rendered(i + 1)[0])
+        alone = self.rendered(i + 1)[0]
+        end = len(text) if i + 1 == size else self._end_in(text, alone)
         if end is None:
             return None
         if self._template.is_marked:
             return self._marked(i, marks, size)
-        if i not in self._prompts:
-            self._prompts[i] = self._prompt(i)
-        prompt = self._prompts[i]
-        if prompt is not None and text.startswith(prompt):
-            return len(prompt), end
-        if i + 1 < size:
-            return None
-        return self._probe(i, text), end
+        if i not in self._begins:
+            self._begins[i] = self._begin(i, alone)
+        return self._begins[i], end
 
-    def _prompt(self, i: int) -> str | None:
+    def _begin(self, i: int, text: str) -> int:
+        """Where message ``i``, the last of ``text``, begins: after what prompts for it."""
         try:
-            return self._template.render(self._messages[:i], self._tools, prompt=True)[0]
+            prompt = self._template.render(self._messages[:i], self._tools, prompt=True)[0]
         except RowError:
             if i > 0:
                 raise
-            return None  # many templates cannot write an empty conversation
-
-    def _probe(self, i: int, text: str) -> int:
-        """Where an answer begins: up to where another answer to the same messages is written alike."""
+            prompt = None  # most templates cannot write an empty conversation
+        if prompt is not None and text.startswith(prompt):
+            return len(prompt)
+        # As far as another answer to the same messages is written alike; a blank before a word is the word's.
         other = {"role": self._messages[i]["role"], "content": "\u2603"}
         begin = _common(text, self._template.render([*self._messages[:i], other], self._tools)[0])
+        begin = len(text[:begin].rstrip(" "))
         if i > 0:
             before = self._end_in(text, self.rendered(i)[0])
             if before is None or before > begin:
                 raise RowError(f"message {i}: the template writes the messages before it in another way than alone")
-        self.notes["answers that do not follow the template's own generation prompt"] += 1
+            self.notes["answers that do not follow the template's own generation prompt"] += 1
         return begin
 
     def _marked(self, i: int, marks: list[Span], size: int) -> Span:

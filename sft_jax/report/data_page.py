@@ -20,7 +20,7 @@ def write_data_page(path: Path, title: str, summary: dict[str, Any], rows: Seque
     """
     lengths = summary["lengths"]
     facts = {
-        "rows": f"{summary['rows']:,}, of which {summary['kept']:,} examples are trained on",
+        "rows": f"{summary['rows']:,}; {summary['kept']:,} examples are trained on",
         "tokens": f"{summary['tokens']:,}, {summary['targets']:,} of them targets",
         "mask": f"train_on {summary['train_on']}, from {summary['mask_from']}",
         "stop token": ", ".join(f"{token} ({count:,} turns)" for token, count in summary["stop_tokens"].items())

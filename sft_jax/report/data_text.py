@@ -44,7 +44,9 @@ def summary_text(summary: dict[str, Any]) -> str:
         lines += [f"  {count:>9,}  {reason}" for reason, count in summary["dropped"].items()]
         if summary["truncated"]:
             lines.append(f"  {summary['truncated']:>9,}  truncated")
-        lines.append(f"  {summary['targets_lost']:>9,}  targets lost by length")
+        lines.append(
+            f"  {summary['targets_lost']:>9,}  targets lost by length ({summary['share_of_targets_lost']:.1%})"
+        )
     if summary["refused"]:
         lines += ["", "  refused rows", *(f"  {reason}" for reason in summary["refused"])]
     if summary["notes"]:
