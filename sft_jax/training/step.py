@@ -93,7 +93,7 @@ def make_train_step(
             "loss": loss,
             "grad_norm": grad_norm,
             "learning_rate": learning_rate,
-            "target_tokens": jnp.sum(batch.loss_mask != 0, dtype=jnp.float32),
+            "target_tokens": jnp.count_nonzero(batch.loss_mask).astype(jnp.float32),
             "real_tokens": jnp.sum(batch.segment_ids > 0, dtype=jnp.float32),
             "finite": finite,
             "by_source": sums.by_source,
