@@ -61,7 +61,7 @@ def test_loss_matches_optax(chunk_slots):
         return jnp.sum(jnp.where(mask, losses, 0.0))
 
     def ours(hidden, head):
-        return masked_cross_entropy(hidden, head, targets, mask, chunk_slots)
+        return jnp.sum(masked_cross_entropy(hidden, head, targets, mask, chunk_slots))
 
     a, b = (jax.value_and_grad(f, (0, 1))(hidden, head) for f in (ours, reference))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5, rtol=1e-5), a, b)
@@ -72,5 +72,5 @@ def test_masked_positions_have_no_gradient():
     mask = jnp.asarray([[True, False, True, False]])
     targets = jnp.zeros((1, 4), jnp.int32)
     head = jnp.asarray(np.random.default_rng(0).normal(size=(3, 5)), jnp.float32)
-    grad = jax.grad(lambda h: masked_cross_entropy(h, head, targets, mask))(hidden)
+    grad = jax.grad(lambda h: jnp.sum(masked_cross_entropy(h, head, targets, mask)))(hidden)
     assert np.array_equal(np.any(grad != 0, axis=-1), mask)

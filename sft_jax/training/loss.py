@@ -19,7 +19,7 @@ from sft_jax.typing import Array, Batch, Float, Int
 CHUNK_SLOTS = 4096  # slots of a batch whose logits are held at a time
 
 
-def token_losses(
+def masked_cross_entropy(
     hidden: Float[Array, "B T D"],
     head: Float[Array, "D V"],
     targets: Int[Array, "B T"],
@@ -76,7 +76,7 @@ def batch_loss(
         num_sources: how many ``batch.sources`` tells apart; 0 for not at all.
     """
     hidden = model(batch.inputs, batch.segment_ids, batch.positions, dropout_key)
-    losses = token_losses(hidden, model.head(), batch.targets, batch.loss_mask)
+    losses = masked_cross_entropy(hidden, model.head(), batch.targets, batch.loss_mask)
     weights = batch.loss_mask.astype(jnp.float32)
     by_source = jnp.zeros((0, 2), jnp.float32)
     if num_sources:
