@@ -73,8 +73,10 @@ def test_last_assistant_and_all(tokenizer):
     row = conversations(2)[1]
     (last,) = encode(Encoder(tokenizer, "last_assistant"), [row])
     assert trained_text(tokenizer, last) == row["messages"][-1]["content"] + "<|im_end|>"
-    (everything,) = encode(Encoder(tokenizer, "all"), [row])
+    encoder = Encoder(tokenizer, "all")
+    (everything,) = encode(encoder, [row])
     assert all(everything.mask)
+    assert sum(encoder.tally.targets.values()) == len(everything.ids)
 
 
 def test_prompt_and_completion(tokenizer):
@@ -88,6 +90,13 @@ def test_prompt_and_completion(tokenizer):
     }
     (chat,) = encode(encoder, [row], "prompt-completion")
     assert trained_text(tokenizer, chat) == "new<|im_end|>"
+
+
+def test_rows_of_different_kinds_side_by_side(tokenizer):
+    chat = {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "market"}]}
+    rows = [{"prompt": "river", "completion": " bridge"}, chat, {"prompt": "north", "completion": " winter"}]
+    texts = [trained_text(tokenizer, one) for one in encode(Encoder(tokenizer), rows, "prompt-completion")]
+    assert texts == [" bridge<|im_end|>", "market<|im_end|>", " winter<|im_end|>"]
 
 
 def test_a_token_across_the_edge_is_counted_and_not_trained(tokenizer):

@@ -10,7 +10,7 @@ import pytest
 from kit import CHATML, CHATML_UNMARKED, conversations, make_tokenizer, write_jsonl
 
 from sft_jax.config import SourceConfig
-from sft_jax.data import tokenise as module
+from sft_jax.data import workers
 from sft_jax.data.chat import Encoder
 from sft_jax.data.examples import encode_sources
 from sft_jax.data.sources import open_sources
@@ -117,7 +117,7 @@ def test_a_damaged_or_half_written_result_is_made_anew(path, cache):
 
 def test_a_start_that_is_broken_off_leaves_nothing(path, cache, monkeypatch):
     encoder = Encoder(make_tokenizer())
-    monkeypatch.setattr(module, "_BATCH", 50)
+    monkeypatch.setattr(workers, "_BATCH", 50)
 
     def interrupt(rows):
         raise KeyboardInterrupt
@@ -128,7 +128,7 @@ def test_a_start_that_is_broken_off_leaves_nothing(path, cache, monkeypatch):
 
 
 def test_refused_rows_are_not_kept_when_the_rest_is_not_read(path, cache, monkeypatch):
-    monkeypatch.setattr(module, "_BATCH", 50)
+    monkeypatch.setattr(workers, "_BATCH", 50)
     path.write_bytes(b"{broken\n" + path.read_bytes())
     found, _ = tokenise(opened(path, format="messages"), Encoder(make_tokenizer()), cache=True, stop_at_refusal=True)
     assert found.num_rows == 50

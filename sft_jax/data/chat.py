@@ -105,7 +105,6 @@ class Encoder:
         Raises:
             UserError: the tokenizer lacks what the rows need.
         """
-        texts: list[str] = []
         prepared: list[tuple[Row, list[Rendered], dict[int, float]] | RowError] = []
         with can_be_interrupted():
             for row in rows:
@@ -113,37 +112,33 @@ class Encoder:
                     if isinstance(row, RowError):
                         raise row
                     weights = self._weights(row) if isinstance(row, Conversation) else {}
-                    rendered = self._render(row, weights)
+                    prepared.append((row, self._render(row, weights), weights))
                 except RowError as error:
                     prepared.append(error)
-                    continue
-                prepared.append((row, rendered, weights))
-                texts += [one.text for one in rendered]
-        if self._segments is not None and any(isinstance(row, Conversation) for row in rows):
-            assert not any(isinstance(row, Document) for row in rows)
-            encodings = iter(self._segments(texts))
-        else:
-            encodings = iter(self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=True))
+        good = [one for one in prepared if not isinstance(one, RowError)]
+        documents = [text.text for row, texts, _ in good if isinstance(row, Document) for text in texts]
+        chats = [text.text for row, texts, _ in good if isinstance(row, Conversation) for text in texts]
+        of_documents = iter(self.tokenizer.backend_tokenizer.encode_batch(documents, add_special_tokens=True))
+        of_chats = iter(self._segments(chats) if self._segments is not None else [])
         results: list[list[Encoded] | RowError] = []
         for one in prepared:
             if isinstance(one, RowError):
                 results.append(one)
                 continue
-            row, rendered, weights = one
-            mine = [next(encodings) for _ in rendered]
+            row, texts, weights = one
             tally = Tally()
             try:
                 if isinstance(row, Tokens):
                     encoded = [self._encode_tokens(row, tally)]
                 elif isinstance(row, Document):
-                    encoded = [self._encode_document(row, mine[0], tally)]
+                    encoded = [self._encode_document(row, next(of_documents), tally)]
                 else:
-                    pairs = zip(rendered, mine, strict=True)
+                    pairs = [(text, next(of_chats)) for text in texts]
                     encoded = [self._encode_chat(weights, text, encoding, tally) for text, encoding in pairs]
             except RowError as error:
                 results.append(error)
                 continue
-            for text in rendered:
+            for text in texts:
                 tally.notes.update(text.notes)
             self.tally.add(tally)
             results.append(encoded)
@@ -195,6 +190,8 @@ class Encoder:
                 tally.tokens[role] += last + 1 - first
                 elsewhere += last + 1 - first
         tally.tokens["template"] += len(ids) - elsewhere
+        if self.train_on == "all":
+            tally.targets = tally.tokens.copy()
         return Encoded(np.asarray(ids, np.int32), mask)
 
     def _token_span(self, encoding: Any, begin: int, end: int, tally: Tally) -> tuple[int, int]:

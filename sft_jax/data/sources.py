@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import re
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from sft_jax import builtin
 from sft_jax.config import SourceConfig
 from sft_jax.data.formats import COLUMNS, FORMATS, detect, missing_column, parse
 from sft_jax.data.rows import Row, RowError
+from sft_jax.data.scratch import scratch_folder
 from sft_jax.data.tables import Dataset, Table, kind_of, open_file
 from sft_jax.errors import UserError
 
@@ -113,7 +113,7 @@ def _open_remote(source: SourceConfig) -> list[tuple[str, Table]]:
             raise UserError(f"data: nothing there: {source.path}")
         opened = []
         for one in found:
-            target = Path(tempfile.mkdtemp(dir=_remote_copies())) / Path(one).name
+            target = scratch_folder() / Path(one).name
             fs.get_file(one, str(target))
             name = fs.unstrip_protocol(one)
             opened.append((name, open_file(target, name)))
@@ -122,15 +122,6 @@ def _open_remote(source: SourceConfig) -> list[tuple[str, Table]]:
         raise UserError(f"data: {source.path}: {' '.join(str(error).split())}") from error
     except (OSError, ValueError) as error:
         raise UserError(f"data: {source.path} cannot be read: {' '.join(str(error).split())[:200]}") from error
-
-
-_copies: list[tempfile.TemporaryDirectory] = []
-
-
-def _remote_copies() -> str:
-    if not _copies:
-        _copies.append(tempfile.TemporaryDirectory(prefix="sft-jax-"))
-    return _copies[0].name
 
 
 def _load_saved(path: Path, source: SourceConfig) -> Any:

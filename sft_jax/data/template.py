@@ -92,7 +92,7 @@ class ChatTemplate:
 @contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
     """Raise TimeoutError after some seconds, inside :func:`can_be_interrupted`; elsewhere there is no limit."""
-    if not _armed:
+    if not _armed or not _is_main_thread():
         yield
         return
     signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -105,10 +105,14 @@ def _time_limit(seconds: float) -> Iterator[None]:
 _armed: list[bool] = []
 
 
+def _is_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
 @contextmanager
 def can_be_interrupted() -> Iterator[None]:
     """Let templates that do not come to an end be stopped; works in the main thread of a process only."""
-    if threading.current_thread() is not threading.main_thread() or _armed:
+    if _armed or not _is_main_thread():
         yield
         return
 

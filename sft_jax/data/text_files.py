@@ -1,0 +1,177 @@
+"""Files of text as tables of rows: JSON lines, JSON, CSV; memory does not grow with the number of rows.
+
+Rows are parsed one by one and kept as they are written. They are not put into Arrow columns on the way, which would
+fill every row with the keys of all others (an ``"arguments": {"city": "Rome"}`` would become
+``{"city": "Rome", "recipe": null}`` because another row calls another tool).
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sft_jax.data.rows import RowError
+from sft_jax.data.scratch import scratch_folder
+from sft_jax.errors import UserError
+
+_CHUNK = 1 << 24  # bytes read at a time
+
+
+class JsonLines:
+    """A file with one JSON object a line, read a stretch at a time and parsed when a row is read."""
+
+    def __init__(self, path: Path, name: str):
+        self.path = path
+        self._starts, self._ends, self._numbers = _find_lines(path)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def read(self, start: int, stop: int) -> Iterator[dict[str, Any] | RowError]:
+        """Rows ``start … stop``; a malformed line is given as the reason why."""
+        stop = min(stop, len(self))
+        if start >= stop:
+            return
+        first = int(self._starts[start])
+        with self.path.open("rb") as file:
+            file.seek(first)
+            block = file.read(int(self._ends[stop - 1]) - first)
+        for i in range(start, stop):
+            line = block[int(self._starts[i]) - first : int(self._ends[i]) - first]
+            try:
+                row = json.loads(line.decode("utf-8-sig" if i == 0 else "utf-8"))
+            except UnicodeDecodeError:
+                yield self._error(i, "not valid UTF-8")
+            except json.JSONDecodeError as error:
+                yield self._error(i, f"not valid JSON: {error.msg} (column {error.colno})")
+            except RecursionError:
+                yield self._error(i, "nested too deeply")
+            except ValueError as error:  # a number with thousands of digits
+                yield self._error(i, f"not valid JSON: {str(error)[:80]}")
+            else:
+                yield row if isinstance(row, dict) else self._error(i, "not a JSON object")
+
+    def _error(self, row: int, reason: str) -> RowError:
+        return RowError(reason, line=int(self._numbers[row]) + 1)
+
+    def digest(self) -> str:
+        """A hash of the file's bytes."""
+        return file_digest(self.path)
+
+
+def _find_lines(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where the lines of a file that are not blank begin and end, and their numbers from 0."""
+    breaks, size = [], 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            breaks.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + size)
+            size += len(chunk)
+        ends = np.concatenate([*breaks, np.asarray([size], np.int64)]).astype(np.int64)
+        starts = np.concatenate([[0], ends[:-1] + 1])
+        kept = ends > starts
+        for i in np.flatnonzero(
+            kept & (ends - starts < 64)
+        ):  # blanks alone are no row; longer lines are looked at later
+            file.seek(int(starts[i]))
+            kept[i] = bool(file.read(int(ends[i] - starts[i])).strip())
+    return starts[kept], ends[kept], np.flatnonzero(kept)
+
+
+def open_json(path: Path, name: str) -> JsonLines:
+    """A JSON file: a list of objects, one object that is a row, or one whose only list is of rows. Read whole."""
+    text = _utf8(path, name)
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and text[: error.pos].strip().startswith("{"):
+            return JsonLines(path, name)  # JSON lines by another name
+        raise UserError(f"{name}:{error.lineno}: not valid JSON: {error.msg}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{name}: not valid JSON: {str(error)[:80]}") from error
+    if isinstance(rows, dict):
+        lists = [value for value in rows.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
+        one_row = {"messages", "conversations", "instruction", "prompt", "text", "question"} & set(rows)
+        rows = lists[0] if len(lists) == 1 and not one_row else [rows]
+    if not isinstance(rows, list):
+        raise UserError(f"{name}: must hold a list of objects, it holds a {type(rows).__name__}")
+    for i, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise UserError(f"{name} row {i}: not a JSON object")
+    return _spooled(lambda write: [write(row) for row in rows], name)
+
+
+def open_csv(path: Path, name: str) -> JsonLines:
+    """A CSV file with a header: every value is a string, and an empty one is empty."""
+    csv.field_size_limit(sys.maxsize)
+
+    def fill(write: Callable[[Any], None]) -> None:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, strict=True)
+            try:
+                header = next(reader, [])
+                if len(set(header)) < len(header):
+                    raise UserError(f"{name}: two columns have the same name")
+                for values in reader:
+                    if values and len(values) != len(header):
+                        raise UserError(f"{name}:{reader.line_num}: {len(values)} values, {len(header)} columns")
+                    if values:
+                        write(dict(zip(header, values, strict=True)))
+            except csv.Error as error:
+                raise UserError(f"{name}:{reader.line_num}: not valid CSV: {error}") from error
+            except UnicodeDecodeError as error:
+                raise UserError(f"{name}: not valid UTF-8: {error.reason}") from error
+
+    return _spooled(fill, name)
+
+
+def _spooled(fill: Callable[[Callable[[Any], None]], object], name: str) -> JsonLines:
+    """Rows written as JSON lines into a temporary file."""
+    path = scratch_folder() / "rows.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        fill(lambda row: print(json.dumps(row), file=file))
+    return JsonLines(path, name)
+
+
+def decompressed(path: Path, name: str) -> Path:
+    """A ``.gz`` or ``.zst`` file's contents, in a temporary file.
+
+    Raises:
+        UserError: it is none.
+    """
+    import pyarrow as pa
+
+    inner = Path(path.name).with_suffix("")
+    target = scratch_folder() / inner.name
+    try:
+        codec = {".gz": "gzip", ".zst": "zstd"}[path.suffix]
+        with pa.input_stream(str(path), compression=codec) as source, target.open("wb") as file:
+            shutil.copyfileobj(source, file, _CHUNK)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise UserError(f"{name}: cannot be decompressed: {' '.join(str(error).split())[:200]}") from error
+    return target
+
+
+def _utf8(path: Path, name: str) -> str:
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise UserError(f"{name}:{line}: not valid UTF-8") from error
+
+
+def file_digest(path: Path) -> str:
+    """A hash of a file's bytes."""
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()

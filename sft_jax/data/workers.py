@@ -1,0 +1,198 @@
+"""Encoding a stretch of a source, here or in processes of their own.
+
+The processes are started as commands, not forked (jax has threads) and not by multiprocessing (which would run the main
+module of whoever calls train once more). They are told what to do in a JSON file and write their part into a folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from sft_jax.data.chat import Encoder
+from sft_jax.data.scratch import scratch_folder
+from sft_jax.data.sources import Source
+from sft_jax.data.tables import open_file
+from sft_jax.data.tokenised import Writer
+from sft_jax.errors import UserError
+
+_BATCH = 1000  # rows at a time
+
+
+def encode_into(
+    writer: Writer,
+    source: Source,
+    encoder: Encoder,
+    start: int,
+    stop: int,
+    stop_at_refusal: bool,
+    progress: Callable[[int], object],
+) -> None:
+    """Encode rows ``start … stop`` of a source here.
+
+    Args:
+        stop_at_refusal: end at the first batch with a refused row.
+        progress: called with the number of rows done since the last call.
+    """
+    before = encoder.tally
+    encoder.tally = writer.tally
+    try:
+        for first in range(start, stop, _BATCH):
+            rows = list(source.read(first, min(first + _BATCH, stop), encoder.keep_reasoning))
+            writer.add(encoder.encode(rows), first)
+            progress(len(rows))
+            if stop_at_refusal and writer.num_refused:
+                break
+    finally:
+        encoder.tally = before
+
+
+def encode_in_processes(
+    writer: Writer,
+    source: Source,
+    encoder: Encoder,
+    num_workers: int,
+    stop_at_refusal: bool,
+    progress: Callable[[int], object],
+) -> None:
+    """Encode all rows of a source in several processes; the result is that of one.
+
+    Raises:
+        UserError: what a process says of the user's mistake.
+    """
+    path = getattr(source.table, "path", None)
+    if path is None:  # a dataset without a file of its own: written into one
+        path = scratch_folder() / "rows.parquet"
+        source.table.write(path)  # type: ignore[attr-defined]
+    with tempfile.TemporaryDirectory(dir=writer.folder) as name:
+        work = Path(name)
+        encoder.tokenizer.save_pretrained(work / "tokenizer")
+        edges = [round(i * len(source) / num_workers) for i in range(num_workers + 1)]
+        parts = []
+        for i, (start, stop) in enumerate(pairwise(edges)):
+            part = work / f"part{i}"
+            part.mkdir()
+            job = {
+                "path": str(path),
+                "name": source.name,
+                "format": source.format,
+                "columns": source.columns,
+                "start": start,
+                "stop": stop,
+                "stop_at_refusal": stop_at_refusal,
+                "tokenizer": str(work / "tokenizer"),
+                "tokenizer_digest": tokenizer_digest(encoder.tokenizer),
+                "encoder": options(encoder),
+                "out": str(part),
+            }
+            (work / f"job{i}.json").write_text(json.dumps(job), encoding="utf-8")
+            parts.append(part)
+        _run_all([work / f"job{i}.json" for i in range(num_workers)], progress)
+        for part in parts:
+            writer.add_part(part)
+
+
+def _run_all(jobs: list[Path], progress: Callable[[int], object]) -> None:
+    """Run a worker a job, add up what they say they have done, and let none of them outlive this."""
+    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
+    command = [sys.executable, "-m", "sft_jax.data.workers"]
+    workers = [
+        subprocess.Popen(
+            [*command, str(job)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        )
+        for job in jobs
+    ]
+    errors = [""] * len(workers)
+    lock = threading.Lock()
+
+    def listen(worker: subprocess.Popen) -> None:
+        assert worker.stdout is not None
+        for line in worker.stdout:
+            with lock:
+                progress(int(line))
+
+    def collect(i: int) -> None:
+        stderr = workers[i].stderr
+        assert stderr is not None
+        errors[i] = stderr.read()
+
+    threads = [threading.Thread(target=listen, args=(worker,), daemon=True) for worker in workers]
+    threads += [threading.Thread(target=collect, args=(i,), daemon=True) for i in range(len(workers))]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for worker, error in zip(workers, errors, strict=True):
+            if worker.wait() == 2:
+                raise UserError(error.strip().splitlines()[-1])
+            if worker.returncode:
+                raise RuntimeError(f"a process that tokenises ended with {worker.returncode}:\n{error}")
+    finally:
+        for worker in workers:
+            if worker.poll() is None:
+                worker.kill()
+            worker.wait()
+            for pipe in (worker.stdout, worker.stderr):
+                if pipe is not None:
+                    pipe.close()
+
+
+def _work(job: dict[str, Any]) -> None:
+    """What a worker does."""
+    # AutoTokenizer would look for the class of the model first, which takes longer than all else here
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(job["tokenizer"], local_files_only=True)
+    assert tokenizer_digest(tokenizer) == job["tokenizer_digest"], "the tokenizer has changed by being saved"
+    encoder = Encoder(tokenizer, **job["encoder"])
+    table = open_file(Path(job["path"]), job["name"])
+    source = Source(job["name"], table, job["format"], max_rows=job["stop"], columns=job["columns"])
+    with Writer(Path(job["out"])) as writer:
+        encode_into(
+            writer,
+            source,
+            encoder,
+            job["start"],
+            job["stop"],
+            job["stop_at_refusal"],
+            lambda rows: print(rows, flush=True),
+        )
+        writer.finish()
+
+
+def options(encoder: Encoder) -> dict[str, Any]:
+    """What an encoder was made with, besides its tokenizer, as plain data."""
+    return {
+        "train_on": encoder.train_on,
+        "stop_token": encoder.stop_token,
+        "stop_ids": sorted(encoder.stop_ids),
+        "keep_reasoning": encoder.keep_reasoning,
+    }
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """A hash of a tokenizer: vocabulary, rules, special tokens and chat template."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    special = json.dumps({name: str(token) for name, token in tokenizer.special_tokens_map.items()}, sort_keys=True)
+    text = "\0".join([backend.to_str(), special, str(tokenizer.chat_template)])
+    return hashlib.blake2b(text.encode(), digest_size=20).hexdigest()
+
+
+if __name__ == "__main__":
+    try:
+        _work(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from error
