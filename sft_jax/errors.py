@@ -7,3 +7,11 @@ class UserError(ValueError):
     The command line prints the message without a traceback and exits with code 2; everything else that is raised is
     a fault of this library and keeps its traceback.
     """
+
+    def __init__(self, message: str):
+        super().__init__(one_line(message))
+
+
+def one_line(text: str) -> str:
+    """A text that may quote anything, as one line: what cannot be printed is written as an escape."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

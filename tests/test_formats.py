@@ -314,6 +314,13 @@ def test_a_template_without_an_end(monkeypatch):
         tokenizer.chat_template = CHATML
 
 
+def test_remote_places_that_are_not_there():
+    with pytest.raises(UserError, match=r"^data: nothing there: memory://no/such.jsonl$"):
+        opened("memory://no/such.jsonl")
+    with pytest.raises(UserError, match=r"^data: nosuch://a.jsonl"):
+        opened("nosuch://a.jsonl")
+
+
 def test_malformed_lines_are_rows_that_are_refused(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", conversations(3))
     path.write_bytes(path.read_bytes() + b'{"messages": [\n' + json.dumps(conversations(1)[0]).encode())

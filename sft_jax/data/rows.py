@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from sft_jax.errors import one_line
+
 Message = dict[str, Any]
 
 
@@ -16,7 +18,7 @@ class RowError(ValueError):
     """
 
     def __init__(self, reason: str, line: int | None = None):
-        super().__init__(reason)
+        super().__init__(one_line(reason))
         self.line = line
 
     def at(self, name: str, row: int) -> str:

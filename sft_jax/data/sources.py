@@ -118,6 +118,8 @@ def _open_remote(source: SourceConfig) -> list[tuple[str, Table]]:
             name = fs.unstrip_protocol(one)
             opened.append((name, open_file(target, name)))
         return opened
+    except UserError:
+        raise
     except ImportError as error:
         raise UserError(f"data: {source.path}: {' '.join(str(error).split())}") from error
     except (OSError, ValueError) as error:
