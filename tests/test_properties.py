@@ -17,6 +17,7 @@ from sft_jax.data.chat import MARKED_STRADDLING, STRADDLING, Encoded, Encoder
 from sft_jax.data.examples import encode_sources, join
 from sft_jax.data.formats import parse
 from sft_jax.data.loader import make_batch
+from sft_jax.data.packing import pack
 from sft_jax.data.rows import RowError
 from sft_jax.data.segments import SegmentEncoder
 from sft_jax.data.sources import open_sources
@@ -132,6 +133,35 @@ def test_segments_are_as_the_whole(texts):
             assert [one.token_to_chars(i) for i in range(len(other.ids))] == [
                 other.token_to_chars(i) for i in range(len(other.ids))
             ]
+
+
+@pytest.fixture(scope="module")
+def loss_and_gradients(tiny):
+    """Summed loss of a batch and its gradients with respect to every weight, compiled once a shape."""
+    _, split, params = load_model(tiny)
+    compute = jax.jit(jax.value_and_grad(lambda p, batch: batch_loss(split.merge(p, {}), batch)[0]))
+    return lambda batch: compute(params, jax.tree.map(jnp.asarray, batch))
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    sizes=st.lists(st.integers(2, 48), min_size=2, max_size=12),
+    weights=st.sampled_from([(0.0, 1.0), (0.0, 0.5, 1.0, 2.0)]),
+    seed=st.integers(0, 100),
+)
+def test_packed_is_unpacked(loss_and_gradients, sizes, weights, seed):
+    """Loss and gradients of random examples in as few rows as they fit in, and of one a row."""
+    rng = np.random.default_rng(seed)
+    rows = [(rng.integers(0, 384, n).astype(np.int32), rng.choice(weights, n).astype(np.float32)) for n in sizes]
+    examples = join([Encoded(*row) for row in rows], "rows")
+    packed = pack(examples.slots, rng.permutation(len(sizes)), 48)
+    assert sorted(np.concatenate(packed).tolist()) == list(range(len(sizes)))
+    alone = [np.array([i]) for i in range(len(sizes))]
+    loss, gradients = loss_and_gradients(make_batch(examples, packed, 12, 48))
+    expected, expected_gradients = loss_and_gradients(make_batch(examples, alone, 12, 48))
+    np.testing.assert_allclose(loss, expected, rtol=1e-5, atol=1e-5)
+    for one, other in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected_gradients), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5 * max(1.0, float(jnp.abs(other).max())))
 
 
 def test_documents_in_a_row_know_nothing_of_each_other(tiny):
