@@ -70,6 +70,7 @@ def tokenizer(request, data_dir):
     else:
         tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), eos_token="<|endoftext|>")
     tokenizer.add_tokens(TOKENS, special_tokens=True)
+    tokenizer.bos_token = "<bos>"
     return tokenizer
 
 
@@ -115,6 +116,7 @@ def test_marked_templates_are_as_in_transformers(tokenizer, data_dir, name):
     compared = 0
     for what, row in CONVERSATIONS.items():
         if refuses(tokenizer, row):
+            assert (name, what) in (("gemma", "system"), ("gemma", "tool call"))
             assert isinstance(encode(tokenizer, row), RowError), what
             continue
         reference = tokenizer.apply_chat_template(
@@ -137,6 +139,7 @@ def test_templates_as_shipped_have_the_ids_of_transformers_and_the_answers(token
     tokenizer.chat_template = template(data_dir, name)
     for what, row in CONVERSATIONS.items():
         if refuses(tokenizer, row):
+            assert (name, what) in (("gemma", "system"), ("gemma", "tool call"))
             assert isinstance(encode(tokenizer, row), RowError), what
             continue
         found = encode(tokenizer, row)
@@ -191,16 +194,15 @@ def test_reasoning_is_kept_taken_out_or_missed(tokenizer, data_dir):
 
 def test_double_bos_is_refused_and_pad_may_be_eos(tokenizer, data_dir):
     tokenizer.chat_template = template(data_dir, "llama3")
-    before = tokenizer.special_tokens_map
-    tokenizer.add_special_tokens({"bos_token": "<bos>", "pad_token": tokenizer.eos_token})
+    before = tokenizer.pad_token
+    tokenizer.pad_token = tokenizer.eos_token
     row = CONVERSATIONS["multi-turn"]
     (one,) = encode(tokenizer, row)
     assert one.ids.tolist().count(tokenizer.bos_token_id) == 1
     assert texts(tokenizer, [one]) == ["Hello there.<|eot_id|>", "Nothing.<|eot_id|>", "Bye!<|eot_id|>"]
     tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
     assert "twice at the start" in str(encode(tokenizer, row))
-    tokenizer.bos_token = before.get("bos_token")
-    tokenizer.pad_token = before.get("pad_token")
+    tokenizer.pad_token = before
 
 
 DATA = ("gsm8k/test.jsonl", "gsm8k/train.jsonl", "llamafactory/alpaca_en_demo.json", "llamafactory/identity.json")

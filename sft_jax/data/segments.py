@@ -145,20 +145,24 @@ class SegmentEncoder:
 
 def _is_position_free(backend: Any) -> bool:
     """Whether a segment's tokens do not depend on where in a text it stands."""
-    parts = json.loads(backend.to_str())
-    waiting = [parts.get("pre_tokenizer")]
+    waiting = [_settings(backend.pre_tokenizer)]
     while waiting:
         part = waiting.pop() or {}
         if part.get("type") not in _ALIKE or part.get("add_prefix_space"):
             return False
         waiting += part.get("pretokenizers", [])
-    waiting = [parts.get("post_processor")]
+    waiting = [_settings(backend.post_processor)]
     while waiting:  # trims offsets, and otherwise at the start of a text only
         part = waiting.pop() or {}
         if part.get("type") == "ByteLevel" and part.get("add_prefix_space") and part.get("trim_offsets"):
             return False
         waiting += part.get("processors", [])
     return True
+
+
+def _settings(part: Any) -> dict[str, Any] | None:
+    """What a part of a tokenizer is made with: the JSON that it is pickled as (the vocabulary is not among it)."""
+    return None if part is None else json.loads(part.__getstate__())
 
 
 def _split_at(tokenizer: Any, template: str) -> dict[str, int]:
