@@ -33,6 +33,7 @@ def main() -> None:
     data.add_argument("--tokenizer", required=True, help="a folder")
     data.add_argument("--template", required=True, help="a Jinja file with {%% generation %%}")
     data.add_argument("--copies", type=int, default=20)
+    data.add_argument("--distinct", action="store_true", help="no two answers alike, so that nothing is met twice")
     data.add_argument("--processes", type=int, default=2)
     data.add_argument("--rounds", type=int, default=3)
     data.set_defaults(run=bench_data)
@@ -59,8 +60,9 @@ def bench_data(options: argparse.Namespace) -> None:
             with path.open("w", encoding="utf-8") as file:
                 for copy in range(copies):
                     for row in rows:
-                        asked = row["question"] if copy == 0 else f"({copy}) {row['question']}"  # no two rows alike
-                        messages = [("user", asked), ("assistant", row["answer"])]
+                        asked = f"({copy}) {row['question']}" if copy else row["question"]  # no two rows alike
+                        answered = f"({copy}) {row['answer']}" if copy and options.distinct else row["answer"]
+                        messages = [("user", asked), ("assistant", answered)]
                         print(json.dumps({"messages": [{"role": r, "content": c} for r, c in messages]}), file=file)
         common = [options.tokenizer, options.template, str(options.processes)]
         few = measure("sft_jax", [str(small), *common], name)
