@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kit import CHATML, conversations, make_tokenizer, write_jsonl
 
-from sft_jax.config import SourceConfig
+from sft_jax.config import ROW_FORMATS, SourceConfig
 from sft_jax.data.chat import Encoder
 from sft_jax.data.examples import encode_sources
 from sft_jax.data.formats import FORMATS, detect, parse
@@ -130,6 +130,10 @@ _TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
 def test_every_format(row, row_format, said):
     assert detect(row) == row_format
     assert parse(row_format, row) == said
+
+
+def test_a_config_may_name_every_format():
+    assert set(ROW_FORMATS) == {"auto", *FORMATS}
 
 
 @pytest.mark.parametrize(
