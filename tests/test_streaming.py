@@ -100,6 +100,13 @@ def test_a_run_and_its_continuation_are_the_undisturbed_run(config, tmp_path):
     assert losses(tmp_path / "again") == losses(tmp_path / "whole")
 
 
+def test_a_row_with_nothing_to_train_on_is_refused_as_in_a_plan(config, tmp_path):
+    rows = write_jsonl(tmp_path / "empty.jsonl", [{"input_ids": [4, 5], "labels": [4, -100]}])
+    data = dataclasses.replace(config.data, train=[SourceConfig(path=str(rows))])
+    with pytest.raises(UserError, match=r"empty.jsonl row 0: nothing to train on; every token is context"):
+        batches(dataclasses.replace(config, data=data), 1)
+
+
 def test_mistakes(config, tmp_path):
     with pytest.raises(UserError, match=r"training.max_steps: has to be set with data.streaming"):
         dataclasses.replace(config, training=dataclasses.replace(config.training, max_steps=None))

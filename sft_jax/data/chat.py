@@ -135,6 +135,8 @@ class Encoder:
                 else:
                     pairs = [(text, next(of_chats)) for text in texts]
                     encoded = [self._encode_chat(weights, text, encoding, tally) for text, encoding in pairs]
+                if not all(example.mask[1:].any() for example in encoded):  # the first token is never predicted
+                    raise RowError("nothing to train on; every token is context")
             except RowError as error:
                 results.append(error)
                 continue

@@ -20,7 +20,7 @@ _TRIED = 64  # texts that are also tokenised whole, to be sure
 _ALIKE = {"Split", "ByteLevel", "Digits", "Punctuation", "Whitespace", "WhitespaceSplit", "Sequence", None}
 
 
-class Tokenised(Protocol):
+class TokenisedText(Protocol):
     """One text as tokens: what ``tokenizers.Encoding`` offers, as far as it is used here."""
 
     @property
@@ -58,7 +58,7 @@ class Segment:
 class Joined:
     """A text as its segments."""
 
-    def __init__(self, segments: Sequence[Tokenised], sizes: Sequence[int]):
+    def __init__(self, segments: Sequence[TokenisedText], sizes: Sequence[int]):
         self.ids: list[int] = []
         self._segments, self._chars, self._tokens = segments, [], []
         at = 0
@@ -105,7 +105,7 @@ class SegmentEncoder:
         """Whether texts are split at all."""
         return self._pattern is not None
 
-    def __call__(self, texts: Sequence[str]) -> Sequence[Tokenised]:
+    def __call__(self, texts: Sequence[str]) -> Sequence[TokenisedText]:
         """The tokens of each text."""
         if self._pattern is None:
             return self._backend.encode_batch(texts, add_special_tokens=False)

@@ -88,8 +88,6 @@ class Writer:
         for row, result in enumerate(results, first_row):
             if isinstance(result, RowError):
                 self._refuse(RowErrorAt(row, str(result), result.line))
-            elif not all(one.mask[1:].any() for one in result):
-                self._refuse(RowErrorAt(row, "nothing to train on; every token is context"))
             else:
                 kept += result
                 rows += [row] * len(result)
