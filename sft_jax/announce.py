@@ -12,7 +12,9 @@ from sft_jax.data.examples import Examples, Report
 from sft_jax.data.packing import Plan
 from sft_jax.data.prepare import Prepared
 from sft_jax.evaluation.compare import Task
+from sft_jax.models.attention.kernel import Kernel
 from sft_jax.models.lora import Split
+from sft_jax.training.compilation import CompiledStep
 from sft_jax.tree import Params, flatten
 
 
@@ -82,8 +84,13 @@ class Announcer:
             f"{plan.num_steps:,} steps of {rows}, {len(plan.epoch_ends)} epoch(s), {packing}, {filled:.1%} filled",
         )
 
-    def model(self, config: Config, family: str, split: Split) -> None:
-        """What is trained, in which dtype, and which kernels compute it."""
+    def compiled(self, step: CompiledStep) -> None:
+        """How long it took, what is kept for the backward pass, and the memory that takes."""
+        memory = "" if step.temp_bytes is None else f", {step.temp_bytes / 2**20:,.0f} MiB beside weights and state"
+        self("compiled", f"the step in {step.seconds:.1f} s; remat {step.remat}{memory}")
+
+    def model(self, config: Config, family: str, split: Split, kernel: Kernel) -> None:
+        """What is trained, in which dtype, and which attention kernel computes it."""
 
         def count(params: Params) -> int:
             return sum(leaf.size for leaf in flatten(params).values())
@@ -96,7 +103,7 @@ class Announcer:
             f"{family}, {kind}: {count(split.trainable):,} trained (float32), {count(split.frozen):,} frozen; "
             f"leaves {labels}",
         )
-        self("compute", f"{config.model.dtype}, attention xla in query chunks, remat {config.model.remat}")
+        self("compute", f"{config.model.dtype}, attention {kernel}")
 
 
 def _origin(report: Report) -> str:

@@ -33,14 +33,14 @@ class ModelConfig:
     revision: str | None = None  # branch, tag or commit of a Hugging Face id
     dtype: str = "bfloat16"  # compute and frozen weights; trainable weights are always float32
     init: str = "pretrained"  # random: pretraining from config.json
-    attention: str = "auto"
-    remat: str = "full"  # full: keep layer inputs only | dots: keep matmul outputs | none: keep everything
+    attention: str = "auto"  # the fastest kernel that can express the mask here, or splash | cudnn | xla
+    remat: str = "auto"  # what is kept for the backward pass: the fastest of dots | attention | full that fits, or none
 
     def __post_init__(self) -> None:
         _one_of(self.dtype, "model.dtype", ("bfloat16", "float32"))
         _one_of(self.init, "model.init", ("pretrained", "random"))
-        _one_of(self.attention, "model.attention", ("auto", "xla"))
-        _one_of(self.remat, "model.remat", ("full", "dots", "none"))
+        _one_of(self.attention, "model.attention", ("auto", "splash", "cudnn", "xla"))
+        _one_of(self.remat, "model.remat", ("auto", "full", "attention", "dots", "none"))
 
 
 @dataclass(frozen=True)
@@ -172,6 +172,10 @@ class TrainingConfig:
     save_every: int = 200
     log_every: int = 1
     keep_checkpoints: int = 2
+    label_smoothing: float = 0.0  # this share of a target is spread over the vocabulary
+    z_loss: float = (
+        0.0  # this times the squared log of the softmax's denominator is added; 1e-4 keeps logits from drifting
+    )
     seed: int = 0
     tensorboard: bool = True
     wandb_project: str | None = None
@@ -187,6 +191,8 @@ class TrainingConfig:
         ):
             _require(getattr(self, name) >= 1, f"training.{name}", f"{getattr(self, name)} is not at least 1")
         _require(self.num_train_epochs > 0, "training.num_train_epochs", f"{self.num_train_epochs} is not positive")
+        _require(0 <= self.label_smoothing < 1, "training.label_smoothing", f"{self.label_smoothing} is not in [0, 1)")
+        _require(self.z_loss >= 0, "training.z_loss", f"{self.z_loss} is negative")
         _require(self.max_steps is None or self.max_steps >= 0, "training.max_steps", f"{self.max_steps} is negative")
         _require(
             self.batch_size % self.gradient_accumulation_steps == 0,

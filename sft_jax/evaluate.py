@@ -14,6 +14,7 @@ from sft_jax.config import Config
 from sft_jax.evaluation.compare import Comparison, Networks, compare, prepare
 from sft_jax.hf.config import read_architecture, stop_ids
 from sft_jax.metrics import read_metrics
+from sft_jax.models.attention.kernel import choose_kernel
 from sft_jax.models.lora import is_adapter
 from sft_jax.report import table
 from sft_jax.report.write import write_report
@@ -52,8 +53,9 @@ def evaluate(
     task = prepare(config, arch, run.tokenizer, stop_ids(run.base))
     say.task(task)
     token_table = config.lora is not None and not all(map(is_adapter, run.params))
-    split = build(arch, mesh, config.lora, config.model.dtype, "none", token_table)
-    say.model(config, arch.family, split)
+    kernel = choose_kernel(config.model.attention, mesh, arch, config.model.dtype, config.data.max_length)
+    split = build(arch, mesh, config.lora, config.model.dtype, "none", token_table, kernel=kernel)
+    say.model(config, arch.family, split, kernel)
     base, frozen = load_weights(split, arch, run.reader, None, old_vocab_size, trained.training.seed)
     abstract = flatten(split.trainable)
     tuned = unflatten({path: jax.device_put(run.params[path], leaf.sharding) for path, leaf in abstract.items()})

@@ -32,6 +32,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "head_dim": None,
     "mlp": "tensor",
     "vocab": "tensor",
+    "head_vocab": ("fsdp", "tensor"),  # the vocabulary where logits are made, with the model dimension whole
     "rank": None,
     "norm": None,
 }
@@ -107,9 +108,21 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def current_mesh() -> jax.sharding.AbstractMesh | None:
+    """The mesh of ``jax.set_mesh``; None outside, and on one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.size == 1 else mesh
+
+
+def axis_names(axis: str, mesh: Mesh | jax.sharding.AbstractMesh) -> tuple[str, ...]:
+    """The mesh axes that a logical axis is split over, without those of size 1."""
+    names = RULES[axis] or ()
+    return tuple(name for name in ((names,) if isinstance(names, str) else names) if mesh.shape[name] > 1)
+
+
 def constrain(x: Array, *axes: str) -> Array:
     """Tell the compiler where an intermediate lives; a no-op outside ``jax.set_mesh``."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    mesh = current_mesh()
+    if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, mesh))

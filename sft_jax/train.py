@@ -6,6 +6,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +33,17 @@ from sft_jax.hf.reader import TensorReader
 from sft_jax.hf.tokenizer import load_tokenizer
 from sft_jax.inference.generator import Generator
 from sft_jax.metrics import MetricsWriter, Progress, read_metrics
+from sft_jax.models.attention.kernel import choose_kernel
 from sft_jax.models.lora import Split
 from sft_jax.report import table
 from sft_jax.report.loss import plot_loss
 from sft_jax.report.write import write_report
 from sft_jax.sharding import check_batch, check_heads, make_mesh
+from sft_jax.training.compilation import compile_step
+from sft_jax.training.cross_entropy import Terms
 from sft_jax.training.optimizer import labels_of, make_optimizer, make_schedule
 from sft_jax.training.state import TrainState, abstract_state, make_state, state_shardings
-from sft_jax.training.step import make_eval_step, make_train_step
+from sft_jax.training.step import TrainStep, make_eval_step, make_train_step
 from sft_jax.training.weights import build, load_weights
 from sft_jax.tree import Params
 from sft_jax.typing import Array
@@ -92,9 +96,11 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
     arch = dataclasses.replace(arch, vocab_size=max(arch.vocab_size, len(tokenizer)))
     check_heads(arch.num_heads, mesh)
     model, training = config.model, config.training
-    split = build(arch, mesh, config.lora, model.dtype, model.remat, token_table=num_added > 0)
+    kernel = choose_kernel(model.attention, mesh, arch, model.dtype, config.data.max_length)
+    network = partial(build, arch, mesh, config.lora, model.dtype, token_table=num_added > 0, kernel=kernel)
+    split = network(remat="full")
     reader = TensorReader(folder) if config.model.init == "pretrained" else None
-    say.model(config, arch.family, split)
+    say.model(config, arch.family, split, kernel)
     latest = latest_step(run / "checkpoints")
     params, frozen = load_weights(
         split, arch, reader, config.lora, old_vocab_size, training.seed, "all" if latest is None else "frozen"
@@ -106,15 +112,18 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
     schedule = make_schedule(config.optimizer, total_steps)
     shardings = state_shardings(split.trainable, optimizer, mesh)
     dropout = config.lora is not None and config.lora.dropout > 0
-    train_step = make_train_step(
-        split,
-        optimizer,
-        schedule,
-        training.gradient_accumulation_steps,
-        jax.random.fold_in(jax.random.key(training.seed), 1) if dropout else None,
-        shardings,
-        num_groups(examples),
-    )
+
+    def step_with(remat: str) -> TrainStep:
+        return make_train_step(
+            network(remat=remat),
+            optimizer,
+            schedule,
+            training.gradient_accumulation_steps,
+            jax.random.fold_in(jax.random.key(training.seed), 1) if dropout else None,
+            shardings,
+            num_groups(examples),
+            Terms(training.label_smoothing, training.z_loss),
+        )
 
     # -- restore ------------------------------------------------------------------------------------------------------
     identity = {
@@ -193,6 +202,8 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
             "loss": values["loss"],
             "grad_norm": values["grad_norm"],
             "learning_rate": values["learning_rate"],
+            "token_accuracy": values["token_accuracy"],
+            "entropy": values["entropy"],
             "target_tokens": int(values["target_tokens"]),
             "real_tokens": int(values["real_tokens"]),
             "slot_tokens": slot_tokens,
@@ -220,13 +231,12 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
             if first_step < total_steps:
                 batch = next(batches)
                 positions[first_step + 1] = loader.get_state()
-                began = time.perf_counter()
-                compiled = train_step.lower(state, frozen, batch).compile()  # type: ignore[attr-defined]
-                say("compiled", f"the step in {time.perf_counter() - began:.1f} s")
+                compiled = compile_step(step_with, (state, frozen, batch), model.remat, mesh.devices.flat[0])
+                say.compiled(compiled)
                 pending: tuple[int, dict[str, Array]] | None = None
                 since = time.perf_counter()
                 for step in range(first_step + 1, total_steps + 1):
-                    state, metrics = compiled(state, frozen, batch)
+                    state, metrics = compiled.call(state, frozen, batch)
                     if step < total_steps:
                         batch = next(batches)
                         positions[step + 1] = loader.get_state()
@@ -285,8 +295,11 @@ class _Evaluator:
 
     def __call__(self, params: Params, frozen: Params) -> dict[str, Any]:
         sums = [jax.device_get(self._step(params, frozen, batch)) for batch in self._make_loader()]
-        loss, weight = (sum(float(one[key]) for one in sums) for key in ("loss", "weight"))
-        row: dict[str, Any] = {"eval_loss": loss / weight}
+        totals = {key: sum(float(one[key]) for one in sums) for key in ("loss", "weight", "correct", "targets")}
+        row: dict[str, Any] = {
+            "eval_loss": totals["loss"] / totals["weight"],
+            "eval_token_accuracy": totals["correct"] / totals["targets"],
+        }
         by_source = source_losses(self._examples, np.sum([one["by_source"] for one in sums], axis=0))
         return row | ({"eval_source_loss": by_source} if by_source else {})
 

@@ -13,7 +13,8 @@ from sft_jax.export import export
 from sft_jax.generate import generate, read_prompts
 from sft_jax.inference.generator import Generator
 from sft_jax.inference.sampling import Sampling, filter_logits, sample
-from sft_jax.models.attention import attention, cached_attention
+from sft_jax.models.attention.cached import cached_attention
+from sft_jax.models.attention.kernel import attention
 from sft_jax.models.cache import KeyValues
 from sft_jax.opening import open_model
 from sft_jax.train import train

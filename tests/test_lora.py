@@ -158,13 +158,10 @@ def test_no_base_weight_gradient_in_the_program():
         params, frozen = weights(split)
         step, init, _ = step_of(split)
         compiled = step.lower(init(params), frozen, batch()).compile()
-        return set(re.findall(r"= f32\[([\d,]+)\]\S* dot\(", compiled.as_text())) & shapes, compiled
+        return [shape for shape in re.findall(r"= f32\[([\d,]+)\]\S* dot\(", compiled.as_text()) if shape in shapes]
 
-    made, program = products(full=True)
-    assert len(made) >= 4  # the same look does find them where they are
-    made_under_lora, program_under_lora = products(full=False)
-    assert made_under_lora == set()
-    assert program_under_lora.cost_analysis()["flops"] < 0.8 * program.cost_analysis()["flops"]
+    assert len(products(full=True)) == 8, products(full=True)  # of seven kernels and the head: the same look finds them
+    assert products(full=False) == []
 
 
 def test_all_masked_batch_changes_nothing():

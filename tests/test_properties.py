@@ -22,7 +22,8 @@ from sft_jax.data.rows import RowError
 from sft_jax.data.segments import SegmentEncoder
 from sft_jax.data.sources import open_sources
 from sft_jax.train import train
-from sft_jax.training.loss import batch_loss, masked_cross_entropy
+from sft_jax.training.cross_entropy import masked_cross_entropy
+from sft_jax.training.loss import batch_loss
 
 pytestmark = pytest.mark.smoke
 
@@ -175,8 +176,8 @@ def test_documents_in_a_row_know_nothing_of_each_other(tiny):
         batch = make_batch(examples, [np.arange(3)], 1, 64)
         batch = jax.tree.map(jnp.asarray, batch)
         hidden = model(batch.inputs, batch.segment_ids, batch.positions)
-        losses = masked_cross_entropy(hidden, model.head(), batch.targets, batch.loss_mask)
-        return np.asarray(losses)[0], np.asarray(batch.segment_ids)[0]
+        _, found = masked_cross_entropy(hidden, model.head(), batch.targets, batch.loss_mask)
+        return np.asarray(found.loss)[0], np.asarray(batch.segment_ids)[0]
 
     rng_a, rng_b = rng.integers(4, 380, 20), rng.integers(4, 380, 22)
     before, segments = row(rng.integers(4, 380, 18))

@@ -20,6 +20,8 @@ FIELDS = {
     "loss",
     "grad_norm",
     "learning_rate",
+    "token_accuracy",
+    "entropy",
     "target_tokens",
     "real_tokens",
     "slot_tokens",

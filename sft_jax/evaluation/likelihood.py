@@ -15,11 +15,14 @@ from sft_jax.data.examples import Examples
 from sft_jax.data.loader import local_rows, make_batch, to_mesh
 from sft_jax.data.packing import plan_run
 from sft_jax.models.decoder import Decoder
+from sft_jax.models.head import Head
 from sft_jax.models.lora import Split
 from sft_jax.sharding import constrain
-from sft_jax.training.loss import CHUNK_SLOTS
+from sft_jax.training.cross_entropy import masked_cross_entropy
 from sft_jax.tree import Params
 from sft_jax.typing import Array, Batch
+
+CHUNK_SLOTS = 2048  # slots of a batch whose logits two networks have at a time
 
 
 @dataclass(frozen=True)
@@ -100,31 +103,24 @@ def _starts(examples: Examples) -> np.ndarray:
 
 def _token_scores(model: Decoder, batch: Batch) -> tuple[Array, Array]:
     hidden = model(batch.inputs, batch.segment_ids, batch.positions)
-    head = constrain(model.head(), "activation", "vocab")
-
-    def chunk(scanned: tuple[Array, Array]) -> tuple[Array, Array]:
-        hidden, targets = scanned
-        log_probs = _log_probs(hidden, head)
-        chosen = jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
-        return chosen, jnp.argmax(log_probs, axis=-1) == targets
-
-    return _in_chunks(chunk, hidden, batch.targets)
+    real = (batch.segment_ids > 0).astype(jnp.float32)
+    _, tokens = masked_cross_entropy(hidden, model.head(), batch.targets, real)
+    return -tokens.loss, tokens.correct
 
 
 def _divergence(base: Decoder, tuned: Decoder, batch: Batch) -> Array:
-    base_head, tuned_head = (constrain(model.head(), "activation", "vocab") for model in (base, tuned))
+    heads = [model.head().gathered() for model in (base, tuned)]
 
-    def chunk(scanned: tuple[Array, Array]) -> Array:
-        p, q = _log_probs(scanned[0], base_head), _log_probs(scanned[1], tuned_head)
+    def chunk(scanned: tuple[Array, ...]) -> Array:
+        p, q = (_log_probs(hidden, head) for hidden, head in zip(scanned, heads, strict=True))
         return jnp.sum(jnp.exp(p) * (p - q), axis=-1)
 
     where = (batch.inputs, batch.segment_ids, batch.positions)
     return _in_chunks(chunk, base(*where), tuned(*where))
 
 
-def _log_probs(hidden: Array, head: Array) -> Array:
-    logits = jnp.einsum("bcd,dv->bcv", hidden, head, preferred_element_type=jnp.float32)
-    return jax.nn.log_softmax(constrain(logits, "batch", "length", "vocab"), axis=-1)
+def _log_probs(hidden: Array, head: Head) -> Array:
+    return jax.nn.log_softmax(constrain(head.logits(hidden), "batch", "length", "vocab"), axis=-1)
 
 
 def _in_chunks(function: Callable, *arrays: Array):

@@ -7,6 +7,7 @@ dimension L and are scanned over, so compile time does not grow with depth. Line
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -15,16 +16,17 @@ from flax import nnx
 from jax import lax
 
 from sft_jax.architecture import Architecture
-from sft_jax.models.attention import attention, cached_attention
+from sft_jax.models.attention.cached import cached_attention
+from sft_jax.models.attention.kernel import XLA, Kernel, attention
 from sft_jax.models.cache import KeyValues
+from sft_jax.models.head import Head
+from sft_jax.models.projection import Adapter, low_rank, project
+from sft_jax.models.remat import PRODUCT, keep, rematerialised
 from sft_jax.models.rope import rotate, sin_cos
 from sft_jax.sharding import constrain
 from sft_jax.typing import Array, Float, Int
 
-Window = int | Int[Array, ""] | None
 Attend = Callable[[Array, Array, Array], Array]  # q, k, v of the tokens at hand -> what each of them sees
-
-FULL_ATTENTION = 2**30  # a window no position exceeds, where only some layers have one
 
 
 class Initializer:
@@ -66,15 +68,33 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*B in"], dropout_key: Array | None = None) -> Float[Array, "*B out"]:
         """Computed in the dtype of ``x``; an adapter without a ``dropout_key`` has no dropout."""
-        y = x @ self.kernel[...].astype(x.dtype)
-        if self.bias is not None:
-            y = y + self.bias[...].astype(x.dtype)
-        if self.lora_a is not None and self.lora_b is not None:
-            if self.lora_dropout and dropout_key is not None:
-                keep = jax.random.bernoulli(dropout_key, 1.0 - self.lora_dropout, x.shape)
-                x = jnp.where(keep, x / (1.0 - self.lora_dropout), jnp.zeros_like(x))
-            y = y + (x @ self.lora_a[...].astype(x.dtype)) @ self.lora_b[...].astype(x.dtype) * self.lora_scale
-        return y
+        return linear(x, [self], dropout_key)[0]
+
+    def adapter(self) -> Adapter | None:
+        """Its two matrices, where it has one."""
+        if self.lora_a is None or self.lora_b is None:
+            return None
+        return Adapter(self.lora_a[...], self.lora_b[...])
+
+
+def linear(x: Float[Array, "*B in"], layers: list[Linear], dropout_key: Array | None = None) -> list[Array]:
+    """Several layers of one input, which share its products with their adapters."""
+    adapters = [layer.adapter() for layer in layers]
+    kernels, scales = [layer.kernel[...] for layer in layers], [layer.lora_scale for layer in layers]
+    dropped = [dropout_key is not None and layer.lora_dropout > 0 and layer.adapter() is not None for layer in layers]
+    if dropout_key is None or not any(dropped):
+        outs = project(x, kernels, adapters, scales)
+    else:  # each adapter has an input of its own
+        outs = project(x, kernels, [None] * len(layers), scales)
+        for i, key in enumerate(jax.random.split(dropout_key, len(layers))):
+            adapter, rate = adapters[i], layers[i].lora_dropout
+            if adapter is not None:
+                kept = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+                outs[i] += low_rank(jnp.where(kept, x / (1.0 - rate), jnp.zeros_like(x)), adapter, scales[i])
+    return [
+        out if layer.bias is None else out + layer.bias[...].astype(x.dtype)
+        for out, layer in zip(outs, layers, strict=True)
+    ]
 
 
 class RMSNorm(nnx.Module):
@@ -116,15 +136,15 @@ class SelfAttention(nnx.Module):
         self.k_norm: RMSNorm | None = nnx.data(RMSNorm(h, arch.norm_eps, make, stack) if arch.qk_norm else None)
 
     def __call__(self, x, sin, cos, attend: Attend, dropout_key) -> tuple[Float[Array, "B T D"], KeyValues]:
-        keys = _split(dropout_key, 4)
-        q = self._heads(self.q_proj(x, keys[0]), self.num_heads, "heads")
-        k = self._heads(self.k_proj(x, keys[1]), self.num_kv_heads, "kv_heads")
-        v = self._heads(self.v_proj(x, keys[2]), self.num_kv_heads, "kv_heads")
+        keys = _split(dropout_key, 2)
+        q, k, v = linear(x, [self.q_proj, self.k_proj, self.v_proj], keys[0])
+        q = self._heads(q, self.num_heads, "heads")
+        k, v = (self._heads(one, self.num_kv_heads, "kv_heads") for one in (k, v))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, sin, cos), rotate(k, sin, cos)
+        q, k, v = (keep(one, PRODUCT) for one in (rotate(q, sin, cos), rotate(k, sin, cos), v))
         out = attend(q, k, v)
-        return self.o_proj(out.reshape(*x.shape[:2], -1), keys[3]), KeyValues(k, v)
+        return keep(self.o_proj(out.reshape(*x.shape[:2], -1), keys[1]), PRODUCT), KeyValues(k, v)
 
     def _heads(self, x: Float[Array, "B T NH"], num_heads: int, axis: str) -> Float[Array, "B T N H"]:
         return constrain(x.reshape(*x.shape[:2], num_heads, self.head_dim), "batch", "length", axis, "head_dim")
@@ -140,8 +160,9 @@ class MLP(nnx.Module):
         self.down_proj = Linear(f, d, ("mlp", "embed"), make, stack, arch.mlp_bias)
 
     def __call__(self, x: Float[Array, "B T D"], dropout_key: Array | None) -> Float[Array, "B T D"]:
-        keys = _split(dropout_key, 3)
-        return self.down_proj(jax.nn.silu(self.gate_proj(x, keys[0])) * self.up_proj(x, keys[1]), keys[2])
+        keys = _split(dropout_key, 2)
+        gate, up = (keep(one, PRODUCT) for one in linear(x, [self.gate_proj, self.up_proj], keys[0]))
+        return self.down_proj(jax.nn.silu(gate) * up, keys[1])
 
 
 class DecoderLayer(nnx.Module):
@@ -165,9 +186,16 @@ class Decoder(nnx.Module):
     Build it under ``nnx.eval_shape`` when weights are read from files: nothing is then computed or allocated.
     """
 
-    def __init__(self, arch: Architecture, key: Array, dtype: Any = jnp.float32, remat: str = "none"):
+    def __init__(
+        self,
+        arch: Architecture,
+        key: Array,
+        dtype: Any = jnp.float32,
+        remat: str = "none",
+        kernel: Kernel = XLA,
+    ):
         make = Initializer(key, arch.initializer_range)
-        self.arch, self.dtype, self.remat = arch, dtype, remat
+        self.arch, self.dtype, self.remat, self.kernel = arch, dtype, remat, kernel
         self.embed_tokens = Embedding(arch.vocab_size, arch.hidden_size, make)
         self.layers = DecoderLayer(arch, make, (arch.num_layers,))
         self.norm = RMSNorm(arch.hidden_size, arch.norm_eps, make)
@@ -183,14 +211,17 @@ class Decoder(nnx.Module):
         dropout_key: Array | None = None,
     ) -> Float[Array, "B T D"]:
         """Hidden states after the final norm, in the compute dtype. ``dropout_key`` turns adapter dropout on."""
-        hidden, _ = self._run(inputs, positions, _within(segment_ids), dropout_key=dropout_key)
+        hidden, _ = self._run(inputs, positions, _within(segment_ids, self.kernel), dropout_key=dropout_key)
         return hidden
 
     def prefill(
         self, inputs: Int[Array, "B T"], segment_ids: Int[Array, "B T"], positions: Int[Array, "B T"]
     ) -> tuple[Float[Array, "B T D"], KeyValues]:
-        """What :meth:`__call__` gives, and the keys and values ``[L, B, T, K, H]`` that later tokens attend to."""
-        return self._run(inputs, positions, _within(segment_ids), keep=True)
+        """What :meth:`__call__` gives, and the keys and values ``[L, B, T, K, H]`` that later tokens attend to.
+
+        Prompts have any length, so attention is the ``xla`` kernel's.
+        """
+        return self._run(inputs, positions, _within(segment_ids, replace(self.kernel, name="xla")), keep=True)
 
     def decode(
         self, inputs: Int[Array, "B 1"], positions: Int[Array, "B 1"], cache: KeyValues
@@ -201,7 +232,7 @@ class Decoder(nnx.Module):
             its hidden states, and its keys and values ``[L, B, 1, K, H]``, to be written into slot ``positions``.
         """
 
-        def attend(window: Window, layer_cache: KeyValues) -> Attend:
+        def attend(window: int | None, layer_cache: KeyValues) -> Attend:
             return lambda q, k, v: cached_attention(q, k, v, layer_cache, positions, window)
 
         return self._run(inputs, positions, attend, cache, keep=True)
@@ -210,7 +241,7 @@ class Decoder(nnx.Module):
         self,
         inputs: Int[Array, "B T"],
         positions: Int[Array, "B T"],
-        attend: Callable[[Window, Any], Attend],
+        attend: Callable[[int | None, Any], Attend],
         cache: KeyValues | None = None,
         dropout_key: Array | None = None,
         keep: bool = False,
@@ -218,48 +249,46 @@ class Decoder(nnx.Module):
         x = self.embed_tokens(inputs, self.dtype)
         sin, cos = sin_cos(positions, self.arch.rope, self.arch.head_dim)
         graphdef, layers = nnx.split(self.layers)
-        windows, one_window = _windows(self.arch)
+        windows, which = _windows(self.arch)
 
         def layer(x, scanned):
-            params, window, key, layer_cache = scanned
-            window = one_window if window is None else window
-            x, seen = nnx.merge(graphdef, params)(x, sin, cos, attend(window, layer_cache), key)
+            params, index, key, layer_cache = scanned
+            branches = [attend(window, layer_cache) for window in windows]
+
+            def attend_here(q: Array, k: Array, v: Array) -> Array:
+                return branches[0](q, k, v) if index is None else lax.switch(index, branches, q, k, v)
+
+            x, seen = nnx.merge(graphdef, params)(x, sin, cos, attend_here, key)
             return x, seen if keep else None
 
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.arch.num_layers)
-        x, seen = lax.scan(_rematerialised(layer, self.remat), x, (layers, windows, keys, cache))
+        x, seen = lax.scan(rematerialised(layer, self.remat), x, (layers, which, keys, cache))
         return self.norm(x), seen
 
-    def head(self) -> Float[Array, "D V"]:
-        """The output projection in the compute dtype: the transposed token table where the two are tied."""
+    def head(self) -> Head:
+        """The output projection: the token table where the two are tied."""
         if self.lm_head is None:
-            return self.embed_tokens.embedding[...].astype(self.dtype).T
-        return self.lm_head.kernel[...].astype(self.dtype)
+            return Head(self.embed_tokens.embedding[...], vocab_dim=0, dtype=self.dtype)
+        return Head(self.lm_head.kernel[...], vocab_dim=1, dtype=self.dtype)
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """All logits at once, float32. For generation and tests; training never materialises them."""
-        return jnp.einsum("btd,dv->btv", hidden, self.head(), preferred_element_type=jnp.float32)
+        return self.head().logits(hidden)
 
 
-def _within(segment_ids: Int[Array, "B T"]) -> Callable[[Window, Any], Attend]:
-    return lambda window, _: lambda q, k, v: attention(q, k, v, segment_ids, window)
+def _within(segment_ids: Int[Array, "B T"], kernel: Kernel) -> Callable[[int | None, Any], Attend]:
+    return lambda window, _: lambda q, k, v: attention(q, k, v, segment_ids, window, kernel=kernel)
 
 
 def _split(key: Array | None, num: int) -> Any:
     return [None] * num if key is None else jax.random.split(key, num)
 
 
-def _windows(arch: Architecture) -> tuple[Array | None, int | None]:
-    """Sliding windows as ``(one per layer to scan over, one for all layers)``; at most one of them is given."""
+def _windows(arch: Architecture) -> tuple[list[int | None], Array | None]:
+    """The distinct sliding windows, and which of them each layer has where there are several: kernels need to know."""
     if arch.sliding_windows is None:
-        return None, None
-    if len(set(arch.sliding_windows)) == 1:
-        return None, arch.sliding_windows[0]
-    return jnp.asarray([FULL_ATTENTION if w is None else w for w in arch.sliding_windows], jnp.int32), None
-
-
-def _rematerialised(layer: Callable, policy: str) -> Callable:
-    if policy == "none":
-        return layer
-    policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
-    return jax.checkpoint(layer, policy=policies[policy], prevent_cse=False)
+        return [None], None
+    distinct = list(dict.fromkeys(arch.sliding_windows))
+    if len(distinct) == 1:
+        return distinct, None
+    return distinct, jnp.asarray([distinct.index(window) for window in arch.sliding_windows], jnp.int32)

@@ -11,7 +11,8 @@ import optax
 from jax import lax
 
 from sft_jax.models.lora import Split
-from sft_jax.training.loss import LossSums, batch_loss
+from sft_jax.training.cross_entropy import PLAIN, Terms
+from sft_jax.training.loss import LossSums, batch_loss, no_sums
 from sft_jax.training.state import TrainState
 from sft_jax.tree import Params
 from sft_jax.typing import Array, Batch
@@ -30,6 +31,7 @@ def make_train_step(
     dropout_key: Array | None = None,
     out_shardings: Any = None,
     num_sources: int = 0,
+    terms: Terms = PLAIN,
 ) -> TrainStep:
     """``step(state, frozen, batch) -> (state, metrics)``, jitted; the given state's buffers are reused.
 
@@ -43,14 +45,16 @@ def make_train_step(
         dropout_key: turns adapter dropout on; each step and part has its own key.
         out_shardings: of the new state; gradients are constrained to those of the weights.
         num_sources: how many sources ``batch.sources`` tells apart.
+        terms: what the loss has besides the negative log-likelihood.
 
     Returns:
-        A function whose metrics are ``loss, grad_norm, learning_rate, target_tokens, real_tokens, finite`` and
-        ``by_source``, summed loss and weight of each source.
+        A function whose metrics are ``loss, grad_norm, learning_rate, token_accuracy, entropy, target_tokens,
+        real_tokens, finite`` and ``by_source``, summed loss and weight of each source. Accuracy and entropy are means
+        over target tokens.
     """
 
     def loss_of(trainable: Params, frozen: Params, batch: Batch, key: Array | None) -> tuple[Array, LossSums]:
-        return batch_loss(split.merge(trainable, frozen), batch, key, num_sources)
+        return batch_loss(split.merge(trainable, frozen), batch, key, num_sources, terms)
 
     def part(params: Params, frozen: Params, batch: Batch, key: Array | None) -> Sums:
         (loss, sums), grads = jax.value_and_grad(loss_of, has_aux=True)(params, frozen, batch, key)
@@ -62,8 +66,7 @@ def make_train_step(
         if accumulation == 1:
             return part(params, frozen, batch, key)
         keys = None if key is None else jax.random.split(key, accumulation)
-        nothing = LossSums(jnp.zeros(()), jnp.zeros((num_sources, 2)))
-        zero = (jnp.zeros(()), nothing, jax.tree.map(jnp.zeros_like, params))
+        zero = (jnp.zeros(()), no_sums(num_sources), jax.tree.map(jnp.zeros_like, params))
 
         def add(so_far: Sums, scanned: tuple[Batch, Array | None]) -> tuple[Sums, None]:
             return jax.tree.map(jnp.add, so_far, part(params, frozen, *scanned)), None
@@ -93,7 +96,9 @@ def make_train_step(
             "loss": loss,
             "grad_norm": grad_norm,
             "learning_rate": learning_rate,
-            "target_tokens": jnp.count_nonzero(batch.loss_mask).astype(jnp.float32),
+            "token_accuracy": sums.correct / jnp.maximum(sums.targets, 1.0),
+            "entropy": sums.entropy / jnp.maximum(sums.targets, 1.0),
+            "target_tokens": sums.targets,
             "real_tokens": jnp.sum(batch.segment_ids > 0, dtype=jnp.float32),
             "finite": finite,
             "by_source": sums.by_source,
@@ -105,11 +110,14 @@ def make_train_step(
 
 
 def make_eval_step(split: Split, num_sources: int = 0) -> EvalStep:
-    """``step(trainable, frozen, batch)`` with the sums ``loss``, ``weight`` and ``by_source``, without dropout."""
+    """``step(trainable, frozen, batch)`` with the sums of the loss, without dropout.
+
+    They are ``loss``, ``weight``, ``targets``, ``correct``, ``entropy`` and ``by_source``.
+    """
 
     def eval_step(trainable: Params, frozen: Params, batch: Batch) -> Metrics:
         loss, sums = batch_loss(split.merge(trainable, frozen), batch, None, num_sources)
-        return {"loss": loss, "weight": sums.weight, "by_source": sums.by_source}
+        return {"loss": loss} | vars(sums)
 
     return jax.jit(eval_step)
 

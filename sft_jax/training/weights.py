@@ -12,6 +12,7 @@ from sft_jax.config import LoraConfig
 from sft_jax.hf.load import load_params
 from sft_jax.hf.peft import load_adapter
 from sft_jax.hf.reader import TensorReader
+from sft_jax.models.attention.kernel import Kernel, any_length_kernel
 from sft_jax.models.decoder import Decoder
 from sft_jax.models.lora import Split, attach_lora, init_adapter, is_adapter, split_params
 from sft_jax.tree import Params, Path, flatten, unflatten
@@ -26,22 +27,25 @@ def build(
     remat: str = "full",
     token_table: bool = False,
     full: bool | None = None,
+    kernel: Kernel | None = None,
 ) -> Split:
     """The network, taken apart into trainable and frozen leaves; nothing is allocated.
 
     Args:
         lora: None for no adapters.
         dtype: of compute and frozen weights.
-        remat: ``full``, ``dots`` or ``none``.
+        remat: a key of :data:`sft_jax.models.remat.POLICIES`.
         token_table: train token table and output head besides adapters.
         full: train every base weight; by default where there are no adapters.
+        kernel: of attention; by default one that takes rows of any length.
 
     Raises:
         UserError: a LoRA target that matches nothing.
     """
 
     def network() -> Decoder:
-        model = Decoder(arch, jax.random.key(0), jnp.dtype(dtype), remat)
+        attention = kernel or any_length_kernel(mesh.devices.flat[0])
+        model = Decoder(arch, jax.random.key(0), jnp.dtype(dtype), remat, attention)
         if lora is not None:
             attach_lora(model, lora.rank, lora.alpha, lora.target_modules, lora.dropout)
         return model

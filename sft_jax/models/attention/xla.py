@@ -1,0 +1,170 @@
+"""Attention in plain XLA whose cost follows the documents' lengths: blocks that see nothing are never computed.
+
+Queries and keys are taken in blocks. A segment is contiguous, so the keys that a block of queries can see lie between
+the start of its first query's segment (or window) and its last query: a loop with bounds from the data runs over just
+these. Softmax is computed online and the backward pass recomputes scores from the saved log-sum-exp (FlashAttention-2,
+Dao 2023), so memory grows with T and not with T².
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from sft_jax.models.remat import ATTENTION, keep
+from sft_jax.typing import Array, Float, Int
+
+BLOCK = 64
+_NEVER = -1e30  # finite, so that padding that sees nothing still has a softmax
+
+
+class _Static(NamedTuple):
+    block: int
+    softcap: float | None
+
+
+def xla_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    segment_ids: Int[Array, "B T"],
+    window: int | None = None,
+    softcap: float | None = None,
+    block: int = BLOCK,
+) -> Float[Array, "B T N H"]:
+    """See :func:`sft_jax.models.attention.kernel.attention`; on one device.
+
+    Any shape and dtype; scores and softmax are float32.
+
+    The rows are laid end to end and become one: rows, like documents, are only segments that do not see each other.
+    Two rows of four slots, three documents, blocks of two::
+
+        segment_ids   1 1 2 2 │ 1 1 1 0      position of the first slot of its own segment
+        starts        0 0 2 2 │ 4 4 4 7
+        key blocks of query block   0: 0…0   1: 1…1   2: 2…2   3: 2…3
+    """
+    num_rows, length, num_heads, head_dim = q.shape
+    num_kv_heads = k.shape[2]
+    size = num_rows * length
+    block = min(block, size)
+    padding = -size % block
+
+    def blocks(x: Array) -> Array:  # [B, T, heads, H] -> [heads, blocks, block, H]
+        x = jnp.pad(x.reshape(size, -1, head_dim), [(0, padding), (0, 0), (0, 0)])
+        return jnp.moveaxis(x.reshape(-1, block, x.shape[1], head_dim), 2, 0)
+
+    starts = jnp.pad(_starts(segment_ids).reshape(size), (0, padding), mode="edge")
+    seen_from = starts if window is None else jnp.maximum(starts, jnp.arange(size + padding) - window + 1)
+    scaled = blocks(q * jnp.asarray(head_dim**-0.5, q.dtype))
+    scaled = scaled.reshape(num_kv_heads, num_heads // num_kv_heads, *scaled.shape[1:])
+    out: Any = _blockwise(scaled, blocks(k), blocks(v), seen_from.reshape(-1, block), _Static(block, softcap))
+    out = jnp.moveaxis(out, (2, 3), (0, 1)).reshape(size + padding, num_heads, head_dim)
+    return out[:size].reshape(q.shape)
+
+
+def _starts(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Where, in all rows laid end to end, the segment of each slot begins."""
+    num_rows, length = segment_ids.shape
+    place = jnp.arange(num_rows * length, dtype=jnp.int32).reshape(num_rows, length)
+    begins = jnp.concatenate([jnp.ones((num_rows, 1), bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
+    return lax.cummax(jnp.where(begins, place, 0), axis=1)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _blockwise(q: Array, k: Array, v: Array, seen_from: Array, static: _Static) -> Array:
+    """``[K, G, blocks, block, H]`` queries, already scaled, on ``[K, blocks, block, H]`` keys and values."""
+    return _forward(q, k, v, seen_from, static)[0]
+
+
+def _scores(q: Array, k: Array, seen_from: Array, i: Array, j: Array, static: _Static) -> tuple[Array, Array | None]:
+    """Capped and masked scores ``[K, G, t, s]`` of block i's queries on block j's keys, and the slope of the cap."""
+    scores = jnp.einsum("kgth,ksh->kgts", q, k, preferred_element_type=jnp.float32)
+    slope = None
+    if static.softcap is not None:
+        squashed = jnp.tanh(scores / static.softcap)
+        scores, slope = static.softcap * squashed, 1.0 - squashed**2
+    within = jnp.arange(static.block)
+    key_place, query_place = j * static.block + within[None], i * static.block + within[:, None]
+    visible = (key_place <= query_place) & (key_place >= seen_from[:, None])
+    return jnp.where(visible, scores, _NEVER), slope
+
+
+def _first_key_block(seen_from: Array, static: _Static) -> Array:
+    return jnp.min(seen_from) // static.block
+
+
+def _at(x: Array, i: Array, axis: int) -> Array:
+    return lax.dynamic_index_in_dim(x, i, axis, keepdims=False)
+
+
+def _forward(q: Array, k: Array, v: Array, seen_from: Array, static: _Static) -> tuple[Array, Array]:
+    def query_block(given: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+        i, qi, seen = given
+
+        def key_block(j: Array, carry: Any) -> Any:
+            top, total, out = carry
+            scores, _ = _scores(qi, _at(k, j, 1), seen, i, j, static)
+            new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
+            weights = jnp.exp(scores - new_top[..., None])
+            shrink = jnp.exp(top - new_top)
+            total = total * shrink + jnp.sum(weights, axis=-1)
+            new = jnp.einsum(
+                "kgts,ksh->kgth", weights.astype(v.dtype), _at(v, j, 1), preferred_element_type=jnp.float32
+            )
+            return new_top, total, out * shrink[..., None] + new
+
+        start = (
+            jnp.full(qi.shape[:-1], _NEVER, jnp.float32),
+            jnp.zeros(qi.shape[:-1], jnp.float32),
+            jnp.zeros(qi.shape, jnp.float32),
+        )
+        top, total, out = lax.fori_loop(_first_key_block(seen, static), i + 1, key_block, start)
+        return (out / total[..., None]).astype(q.dtype), top + jnp.log(total)
+
+    out, log_total = lax.map(query_block, (jnp.arange(q.shape[2]), jnp.moveaxis(q, 2, 0), seen_from))
+    return jnp.moveaxis(out, 0, 2), log_total
+
+
+def _forward_and_residuals(q: Array, k: Array, v: Array, seen_from: Array, static: _Static):
+    out, log_total = (keep(x, ATTENTION) for x in _forward(q, k, v, seen_from, static))
+    return out, (q, k, v, seen_from, out, log_total)
+
+
+def _backward(static: _Static, residuals: Any, d_out: Array):
+    q, k, v, seen_from, out, log_total = residuals
+    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+
+    def query_block(carry: Any, given: Any) -> Any:
+        i, qi, seen, d_outi, log_totali, deltai = given
+
+        def key_block(j: Array, carry: Any) -> Any:
+            dq, dk, dv = carry
+            kj, vj = _at(k, j, 1), _at(v, j, 1)
+            scores, slope = _scores(qi, kj, seen, i, j, static)
+            weights = jnp.exp(scores - log_totali[..., None])
+            d_weights = jnp.einsum("kgth,ksh->kgts", d_outi, vj, preferred_element_type=jnp.float32)
+            d_scores = weights * (d_weights - deltai[..., None])
+            d_scores = (d_scores if slope is None else d_scores * slope).astype(q.dtype)
+            dvj = jnp.einsum("kgts,kgth->ksh", weights.astype(v.dtype), d_outi, preferred_element_type=jnp.float32)
+            dkj = jnp.einsum("kgts,kgth->ksh", d_scores, qi, preferred_element_type=jnp.float32)
+            dq += jnp.einsum("kgts,ksh->kgth", d_scores, kj, preferred_element_type=jnp.float32)
+            dk, dv = (lax.dynamic_update_index_in_dim(x, _at(x, j, 1) + new, j, 1) for x, new in ((dk, dkj), (dv, dvj)))
+            return dq, dk, dv
+
+        dq, dk, dv = lax.fori_loop(
+            _first_key_block(seen, static), i + 1, key_block, (jnp.zeros(qi.shape, jnp.float32), *carry)
+        )
+        return (dk, dv), dq.astype(q.dtype)
+
+    nothing = tuple(jnp.zeros(x.shape, jnp.float32) for x in (k, v))
+    by_block = [jnp.moveaxis(x, 2, 0) for x in (q, d_out, delta)]
+    given = (jnp.arange(q.shape[2]), by_block[0], seen_from, by_block[1], log_total, by_block[2])
+    (dk, dv), dq = lax.scan(query_block, nothing, given)
+    return jnp.moveaxis(dq, 0, 2), dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+_blockwise.defvjp(_forward_and_residuals, _backward)

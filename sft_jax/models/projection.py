@@ -1,0 +1,134 @@
+"""One input times several kernels, each with an optional low-rank adapter, and the gradients of that.
+
+The gradients are written out for three reasons. Transposes fall on thin operands: ``uᵀ·dy`` and ``(gᵀ·x)ᵀ`` have R
+columns where automatic differentiation transposes the wide one. Kernels that share an input (q, k and v; gate and up)
+share the products with their ``A``. And gradients are added up in float32 whatever the compute dtype. For the backward
+pass are kept the input, ``x·A``, and the weights as they are: no copy in another dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+
+from sft_jax.models.remat import LOW_RANK, keep
+from sft_jax.typing import Array, Float
+
+
+class Adapter(NamedTuple):
+    """``x·a·b``, to be scaled."""
+
+    a: Float[Array, "in R"]
+    b: Float[Array, "R out"]
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class _Wanted:
+    """Which gradients are asked for."""
+
+    x: bool
+    kernels: tuple[bool, ...]
+    adapters: bool
+
+
+def project(
+    x: Float[Array, "*B in"],
+    kernels: Sequence[Float[Array, "in out"]],
+    adapters: Sequence[Adapter | None],
+    scales: Sequence[float],
+) -> list[Float[Array, "*B out"]]:
+    """``x·kernel + scale · (x·a)·b`` for each kernel, computed in the dtype of ``x``.
+
+    The gradient of a weight has the weight's dtype, and is computed only if it is asked for.
+    """
+
+    @jax.custom_vjp
+    def run(x: Array, kernels: Any, adapters: Any) -> list[Array]:
+        return _forward(x, kernels, adapters, scales)[0]
+
+    def forward(*primals: Any) -> tuple[list[Array], Any]:
+        is_primal = lambda node: hasattr(node, "perturbed")  # noqa: E731
+        x, kernels, adapters = jax.tree.map(lambda leaf: leaf.value, primals, is_leaf=is_primal)
+        asked = jax.tree.map(lambda leaf: leaf.perturbed, primals, is_leaf=is_primal)
+        wanted = _Wanted(asked[0], tuple(asked[1]), any(jax.tree.leaves(asked[2])))
+        out, low = _forward(x, kernels, adapters, scales)
+        return out, (x, kernels, adapters, low, wanted)
+
+    def backward(kept: Any, d_out: Any) -> tuple[Any, Any, Any]:
+        x, kernels, adapters, low, wanted = kept
+        return _backward(x, kernels, adapters, low, wanted, d_out, scales)
+
+    run.defvjp(forward, backward, symbolic_zeros=True)
+    return run(x, list(kernels), list(adapters))
+
+
+def low_rank(x: Float[Array, "*B in"], adapter: Adapter, scale: float) -> Float[Array, "*B out"]:
+    """``scale · (x·a)·b``: an adapter whose input is not that of its kernel."""
+    return _times(_times(x, adapter.a) * jnp.asarray(scale, x.dtype), adapter.b)
+
+
+def _forward(x: Array, kernels: Any, adapters: Any, scales: Sequence[float]) -> tuple[list[Array], list[Array | None]]:
+    """Products, and ``scale · x·a`` of each adapter."""
+    out = [_times(x, kernel) for kernel in kernels]
+    low: list[Array | None] = [None] * len(kernels)
+    present = [i for i, adapter in enumerate(adapters) if adapter is not None]
+    if present:
+        shared = keep(_times(x, jnp.concatenate([adapters[i].a for i in present], axis=1)), LOW_RANK)
+        at = 0
+        for i in present:
+            rank = adapters[i].a.shape[1]
+            scaled = shared[..., at : at + rank] * jnp.asarray(scales[i], x.dtype)
+            low[i], out[i] = scaled, out[i] + _times(scaled, adapters[i].b)
+            at += rank
+    return out, low
+
+
+def _backward(x: Array, kernels: Any, adapters: Any, low: Any, wanted: _Wanted, d_out: Any, scales: Sequence[float]):
+    d_out = [_instantiated(dy) for dy in d_out]
+    d_kernels = [
+        _outer(x, dy).astype(kernel.dtype) if asked else None
+        for kernel, dy, asked in zip(kernels, d_out, wanted.kernels, strict=True)
+    ]
+    d_x = sum(_times(dy, kernel, transposed=True) for kernel, dy in zip(kernels, d_out, strict=True))
+    d_adapters: list[Adapter | None] = [None] * len(kernels)
+    present = [i for i, adapter in enumerate(adapters) if adapter is not None]
+    if present:
+        d_low = [_times(d_out[i], adapters[i].b, transposed=True) * jnp.asarray(scales[i], x.dtype) for i in present]
+        shared = jnp.concatenate(d_low, axis=-1)
+        d_x += _times(shared, jnp.concatenate([adapters[i].a for i in present], axis=1), transposed=True)
+        if wanted.adapters:
+            # The barrier keeps the thin result as it is computed: else the transpose would move to the wide x.
+            d_a = lax.optimization_barrier(_outer(shared, x)).T
+            at = 0
+            for i in present:
+                rank = adapters[i].a.shape[1]
+                d_a_i, d_b_i = d_a[:, at : at + rank], _outer(low[i], d_out[i])
+                d_adapters[i] = Adapter(d_a_i.astype(adapters[i].a.dtype), d_b_i.astype(adapters[i].b.dtype))
+                at += rank
+    return (d_x if wanted.x else None), d_kernels, d_adapters
+
+
+def _times(x: Array, kernel: Array, transposed: bool = False) -> Array:
+    dims = (((x.ndim - 1,), (1 if transposed else 0,)), ((), ()))
+    return lax.dot_general(x, kernel.astype(x.dtype), dims)
+
+
+def _outer(x: Float[Array, "*B m"], y: Float[Array, "*B n"]) -> Float[Array, "m n"]:
+    """``Σ x ⊗ y`` over all positions, float32."""
+    positions = tuple(range(x.ndim - 1))
+    return lax.dot_general(x, y, ((positions, positions), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _instantiated(cotangent: Any) -> Array:
+    """The gradient of an output; zeros where nothing depends on it."""
+    if isinstance(cotangent, SymbolicZero):
+        aval: Any = cotangent.aval
+        return jnp.zeros(aval.shape, aval.dtype)
+    return cotangent

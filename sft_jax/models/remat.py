@@ -1,0 +1,35 @@
+"""What a layer keeps for its backward pass, and what is computed again (rematerialisation).
+
+Layers name what is expensive to make; a policy says which names are kept. Norms, rotations and activation functions are
+never kept: making them again costs less than writing and reading them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+from jax.ad_checkpoint import checkpoint_name as keep
+
+PRODUCT = "product"  # of activations with a weight matrix, or of two such products
+ATTENTION = "attention"  # what attention gives, and the log-sum-exp its backward pass starts from
+LOW_RANK = "low_rank"  # activations times the A of an adapter
+
+# from the fastest step to the smallest memory
+POLICIES = {
+    "none": None,  # keep everything
+    "dots": (PRODUCT, ATTENTION, LOW_RANK),  # no matrix product is computed twice
+    "attention": (ATTENTION, LOW_RANK),  # products with weights are computed again, attention is not
+    "full": (),  # keep the inputs of layers only
+}
+
+
+def rematerialised(layer: Callable, policy: str) -> Callable:
+    """A layer that keeps what ``policy`` (a key of :data:`POLICIES`) says, to be scanned over."""
+    names = POLICIES[policy]
+    if names is None:
+        return layer
+    return jax.checkpoint(layer, policy=jax.checkpoint_policies.save_only_these_names(*names), prevent_cse=False)
+
+
+__all__ = ["ATTENTION", "LOW_RANK", "POLICIES", "PRODUCT", "keep", "rematerialised"]
