@@ -33,6 +33,11 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "mlp": "tensor",
     "vocab": "tensor",
     "head_vocab": ("fsdp", "tensor"),  # the vocabulary where logits are made, with the model dimension whole
+    # of an adapter's matrices, whose moments and gradients would otherwise be whole on every device of fsdp
+    "adapter_embed": "fsdp",
+    "adapter_heads": ("tensor", "fsdp"),
+    "adapter_kv_heads": ("tensor", "fsdp"),
+    "adapter_mlp": ("tensor", "fsdp"),
     "rank": None,
     "norm": None,
 }
@@ -83,7 +88,7 @@ def check_heads(num_heads: int, mesh: Mesh) -> None:
 
 
 def partition_spec(axes: Sequence[str], shape: Sequence[int], mesh: Mesh | jax.sharding.AbstractMesh) -> PartitionSpec:
-    """Where each dimension lives. A dimension that its mesh axis does not divide is replicated.
+    """Where each dimension lives: on those of its mesh axes, from the first on, whose devices divide it.
 
     ``axes`` may be one shorter than ``shape``: stacked decoder layers carry one leading dimension more.
     """
@@ -91,11 +96,11 @@ def partition_spec(axes: Sequence[str], shape: Sequence[int], mesh: Mesh | jax.s
     assert len(axes) == len(shape), (axes, shape)
     placed = []
     for axis, size in zip(axes, shape, strict=True):
-        names = RULES[axis]
-        names = (names,) if isinstance(names, str) else names
-        splits = math.prod(mesh.shape[name] for name in names) if names else 1
-        placed.append(names if names and splits > 1 and size % splits == 0 else None)
-    return PartitionSpec(*(names[0] if names and len(names) == 1 else names for names in placed))
+        names = axis_names(axis, mesh)
+        while names and size % math.prod(mesh.shape[name] for name in names):
+            names = names[:-1]
+        placed.append(names)
+    return PartitionSpec(*(names[0] if len(names) == 1 else names or None for names in placed))
 
 
 def named_sharding(mesh: Mesh, axes: Sequence[str], shape: Sequence[int]) -> NamedSharding:

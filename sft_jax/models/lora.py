@@ -65,8 +65,9 @@ def attach_lora(model: Decoder, rank: int, alpha: float, targets: str | list[str
     for name in chosen:
         linear = modules[name]
         *stack, in_dim, out_dim = linear.kernel.shape
-        linear.lora_a = nnx.data(nnx.LoRAParam(jnp.zeros((*stack, in_dim, rank)), axes=(linear.axes[0], "rank")))
-        linear.lora_b = nnx.data(nnx.LoRAParam(jnp.zeros((*stack, rank, out_dim)), axes=("rank", linear.axes[1])))
+        inner, outer = (f"adapter_{axis}" for axis in linear.axes)
+        linear.lora_a = nnx.data(nnx.LoRAParam(jnp.zeros((*stack, in_dim, rank)), axes=(inner, "rank")))
+        linear.lora_b = nnx.data(nnx.LoRAParam(jnp.zeros((*stack, rank, out_dim)), axes=("rank", outer)))
         linear.lora_scale = alpha / rank
         linear.lora_dropout = dropout
     return chosen

@@ -116,8 +116,13 @@ def _backward(x: Array, kernels: Any, adapters: Any, low: Any, wanted: _Wanted, 
 
 
 def _times(x: Array, kernel: Array, transposed: bool = False) -> Array:
+    if kernel.dtype != x.dtype:
+        # Tied to x, because the compiler would move the conversion of a stack of layers out of the loop over them and
+        # hold a second copy of the model: 9,919 instead of 9,055 MiB a chip for Llama-3-8B on 16 TPU v5e.
+        one = 1.0 + 0.0 * x.reshape(-1)[0].astype(jnp.float32)
+        kernel = (kernel.astype(jnp.float32) * one).astype(x.dtype)
     dims = (((x.ndim - 1,), (1 if transposed else 0,)), ((), ()))
-    return lax.dot_general(x, kernel.astype(x.dtype), dims)
+    return lax.dot_general(x, kernel, dims)
 
 
 def _outer(x: Float[Array, "*B m"], y: Float[Array, "*B n"]) -> Float[Array, "m n"]:
