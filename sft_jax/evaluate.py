@@ -52,7 +52,9 @@ def evaluate(
     task = prepare(config, arch, run.tokenizer, stop_ids(run.base))
     say.task(task)
     token_table = config.lora is not None and not all(map(is_adapter, run.params))
-    split = build(arch, mesh, config.lora, config.model.dtype, "none", token_table)
+    split = build(
+        arch, mesh, config.lora, config.model.dtype, "none", token_table, quantization=config.model.quantization
+    )
     say.model(config, arch.family, split)
     base, frozen = load_weights(split, arch, run.reader, None, old_vocab_size, trained.training.seed)
     abstract = flatten(split.trainable)

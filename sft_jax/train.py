@@ -92,7 +92,7 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
     arch = dataclasses.replace(arch, vocab_size=max(arch.vocab_size, len(tokenizer)))
     check_heads(arch.num_heads, mesh)
     model, training = config.model, config.training
-    split = build(arch, mesh, config.lora, model.dtype, model.remat, token_table=num_added > 0)
+    split = build(arch, mesh, config.lora, model.dtype, model.remat, num_added > 0, quantization=model.quantization)
     reader = TensorReader(folder) if config.model.init == "pretrained" else None
     say.model(config, arch.family, split)
     latest = latest_step(run / "checkpoints")

@@ -17,6 +17,7 @@ from jax import lax
 from sft_jax.architecture import Architecture
 from sft_jax.models.attention import attention, cached_attention
 from sft_jax.models.cache import KeyValues
+from sft_jax.models.quantized import Weight, in_dtype, rows_of, times
 from sft_jax.models.rope import rotate, sin_cos
 from sft_jax.sharding import constrain
 from sft_jax.typing import Array, Float, Int
@@ -57,7 +58,7 @@ class Linear(nnx.Module):
         use_bias: bool = False,
     ):
         self.axes = axes
-        self.kernel = make.normal((*stack, in_dim, out_dim), axes)
+        self.kernel: Weight = make.normal((*stack, in_dim, out_dim), axes)
         self.bias: nnx.Param | None = nnx.data(make.zeros((*stack, out_dim), axes[1:]) if use_bias else None)
         self.lora_a: nnx.LoRAParam | None = nnx.data(None)
         self.lora_b: nnx.LoRAParam | None = nnx.data(None)
@@ -66,7 +67,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*B in"], dropout_key: Array | None = None) -> Float[Array, "*B out"]:
         """Computed in the dtype of ``x``; an adapter without a ``dropout_key`` has no dropout."""
-        y = x @ self.kernel[...].astype(x.dtype)
+        y = times(x, self.kernel)
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
         if self.lora_a is not None and self.lora_b is not None:
@@ -75,6 +76,10 @@ class Linear(nnx.Module):
                 x = jnp.where(keep, x / (1.0 - self.lora_dropout), jnp.zeros_like(x))
             y = y + (x @ self.lora_a[...].astype(x.dtype)) @ self.lora_b[...].astype(x.dtype) * self.lora_scale
         return y
+
+    def weight(self, dtype: Any) -> Float[Array, "in out"]:
+        """The kernel, ready to compute with."""
+        return in_dtype(self.kernel, dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -94,13 +99,17 @@ class Embedding(nnx.Module):
     """The token table ``[V, D]``."""
 
     def __init__(self, vocab_size: int, dim: int, make: Initializer):
-        self.embedding = make.normal((vocab_size, dim), ("vocab", "embed"))
+        self.embedding: Weight = make.normal((vocab_size, dim), ("vocab", "embed"))
 
     def __call__(self, ids: Int[Array, "B T"], dtype: Any) -> Float[Array, "B T D"]:
         # The table stays split along D: look up every row's slice of D, then trade slices of D for rows.
         ids = constrain(ids, "replica", "length")
-        x = constrain(self.embedding[...].at[ids].get(mode="clip").astype(dtype), "replica", "length", "embed")
+        x = constrain(rows_of(self.embedding, ids, dtype), "replica", "length", "embed")
         return constrain(x, "batch", "length", "activation")
+
+    def weight(self, dtype: Any) -> Float[Array, "V D"]:
+        """The table, ready to compute with."""
+        return in_dtype(self.embedding, dtype)
 
 
 class SelfAttention(nnx.Module):
@@ -233,8 +242,8 @@ class Decoder(nnx.Module):
     def head(self) -> Float[Array, "D V"]:
         """The output projection in the compute dtype: the transposed token table where the two are tied."""
         if self.lm_head is None:
-            return self.embed_tokens.embedding[...].astype(self.dtype).T
-        return self.lm_head.kernel[...].astype(self.dtype)
+            return self.embed_tokens.weight(self.dtype).T
+        return self.lm_head.weight(self.dtype)
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """All logits at once, float32. For generation and tests; training never materialises them."""
