@@ -145,8 +145,8 @@ def dequantize(arrays: Arrays, fmt: Format, dtype: jnp.dtype | type) -> Float[Ar
     if fmt.method == "int8":
         return _scaled(arrays["codes"].astype(jnp.float32), arrays["scales"], fmt.block).astype(dtype)
     packed = arrays["codes"]
-    levels = jnp.stack([_nf4_level(packed & jnp.uint8(15)), _nf4_level(packed >> jnp.uint8(4))], axis=-2)
-    levels = levels.reshape(*packed.shape[:-2], 2 * packed.shape[-2], packed.shape[-1])
+    codes = (packed[..., None, :] >> jnp.asarray([[0], [4]], jnp.uint8)) & jnp.uint8(15)
+    levels = _nf4_level(codes).reshape(fmt.weight_shape(packed.shape))
     return _scaled(levels, _scales(arrays, fmt), fmt.block).astype(dtype)
 
 
@@ -183,7 +183,7 @@ def _scales(arrays: Arrays, fmt: Format) -> Float[Array, "*L blocks out"]:
 
 
 def _nf4_level(codes: Int[Array, "*S"]) -> Float[Array, "*S"]:
-    """Levels by four rounds of selection, one for each bit: on a CPU as fast as a table, and it needs no gather."""
+    """Levels by four rounds of selection, one a bit: about as fast as a table on a CPU, and it needs no gather."""
     levels = [jnp.full((), level, jnp.float32) for level in NF4_LEVELS]
     for bit in range(4):
         is_set = (codes & jnp.uint8(1 << bit)) != 0
@@ -199,11 +199,12 @@ def _absmax(weight: Float[Array, "in out"], block: tuple[int, int]) -> Float[Arr
 def _scaled(
     values: Float[Array, "*L in out"], scales: Float[Array, "*L in/b out/c"], block: tuple[int, int]
 ) -> Float[Array, "*L in out"]:
-    """Each value times the scale of its block."""
-    *stack, in_dim, out_dim = values.shape
+    """Each value times the scale of its block.
+
+    The scales take the shape of the values, and not the other way round: devices may split a matrix within a block.
+    """
     rows, columns = block
-    blocks = values.reshape(*stack, in_dim // rows, rows, out_dim // columns, columns)
-    return (blocks * scales[..., :, None, :, None]).reshape(values.shape)
+    return values * jnp.repeat(jnp.repeat(scales, rows, axis=-2), columns, axis=-1)
 
 
 def _reciprocal(x: Float[Array, "*S"]) -> Float[Array, "*S"]:
