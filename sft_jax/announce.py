@@ -17,6 +17,8 @@ from sft_jax.models.lora import Split
 from sft_jax.training.compilation import CompiledStep
 from sft_jax.tree import Params, flatten
 
+_TABLES = {("embed_tokens", "embedding"): "token table", ("lm_head", "kernel"): "output head"}
+
 
 class Announcer:
     """Lines of ``name  text`` on standard error, from one process only."""
@@ -95,15 +97,27 @@ class Announcer:
         def count(params: Params) -> int:
             return sum(leaf.size for leaf in flatten(params).values())
 
+        frozen = {path: leaf for path, leaf in split.base().items() if path not in flatten(split.trainable)}
+        num_frozen = sum(leaf.size for leaf in frozen.values())
         lora = config.lora
         kind = "full fine-tuning" if lora is None else f"LoRA rank {lora.rank}, alpha {lora.alpha:g}"
         labels = ", ".join(f"{count} {label}" for label, count in sorted(Counter(split.labels.values()).items()))
         self(
             "model",
-            f"{family}, {kind}: {count(split.trainable):,} trained (float32), {count(split.frozen):,} frozen; "
-            f"leaves {labels}",
+            f"{family}, {kind}: {count(split.trainable):,} trained (float32), {num_frozen:,} frozen; leaves {labels}",
         )
+        if split.quantized:
+            size = sum(leaf.size * leaf.dtype.itemsize for leaf in flatten(split.frozen).values())
+            tables = [what for path, what in _TABLES.items() if path in split.quantized]
+            kept = f"{' and '.join(tables)} int8" if tables else "token table as it is, because it is trained"
+            blocks = sorted({leaf.fmt.block[0] for path, leaf in split.quantized.items() if path[0] == "layers"})
+            blocks = f"{config.model.quantization} in blocks of {' and '.join(map(str, blocks))} inputs"
+            self("base", f"{blocks}, {kept}: {_bytes(size)}, {size / (2 * num_frozen):.2f} of bfloat16")
         self("compute", f"{config.model.dtype}, attention {kernel}")
+
+
+def _bytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
 
 
 def _origin(report: Report) -> str:

@@ -35,12 +35,20 @@ class ModelConfig:
     init: str = "pretrained"  # random: pretraining from config.json
     attention: str = "auto"  # the fastest kernel that can express the mask here, or splash | cudnn | xla
     remat: str = "auto"  # what is kept for the backward pass: the fastest of dots | attention | full that fits, or none
+    quantization: str | None = None  # of the frozen base under LoRA: int8 | nf4 (QLoRA)
 
     def __post_init__(self) -> None:
         _one_of(self.dtype, "model.dtype", ("bfloat16", "float32"))
         _one_of(self.init, "model.init", ("pretrained", "random"))
         _one_of(self.attention, "model.attention", ("auto", "splash", "cudnn", "xla"))
         _one_of(self.remat, "model.remat", ("auto", "full", "attention", "dots", "none"))
+        if self.quantization is not None:
+            _one_of(self.quantization, "model.quantization", ("int8", "nf4"))
+            _require(
+                self.init == "pretrained",
+                "model.quantization",
+                "random weights are trained, and only frozen ones can be quantised; set model.quantization: null",
+            )
 
 
 @dataclass(frozen=True)
@@ -267,6 +275,11 @@ class Config:
             self.model.init == "pretrained" or self.lora is None,
             "model.init",
             "random weights cannot be the frozen base of an adapter; set lora: null",
+        )
+        _require(
+            self.model.quantization is None or self.lora is not None,
+            "model.quantization",
+            "only a frozen base can be quantised, and without lora all weights are trained; set lora, or null here",
         )
         _require(
             not self.evaluation.at_end or len(self.data.eval) > 0,

@@ -54,7 +54,16 @@ def evaluate(
     say.task(task)
     token_table = config.lora is not None and not all(map(is_adapter, run.params))
     kernel = choose_kernel(config.model.attention, mesh, arch, config.model.dtype, config.data.max_length)
-    split = build(arch, mesh, config.lora, config.model.dtype, "none", token_table, kernel=kernel)
+    split = build(
+        arch,
+        mesh,
+        config.lora,
+        config.model.dtype,
+        "none",
+        token_table,
+        kernel=kernel,
+        quantization=config.model.quantization,
+    )
     say.model(config, arch.family, split, kernel)
     base, frozen = load_weights(split, arch, run.reader, None, old_vocab_size, trained.training.seed)
     abstract = flatten(split.trainable)

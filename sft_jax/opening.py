@@ -22,7 +22,7 @@ from sft_jax.hf.peft import load_adapter, read_adapter_config, token_rows
 from sft_jax.hf.reader import TensorReader
 from sft_jax.hf.tokenizer import load_tokenizer
 from sft_jax.inference.generator import Generator
-from sft_jax.models.lora import Split
+from sft_jax.models.lora import Split, is_adapter
 from sft_jax.runs import is_run, open_run
 from sft_jax.sharding import check_heads, make_mesh
 from sft_jax.training.weights import build
@@ -32,7 +32,7 @@ from sft_jax.tree import Path as LeafPath
 
 @dataclass(frozen=True)
 class Opened:
-    """A network with its weights in place: adapters in float32, everything else in the compute dtype."""
+    """A network with its weights in place: adapters in float32, all else in the compute dtype or quantised."""
 
     description: str  # what was opened, for people
     arch: Architecture
@@ -84,7 +84,7 @@ def open_model(
     arch = read_architecture(found)
     dtype = dtype or _file_dtype(found)
     split = build(arch, mesh, None, dtype, remat="none", full=False)
-    frozen = _place(split.frozen, arch, TensorReader(found), {}, arch.vocab_size)
+    frozen = _place(split, arch, TensorReader(found), {}, arch.vocab_size)
     stops = _with_eos(stop_ids(found), tokenizer)
     return Opened(f"{name}, {arch.family}, {dtype}", arch, tokenizer, mesh, split, {}, frozen, stops)
 
@@ -96,14 +96,15 @@ def _open_run(folder: Path, step: int | None, dtype: str | None, mesh: Mesh) -> 
     arch = dataclasses.replace(arch, vocab_size=run.vocab_size)
     check_heads(arch.num_heads, mesh)
     dtype = dtype or run.config.model.dtype
-    split = build(arch, mesh, run.config.lora, dtype, remat="none", full=False)
-    frozen = _place(split.frozen, arch, run.reader, run.params, old_vocab_size)
+    quantization = run.config.model.quantization
+    token_table = quantization is not None and not all(map(is_adapter, run.params))  # trained, so it is not quantised
+    split = build(arch, mesh, run.config.lora, dtype, "none", token_table, full=False, quantization=quantization)
+    frozen = _place(split, arch, run.reader, run.params, old_vocab_size)
     adapter = {path: _put(run.params[path], leaf) for path, leaf in flatten(split.trainable).items()}
     stops = list(dict.fromkeys([*run.stop_ids, *_with_eos(stop_ids(run.base), run.tokenizer)]))
     what = f"{folder} at step {run.step}, {'full fine-tuning' if run.config.lora is None else 'LoRA'} of "
-    return Opened(
-        f"{what}{run.config.model.path}, {dtype}", arch, run.tokenizer, mesh, split, unflatten(adapter), frozen, stops
-    )
+    base = f"{run.config.model.path}, {dtype}" + (f", base in {quantization}" if quantization else "")
+    return Opened(f"{what}{base}", arch, run.tokenizer, mesh, split, unflatten(adapter), frozen, stops)
 
 
 def _open_adapter(folder: Path, base: str | None, dtype: str | None, mesh: Mesh) -> Opened:
@@ -122,7 +123,7 @@ def _open_adapter(folder: Path, base: str | None, dtype: str | None, mesh: Mesh)
     tables = {path: leaf for path, leaf in flatten(split.frozen).items() if path[0] in ("embed_tokens", "lm_head")}
     wanted = flatten(split.trainable) | tables
     given = load_adapter(str(folder), wanted, arch.num_layers, config.rank, config.alpha)
-    frozen = _place(split.frozen, arch, TensorReader(found), given, old_vocab_size)
+    frozen = _place(split, arch, TensorReader(found), given, old_vocab_size)
     adapter = unflatten({path: given[path] for path in flatten(split.trainable)})
     stops = _with_eos(stop_ids(folder) or stop_ids(found), tokenizer)
     return Opened(
@@ -138,14 +139,14 @@ def _open_adapter(folder: Path, base: str | None, dtype: str | None, mesh: Mesh)
 
 
 def _place(
-    abstract: Params, arch: Architecture, reader: TensorReader | None, given: dict[LeafPath, Any], old_vocab_size: int
+    split: Split, arch: Architecture, reader: TensorReader | None, given: dict[LeafPath, Any], old_vocab_size: int
 ) -> Params:
-    """Base leaves in place: those given as they are, the others from the files."""
-    leaves = flatten(abstract)
+    """Frozen leaves in place: those given as they are, the others from the files."""
+    leaves, base = flatten(split.frozen), split.base()
     loaded = {path: _put(given[path], leaf) for path, leaf in leaves.items() if path in given}
-    wanted = leaves.keys() - loaded.keys()
+    wanted = base.keys() - loaded.keys() - flatten(split.trainable).keys()
     if reader is not None:
-        loaded |= load_params(reader, leaves, wanted, arch.num_layers, arch.tie_word_embeddings, old_vocab_size)
+        loaded |= load_params(reader, base, wanted, arch.num_layers, arch.tie_word_embeddings, old_vocab_size)
     return unflatten({path: loaded[path] for path in leaves})
 
 

@@ -97,7 +97,16 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
     check_heads(arch.num_heads, mesh)
     model, training = config.model, config.training
     kernel = choose_kernel(model.attention, mesh, arch, model.dtype, config.data.max_length)
-    network = partial(build, arch, mesh, config.lora, model.dtype, token_table=num_added > 0, kernel=kernel)
+    network = partial(
+        build,
+        arch,
+        mesh,
+        config.lora,
+        model.dtype,
+        token_table=num_added > 0,
+        kernel=kernel,
+        quantization=model.quantization,
+    )
     split = network(remat="full")
     reader = TensorReader(folder) if config.model.init == "pretrained" else None
     say.model(config, arch.family, split, kernel)

@@ -34,6 +34,8 @@ def model_card(config: Config, form: str, step: int, metrics: list[dict[str, Any
     method = (
         f"LoRA, rank {lora.rank}, alpha {lora.alpha:g}, on {_targets(lora.target_modules)}" if lora else "all weights"
     )
+    if config.model.quantization:
+        method += f", beside a base in {config.model.quantization}"
     rows = {
         "base model": f"`{base_name}` ({dtype})",
         "method": method,

@@ -21,6 +21,7 @@ from sft_jax.models.attention.kernel import XLA, Kernel, attention
 from sft_jax.models.cache import KeyValues
 from sft_jax.models.head import Head
 from sft_jax.models.projection import Adapter, low_rank, project
+from sft_jax.models.quantized import Weight, gathered_matrix, matrix_of, rows_of
 from sft_jax.models.remat import PRODUCT, keep, rematerialised
 from sft_jax.models.rope import rotate, sin_cos
 from sft_jax.sharding import constrain
@@ -59,7 +60,7 @@ class Linear(nnx.Module):
         use_bias: bool = False,
     ):
         self.axes = axes
-        self.kernel = make.normal((*stack, in_dim, out_dim), axes)
+        self.kernel: Weight = make.normal((*stack, in_dim, out_dim), axes)
         self.bias: nnx.Param | None = nnx.data(make.zeros((*stack, out_dim), axes[1:]) if use_bias else None)
         self.lora_a: nnx.LoRAParam | None = nnx.data(None)
         self.lora_b: nnx.LoRAParam | None = nnx.data(None)
@@ -80,7 +81,7 @@ class Linear(nnx.Module):
 def linear(x: Float[Array, "*B in"], layers: list[Linear], dropout_key: Array | None = None) -> list[Array]:
     """Several layers of one input, which share its products with their adapters."""
     adapters = [layer.adapter() for layer in layers]
-    kernels, scales = [layer.kernel[...] for layer in layers], [layer.lora_scale for layer in layers]
+    kernels, scales = [gathered_matrix(layer.kernel) for layer in layers], [layer.lora_scale for layer in layers]
     dropped = [dropout_key is not None and layer.lora_dropout > 0 and layer.adapter() is not None for layer in layers]
     if dropout_key is None or not any(dropped):
         outs = project(x, kernels, adapters, scales)
@@ -114,12 +115,12 @@ class Embedding(nnx.Module):
     """The token table ``[V, D]``."""
 
     def __init__(self, vocab_size: int, dim: int, make: Initializer):
-        self.embedding = make.normal((vocab_size, dim), ("vocab", "embed"))
+        self.embedding: Weight = make.normal((vocab_size, dim), ("vocab", "embed"))
 
     def __call__(self, ids: Int[Array, "B T"], dtype: Any) -> Float[Array, "B T D"]:
         # The table stays split along D: look up every row's slice of D, then trade slices of D for rows.
         ids = constrain(ids, "replica", "length")
-        x = constrain(self.embedding[...].at[ids].get(mode="clip").astype(dtype), "replica", "length", "embed")
+        x = constrain(rows_of(self.embedding, ids, dtype), "replica", "length", "embed")
         return constrain(x, "batch", "length", "activation")
 
 
@@ -268,8 +269,8 @@ class Decoder(nnx.Module):
     def head(self) -> Head:
         """The output projection: the token table where the two are tied."""
         if self.lm_head is None:
-            return Head(self.embed_tokens.embedding[...], vocab_dim=0, dtype=self.dtype)
-        return Head(self.lm_head.kernel[...], vocab_dim=1, dtype=self.dtype)
+            return Head(matrix_of(self.embed_tokens.embedding), vocab_dim=0, dtype=self.dtype)
+        return Head(matrix_of(self.lm_head.kernel), vocab_dim=1, dtype=self.dtype)
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """All logits at once, float32. For generation and tests; training never materialises them."""

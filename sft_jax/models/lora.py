@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -18,8 +18,9 @@ from jax.sharding import Mesh
 
 from sft_jax.errors import UserError
 from sft_jax.models.decoder import Decoder, Linear
+from sft_jax.models.quantized import QuantizedLeaf, QuantizedParam, quantized_leaves
 from sft_jax.sharding import named_sharding
-from sft_jax.tree import Params, Path, unflatten
+from sft_jax.tree import Params, Path, flatten, unflatten
 from sft_jax.typing import Array
 
 FROZEN = "frozen"
@@ -32,8 +33,17 @@ class Split:
 
     graphdef: Any
     trainable: Params  # float32
-    frozen: Params  # compute dtype
+    frozen: Params  # compute dtype; the arrays of quantised weights have their own
     labels: dict[Path, str]  # of every leaf, trainable and frozen
+    quantized: dict[Path, QuantizedLeaf] = field(default_factory=dict)  # by the weight's path, which is no leaf's
+
+    def base(self) -> dict[Path, jax.ShapeDtypeStruct | QuantizedLeaf]:
+        """Everything but adapters: what a base model's files hold."""
+        leaves = flatten(self.trainable) | flatten(self.frozen)
+        plain = {
+            path: leaf for path, leaf in leaves.items() if not is_adapter(path) and path[:-1] not in self.quantized
+        }
+        return plain | self.quantized
 
     def merge(self, trainable: Params, frozen: Params) -> Decoder:
         """The network back, with real (or traced) leaves."""
@@ -76,7 +86,8 @@ def attach_lora(model: Decoder, rank: int, alpha: float, targets: str | list[str
 def split_params(model: Decoder, mesh: Mesh, full: bool, token_table: bool = False) -> Split:
     """Label every leaf and separate the trainable ones; ``model`` comes from ``nnx.eval_shape``.
 
-    Trainable leaves become float32 (small updates vanish in bfloat16), frozen ones take the compute dtype.
+    Trainable leaves become float32 (small updates vanish in bfloat16), frozen ones take the compute dtype unless they
+    are quantised.
 
     Args:
         full: train every base weight; otherwise only adapters are.
@@ -88,6 +99,8 @@ def split_params(model: Decoder, mesh: Mesh, full: bool, token_table: bool = Fal
 
     def place(path: Path, variable: Any) -> jax.ShapeDtypeStruct:
         dtype = model.dtype if labels[path] == FROZEN else jnp.float32
+        if isinstance(variable, QuantizedParam):
+            dtype = variable.dtype
         sharding = named_sharding(mesh, variable.get_metadata("axes"), variable.shape)
         return jax.ShapeDtypeStruct(variable.shape, dtype, sharding=sharding)
 
@@ -95,7 +108,7 @@ def split_params(model: Decoder, mesh: Mesh, full: bool, token_table: bool = Fal
     graphdef, *_ = nnx.split(model, lambda path, _: labels[tuple(map(str, path))] != FROZEN, ...)
     trainable = {path: leaf for path, leaf in abstract.items() if labels[path] != FROZEN}
     frozen = {path: leaf for path, leaf in abstract.items() if labels[path] == FROZEN}
-    return Split(graphdef, unflatten(trainable), unflatten(frozen), labels)
+    return Split(graphdef, unflatten(trainable), unflatten(frozen), labels, quantized_leaves(model, abstract))
 
 
 def init_adapter(abstract: dict[Path, jax.ShapeDtypeStruct], key: Array) -> dict[Path, Array]:
@@ -129,6 +142,9 @@ def _label(path: Path, variable: nnx.Variable, full: bool, token_table: bool) ->
         assert path[-1] in ("lora_a", "lora_b"), path
         return path[-1]
     assert isinstance(variable, nnx.Param), f"no label for {'.'.join(path)} of type {type(variable).__name__}"
+    if isinstance(variable, QuantizedParam):
+        assert not full, f"{'.'.join(path)} is quantised and cannot be trained"
+        return FROZEN
     if not full and not (token_table and path[0] in ("embed_tokens", "lm_head")):
         return FROZEN
     return "full_no_decay" if path[-1] in ("scale", "bias") else "full"

@@ -20,6 +20,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from sft_jax.models.head import Head, capped
+from sft_jax.models.quantized import Matrix, in_dtype
 from sft_jax.sharding import axis_names, current_mesh, partition_spec
 from sft_jax.typing import Array, Bool, Float, Int
 
@@ -70,19 +71,22 @@ def masked_cross_entropy(
 
     # A closure: what is not an array has no place among the arguments of a differentiable function.
     @jax.custom_vjp
-    def fused(hidden: Array, weight: Array, targets: Array, mask: Array) -> tuple[Array, TokenLosses]:
+    def fused(hidden: Array, weight: Matrix, targets: Array, mask: Array) -> tuple[Array, TokenLosses]:
         loss, tokens, _, _ = _over_devices((hidden, weight, targets, mask), head, terms, chunk, (False, False))
         return loss, tokens
 
     def forward(*primals: Any) -> tuple[tuple[Array, TokenLosses], Any]:
-        wanted = (primals[0].perturbed, primals[1].perturbed)
-        loss, tokens, *gradients = _over_devices(tuple(p.value for p in primals), head, terms, chunk, wanted)
+        is_primal = lambda node: hasattr(node, "perturbed")  # noqa: E731
+        values = jax.tree.map(lambda leaf: leaf.value, primals, is_leaf=is_primal)
+        trained = any(leaf.perturbed for leaf in jax.tree.leaves(primals[1], is_leaf=is_primal))
+        loss, tokens, *gradients = _over_devices(values, head, terms, chunk, (primals[0].perturbed, trained))
         return (loss, tokens), gradients
 
     def backward(gradients: Any, cotangents: Any) -> tuple[Array | None, Array | None, None, None]:
+        dtypes = (hidden.dtype, jax.tree.leaves(head.weight)[0].dtype)
         d_hidden, d_weight = (
             None if gradient is None else (gradient.astype(jnp.float32) * cotangents[0]).astype(dtype)
-            for gradient, dtype in zip(gradients, (hidden.dtype, head.weight.dtype), strict=True)
+            for gradient, dtype in zip(gradients, dtypes, strict=True)
         )
         return d_hidden, d_weight, None, None
 
@@ -99,10 +103,11 @@ def chunk_size(num_positions: int, logits_per_position: int) -> int:
     return 2 ** int(math.log2(fitting))
 
 
-def _over_devices(arrays: tuple[Array, ...], head: Head, terms: Terms, chunk: int | None, wanted: tuple[bool, bool]):
+def _over_devices(arrays: tuple[Any, ...], head: Head, terms: Terms, chunk: int | None, wanted: tuple[bool, bool]):
     """:func:`_on_device` on the whole batch, or on each device's part of batch and vocabulary."""
     hidden, weight, targets, mask = arrays
-    weight = weight.astype(head.dtype)
+    if isinstance(weight, jax.Array):
+        weight = weight.astype(head.dtype)  # before it travels
     mesh = current_mesh()
     if mesh is None:
         return _on_device((hidden, weight, targets, mask), head, terms, chunk, wanted, _Axes())
@@ -110,7 +115,8 @@ def _over_devices(arrays: tuple[Array, ...], head: Head, terms: Terms, chunk: in
     # The model dimension is whole here: the weight is resharded, by an exchange of as much as a device holds.
     vocab = axis_names("head_vocab", mesh)
     missing = -head.vocab_size % math.prod(mesh.shape[name] for name in vocab)
-    weight = jnp.pad(weight, [(0, missing if dim == head.vocab_dim else 0) for dim in range(2)])
+    padding = [(0, missing if dim == head.vocab_dim else 0) for dim in range(2)]
+    weight = jax.tree.map(lambda x: jnp.pad(x, padding), weight)
     rows = partition_spec(("batch", "length"), targets.shape, mesh)
     tokens = (rows[0],) if isinstance(rows[0], str) else rows[0] or ()
     axes = _Axes(
@@ -123,7 +129,7 @@ def _over_devices(arrays: tuple[Array, ...], head: Head, terms: Terms, chunk: in
     of_weight = PartitionSpec(*(vocab or None if dim == head.vocab_dim else None for dim in range(2)))
     of_hidden = PartitionSpec(*rows, None)
 
-    def part(*local: Array):
+    def part(*local: Any):
         return _on_device(local, head, terms, chunk, wanted, axes)
 
     loss, found, d_hidden, d_weight = jax.shard_map(
@@ -149,10 +155,11 @@ class _Axes:
 
 
 def _on_device(
-    arrays: tuple[Array, ...], head: Head, terms: Terms, chunk: int | None, wanted: tuple[bool, bool], axes: _Axes
+    arrays: tuple[Any, ...], head: Head, terms: Terms, chunk: int | None, wanted: tuple[bool, bool], axes: _Axes
 ) -> tuple[Array, TokenLosses, Array | None, Array | None]:
     """A device's rows against its columns of the head, in as many chunks as there are targets for."""
     hidden, weight, targets, mask = arrays
+    weight = in_dtype(weight, head.dtype)
     dim, local_vocab = hidden.shape[-1], weight.shape[head.vocab_dim]
     columns = jnp.arange(local_vocab)[None]
     if axes.vocab:

@@ -15,6 +15,7 @@ from sft_jax.hf.reader import TensorReader
 from sft_jax.models.attention.kernel import Kernel, any_length_kernel
 from sft_jax.models.decoder import Decoder
 from sft_jax.models.lora import Split, attach_lora, init_adapter, is_adapter, split_params
+from sft_jax.models.quantized import attach_quantization
 from sft_jax.tree import Params, Path, flatten, unflatten
 from sft_jax.typing import Array
 
@@ -28,6 +29,7 @@ def build(
     token_table: bool = False,
     full: bool | None = None,
     kernel: Kernel | None = None,
+    quantization: str | None = None,
 ) -> Split:
     """The network, taken apart into trainable and frozen leaves; nothing is allocated.
 
@@ -38,9 +40,10 @@ def build(
         token_table: train token table and output head besides adapters.
         full: train every base weight; by default where there are no adapters.
         kernel: of attention; by default one that takes rows of any length.
+        quantization: how frozen matrices are kept, ``nf4`` or ``int8``; None for ``dtype``. Trained ones are not.
 
     Raises:
-        UserError: a LoRA target that matches nothing.
+        UserError: a LoRA target that matches nothing, a layer that cannot be quantised.
     """
 
     def network() -> Decoder:
@@ -48,6 +51,8 @@ def build(
         model = Decoder(arch, jax.random.key(0), jnp.dtype(dtype), remat, attention)
         if lora is not None:
             attach_lora(model, lora.rank, lora.alpha, lora.target_modules, lora.dropout)
+        if quantization is not None:
+            attach_quantization(model, quantization, tables=not token_table)
         return model
 
     return split_params(
@@ -77,15 +82,17 @@ def load_weights(
     Raises:
         UserError: a tensor is missing, has the wrong shape or no place; an adapter that does not fit.
     """
-    trainable, frozen = flatten(split.trainable), flatten(split.frozen)
+    trainable, frozen, base = flatten(split.trainable), flatten(split.frozen), split.base()
     adapter = {path: leaf for path, leaf in trainable.items() if is_adapter(path)}
-    base = {path: leaf for path, leaf in (trainable | frozen).items() if path not in adapter}
-    wanted = {"all": base, "frozen": frozen, "trainable": base.keys() - frozen.keys()}[part]
+    trained = base.keys() & trainable.keys()
+    wanted = {"all": base.keys(), "frozen": base.keys() - trained, "trainable": trained}[part]
     key = jax.random.key(seed)
     if reader is not None:
         loaded = load_params(reader, base, wanted, arch.num_layers, arch.tie_word_embeddings, old_vocab_size)
     else:
-        loaded = _random_weights(arch, {path: base[path] for path in wanted}, key)
+        assert not split.quantized, "random weights are trained"
+        leaves = trainable | frozen
+        loaded = _random_weights(arch, {path: leaves[path] for path in wanted}, key)
     if part != "frozen" and lora is not None and lora.init_from is not None:
         loaded |= load_adapter(lora.init_from, trainable, arch.num_layers, lora.rank, lora.alpha)
     elif part != "frozen" and adapter:

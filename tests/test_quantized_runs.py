@@ -1,0 +1,111 @@
+"""Whole runs on a quantised base, and all that opens them."""
+
+import re
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from kit import conversations, losses, make_model, one_device, run_config, write_jsonl
+from safetensors.numpy import load_file
+
+from sft_jax.config import MeshConfig, SourceConfig
+from sft_jax.evaluate import evaluate
+from sft_jax.export import export
+from sft_jax.opening import open_model
+from sft_jax.score import score
+from sft_jax.train import train
+from sft_jax.tree import flatten
+
+METHODS = pytest.mark.parametrize("method", ["nf4", "int8"])
+
+
+@METHODS
+def test_a_run_on_eight_devices_is_a_run_on_one(chats, tmp_path, method):
+    sizes = {"hidden_size": 192, "intermediate_size": 320, "head_dim": 48}
+    base = make_model(tmp_path / "base", tie_word_embeddings=False, **sizes)
+
+    def run(name, devices=None, **changes):
+        config = run_config(base, chats, tmp_path / name, model__quantization=method, training__batch_size=8, **changes)
+        train(config, devices)
+        return losses(tmp_path / name)
+
+    one = run("one", one_device())
+    np.testing.assert_allclose(run("eight", mesh=MeshConfig(data=2, fsdp=2, tensor=2)), one, rtol=1e-5)
+    assert one[-1] < one[0]
+
+
+@METHODS
+def test_a_quantised_run_and_all_that_opens_it(tiny, chats, tmp_path, capsys, method):
+    """Training, resuming, evaluating, scoring and generating on the base in the same few bits."""
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", conversations(6, seed=9))
+    changes = {
+        "model__quantization": method,
+        "data__eval": [SourceConfig(path=str(held_out))],
+        "training__save_every": 3,
+        "evaluation__max_new_tokens": 4,
+    }
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    last = train(run_config(tiny, chats, run, training__max_steps=6, **changes), one_device())
+    said = capsys.readouterr().err
+    assert re.search(
+        rf"base  {method} in blocks of 48( and 56)?( and 112)? inputs, token table int8: [\d.]+ MB, 0\.\d\d", said
+    )
+    train(run_config(tiny, chats, whole, training__max_steps=6, **changes), one_device())
+    for step in (run / "checkpoints").iterdir():
+        if step.name == "6":
+            step.rename(tmp_path / "later")
+    train(run_config(tiny, chats, run, training__max_steps=6, **changes), one_device())
+    assert losses(run) == losses(whole)
+
+    summary = evaluate(run_config(tiny, chats, run, **changes), devices=one_device()).summary
+    assert summary["tuned"]["loss"] == pytest.approx(last["eval_loss"], rel=1e-5)
+    opened = open_model(str(run), devices=one_device())
+    assert f"base in {method}" in opened.description
+    leaves = flatten(opened.frozen)
+    assert leaves["layers", "mlp", "up_proj", "kernel", "codes"].dtype == ("uint8" if method == "nf4" else "int8")
+    rows = [{"prompt": "seven river", "responses": ["bridge", "market garden"]}]
+    assert all(np.isfinite(one.log_likelihood) for one in score(opened, rows))
+    assert len(opened.generator()(opened.adapter, opened.frozen, [[5, 6, 7]], 4)[0].ids) <= 4
+
+
+@METHODS
+def test_exports_go_with_the_unquantised_base(tiny, chats, tmp_path, method):
+    torch = pytest.importorskip("torch")
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    run = tmp_path / "run"
+    train(run_config(tiny, chats, run, model__quantization=method), one_device())
+    export(run, tmp_path / "adapter")
+    export(run, tmp_path / "merged", "merged")
+    before, after = (load_file(folder / "model.safetensors") for folder in (tiny, tmp_path / "merged"))
+    adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    for name, weight in after.items():
+        update = 0.0
+        if f"base_model.model.{name[:-7]}.lora_A.weight" in adapter:
+            a, b = (adapter[f"base_model.model.{name[:-7]}.lora_{x}.weight"] for x in "AB")
+            update = 2.0 * b @ a
+            assert np.abs(update).max() > 0
+        np.testing.assert_allclose(weight, before[name] + update, atol=1e-6, err_msg=name)
+    ids = torch.tensor(np.random.default_rng(0).integers(0, 380, (2, 60)))
+    with torch.no_grad():
+        logits = [
+            load.from_pretrained(tmp_path / name).eval()(ids).logits.numpy()
+            for load, name in ((AutoPeftModelForCausalLM, "adapter"), (AutoModelForCausalLM, "merged"))
+        ]
+    np.testing.assert_allclose(*logits, atol=1e-4)
+    assert f"beside a base in {method}" in (tmp_path / "merged" / "README.md").read_text()
+
+
+@METHODS
+def test_a_trained_token_table_is_not_quantised(tiny, chats, tmp_path, capsys, method):
+    changes = {"model__quantization": method, "data__added_tokens": ["<|new|>"]}
+    train(run_config(tiny, chats, tmp_path / "run", **changes), one_device())
+    assert "token table as it is" in capsys.readouterr().err
+    opened = open_model(str(tmp_path / "run"), devices=one_device())
+    assert ("embed_tokens", "embedding") not in opened.split.quantized
+    assert flatten(opened.adapter)["embed_tokens", "embedding"].dtype == jnp.float32
+    assert opened.split.merge(opened.adapter, opened.frozen).head().vocab_size == 385
+    export(tmp_path / "run", tmp_path / "adapter")
+    with_adapter = open_model(str(tmp_path / "adapter"), devices=one_device())
+    assert with_adapter.arch.vocab_size == 385
