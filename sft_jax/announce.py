@@ -14,7 +14,7 @@ from sft_jax.data.prepare import Prepared
 from sft_jax.evaluation.compare import Task
 from sft_jax.models.attention.kernel import Kernel
 from sft_jax.models.lora import Split
-from sft_jax.training.compilation import CompiledStep
+from sft_jax.training.compilation import Compiled
 from sft_jax.tree import Params, flatten
 
 _TABLES = {("embed_tokens", "embedding"): "token table", ("lm_head", "kernel"): "output head"}
@@ -77,19 +77,19 @@ class Announcer:
         if plan.num_steps == 0:
             self("plan", "no steps")
             return
-        slots = (len(plan.rows) - 1) * config.data.max_length
-        filled = int(examples.slots[plan.items].sum()) / slots
-        packing = "packed" if config.data.packing else "one example a row"
-        rows = f"{config.training.batch_size} rows × {config.data.max_length} slots"
+        filled = int(examples.slots[plan.items].sum()) / plan.num_slots
+        packing = "packed" if config.data.packing else "one example a row, similar lengths together"
+        lengths = " or ".join(str(length) for length in sorted(set(plan.lengths.tolist())))
+        rows = f"{config.training.batch_size} rows × {lengths} slots"
         self(
             "plan",
             f"{plan.num_steps:,} steps of {rows}, {len(plan.epoch_ends)} epoch(s), {packing}, {filled:.1%} filled",
         )
 
-    def compiled(self, step: CompiledStep) -> None:
+    def compiled(self, step: Compiled) -> None:
         """How long it took, what is kept for the backward pass, and the memory that takes."""
         memory = "" if step.temp_bytes is None else f", {step.temp_bytes / 2**20:,.0f} MiB beside weights and state"
-        self("compiled", f"the step in {step.seconds:.1f} s; remat {step.remat}{memory}")
+        self("compiled", f"rows of {step.row_length} in {step.seconds:.1f} s; remat {step.remat}{memory}")
 
     def model(self, config: Config, family: str, split: Split, kernel: Kernel) -> None:
         """What is trained, in which dtype, and which attention kernel computes it."""

@@ -20,6 +20,7 @@ from sft_jax.report import table
 from sft_jax.report.write import write_report
 from sft_jax.runs import open_run
 from sft_jax.sharding import check_batch, check_heads, make_mesh
+from sft_jax.training.compilation import keep_programs
 from sft_jax.training.weights import build, load_weights
 from sft_jax.tree import flatten, unflatten
 
@@ -46,6 +47,7 @@ def evaluate(
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
     check_batch(config.training.batch_size, config.training.gradient_accumulation_steps, mesh)
     say.mesh(mesh)
+    keep_programs(mesh.devices.flat[0])
     arch = read_architecture(run.base)
     old_vocab_size = arch.vocab_size
     arch = dataclasses.replace(arch, vocab_size=run.vocab_size)

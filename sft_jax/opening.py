@@ -25,6 +25,7 @@ from sft_jax.inference.generator import Generator
 from sft_jax.models.lora import Split, is_adapter
 from sft_jax.runs import is_run, open_run
 from sft_jax.sharding import check_heads, make_mesh
+from sft_jax.training.compilation import keep_programs
 from sft_jax.training.weights import build
 from sft_jax.tree import Params, flatten, unflatten
 from sft_jax.tree import Path as LeafPath
@@ -69,6 +70,7 @@ def open_model(
     """
     folder = Path(name).expanduser()
     mesh = make_mesh(devices=devices)
+    keep_programs(mesh.devices.flat[0])
     if is_run(folder):
         return _open_run(folder, step, dtype, mesh)
     if step is not None:

@@ -39,7 +39,7 @@ from sft_jax.report import table
 from sft_jax.report.loss import plot_loss
 from sft_jax.report.write import write_report
 from sft_jax.sharding import check_batch, check_heads, make_mesh
-from sft_jax.training.compilation import compile_step
+from sft_jax.training.compilation import Steps, keep_programs
 from sft_jax.training.cross_entropy import Terms
 from sft_jax.training.optimizer import labels_of, make_optimizer, make_schedule
 from sft_jax.training.state import TrainState, abstract_state, make_state, state_shardings
@@ -66,6 +66,7 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
     run = Path(config.training.output_dir)
     check_run_folder(run)
     say.mesh(mesh)
+    keep_programs(mesh.devices.flat[0])
 
     # -- data ---------------------------------------------------------------------------------------------------------
     folder = find_model(config.model.path, config.model.revision)
@@ -89,6 +90,7 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
     plan = None if is_stream else plan_of(config.data, config.training, examples)
     total_steps = config.training.max_steps if plan is None else plan.num_steps
     assert total_steps is not None
+    longest = config.data.max_length if plan is None else int(plan.lengths.max(initial=1))
     say.plan(config, examples, plan)
 
     # -- model --------------------------------------------------------------------------------------------------------
@@ -148,7 +150,7 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
     if plan is None:
         loader = stream(config, data.encoder, examples.groups, mesh, arch.max_positions)
     else:
-        loader = Loader(examples, plan, mesh, training.batch_size, config.data.max_length)
+        loader = Loader(examples, plan, mesh, training.batch_size)
     if latest is not None:
         check_same_run(run, checkpoints.run(latest), identity)
         state, position = checkpoints.restore(latest, abstract_state(split.trainable, optimizer, mesh))
@@ -175,7 +177,6 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
     progress = Progress(first_step, total_steps, enabled=is_main)
     evaluator = None if held_out is None else _Evaluator(config, held_out.examples, mesh, split)
     last: dict[str, Any] = {"step": first_step}
-    slot_tokens = training.batch_size * config.data.max_length
 
     def evaluate(step: int, state: TrainState) -> None:
         if evaluator is not None:
@@ -200,7 +201,7 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
         for sample in samples:
             progress.say(f"step {step}/{total_steps}  {sample['prompt']!r} → {sample['text']!r}")
 
-    def finish_step(step: int, metrics: dict[str, Array], since: float) -> float:
+    def finish_step(step: int, metrics: dict[str, Array], num_slots: int, since: float) -> float:
         """Wait for a step that was started one step ago, so that the device never waits for us; returns the time."""
         fetched = jax.device_get(metrics)
         by_source = source_losses(examples, fetched.pop("by_source"))
@@ -215,7 +216,7 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
             "entropy": values["entropy"],
             "target_tokens": int(values["target_tokens"]),
             "real_tokens": int(values["real_tokens"]),
-            "slot_tokens": slot_tokens,
+            "slot_tokens": num_slots,
             "real_tokens_per_second": values["real_tokens"] / (now - since),
             "step_seconds": now - since,
         }
@@ -240,19 +241,20 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
             if first_step < total_steps:
                 batch = next(batches)
                 positions[first_step + 1] = loader.get_state()
-                compiled = compile_step(step_with, (state, frozen, batch), model.remat, mesh.devices.flat[0])
-                say.compiled(compiled)
-                pending: tuple[int, dict[str, Array]] | None = None
+                train_step = Steps(step_with, model.remat, mesh.devices.flat[0], say.compiled)
+                train_step.prepare(state, frozen, batch, longest)
+                pending: tuple[int, dict[str, Array], int] | None = None
                 since = time.perf_counter()
                 for step in range(first_step + 1, total_steps + 1):
-                    state, metrics = compiled.call(state, frozen, batch)
+                    state, metrics = train_step(state, frozen, batch)
+                    num_slots = batch.inputs.size
                     if step < total_steps:
                         batch = next(batches)
                         positions[step + 1] = loader.get_state()
                         positions.pop(step - 3, None)
                     if pending is not None:
                         since = finish_step(*pending, since)
-                    pending = (step, metrics)
+                    pending = (step, metrics, num_slots)
                     evaluates = step % training.eval_every == 0 or step == total_steps
                     saves = step % training.save_every == 0 or step == total_steps
                     writes = bool(prompts) and (step % config.evaluation.samples_every == 0 or step == total_steps)
@@ -299,7 +301,7 @@ class _Evaluator:
         length = config.data.max_length
         plan = plan_run(examples.slots, length, rows, 1, packing=config.data.packing, shuffle=False)
         self._examples = examples
-        self._make_loader = lambda: Loader(examples, plan, mesh, rows, length)
+        self._make_loader = lambda: Loader(examples, plan, mesh, rows)
         self._step = make_eval_step(split, num_groups(examples))
 
     def __call__(self, params: Params, frozen: Params) -> dict[str, Any]:

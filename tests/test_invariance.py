@@ -70,7 +70,7 @@ def update(examples, full, tied, mesh=None, parts=1, packing=False):
     plan = plan_run(examples.slots, LENGTH, batch_size, 1, packing=packing, shuffle=packing)
     assert plan.num_steps == 1
     with jax.set_mesh(mesh):
-        batch = next(iter(Loader(examples, plan, mesh, batch_size, LENGTH)))
+        batch = next(iter(Loader(examples, plan, mesh, batch_size)))
         before = place(split.trainable)
         state, metrics = step(make_state(before, optimizer, mesh), place(split.frozen), batch)
     for path, leaf in flatten(state.params).items():

@@ -24,8 +24,8 @@ def examples(tmp_path_factory):
 
 def test_the_hosts_rows_together_are_the_batch(examples):
     plan = plan_run(examples.slots, 128, 8, 2)
-    whole = StepSource(examples, plan, 8, 128, slice(0, 8))
-    parts = [StepSource(examples, plan, 8, 128, slice(start, start + 2)) for start in range(0, 8, 2)]
+    whole = StepSource(examples, plan, 8, slice(0, 8))
+    parts = [StepSource(examples, plan, 8, slice(start, start + 2)) for start in range(0, 8, 2)]
     for step in range(plan.num_steps):  # the last step of an epoch has fewer rows: its last hosts get padding
         together = jax.tree.map(lambda *rows: np.concatenate(rows), *(part[step] for part in parts))
         jax.tree.map(np.testing.assert_array_equal, together, whole[step])
@@ -35,9 +35,9 @@ def test_from_any_step_on_and_on_any_mesh(examples):
     plan = plan_run(examples.slots, 128, 8, 2)
     one, eight = make_mesh(devices=jax.devices()[:1]), make_mesh(2, 2, 2)
     assert local_rows(eight, 8) == slice(0, 8)
-    batches = list(Loader(examples, plan, one, 8, 128))
+    batches = list(Loader(examples, plan, one, 8))
     assert len(batches) == plan.num_steps
-    later = Loader(examples, plan, eight, 8, 128)
+    later = Loader(examples, plan, eight, 8)
     later.set_state({"next_index": 2})
     rest = list(later)
     assert len(rest) == plan.num_steps - 2

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sft_jax.data.packing import pack, plan_run
+from sft_jax.data.packing import buckets, pack, plan_run
 
 pytestmark = pytest.mark.smoke
 
@@ -66,3 +66,28 @@ def test_lengths_like_real_ones_fill_the_rows():
     slots = np.clip(np.random.default_rng(0).lognormal(5, 0.6, 5000).astype(int), 8, 2048)
     plan = plan_run(slots, 2048, 16, 1)
     assert slots.sum() / ((len(plan.rows) - 1) * 2048) > 0.97
+
+
+def test_buckets_are_the_worked_example():
+    assert [buckets(n) for n in (2048, 640, 100)] == [
+        [128, 256, 512, 1024, 2048],
+        [128, 256, 384, 640],
+        [8, 16, 32, 56, 100],
+    ]
+    assert all(len(buckets(n)) <= 5 and buckets(n)[-1] == n for n in range(2, 3000))
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_without_packing_rows_are_as_long_as_their_step_needs(shuffle):
+    slots = np.random.default_rng(0).integers(5, 900, 1003)
+    plan = plan_run(slots, 1024, 8, 2, packing=False, shuffle=shuffle)
+    assert np.bincount(plan.items).tolist() == [2] * 1003  # each example once an epoch
+    for step in range(plan.num_steps):
+        longest = max(slots[row].sum() for row in plan.rows_of(step))
+        assert plan.lengths[step] == min(size for size in buckets(1024) if size >= longest)
+        assert all(len(row) == 1 for row in plan.rows_of(step))
+    filled = slots[plan.items].sum() / plan.num_slots
+    assert filled > (0.65 if shuffle else 0.4)
+    packed = plan_run(slots, 1024, 8, 2)
+    assert set(packed.lengths) == {1024}
+    assert packed.num_slots == 1024 * (len(packed.rows) - 1)

@@ -23,7 +23,6 @@ class StepSource:
     examples: Examples
     plan: Plan
     batch_size: int  # rows of the global batch
-    row_length: int
     rows: slice  # of the global batch, that this process needs
 
     def __len__(self) -> int:
@@ -34,7 +33,7 @@ class StepSource:
             self.examples,
             self.plan.rows_of(step)[self.rows],
             len(range(*self.rows.indices(self.batch_size))),
-            self.row_length,
+            int(self.plan.lengths[step]),
         )
 
 
@@ -95,10 +94,10 @@ def to_mesh(batch: Batch, mesh: Mesh, batch_size: int, rows: slice) -> Batch:
 class Loader:
     """Iterates over the batches of a plan from any step on; its state is the next step."""
 
-    def __init__(self, examples: Examples, plan: Plan, mesh: Mesh, batch_size: int, row_length: int):
+    def __init__(self, examples: Examples, plan: Plan, mesh: Mesh, batch_size: int):
         self._rows = local_rows(mesh, batch_size)
         self._mesh, self._batch_size = mesh, batch_size
-        source = StepSource(examples, plan, batch_size, row_length, self._rows)
+        source = StepSource(examples, plan, batch_size, self._rows)
         options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
         self._iterator = iter(grain.MapDataset.source(source).to_iter_dataset(options))  # type: ignore[arg-type]
 

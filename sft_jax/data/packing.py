@@ -14,6 +14,8 @@ from sft_jax.config import DataConfig, TrainingConfig
 from sft_jax.data.examples import Examples
 
 WINDOW = 8192  # examples whose lengths are looked at together
+MAX_BUCKETS = 5  # row lengths of a run that does not pack; the step is compiled for each of them
+SIMILAR_STEPS = 32  # steps among which such a run sorts its examples by length
 
 
 @dataclass(frozen=True)
@@ -24,11 +26,17 @@ class Plan:
     items: np.ndarray
     rows: np.ndarray
     steps: np.ndarray
+    lengths: np.ndarray  # of the rows of each step: the smallest bucket that holds its longest example, or all alike
     epoch_ends: tuple[int, ...]  # the step after the last one of each epoch
 
     @property
     def num_steps(self) -> int:
         return len(self.steps) - 1
+
+    @property
+    def num_slots(self) -> int:
+        """Of all rows there are."""
+        return int((np.diff(self.steps) * self.lengths).sum())
 
     def rows_of(self, step: int) -> list[np.ndarray]:
         """The examples of each row of a step."""
@@ -67,9 +75,12 @@ def plan_run(
         order = _occurrences(len(slots), repeats, rng)
         if shuffle:
             rng.shuffle(order)
-        rows = pack(slots, order, row_length, shuffle) if packing else [order[i : i + 1] for i in range(len(order))]
-        if shuffle and packing:
-            rows = [rows[i] for i in rng.permutation(len(rows))]
+        if packing:
+            rows = pack(slots, order, row_length, shuffle)
+            rows = [rows[i] for i in rng.permutation(len(rows))] if shuffle else rows
+        else:
+            order = group_by_length(slots, order, batch_size, rng) if shuffle else order
+            rows = [order[i : i + 1] for i in range(len(order))]
         sizes = [min(batch_size, len(rows) - i) for i in range(0, len(rows), batch_size)]
         if max_steps is not None:
             sizes = sizes[: max_steps - len(step_sizes)]
@@ -81,12 +92,13 @@ def plan_run(
         step_sizes += sizes
         epoch_ends.append(len(step_sizes))
         epoch += 1
-    return Plan(
-        items=np.concatenate(items) if items else np.zeros(0, np.int64),
-        rows=_offsets(row_sizes),
-        steps=_offsets(step_sizes),
-        epoch_ends=tuple(epoch_ends),
-    )
+    steps = _offsets(step_sizes)
+    flat = np.concatenate(items) if items else np.zeros(0, np.int64)
+    lengths = np.full(len(step_sizes), row_length)
+    if not packing and len(flat):
+        sizes = np.asarray(buckets(row_length))
+        lengths = sizes[np.searchsorted(sizes, np.maximum.reduceat(slots[flat], steps[:-1]))]
+    return Plan(flat, _offsets(row_sizes), steps, lengths, tuple(epoch_ends))
 
 
 def plan_of(data: DataConfig, training: TrainingConfig, examples: Examples) -> Plan:
@@ -105,6 +117,37 @@ def plan_of(data: DataConfig, training: TrainingConfig, examples: Examples) -> P
         data.shuffle,
         repeats,
     )
+
+
+def buckets(row_length: int) -> list[int]:
+    """The row lengths of a run that does not pack: ``row_length``, its half, and so on, rising.
+
+    They are multiples of 128 where ``row_length`` is one, as attention kernels like it, and of 8 otherwise.
+
+    >>> buckets(2048), buckets(640), buckets(100)
+    ([128, 256, 512, 1024, 2048], [128, 256, 384, 640], [8, 16, 32, 56, 100])
+    """
+    grain = 8 if row_length % 128 else 128
+    sizes = [row_length]
+    while len(sizes) < MAX_BUCKETS:
+        half = -(-sizes[-1] // (2 * grain)) * grain
+        if half >= sizes[-1]:
+            break
+        sizes.append(half)
+    return sizes[::-1]
+
+
+def group_by_length(slots: np.ndarray, order: np.ndarray, batch_size: int, rng: np.random.Generator) -> np.ndarray:
+    """An order in which the examples of a step are of similar length; the steps themselves come at random.
+
+    Examples are sorted within ``SIMILAR_STEPS`` steps of the given order, so that which of them meet is still random.
+    """
+    window = SIMILAR_STEPS * batch_size
+    parts = [order[start : start + window] for start in range(0, len(order), window)]
+    grouped = np.concatenate([part[np.argsort(-slots[part], kind="stable")] for part in parts])
+    full = len(grouped) // batch_size
+    steps = grouped[: full * batch_size].reshape(full, batch_size)[rng.permutation(full)]
+    return np.concatenate([steps.reshape(-1), grouped[full * batch_size :]])
 
 
 def pack(slots: np.ndarray, order: np.ndarray, row_length: int, rearrange: bool = True) -> list[np.ndarray]:

@@ -67,7 +67,7 @@ def summarise(data: DataConfig, training: TrainingConfig, prepared: Prepared) ->
         )
         num_rows = len(epoch.rows) - 1
         summary |= {
-            "packing_efficiency": int(examples.slots.sum()) / (num_rows * data.max_length),
+            "packing_efficiency": int(examples.slots.sum()) / epoch.num_slots,
             "packed_rows": num_rows,
             "steps_per_epoch": epoch.num_steps,
             "steps": plan_of(data, training, examples).num_steps,

@@ -1,4 +1,4 @@
-"""Compiling the step: with the cheapest rematerialisation that fits, and only once for all starts."""
+"""Compiling the step: for each row length, with the cheapest rematerialisation that fits, once for all starts."""
 
 from __future__ import annotations
 
@@ -10,52 +10,94 @@ from typing import Any
 
 import jax
 
+from sft_jax.data.tokenise import cache_folder
 from sft_jax.errors import UserError
+from sft_jax.tree import Params
+from sft_jax.typing import Batch
 
 CANDIDATES = ("dots", "attention", "full")  # of ``remat: auto``, from the fastest to the smallest
 _SHARE = 0.92  # of the memory that is free, which a step may take
 
 
 @dataclass(frozen=True)
-class CompiledStep:
-    """A step ready to be called."""
+class Compiled:
+    """A program and what became of making it."""
 
-    call: Callable[..., Any]
+    program: Callable[..., Any]
+    row_length: int
     remat: str
-    seconds: float  # tracing and compiling, all candidates together
+    seconds: float  # tracing and compiling, with the policies that did not fit
     temp_bytes: int | None  # of a device, beyond weights, optimizer state and batch
 
 
-def compile_step(make: Callable[[str], Any], arguments: tuple[Any, ...], remat: str, device: Any) -> CompiledStep:
-    """Compile ``make(policy)`` for ``arguments``; ``auto`` takes the first policy whose memory is free on the device.
+class Steps:
+    """The train step, compiled for each row length that comes, all with the policy that the longest rows need.
 
     Args:
         make: the jitted step with a rematerialisation policy.
-        remat: a policy, or ``auto``.
+        remat: a policy, or ``auto`` for the first of :data:`CANDIDATES` whose memory is free.
         device: any one that runs it.
-
-    Raises:
-        UserError: no policy fits.
+        tell: is called with each program that was made.
     """
-    began = time.perf_counter()
-    free = free_bytes(device)
-    candidates = CANDIDATES if remat == "auto" else (remat,)
-    needed = None
-    for policy in candidates:
-        try:
-            compiled = make(policy).lower(*arguments).compile()
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):  # the compiler's word for a program that does not fit
-                raise
-            continue
-        needed = _temp_bytes(compiled)
-        if remat != "auto" or needed is None or free is None or needed <= _SHARE * free:
-            return CompiledStep(compiled, policy, time.perf_counter() - began, needed)
-    wants = "" if needed is None else f": it needs {needed / 2**30:.1f} GiB, {(free or 0) / 2**30:.1f} are free"
-    raise UserError(
-        f"model.remat: the step does not fit on {device.device_kind} with {' or '.join(candidates)}{wants}; use a "
-        "smaller training.batch_size, more training.gradient_accumulation_steps or a smaller data.max_length"
-    )
+
+    def __init__(
+        self, make: Callable[[str], Any], remat: str, device: Any, tell: Callable[[Compiled], object] = lambda _: None
+    ):
+        self._make, self._device, self._tell = make, device, tell
+        self._candidates = CANDIDATES if remat == "auto" else (remat,)
+        self._programs: dict[int, Callable[..., Any]] = {}
+
+    def prepare(self, state: Any, frozen: Params, batch: Batch, longest: int) -> None:
+        """Choose the policy, by compiling for rows of ``longest`` slots.
+
+        Raises:
+            UserError: no policy fits.
+        """
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct((x.shape[0], longest), x.dtype, sharding=x.sharding), batch)
+        self._compile(state, frozen, like)
+
+    def __call__(self, state: Any, frozen: Params, batch: Batch) -> Any:
+        """A step."""
+        length = batch.inputs.shape[1]
+        if length not in self._programs:
+            self._compile(state, frozen, batch)
+        return self._programs[length](state, frozen, batch)
+
+    def _compile(self, state: Any, frozen: Params, batch: Batch) -> None:
+        began = time.perf_counter()
+        free = free_bytes(self._device)
+        needed = None
+        for policy in self._candidates:
+            try:
+                program = self._make(policy).lower(state, frozen, batch).compile()
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):  # the compiler's word for a program that does not fit
+                    raise
+                continue
+            needed = _temp_bytes(program)
+            if len(self._candidates) == 1 or needed is None or free is None or needed <= _SHARE * free:
+                length = batch.inputs.shape[1]
+                self._candidates = (policy,)
+                self._programs[length] = program
+                self._tell(Compiled(program, length, policy, time.perf_counter() - began, needed))
+                return
+        wants = "" if needed is None else f": it needs {needed / 2**30:.1f} GiB, {(free or 0) / 2**30:.1f} are free"
+        raise UserError(
+            f"model.remat: the step does not fit on {self._device.device_kind} with {' or '.join(self._candidates)}"
+            f"{wants}; use a smaller training.batch_size, more training.gradient_accumulation_steps or a smaller "
+            "data.max_length"
+        )
+
+
+def keep_programs(device: Any) -> None:
+    """Keep compiled programs on disk, beside the tokens, so that the next start does not wait for the compiler.
+
+    Not on a CPU, for which compiling takes seconds and programs are bound to the machine; nor where the user has named
+    a place of their own (``JAX_COMPILATION_CACHE_DIR``).
+    """
+    named = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    if device.platform != "cpu" and named is None:
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "programs"))
 
 
 def free_bytes(device: Any) -> int | None:

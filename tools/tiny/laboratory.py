@@ -110,7 +110,7 @@ class Laboratory:
         plan = plan_run(examples.slots, LENGTH, ROWS, 1, STEPS, seed)
         state = make_state(start.trainable, kind["optimizer"], self.mesh)
         with jax.set_mesh(self.mesh):
-            for batch in Loader(examples, plan, self.mesh, ROWS, LENGTH):
+            for batch in Loader(examples, plan, self.mesh, ROWS):
                 state, _ = kind["step"](state, start.frozen, batch)
         return Tuned(name, state.params, start.frozen)
 
