@@ -1,7 +1,12 @@
-"""Speed, side by side with others in one run: who goes first alternates, and ratios of medians are printed.
+"""Speed and memory, side by side with others in one run: who goes first alternates, ratios of medians are printed.
 
+    python tools/bench.py train --rows gsm8k/train.jsonl --shape 50m --mode lora
     python tools/bench.py data --rows train.jsonl --tokenizer FOLDER --template chat.jinja --copies 20 --processes 2
 
+``train``: a model of a given shape, trained on conversations by this library and by TRL with PEFT, each in processes of
+its own, and against the rate of this machine's matrix products. On the accelerator that is there, or the CPU.
+``loss``: the fused head and loss against the plain formula, in time and memory.
+``ahead``: the train step compiled for a TPU slice that need not be there; needs ``pip install libtpu``.
 ``data``: conversations as ids and masks, against TRL's preparation of the same rows with as many processes. Questions
 and answers (``question``, ``answer``) are written as conversations first, ``--copies`` times.
 ``plan``: which examples share a row, for a million of them.
@@ -10,165 +15,41 @@ and answers (``question``, ``answer``) are written as conversations first, ``--c
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import resource
-import statistics
-import subprocess
 import sys
-import tempfile
-import time
 from pathlib import Path
-from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+sys.path.insert(0, str(Path(__file__).parent))
+
+from benchmark import ahead, data, loss, runners, train
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    data = commands.add_parser("data")
-    data.add_argument("--rows", required=True, help="a .jsonl with question and answer")
-    data.add_argument("--tokenizer", required=True, help="a folder")
-    data.add_argument("--template", required=True, help="a Jinja file with {%% generation %%}")
-    data.add_argument("--copies", type=int, default=20)
-    data.add_argument("--distinct", action="store_true", help="no two answers alike, so that nothing is met twice")
-    data.add_argument("--processes", type=int, default=2)
-    data.add_argument("--rounds", type=int, default=3)
-    data.set_defaults(run=bench_data)
+    train.add_arguments(commands.add_parser("train"))
+    loss.add_arguments(commands.add_parser("loss"))
+    ahead.add_arguments(commands.add_parser("ahead"))
+    data.add_arguments(commands.add_parser("data"))
     plan = commands.add_parser("plan")
     plan.add_argument("--rows", type=int, default=1_000_000)
-    plan.set_defaults(run=bench_plan)
+    plan.set_defaults(run=data.bench_plan)
+    one = commands.add_parser("one-train")
+    one.add_argument("who", choices=runners.RUNNERS)
+    one.add_argument("options")
+    one.set_defaults(run=lambda options: runners.run_one(options.who, options.options))
     one = commands.add_parser("one-data")
-    one.add_argument("who", choices=PREPARE)
+    one.add_argument("who", choices=data.PREPARE)
     one.add_argument("file")
     one.add_argument("tokenizer")
     one.add_argument("template")
     one.add_argument("processes", type=int)
-    one.set_defaults(run=one_data)
+    one.set_defaults(run=data.one_data)
     options = parser.parse_args()
     options.run(options)
 
-
-def bench_data(options: argparse.Namespace) -> None:
-    rows = [json.loads(line) for line in Path(options.rows).read_text(encoding="utf-8").split("\n") if line.strip()]
-    found: dict[str, list[dict[str, float]]] = {"sft_jax": [], "trl": []}
-    with tempfile.TemporaryDirectory() as name:
-        small, large = Path(name) / "small.jsonl", Path(name) / "large.jsonl"
-        for path, copies in ((small, 1), (large, options.copies)):
-            with path.open("w", encoding="utf-8") as file:
-                for copy in range(copies):
-                    for row in rows:
-                        asked = f"({copy}) {row['question']}" if copy else row["question"]  # no two rows alike
-                        answered = f"({copy}) {row['answer']}" if copy and options.distinct else row["answer"]
-                        messages = [("user", asked), ("assistant", answered)]
-                        print(json.dumps({"messages": [{"role": r, "content": c} for r, c in messages]}), file=file)
-        common = [options.tokenizer, options.template, str(options.processes)]
-        few = measure("sft_jax", [str(small), *common], name)
-        show("sft_jax", len(rows), few)
-        for i in range(options.rounds):
-            for who in ("sft_jax", "trl") if i % 2 == 0 else ("trl", "sft_jax"):
-                found[who].append(measure(who, [str(large), *common], name))
-                show(who, len(rows) * options.copies, found[who][-1])
-        again = measure("sft_jax-again", [str(large), *common], name)
-        show("sft_jax, second start", len(rows) * options.copies, again)
-    seconds = {who: statistics.median(one["seconds"] for one in ones) for who, ones in found.items()}
-    print(f"\nTRL / sft_jax, medians of {options.rounds}: {seconds['trl'] / seconds['sft_jax']:.2f}")
-
-
-def bench_plan(options: argparse.Namespace) -> None:
-    """Lengths as of conversations (log-normal, median 148 tokens), one epoch in rows of 2,048."""
-    import numpy as np
-
-    from sft_jax.data.packing import plan_run
-
-    slots = np.clip(np.random.default_rng(0).lognormal(5, 0.6, options.rows).astype(np.int64), 8, 2048)
-    began = time.perf_counter()
-    plan = plan_run(slots, 2048, 16, 1)
-    seconds = time.perf_counter() - began
-    filled = slots.sum() / ((len(plan.rows) - 1) * 2048)
-    print(f"{options.rows:,} rows planned in {seconds:.2f} s, {filled:.2%} filled")
-
-
-def measure(who: str, arguments: list[str], scratch: str) -> dict[str, float]:
-    """One measurement in a process of its own, with caches of its own but for a second start."""
-    with tempfile.TemporaryDirectory(dir=scratch) as caches:
-        keep = f"{scratch}/kept"
-        if who == "sft_jax-again":
-            subprocess.run(command("sft_jax", arguments), env=os.environ | {"SFT_JAX_CACHE": keep}, check=True,
-                           capture_output=True)  # fmt: skip
-        environment = os.environ | {
-            "SFT_JAX_CACHE": keep if who == "sft_jax-again" else f"{caches}/sft_jax",
-            "HF_DATASETS_CACHE": f"{caches}/datasets",
-            "TOKENIZERS_PARALLELISM": "false",
-        }
-        done = subprocess.run(
-            command(who.removesuffix("-again"), arguments), env=environment, check=True, capture_output=True, text=True
-        )
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def command(who: str, arguments: list[str]) -> list[str]:
-    return [sys.executable, __file__, "one-data", who, *arguments]
-
-
-def show(who: str, rows: int, one: dict[str, float]) -> None:
-    print(
-        f"{who:>22}  {rows:>9,} rows  {one['seconds']:8.2f} s  {rows / one['seconds']:>9,.0f} rows/s  peak "
-        f"{one['peak_mb']:,.0f} MB, of a worker {one['worker_peak_mb']:,.0f} MB, {one['targets']:,} targets",
-        flush=True,
-    )
-
-
-def one_data(options: argparse.Namespace) -> None:
-    """Prepare the rows and print what it took."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
-    tokenizer.chat_template = Path(options.template).read_text(encoding="utf-8")
-    seconds, targets = PREPARE[options.who](options.file, tokenizer, options.processes)
-    peaks = [resource.getrusage(who).ru_maxrss / 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    print(json.dumps({"seconds": seconds, "targets": targets, "peak_mb": peaks[0], "worker_peak_mb": peaks[1]}))
-
-
-def prepare_sft_jax(file: str, tokenizer: Any, processes: int) -> tuple[float, int]:
-    from sft_jax.config import SourceConfig
-    from sft_jax.data.chat import Encoder
-    from sft_jax.data.examples import encode_sources
-    from sft_jax.data.sources import open_sources
-
-    began = time.perf_counter()
-    sources = open_sources([SourceConfig(path=file)])
-    _, report = encode_sources(sources, Encoder(tokenizer), 2048, num_workers=processes, cache=True)
-    return time.perf_counter() - began, report.total("targets")
-
-
-def prepare_trl(file: str, tokenizer: Any, processes: int) -> tuple[float, int]:
-    import datasets
-    from transformers import LlamaConfig, LlamaForCausalLM
-    from trl.trainer.sft_config import SFTConfig
-    from trl.trainer.sft_trainer import SFTTrainer
-
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
-        )
-    )
-    arguments = SFTConfig(
-        output_dir=tempfile.mkdtemp(), max_length=2048, assistant_only_loss=True, dataset_num_proc=processes,
-        report_to="none", use_cpu=True, bf16=False,
-    )  # fmt: skip
-    began = time.perf_counter()
-    rows = datasets.load_dataset("json", data_files=file, split="train")
-    trainer = SFTTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)
-    seconds = time.perf_counter() - began
-    prepared: Any = trainer.train_dataset
-    batches = prepared.select_columns("labels").with_format("numpy").iter(batch_size=1000)
-    return seconds, sum(int((labels[1:] != -100).sum()) for batch in batches for labels in batch["labels"])
-
-
-PREPARE = {"sft_jax": prepare_sft_jax, "trl": prepare_trl}
 
 if __name__ == "__main__":
     main()

@@ -1,0 +1,133 @@
+"""What a training benchmark is made of: a random model of a given shape, a tokenizer, conversations."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+# layers, D, N, K, H, F, V, tied
+SHAPES = {
+    "50m": (12, 512, 8, 4, 64, 1408, 32_000, True),
+    "135m": (30, 576, 9, 3, 64, 1536, 49_152, True),  # SmolLM2-135M
+    "1b": (16, 2048, 32, 8, 64, 8192, 128_256, True),  # Llama-3.2-1B
+    "8b": (32, 4096, 32, 8, 128, 14_336, 128_256, False),  # Llama-3.1-8B
+}
+TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
+    "{% else %}{{ m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Kit:
+    """A folder with a model, its tokenizer and ``train.jsonl``, and what is known about the conversations."""
+
+    folder: Path
+    lengths: np.ndarray  # of the conversations, in tokens
+    targets: np.ndarray  # of these, trained
+
+
+def make_kit(folder: Path, shape: str, rows: Path, dtype: str) -> Kit:
+    """The kit of a shape, made once: ``rows`` are questions and answers, written as conversations."""
+    folder = folder / f"{shape}-{dtype}"
+    if not (folder / "lengths.npz").is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        pairs = [json.loads(line) for line in rows.read_text(encoding="utf-8").split("\n") if line.strip()]
+        tokenizer = _train_tokenizer([f"{pair['question']} {pair['answer']}" for pair in pairs], SHAPES[shape][6])
+        tokenizer.save_pretrained(folder)
+        _write_model(folder, shape, dtype)
+        lengths, targets = [], []
+        with (folder / "train.jsonl").open("w", encoding="utf-8") as file:
+            for pair in pairs:
+                messages = [
+                    {"role": role, "content": pair[key]}
+                    for role, key in (("user", "question"), ("assistant", "answer"))
+                ]
+                print(json.dumps({"messages": messages}), file=file)
+                encoded: Any = tokenizer.apply_chat_template(
+                    messages, return_dict=True, return_assistant_tokens_mask=True
+                )
+                lengths.append(len(encoded["input_ids"]))
+                targets.append(sum(encoded["assistant_masks"]))
+        np.savez(folder / "lengths.npz", lengths=lengths, targets=targets)
+    with np.load(folder / "lengths.npz") as kept:
+        return Kit(folder, kept["lengths"], kept["targets"])
+
+
+def _train_tokenizer(texts: list[str], vocab_size: int) -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=min(vocab_size, 32_000),
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        pad_token="<pad>",
+        chat_template=TEMPLATE,
+    )
+
+
+def model_config(shape: str, dtype: str) -> dict[str, Any]:
+    """``config.json`` of a shape."""
+    layers, d, n, k, h, f, v, tied = SHAPES[shape]
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": v,
+        "hidden_size": d,
+        "intermediate_size": f,
+        "num_hidden_layers": layers,
+        "num_attention_heads": n,
+        "num_key_value_heads": k,
+        "head_dim": h,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": tied,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "pad_token_id": 3,
+        "torch_dtype": dtype,
+    }
+
+
+def _write_model(folder: Path, shape: str, dtype: str) -> None:
+    """Random weights, a tensor at a time: a model of any size is never whole in memory."""
+    import jax.numpy as jnp
+
+    from sft_jax.hf.config import read_architecture
+    from sft_jax.hf.load import expected_shapes
+    from sft_jax.hf.save import save_tensors
+    from sft_jax.sharding import make_mesh
+    from sft_jax.training.weights import build
+
+    (folder / "config.json").write_text(json.dumps(model_config(shape, dtype)))
+    split = build(read_architecture(folder), make_mesh(), None, dtype)
+    shapes = expected_shapes(split.base(), SHAPES[shape][0])
+    rng = np.random.default_rng(0)
+    kept = jnp.dtype(dtype)
+
+    def weight(name: str) -> np.ndarray:
+        size = shapes[name]
+        one = np.ones(size) if len(size) == 1 else 0.02 * rng.standard_normal(size, dtype=np.float32)
+        return one.astype(kept)
+
+    sizes = {name: int(np.prod(size)) * kept.itemsize for name, size in shapes.items()}
+    save_tensors(folder, sizes, weight)

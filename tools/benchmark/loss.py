@@ -1,0 +1,82 @@
+"""The fused head and loss against the plain formula: time by the share of targets, and how far gradients differ."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from typing import Any
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--vocab", type=int, default=32_000)
+    parser.add_argument("--dim", type=int, default=576)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", action="store_true")
+    parser.set_defaults(run=bench_loss)
+
+
+def bench_loss(options: argparse.Namespace) -> None:
+    import jax
+    import jax.numpy as jnp
+
+    from sft_jax.models.head import Head
+    from sft_jax.training.cross_entropy import masked_cross_entropy
+
+    keys = jax.random.split(jax.random.key(0), 4)
+    n, v, d = options.tokens, options.vocab, options.dim
+    hidden = jax.random.normal(keys[0], (1, n, d))
+    weight = 0.05 * jax.random.normal(keys[1], (d, v))
+    targets = jax.random.randint(keys[2], (1, n), 0, v)
+
+    def plain(hidden: Any, weight: Any, mask: Any) -> Any:
+        log_probs = jax.nn.log_softmax(hidden @ weight)
+        return -jnp.sum(mask * jnp.take_along_axis(log_probs, targets[..., None], -1)[..., 0])
+
+    def fused(hidden: Any, weight: Any, mask: Any) -> Any:
+        return masked_cross_entropy(hidden, Head(weight, 1, hidden.dtype), targets, mask)[0]
+
+    rows = []
+    for trained in (False, True):
+        for share in (1.0, 0.5, 0.25):
+            mask = (jax.random.uniform(keys[3], (1, n)) < share).astype(jnp.float32)
+            wanted = (0, 1) if trained else 0
+            programs = [
+                jax.jit(jax.value_and_grad(f, wanted)).lower(hidden, weight, mask).compile() for f in (fused, plain)
+            ]
+            results = [program(hidden, weight, mask) for program in programs]
+            times: list[list[float]] = [[], []]
+            for _ in range(options.rounds):
+                for program, into in zip(programs, times, strict=True):
+                    began = time.perf_counter()
+                    jax.block_until_ready(program(hidden, weight, mask))
+                    into.append(time.perf_counter() - began)
+            ours, reference = (statistics.median(one) for one in times)
+            differences = jax.tree.map(lambda a, b: float(jnp.max(jnp.abs(a - b))), results[0][1], results[1][1])
+            analyses: list[Any] = [program.memory_analysis() for program in programs]
+            memory = [one.temp_size_in_bytes for one in analyses]
+            rows.append(
+                {
+                    "head": "trained" if trained else "frozen",
+                    "share_of_targets": share,
+                    "seconds": ours,
+                    "plain_seconds": reference,
+                    "ratio": ours / reference,
+                    "temp_bytes": memory[0],
+                    "plain_temp_bytes": memory[1],
+                    "largest_difference_of_gradients": max(jax.tree.leaves(differences)),
+                }
+            )
+    if options.json:
+        print(json.dumps(rows))
+        return
+    print(f"{n} tokens, {d} dimensions, vocabulary {v}, float32, {jax.devices()[0].device_kind}")
+    for row in rows:
+        print(
+            f"head {row['head']:8} {row['share_of_targets']:5.0%} targets: {row['seconds'] * 1e3:7.1f} ms, plain "
+            f"{row['plain_seconds'] * 1e3:7.1f} ms, ratio {row['ratio']:.2f}; temporary "
+            f"{row['temp_bytes'] / 2**20:,.0f} against {row['plain_temp_bytes'] / 2**20:,.0f} MiB; "
+            f"gradients differ by at most {row['largest_difference_of_gradients']:.1e}"
+        )

@@ -1,0 +1,219 @@
+"""One side of a comparison, alone in its process: the real ``sft_jax`` run, TRL with PEFT, or bare matrix products.
+
+Each prints one JSON object on its last line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+
+def run_sft_jax(options: dict[str, Any]) -> dict[str, Any]:
+    """Train with :func:`sft_jax.train.train` as a user would; its own metrics give times and tokens."""
+    import jax
+
+    from sft_jax.announce import Announcer
+    from sft_jax.config import (
+        Config,
+        DataConfig,
+        LoraConfig,
+        ModelConfig,
+        OptimizerConfig,
+        SourceConfig,
+        TrainingConfig,
+    )
+    from sft_jax.metrics import MetricsWriter, read_metrics
+    from sft_jax.train import train
+
+    first_row: list[float] = []
+    compiled: list[Any] = []
+    write, tell = MetricsWriter.write, Announcer.compiled
+
+    def noting_write(self: MetricsWriter, row: dict[str, Any]) -> None:
+        first_row.append(time.time())
+        write(self, row)
+
+    def noting_tell(self: Announcer, step: Any) -> None:
+        compiled.append(step)
+        tell(self, step)
+
+    MetricsWriter.write, Announcer.compiled = noting_write, noting_tell  # type: ignore[method-assign]
+    steps, warmup = options["steps"], options["warmup"]
+    with tempfile.TemporaryDirectory() as out:
+        config = Config(
+            model=ModelConfig(
+                path=options["kit"],
+                dtype=options["dtype"],
+                remat=options["remat"],
+                attention=options["attention"],
+                quantization=options["quantization"],
+            ),
+            lora=LoraConfig(rank=16, alpha=32.0) if options["mode"] == "lora" else None,
+            data=DataConfig(
+                train=[SourceConfig(path=f"{options['kit']}/train.jsonl")], max_length=options["row_length"]
+            ),
+            optimizer=OptimizerConfig(learning_rate=1e-4, schedule="constant", warmup_ratio=0.0),
+            training=TrainingConfig(
+                output_dir=f"{out}/run",
+                max_steps=warmup + steps,
+                batch_size=options["batch_size"],
+                eval_every=10**6,
+                save_every=10**6,
+                tensorboard=False,
+            ),
+        )
+        train(config)
+        rows = [row for row in read_metrics(Path(out) / "run" / "metrics.jsonl") if "loss" in row]
+    measured = rows[warmup:]
+    stats = jax.devices()[0].memory_stats() or {}
+    return {
+        "losses": [row["loss"] for row in rows],
+        "step_seconds": [row["step_seconds"] for row in measured],
+        "real_tokens": [row["real_tokens"] for row in measured],
+        "target_tokens": [row["target_tokens"] for row in measured],
+        "slots": [row["slot_tokens"] for row in measured],
+        "first_step_at": first_row[0],
+        "compile_seconds": sum(step.seconds for step in compiled),
+        "remat": compiled[0].remat,
+        "device": jax.devices()[0].device_kind,
+        "device_peak_bytes": stats.get("peak_bytes_in_use"),
+        "host_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def run_trl(options: dict[str, Any]) -> dict[str, Any]:
+    """Train the same conversations, in their order, with TRL's ``SFTTrainer`` and PEFT."""
+    import torch
+    from datasets import load_dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
+
+    steps, warmup, per_step = options["steps"], options["warmup"], options["conversations"]
+    on_gpu = torch.cuda.is_available()
+    flash = on_gpu and _has_flash_attention()
+    tokenizer = AutoTokenizer.from_pretrained(options["kit"])
+    model = AutoModelForCausalLM.from_pretrained(
+        options["kit"],
+        dtype=getattr(torch, options["dtype"]),
+        attn_implementation="flash_attention_2" if flash else "sdpa",
+    )
+    rows: Any = load_dataset("json", data_files=f"{options['kit']}/train.jsonl", split="train")
+    times: list[float] = []
+    began: list[float] = []
+    seen: list[tuple[int, int, int]] = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            began.append(time.time())
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            if on_gpu:
+                torch.cuda.synchronize()
+            times.append(time.time() - began[-1])
+
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
+    with tempfile.TemporaryDirectory() as out:
+        arguments = SFTConfig(
+            output_dir=out,
+            per_device_train_batch_size=per_step,
+            max_steps=warmup + steps,
+            logging_steps=1,
+            report_to="none",
+            bf16=False,
+            use_cpu=not on_gpu,
+            max_length=options["row_length"],
+            assistant_only_loss=True,
+            gradient_checkpointing=options["checkpointing"],
+            padding_free=flash,
+            learning_rate=1e-4,
+            lr_scheduler_type="constant",
+            save_strategy="no",
+            disable_tqdm=True,
+            train_sampling_strategy="sequential",
+        )
+        trainer = SFTTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=rows.select(range(per_step * (warmup + steps))),
+            processing_class=tokenizer,
+            peft_config=lora if options["mode"] == "lora" else None,
+            callbacks=[Clock()],
+        )
+        collate: Any = trainer.data_collator
+
+        def counting(examples: Any) -> Any:
+            batch = collate(examples)
+            slots = batch["input_ids"].numel()
+            real = int(batch["attention_mask"].sum()) if "attention_mask" in batch else slots
+            seen.append((real, int((batch["labels"] != -100).sum()), slots))
+            return batch
+
+        trainer.data_collator = counting
+        trainer.train()
+    measured = seen[warmup : warmup + steps]
+    return {
+        "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
+        "step_seconds": times[warmup:],
+        "real_tokens": [real for real, _, _ in measured],
+        "target_tokens": [targets for _, targets, _ in measured],
+        "slots": [slots for _, _, slots in measured],
+        "first_step_at": began[0] + times[0],
+        "attention": "flash_attention_2" if flash else "sdpa",
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "device_peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
+        "host_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def _has_flash_attention() -> bool:
+    from transformers.utils.import_utils import is_flash_attn_2_available
+
+    return is_flash_attn_2_available()
+
+
+def run_ceiling(options: dict[str, Any]) -> dict[str, Any]:
+    """The rate of matrix products in the dtype used: large square ones and those of the model, GFLOP/s.
+
+    The ceiling is the best median over shapes: what this machine does at most with the library that both sides' own
+    products could use.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from sft_jax.hf.config import read_architecture
+
+    arch = read_architecture(Path(options["kit"]))
+    d, f, m = arch.hidden_size, arch.intermediate_size, options["batch_size"] * options["row_length"]
+    big = 2048 if jax.default_backend() == "cpu" else 8192
+    shapes = [(big, big, big), (m, d, f), (m, f, d), (m, d, d)]
+    rates = {}
+    for rows, inner, columns in shapes:
+        x = jnp.ones((rows, inner), options["dtype"])
+        y = jnp.full((inner, columns), 0.5, options["dtype"])
+        product = jax.jit(jnp.matmul).lower(x, y).compile()
+        jax.block_until_ready(product(x, y))
+        seconds = []
+        for _ in range(15):
+            began = time.perf_counter()
+            jax.block_until_ready(product(x, y))
+            seconds.append(time.perf_counter() - began)
+        rates[f"{rows}×{inner}×{columns}"] = 2 * rows * inner * columns / statistics.median(seconds) / 1e9
+    return {"gflops": max(rates.values()), "by_shape": rates, "device": jax.devices()[0].device_kind}
+
+
+RUNNERS = {"sft_jax": run_sft_jax, "trl": run_trl, "ceiling": run_ceiling}
+
+
+def run_one(who: str, options: str) -> None:
+    """What a process of a comparison does."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    print(json.dumps(RUNNERS[who](json.loads(options))))
