@@ -106,6 +106,7 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
         token_table=num_added > 0,
         kernel=kernel,
         quantization=model.quantization,
+        weights=model.weights,
     )
     split = network(remat="full")
     reader = TensorReader(folder) if config.model.init == "pretrained" else None
@@ -117,7 +118,7 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
     stops = list(dict.fromkeys([*examples.stop_ids, *base_stops]))
 
     # -- optimizer and steps ------------------------------------------------------------------------------------------
-    optimizer = make_optimizer(config.optimizer, labels_of(split.trainable, split.labels))
+    optimizer = make_optimizer(config.optimizer, labels_of(split.trainable, split.labels), training.seed)
     schedule = make_schedule(config.optimizer, total_steps)
     shardings = state_shardings(split.trainable, optimizer, mesh)
     dropout = config.lora is not None and config.lora.dropout > 0
@@ -132,6 +133,7 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
             shardings,
             num_groups(examples),
             Terms(training.label_smoothing, training.z_loss),
+            jax.random.fold_in(jax.random.key(training.seed), 3),
         )
 
     # -- restore ------------------------------------------------------------------------------------------------------
