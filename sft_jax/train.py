@@ -111,6 +111,8 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
     split = network(remat="full")
     reader = TensorReader(folder) if config.model.init == "pretrained" else None
     say.model(config, arch.family, split, kernel)
+    file_dtype = None if reader is None else reader.dtype("model.embed_tokens.weight")
+    say.optimizer(config.optimizer, split, file_dtype)
     latest = latest_step(run / "checkpoints")
     params, frozen = load_weights(
         split, arch, reader, config.lora, old_vocab_size, training.seed, "all" if latest is None else "frozen"

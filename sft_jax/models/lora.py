@@ -83,9 +83,7 @@ def attach_lora(model: Decoder, rank: int, alpha: float, targets: str | list[str
     return chosen
 
 
-def split_params(
-    model: Decoder, mesh: Mesh, full: bool, token_table: bool = False, weights: str = "float32"
-) -> Split:
+def split_params(model: Decoder, mesh: Mesh, full: bool, token_table: bool = False, weights: str = "float32") -> Split:
     """Label every leaf and separate the trainable ones; ``model`` comes from ``nnx.eval_shape``.
 
     Adapters are float32, frozen leaves take the compute dtype unless they are quantised.

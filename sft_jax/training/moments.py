@@ -20,7 +20,7 @@ from sft_jax.typing import Array, Float
 class Rounded(NamedTuple):
     """Both moments of each leaf, bfloat16; 4 bytes a weight."""
 
-    count: Array  # int32: updates made
+    num_updates: Array  # int32
     mu: Any
     nu: Any
 
@@ -28,7 +28,7 @@ class Rounded(NamedTuple):
 class Factored(NamedTuple):
     """The first moment of each leaf, bfloat16, and means of squared gradients; a little over 2 bytes a weight."""
 
-    count: Array
+    num_updates: Array
     mu: Any
     rows: Any  # [*L, in, 1], float32: mean over out
     columns: Any  # [*L, 1, out], float32: mean over in
@@ -45,7 +45,7 @@ def scale_by_rounded_adam(b1: float, b2: float, eps: float, key: Array) -> optax
         return Rounded(jnp.zeros((), jnp.int32), _zeros(params), _zeros(params))
 
     def update(updates: Any, state: Rounded, params: Any = None) -> tuple[Any, Rounded]:
-        count, correct_mu, correct_nu = _begin(state.count, b1, b2)
+        count, correct_mu, correct_nu = _begin(state.num_updates, b1, b2)
         now = jax.random.fold_in(key, count)
 
         def one(path: Any, grad: Array, mu: Array, nu: Array) -> tuple[Array, ...]:
@@ -77,7 +77,7 @@ def scale_by_factored_adam(b1: float, b2: float, eps: float, key: Array) -> opta
         return Factored(jnp.zeros((), jnp.int32), _zeros(params), means(-1), means(-2))
 
     def update(updates: Any, state: Factored, params: Any = None) -> tuple[Any, Factored]:
-        count, correct_mu, correct_nu = _begin(state.count, b1, b2)
+        count, correct_mu, correct_nu = _begin(state.num_updates, b1, b2)
         now = jax.random.fold_in(key, count)
 
         def one(path: Any, grad: Array, mu: Array, rows: Array, columns: Array) -> tuple[Array, ...]:
@@ -107,7 +107,7 @@ def _reduced(shape: tuple[int, ...], dim: int) -> tuple[int, ...]:
 
 def _begin(count: Array, b1: float, b2: float) -> tuple[Array, Array, Array]:
     """The number of this update, from 1 on, and what corrects both moments for having begun at zero."""
-    count = optax.safe_increment(count)
+    count = jnp.asarray(optax.safe_increment(count))
     t = count.astype(jnp.float32)
     return count, 1 / (1 - jnp.float32(b1) ** t), 1 / (1 - jnp.float32(b2) ** t)
 

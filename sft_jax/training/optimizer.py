@@ -55,8 +55,9 @@ def make_optimizer(
 ) -> optax.GradientTransformationExtraArgs:
     """AdamW with decoupled weight decay as in torch, by label; ``update`` takes the rate as ``learning_rate=``.
 
-    It computes in float32 and gives float32 updates, whatever the dtype of weights and gradients. Clipping by the global norm sees all trainable gradients together and no others. Leaves labelled ``frozen`` are
-    not among them; should one be passed all the same, its update is zero and it has no state.
+    It computes in float32 and gives float32 updates, whatever the dtype of weights and gradients. Clipping by
+    the global norm sees all trainable gradients together and no others. Leaves labelled ``frozen`` are not among them;
+    should one be passed all the same, its update is zero and it has no state.
 
     Args:
         labels: the label of every leaf that ``init`` and ``update`` are called with.

@@ -50,8 +50,8 @@ def random_words(key: Array, shape: tuple[int, ...]) -> Array:
     *stack, rows, columns = (1, 1, *shape)[-max(2, len(shape)) :]
     assert rows * columns <= 2**32, shape
     ahead, behind = jax.random.bits(key, (2,), jnp.uint32)
-    place = _count(stack + [rows, columns], first=len(stack))
-    outer = _count(stack + [rows, columns], last=len(stack))
+    place = _count([*stack, rows, columns], first=len(stack))
+    outer = _count([*stack, rows, columns], last=len(stack))
     words = _mix(_mix(place ^ ahead) + outer * jnp.uint32(0x9E3779B9) + behind)
     return words.reshape(shape)
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from sft_jax.models.lora import Split
 from sft_jax.training.cross_entropy import PLAIN, Terms
@@ -62,7 +63,12 @@ def make_train_step(
         return batch_loss(split.merge(trainable, frozen), batch, key, num_sources, terms)
 
     def placed(grads: Params) -> Params:
-        return grads if out_shardings is None else lax.with_sharding_constraint(grads, out_shardings.params)
+        if out_shardings is not None:
+            grads = lax.with_sharding_constraint(grads, out_shardings.params)
+        # Table and head laid out as their weights and moments are: else the compiler takes the layout that a product
+        # happens to leave, and copies the head's weight and moments into it before the first layer: 9,055 instead of
+        # 8,679 MiB a chip for Llama-3-8B in float32 on 16 TPU v5e. Stacked leaves lie as the loop over them wants.
+        return jax.tree.map(lambda g: with_layout_constraint(g, Layout((0, 1))) if g.ndim == 2 else g, grads)
 
     def part(params: Params, frozen: Params, batch: Batch, key: Array | None) -> Sums:
         (loss, sums), grads = jax.value_and_grad(loss_of, has_aux=True)(params, frozen, batch, key)
@@ -92,7 +98,7 @@ def make_train_step(
         learning_rate = schedule(state.step)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, learning_rate=learning_rate)
         now = None if rounding_key is None else jax.random.fold_in(rounding_key, state.step)
-        params = apply_updates(state.params, updates, now)
+        params = apply_updates(state.params, updates, now)  # type: ignore[arg-type]
 
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         halted = state.halted | ~finite
