@@ -5,9 +5,11 @@ from __future__ import annotations
 import sys
 from collections import Counter
 
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
-from sft_jax.config import Config
+from sft_jax.config import Config, OptimizerConfig
 from sft_jax.data.examples import Examples, Report
 from sft_jax.data.packing import Plan
 from sft_jax.data.prepare import Prepared
@@ -91,6 +93,18 @@ class Announcer:
         memory = "" if step.temp_bytes is None else f", {step.temp_bytes / 2**20:,.0f} MiB beside weights and state"
         self("compiled", f"rows of {step.row_length} in {step.seconds:.1f} s; remat {step.remat}{memory}")
 
+    def optimizer(self, config: OptimizerConfig, split: Split, file_dtype: np.dtype | None) -> None:
+        """How moments are kept, and what is rounded; ``file_dtype`` is that of the base model's files."""
+        moments = f"moments {config.moments}"
+        if config.moments == "factored":
+            moments += " (the first bfloat16, the second by rows and columns)"
+        rounded = config.moments != "float32"
+        if any(leaf.dtype == jnp.bfloat16 for leaf in flatten(split.trainable).values()):
+            rounded = True
+            if file_dtype is not None and file_dtype != jnp.bfloat16:
+                self("", f"the files are {file_dtype}; trained weights are rounded to bfloat16 as they are read")
+        self("optimizer", f"{config.name}, {moments}" + (", updates rounded stochastically" if rounded else ""))
+
     def model(self, config: Config, family: str, split: Split, kernel: Kernel) -> None:
         """What is trained, in which dtype, and which attention kernel computes it."""
 
@@ -104,7 +118,8 @@ class Announcer:
         labels = ", ".join(f"{count} {label}" for label, count in sorted(Counter(split.labels.values()).items()))
         self(
             "model",
-            f"{family}, {kind}: {count(split.trainable):,} trained (float32), {num_frozen:,} frozen; leaves {labels}",
+            f"{family}, {kind}: {count(split.trainable):,} trained ({_dtypes(split)}), {num_frozen:,} frozen; "
+            f"leaves {labels}",
         )
         if split.quantized:
             size = sum(leaf.size * leaf.dtype.itemsize for leaf in flatten(split.frozen).values())
@@ -114,6 +129,14 @@ class Announcer:
             blocks = f"{config.model.quantization} in blocks of {' and '.join(map(str, blocks))} inputs"
             self("base", f"{blocks}, {kept}: {_bytes(size)}, {size / (2 * num_frozen):.2f} of bfloat16")
         self("compute", f"{config.model.dtype}, attention {kernel}")
+
+
+def _dtypes(split: Split) -> str:
+    """Of the trained leaves, with how many weights have each where they are several."""
+    sizes: Counter[str] = Counter()
+    for leaf in flatten(split.trainable).values():
+        sizes[str(leaf.dtype)] += leaf.size
+    return ", ".join(f"{size:,} {dtype}" if len(sizes) > 1 else dtype for dtype, size in sorted(sizes.items()))
 
 
 def _bytes(size: int) -> str:

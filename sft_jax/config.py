@@ -31,7 +31,8 @@ class ModelConfig:
 
     path: str = "???"
     revision: str | None = None  # branch, tag or commit of a Hugging Face id
-    dtype: str = "bfloat16"  # compute and frozen weights; trainable weights are always float32
+    dtype: str = "bfloat16"  # compute and frozen weights
+    weights: str = "float32"  # base weights that are trained; adapters are always float32
     init: str = "pretrained"  # random: pretraining from config.json
     attention: str = "auto"  # the fastest kernel that can express the mask here, or splash | cudnn | xla
     remat: str = "auto"  # what is kept for the backward pass: the fastest of dots | attention | full that fits, or none
@@ -39,6 +40,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _one_of(self.dtype, "model.dtype", ("bfloat16", "float32"))
+        _one_of(self.weights, "model.weights", ("float32", "bfloat16"))
         _one_of(self.init, "model.init", ("pretrained", "random"))
         _one_of(self.attention, "model.attention", ("auto", "splash", "cudnn", "xla"))
         _one_of(self.remat, "model.remat", ("auto", "full", "attention", "dots", "none"))
@@ -150,9 +152,11 @@ class OptimizerConfig:
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1.0e-8
+    moments: str = "float32"  # how Adam's two are kept: float32 | bfloat16 | factored (the second by rows and columns)
 
     def __post_init__(self) -> None:
         _one_of(self.name, "optimizer.name", ("adamw",))
+        _one_of(self.moments, "optimizer.moments", ("float32", "bfloat16", "factored"))
         _one_of(self.schedule, "optimizer.schedule", ("constant", "linear", "cosine", "wsd"))
         _require(self.learning_rate >= 0, "optimizer.learning_rate", f"{self.learning_rate} is negative")
         _require(0 <= self.warmup_ratio < 1, "optimizer.warmup_ratio", f"{self.warmup_ratio} is not in [0, 1)")

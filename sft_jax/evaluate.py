@@ -65,6 +65,7 @@ def evaluate(
         token_table,
         kernel=kernel,
         quantization=config.model.quantization,
+        weights=config.model.weights,
     )
     say.model(config, arch.family, split, kernel)
     base, frozen = load_weights(split, arch, run.reader, None, old_vocab_size, trained.training.seed)

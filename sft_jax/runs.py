@@ -28,7 +28,7 @@ class Run:
     folder: Path
     config: Config
     step: int
-    params: dict[LeafPath, np.ndarray]  # trained leaves, float32
+    params: dict[LeafPath, np.ndarray]  # trained leaves, in the dtype they were trained in
     base: Path  # folder of the base model
     reader: TensorReader | None  # None where the base is random weights, all of which were trained
     tokenizer: Any

@@ -108,10 +108,13 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
         token_table=num_added > 0,
         kernel=kernel,
         quantization=model.quantization,
+        weights=model.weights,
     )
     split = network(remat="full")
     reader = TensorReader(folder) if config.model.init == "pretrained" else None
     say.model(config, arch.family, split, kernel)
+    file_dtype = None if reader is None else reader.dtype("model.embed_tokens.weight")
+    say.optimizer(config.optimizer, split, file_dtype)
     latest = latest_step(run / "checkpoints")
     params, frozen = load_weights(
         split, arch, reader, config.lora, old_vocab_size, training.seed, "all" if latest is None else "frozen"
@@ -119,7 +122,7 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
     stops = list(dict.fromkeys([*examples.stop_ids, *base_stops]))
 
     # -- optimizer and steps ------------------------------------------------------------------------------------------
-    optimizer = make_optimizer(config.optimizer, labels_of(split.trainable, split.labels))
+    optimizer = make_optimizer(config.optimizer, labels_of(split.trainable, split.labels), training.seed)
     schedule = make_schedule(config.optimizer, total_steps)
     shardings = state_shardings(split.trainable, optimizer, mesh)
     dropout = config.lora is not None and config.lora.dropout > 0
@@ -134,6 +137,7 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
             shardings,
             num_groups(examples),
             Terms(training.label_smoothing, training.z_loss),
+            jax.random.fold_in(jax.random.key(training.seed), 3),
         )
 
     # -- restore ------------------------------------------------------------------------------------------------------

@@ -51,6 +51,8 @@ def test_saved_config_reads_back_equal(smallest, tmp_path):
         ("training.max_steps=3.5", "training.max_steps"),
         ("training.batch_size=null", "training.batch_size"),
         ("model.dtype=fp8", "model.dtype: 'fp8' is not one of bfloat16, float32"),
+        ("model.weights=float16", "model.weights: 'float16' is not one of float32, bfloat16"),
+        ("optimizer.moments=int8", "optimizer.moments: 'int8' is not one of float32, bfloat16, factored"),
         ("model.attention=flash", "model.attention: 'flash' is not one of"),
         ("training.gradient_accumulation_steps=3", "3 does not divide batch_size 16"),
         ("data.train=[]", "data.train: names no source"),

@@ -32,7 +32,7 @@ class Split:
     """A network taken apart: what it is, what is trained, what is not. Leaves are abstract, with shardings."""
 
     graphdef: Any
-    trainable: Params  # float32
+    trainable: Params  # adapters float32, base weights float32 or bfloat16
     frozen: Params  # compute dtype; the arrays of quantised weights have their own
     labels: dict[Path, str]  # of every leaf, trainable and frozen
     quantized: dict[Path, QuantizedLeaf] = field(default_factory=dict)  # by the weight's path, which is no leaf's
@@ -83,22 +83,25 @@ def attach_lora(model: Decoder, rank: int, alpha: float, targets: str | list[str
     return chosen
 
 
-def split_params(model: Decoder, mesh: Mesh, full: bool, token_table: bool = False) -> Split:
+def split_params(model: Decoder, mesh: Mesh, full: bool, token_table: bool = False, weights: str = "float32") -> Split:
     """Label every leaf and separate the trainable ones; ``model`` comes from ``nnx.eval_shape``.
 
-    Trainable leaves become float32 (small updates vanish in bfloat16), frozen ones take the compute dtype unless they
-    are quantised.
+    Adapters are float32, frozen leaves take the compute dtype unless they are quantised.
 
     Args:
         full: train every base weight; otherwise only adapters are.
         token_table: train the token table and the output head besides adapters. Needed where tokens were added: their
             rows start alike, and frozen rows could never be told apart.
+        weights: dtype of base weights that are trained. In bfloat16 the step has to round them stochastically, or
+            small updates vanish.
     """
     leaves = [(tuple(map(str, path)), variable) for path, variable in nnx.to_flat_state(nnx.state(model))]
     labels = {path: _label(path, variable, full, token_table) for path, variable in leaves}
 
     def place(path: Path, variable: Any) -> jax.ShapeDtypeStruct:
-        dtype = model.dtype if labels[path] == FROZEN else jnp.float32
+        dtype = model.dtype if labels[path] == FROZEN else jnp.dtype(weights)
+        if is_adapter(path):
+            dtype = jnp.float32
         if isinstance(variable, QuantizedParam):
             dtype = variable.dtype
         sharding = named_sharding(mesh, variable.get_metadata("axes"), variable.shape)

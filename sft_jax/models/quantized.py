@@ -88,9 +88,24 @@ def in_dtype(matrix: Matrix, dtype: Any) -> Float[Array, "*L in out"]:
 def rows_of(table: Weight, ids: Int[Array, "B T"], dtype: Any) -> Float[Array, "B T D"]:
     """Rows of a table ``[V, D]``; of a quantised one, no others are read back."""
     if not isinstance(table, Quantized):
-        return table[...].at[ids].get(mode="clip").astype(dtype)
+        return _gathered(table[...], ids).astype(dtype)
     codes, scales = (getattr(table, name)[...].at[ids].get(mode="clip") for name in ("codes", "scales"))
     return (codes.astype(jnp.float32) * scales).astype(dtype)
+
+
+@jax.custom_vjp
+def _gathered(table: Array, ids: Array) -> Array:
+    return table.at[ids].get(mode="clip")
+
+
+def _scattered(kept: tuple[Array, Array], d_rows: Array) -> tuple[Array, None]:
+    table, ids = kept
+    total = jnp.zeros(table.shape, jnp.float32).at[ids].add(d_rows.astype(jnp.float32), mode="clip")
+    return total.astype(table.dtype), None
+
+
+# A frequent token's gradients are added up in float32, whatever the dtype of the table.
+_gathered.defvjp(lambda table, ids: (_gathered(table, ids), (table, ids)), _scattered)
 
 
 def attach_quantization(model: nnx.Module, method: str, tables: bool = True) -> None:

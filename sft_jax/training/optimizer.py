@@ -11,11 +11,14 @@ import optax
 
 from sft_jax.config import OptimizerConfig
 from sft_jax.models.lora import FROZEN, LABELS
+from sft_jax.training.moments import scale_by_factored_adam, scale_by_rounded_adam
 from sft_jax.tree import Params, Path, flatten, unflatten
 from sft_jax.typing import Array
 
 # optax raises floats to integer powers, which strict dtype promotion forbids; our own arithmetic stays strict.
 _OPTAX_PROMOTION = partial(jax.numpy_dtype_promotion, "standard")
+
+_MOMENTS = 2  # what the rounding of moments draws its numbers by; 1 is dropout, 3 the rounding of weights
 
 DECAY_SHARE = 0.2  # of all steps, for the last phase of wsd
 
@@ -47,23 +50,24 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> Callable[[Array]
     return rate
 
 
-def make_optimizer(config: OptimizerConfig, labels: dict[Path, str]) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(
+    config: OptimizerConfig, labels: dict[Path, str], seed: int = 0
+) -> optax.GradientTransformationExtraArgs:
     """AdamW with decoupled weight decay as in torch, by label; ``update`` takes the rate as ``learning_rate=``.
 
-    Clipping by the global norm sees all trainable gradients together and no others. Leaves labelled ``frozen`` are
-    not among them; should one be passed all the same, its update is zero and it has no state.
+    It computes in float32 and gives float32 updates, whatever the dtype of weights and gradients. Clipping by
+    the global norm sees all trainable gradients together and no others. Leaves labelled ``frozen`` are not among them;
+    should one be passed all the same, its update is zero and it has no state.
 
     Args:
         labels: the label of every leaf that ``init`` and ``update`` are called with.
+        seed: of the rounding of moments that are not float32.
     """
     unknown = {path: label for path, label in labels.items() if label not in LABELS}
     assert not unknown, unknown
-    decayed = optax.chain(
-        optax.scale_by_adam(config.b1, config.b2, config.eps),
-        optax.add_decayed_weights(config.weight_decay),
-        _scale_by_given_rate(),
-    )
-    plain = optax.chain(optax.scale_by_adam(config.b1, config.b2, config.eps), _scale_by_given_rate())
+    of_matrices, of_vectors = _moments(config, seed)
+    decayed = optax.chain(of_matrices, optax.add_decayed_weights(config.weight_decay), _scale_by_given_rate())
+    plain = optax.chain(of_vectors, _scale_by_given_rate())
     transforms: dict[Hashable, optax.GradientTransformation] = {
         "lora_a": decayed,
         "lora_b": decayed,
@@ -76,11 +80,29 @@ def make_optimizer(config: OptimizerConfig, labels: dict[Path, str]) -> optax.Gr
         trainable = unflatten({path: label != FROZEN for path, label in labels.items()})
         by_label = optax.chain(optax.masked(optax.clip_by_global_norm(config.max_grad_norm), trainable), by_label)
 
+    def init(params):
+        return by_label.init(_in_float32(params))
+
     def update(updates, state, params=None, **extra):
         with _OPTAX_PROMOTION():
-            return by_label.update(updates, state, params, **extra)
+            return by_label.update(_in_float32(updates), state, _in_float32(params), **extra)
 
-    return optax.GradientTransformationExtraArgs(by_label.init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _moments(config: OptimizerConfig, seed: int) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
+    """Adam as ``config.moments`` keeps it, for matrices and for vectors (norms and biases), which are not factored."""
+    settings = (config.b1, config.b2, config.eps)
+    if config.moments == "float32":
+        exact = optax.scale_by_adam(*settings)
+        return exact, exact
+    key = jax.random.fold_in(jax.random.key(seed), _MOMENTS)
+    rounded = scale_by_rounded_adam(*settings, key)
+    return (rounded if config.moments == "bfloat16" else scale_by_factored_adam(*settings, key)), rounded
+
+
+def _in_float32(tree):
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
 
 
 def labels_of(params: Params, labels: dict[Path, str]) -> dict[Path, str]:

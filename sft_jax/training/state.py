@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sft_jax.sharding import replicated
 from sft_jax.tree import Params
@@ -21,13 +21,13 @@ class TrainState:
     """Trainable leaves and what the optimizer keeps about them. Frozen weights are not part of it."""
 
     step: Array  # int32: steps done
-    params: Params  # trainable leaves, float32
+    params: Params  # trainable leaves: adapters float32, base weights as ``model.weights`` says
     opt_state: Any
     halted: Array  # bool: a loss was not finite; no step changes anything any more
 
 
 def make_state(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """The state before the first step; optimizer moments are born with the sharding of their weights."""
+    """The state before the first step; what the optimizer keeps is born where :func:`state_shardings` says."""
     shardings = state_shardings(params, optimizer, mesh)
     opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
     step = jax.device_put(jnp.zeros((), jnp.int32), replicated(mesh))
@@ -36,11 +36,17 @@ def make_state(params: Params, optimizer: optax.GradientTransformation, mesh: Me
 
 
 def state_shardings(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Where each leaf of a state lives. ``params`` may be arrays or abstract leaves with shardings."""
+    """Where each leaf of a state lives: what the optimizer keeps of a weight is split as the weight is.
+
+    A dimension that is averaged over (of a factored moment) has size 1 and is not split.
+
+    Args:
+        params: arrays, or abstract leaves with shardings.
+    """
     param_shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
     opt_state = optax.tree.map_params(
         optimizer,
-        lambda leaf, sharding: leaf if _is_masked(leaf) else sharding,
+        lambda leaf, sharding: leaf if _is_masked(leaf) else _without_averaged(leaf, sharding),
         jax.eval_shape(optimizer.init, params),
         param_shardings,
         transform_non_params=lambda _: replicated(mesh),
@@ -65,6 +71,15 @@ def abstract_state(params: Params, optimizer: optax.GradientTransformation, mesh
         halted=scalar((), jnp.bool_),  # type: ignore[arg-type]
     )
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def _without_averaged(leaf: jax.ShapeDtypeStruct, sharding: Any) -> Any:
+    if 1 not in leaf.shape:
+        return sharding
+    spec = (*sharding.spec, *[None] * (leaf.ndim - len(sharding.spec)))
+    return NamedSharding(
+        sharding.mesh, PartitionSpec(*(None if n == 1 else names for n, names in zip(leaf.shape, spec, strict=True)))
+    )
 
 
 def _is_masked(leaf: Any) -> bool:

@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from sft_jax.models.lora import Split
 from sft_jax.training.cross_entropy import PLAIN, Terms
 from sft_jax.training.loss import LossSums, batch_loss, no_sums
+from sft_jax.training.rounding import apply_updates
 from sft_jax.training.state import TrainState
 from sft_jax.tree import Params
 from sft_jax.typing import Array, Batch
@@ -32,11 +34,14 @@ def make_train_step(
     out_shardings: Any = None,
     num_sources: int = 0,
     terms: Terms = PLAIN,
+    rounding_key: Array | None = None,
 ) -> TrainStep:
     """``step(state, frozen, batch) -> (state, metrics)``, jitted; the given state's buffers are reused.
 
     Only trainable leaves are differentiated. The batch is computed in ``accumulation`` parts of equal row counts;
-    loss sums, target weights and gradients are added up in float32 and divided once by the weight of all targets.
+    loss sums, target weights and gradients are added up in float32 and divided once by the weight of all targets. The
+    gradient of one part has the dtype of its weight: where that is bfloat16, it was added up over positions and devices
+    in float32 and then rounded once, to the nearest.
 
     A batch without targets has loss 0 and changes nothing but the step counter. A loss or gradient that is not finite
     halts the state: from then on no step changes it, so what is saved is the state before the fault.
@@ -46,6 +51,7 @@ def make_train_step(
         out_shardings: of the new state; gradients are constrained to those of the weights.
         num_sources: how many sources ``batch.sources`` tells apart.
         terms: what the loss has besides the negative log-likelihood.
+        rounding_key: for weights that are kept in bfloat16; each step has its own key.
 
     Returns:
         A function whose metrics are ``loss, grad_norm, learning_rate, token_accuracy, entropy, target_tokens,
@@ -56,20 +62,28 @@ def make_train_step(
     def loss_of(trainable: Params, frozen: Params, batch: Batch, key: Array | None) -> tuple[Array, LossSums]:
         return batch_loss(split.merge(trainable, frozen), batch, key, num_sources, terms)
 
-    def part(params: Params, frozen: Params, batch: Batch, key: Array | None) -> Sums:
-        (loss, sums), grads = jax.value_and_grad(loss_of, has_aux=True)(params, frozen, batch, key)
+    def placed(grads: Params) -> Params:
         if out_shardings is not None:
             grads = lax.with_sharding_constraint(grads, out_shardings.params)
-        return loss, sums, grads
+        # Table and head laid out as their weights and moments are: else the compiler takes the layout that a product
+        # happens to leave, and copies the head's weight and moments into it before the first layer: 9,055 instead of
+        # 8,679 MiB a chip for Llama-3-8B in float32 on 16 TPU v5e. Stacked leaves lie as the loop over them wants.
+        return jax.tree.map(lambda g: with_layout_constraint(g, Layout((0, 1))) if g.ndim == 2 else g, grads)
+
+    def part(params: Params, frozen: Params, batch: Batch, key: Array | None) -> Sums:
+        (loss, sums), grads = jax.value_and_grad(loss_of, has_aux=True)(params, frozen, batch, key)
+        return loss, sums, placed(grads)
 
     def total(params: Params, frozen: Params, batch: Batch, key: Array | None) -> Sums:
         if accumulation == 1:
             return part(params, frozen, batch, key)
         keys = None if key is None else jax.random.split(key, accumulation)
-        zero = (jnp.zeros(()), no_sums(num_sources), jax.tree.map(jnp.zeros_like, params))
+        zero_grads = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
+        zero = (jnp.zeros(()), no_sums(num_sources), placed(zero_grads))
 
         def add(so_far: Sums, scanned: tuple[Batch, Array | None]) -> tuple[Sums, None]:
-            return jax.tree.map(jnp.add, so_far, part(params, frozen, *scanned)), None
+            found = part(params, frozen, *scanned)
+            return jax.tree.map(lambda total, one: total + one.astype(jnp.float32), so_far, found), None
 
         return lax.scan(add, zero, (_interleave(batch, accumulation), keys))[0]
 
@@ -79,11 +93,12 @@ def make_train_step(
         weight = sums.weight
         denominator = jnp.where(weight > 0, weight, 1.0)
         loss = loss_sum / denominator
-        grads = jax.tree.map(lambda g: g / denominator, grad_sums)
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32) / denominator, grad_sums)
         grad_norm = optax.tree.norm(grads)
         learning_rate = schedule(state.step)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, learning_rate=learning_rate)
-        params = optax.apply_updates(state.params, updates)
+        now = None if rounding_key is None else jax.random.fold_in(rounding_key, state.step)
+        params = apply_updates(state.params, updates, now)  # type: ignore[arg-type]
 
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         halted = state.halted | ~finite

@@ -30,6 +30,7 @@ def build(
     full: bool | None = None,
     kernel: Kernel | None = None,
     quantization: str | None = None,
+    weights: str = "float32",
 ) -> Split:
     """The network, taken apart into trainable and frozen leaves; nothing is allocated.
 
@@ -41,6 +42,7 @@ def build(
         full: train every base weight; by default where there are no adapters.
         kernel: of attention; by default one that takes rows of any length.
         quantization: how frozen matrices are kept, ``nf4`` or ``int8``; None for ``dtype``. Trained ones are not.
+        weights: dtype of base weights that are trained; adapters are float32.
 
     Raises:
         UserError: a LoRA target that matches nothing, a layer that cannot be quantised.
@@ -55,9 +57,8 @@ def build(
             attach_quantization(model, quantization, tables=not token_table)
         return model
 
-    return split_params(
-        nnx.eval_shape(network), mesh, full=lora is None if full is None else full, token_table=token_table
-    )
+    full = lora is None if full is None else full
+    return split_params(nnx.eval_shape(network), mesh, full, token_table, weights)
 
 
 def load_weights(

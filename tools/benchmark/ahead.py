@@ -45,8 +45,8 @@ def bench_ahead(options: argparse.Namespace) -> None:
     print(
         f"{options.shape} {options.mode} on {options.topology}, {options.rows}×{options.row_length} a chip, "
         f"remat {options.remat}, attention {found['attention']}: peak {mib['peak_bytes']} MiB a chip, "
-        f"{mib['argument_bytes']} of it weights, state and batch; traced in {found['trace_seconds']:.1f} s, compiled in "
-        f"{found['compile_seconds']:.1f} s; splash kernels in the program: {found['splash_calls']}"
+        f"{mib['argument_bytes']} of it weights, state and batch; traced in {found['trace_seconds']:.1f} s, "
+        f"compiled in {found['compile_seconds']:.1f} s; splash kernels in the program: {found['splash_calls']}"
     )
 
 
