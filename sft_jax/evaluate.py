@@ -14,7 +14,7 @@ from sft_jax.config import Config
 from sft_jax.evaluation.compare import Comparison, Networks, compare, prepare
 from sft_jax.hf.config import read_architecture, stop_ids
 from sft_jax.metrics import read_metrics
-from sft_jax.models.attention.kernel import choose_kernel
+from sft_jax.models.attention.kernel import check_kernel, choose_kernel
 from sft_jax.models.lora import is_adapter
 from sft_jax.report import table
 from sft_jax.report.write import write_report
@@ -56,6 +56,7 @@ def evaluate(
     say.task(task)
     token_table = config.lora is not None and not all(map(is_adapter, run.params))
     kernel = choose_kernel(config.model.attention, mesh, arch, config.model.dtype, config.data.max_length)
+    check_kernel(kernel, mesh, arch)
     split = build(
         arch,
         mesh,

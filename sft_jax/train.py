@@ -33,7 +33,7 @@ from sft_jax.hf.reader import TensorReader
 from sft_jax.hf.tokenizer import load_tokenizer
 from sft_jax.inference.generator import Generator
 from sft_jax.metrics import MetricsWriter, Progress, read_metrics
-from sft_jax.models.attention.kernel import choose_kernel
+from sft_jax.models.attention.kernel import check_kernel, choose_kernel
 from sft_jax.models.lora import Split
 from sft_jax.report import table
 from sft_jax.report.loss import plot_loss
@@ -99,6 +99,7 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
     check_heads(arch.num_heads, mesh)
     model, training = config.model, config.training
     kernel = choose_kernel(model.attention, mesh, arch, model.dtype, config.data.max_length)
+    check_kernel(kernel, mesh, arch)
     network = partial(
         build,
         arch,

@@ -28,6 +28,7 @@ from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from sft_jax.errors import UserError
 from sft_jax.typing import Array, Float, Int
@@ -183,8 +184,12 @@ def _scales(arrays: Arrays, fmt: Format) -> Float[Array, "*L blocks out"]:
 
 
 def _nf4_level(codes: Int[Array, "*S"]) -> Float[Array, "*S"]:
-    """Levels by four rounds of selection, one a bit: about as fast as a table on a CPU, and it needs no gather."""
-    levels = [jnp.full((), level, jnp.float32) for level in NF4_LEVELS]
+    """Levels by four rounds of selection, one a bit: about as fast as a table on a CPU, and it needs no gather.
+
+    The levels are tied to the codes. As bare constants they would be the same for every layer of a scan, and XLA for
+    GPUs computes such things before the loop: sixteen arrays of the shape of each matrix, in memory throughout.
+    """
+    codes, *levels = lax.optimization_barrier((codes, *(jnp.full((), level, jnp.float32) for level in NF4_LEVELS)))
     for bit in range(4):
         is_set = (codes & jnp.uint8(1 << bit)) != 0
         levels = [jnp.where(is_set, odd, even) for even, odd in zip(levels[::2], levels[1::2], strict=True)]

@@ -7,6 +7,7 @@ never kept: making them again costs less than writing and reading them.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.ad_checkpoint import checkpoint_name as keep
@@ -14,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name as keep
 PRODUCT = "product"  # of activations with a weight matrix, or of two such products
 ATTENTION = "attention"  # what attention gives, and the log-sum-exp its backward pass starts from
 LOW_RANK = "low_rank"  # activations times the A of an adapter
+CUDNN = "dot_product_attention_fwd_wrapper"  # jax's name for the call of cuDNN
 
 # from the fastest step to the smallest memory
 POLICIES = {
@@ -29,7 +31,15 @@ def rematerialised(layer: Callable, policy: str) -> Callable:
     names = POLICIES[policy]
     if names is None:
         return layer
-    return jax.checkpoint(layer, policy=jax.checkpoint_policies.save_only_these_names(*names), prevent_cse=False)
+    kept = jax.checkpoint_policies.save_only_these_names(*names)
+    if ATTENTION in names:
+        kept = jax.checkpoint_policies.save_from_both_policies(kept, _is_cudnn)
+    return jax.checkpoint(layer, policy=kept, prevent_cse=False)
 
 
-__all__ = ["ATTENTION", "LOW_RANK", "POLICIES", "PRODUCT", "keep", "rematerialised"]
+def _is_cudnn(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Whether it is jax's call of cuDNN attention: it gives output and log-sum-exp, and puts no names on them."""
+    return primitive.name == CUDNN
+
+
+__all__ = ["ATTENTION", "CUDNN", "LOW_RANK", "POLICIES", "PRODUCT", "keep", "rematerialised"]

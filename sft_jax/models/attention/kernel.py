@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,12 +14,17 @@ from jax.sharding import Mesh
 from sft_jax.architecture import Architecture
 from sft_jax.errors import UserError
 from sft_jax.models.attention.cudnn import cudnn_attention
+from sft_jax.models.attention.mosaic_gpu import ROW_MULTIPLE, missing, mosaic_gpu_attention
+from sft_jax.models.attention.parity import WINDOW, check_parity
 from sft_jax.models.attention.splash import splash_attention
 from sft_jax.models.attention.xla import xla_attention
 from sft_jax.sharding import axis_names, current_mesh, partition_spec
 from sft_jax.typing import Array, Float, Int
 
-NAMES = ("splash", "cudnn", "xla")  # the order in which they are tried
+NAMES = ("splash", "cudnn", "mosaic_gpu", "xla")
+# The order in which auto tries them. mosaic_gpu only compiled for a GPU so far and never ran on one: who wants it asks.
+AUTO = ("splash", "cudnn", "xla")
+CHECKED = ("cudnn", "mosaic_gpu")  # are compared with the xla kernel before a run starts
 
 
 @dataclass(frozen=True)
@@ -61,19 +67,42 @@ def choose_kernel(
     device = mesh.devices.flat[0]
     obstacles = {
         "splash": _against_splash(device, row_length),
-        "cudnn": _against_cudnn(device, arch, dtype, softcap),
+        "cudnn": _against_cudnn(device, arch, dtype, row_length, softcap),
+        "mosaic_gpu": _against_mosaic_gpu(device, arch, dtype, row_length),
         "xla": None,
     }
     if requested != "auto" and obstacles[requested]:
         fitting = ", ".join(name for name in NAMES if not obstacles[name])
         raise UserError(f"model.attention: {requested} {obstacles[requested]}; here can be used: auto, {fitting}")
-    name = requested if requested != "auto" else next(name for name in NAMES if not obstacles[name])
+    name = requested if requested != "auto" else next(name for name in AUTO if not obstacles[name])
     if name == "xla":
-        passed = [f"{other} {why}" for other, why in obstacles.items() if why and _is_for(other, device)]
+        passed = [f"{other} {obstacles[other]}" for other in AUTO if obstacles[other] and _is_for(other, device)]
         kernel = any_length_kernel(device)
         return Kernel("xla", kernel.block, f"blocks of {kernel.block}" + "".join(f"; {reason}" for reason in passed))
     block = next((size for size in (512, 256) if row_length % size == 0), 128)
-    return Kernel(name, block, f"blocks of {block}" if name == "splash" else "segments as a mask of T² bits")
+    return Kernel(name, block, _HOW[name].format(block=block))
+
+
+_HOW = {
+    "splash": "blocks of {block}",
+    "cudnn": "segments as a mask of T² bits",
+    "mosaic_gpu": "segments as the first slot that each sees",
+}
+
+
+def check_kernel(kernel: Kernel, mesh: Mesh, arch: Architecture) -> None:
+    """Compare a kernel of :data:`CHECKED`, on a device of this process, with the ``xla`` kernel.
+
+    Raises:
+        UserError: it does not run, or is off by more than rounding.
+    """
+    if kernel.name not in CHECKED:
+        return
+    windows = {None if window is None else WINDOW for window in arch.sliding_windows or (None,)}
+    with jax.default_device(mesh.local_devices[0]):
+        check_parity(
+            kernel.name, partial(_compute, kernel), arch.num_heads // arch.num_kv_heads, arch.head_dim, list(windows)
+        )
 
 
 def _is_for(name: str, device: Any) -> bool:
@@ -86,16 +115,39 @@ def _against_splash(device: Any, row_length: int) -> str | None:
     return f"needs rows of a multiple of 128, not {row_length} (data.max_length)" if row_length % 128 else None
 
 
-def _against_cudnn(device: Any, arch: Architecture, dtype: str, softcap: float | None) -> str | None:
-    if device.platform not in ("gpu", "cuda"):
+def _against_cudnn(device: Any, arch: Architecture, dtype: str, row_length: int, softcap: float | None) -> str | None:
+    if device.platform != "gpu":
         return "needs an NVIDIA GPU"
-    if float(getattr(device, "compute_capability", "0")) < 8.0:
+    if (capability := _capability(device)) is None or capability < 8.0:
         return "needs compute capability 8.0"
     if dtype != "bfloat16":
         return "needs bfloat16 (model.dtype)"
     if arch.head_dim % 8 or arch.head_dim > 128:
         return f"needs a head dimension up to 128, a multiple of 8, not {arch.head_dim}"
+    if row_length % 2:
+        return f"needs rows of an even number of slots, not {row_length} (data.max_length)"
     return "has no soft cap" if softcap is not None else None
+
+
+def _against_mosaic_gpu(device: Any, arch: Architecture, dtype: str, row_length: int) -> str | None:
+    capability = _capability(device) if device.platform == "gpu" else None
+    if capability is None or not 9.0 <= capability < 11.0:
+        return "needs a Hopper or Blackwell GPU of a data centre (compute capability 9 or 10)"
+    if dtype != "bfloat16":
+        return "needs bfloat16 (model.dtype)"
+    if arch.head_dim % 8 or arch.head_dim > 256:
+        return f"needs a head dimension up to 256, a multiple of 8, not {arch.head_dim}"
+    if row_length % ROW_MULTIPLE:
+        return f"needs rows of a multiple of {ROW_MULTIPLE}, not {row_length} (data.max_length)"
+    return missing()
+
+
+def _capability(device: Any) -> float | None:
+    """The CUDA compute capability; None for GPUs of others, and for devices that are only compiled for."""
+    try:
+        return float(getattr(device, "compute_capability", ""))
+    except ValueError:
+        return None
 
 
 def attention(
@@ -116,12 +168,7 @@ def attention(
     """
 
     def compute(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
-        if kernel.name == "splash":
-            return splash_attention(q, k, v, segment_ids, window, softcap, kernel.block)
-        if kernel.name == "cudnn":
-            assert softcap is None
-            return cudnn_attention(q, k, v, segment_ids, window)
-        return xla_attention(q, k, v, segment_ids, window, softcap, kernel.block)
+        return _compute(kernel, q, k, v, segment_ids, window, softcap)
 
     mesh = current_mesh()
     if mesh is None:
@@ -136,3 +183,16 @@ def attention(
     return jax.shard_map(compute, in_specs=(queries, keys, keys, rows), out_specs=queries, check_vma=False)(
         q, k, v, segment_ids
     )
+
+
+def _compute(
+    kernel: Kernel, q: Array, k: Array, v: Array, segment_ids: Array, window: int | None, softcap: float | None
+) -> Array:
+    if kernel.name == "splash":
+        return splash_attention(q, k, v, segment_ids, window, softcap, kernel.block)
+    if kernel.name == "cudnn":
+        assert softcap is None
+        return cudnn_attention(q, k, v, segment_ids, window)
+    if kernel.name == "mosaic_gpu":
+        return mosaic_gpu_attention(q, k, v, segment_ids, window, softcap)
+    return xla_attention(q, k, v, segment_ids, window, softcap, kernel.block)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from sft_jax.models.attention.segments import first_visible
 from sft_jax.models.remat import ATTENTION, keep
 from sft_jax.typing import Array, Float, Int
 
@@ -44,7 +45,7 @@ def xla_attention(
     Two rows of four slots, three documents, blocks of two::
 
         segment_ids   1 1 2 2 │ 1 1 1 0      position of the first slot of its own segment
-        starts        0 0 2 2 │ 4 4 4 7
+        seen from     0 0 2 2 │ 4 4 4 7
         key blocks of query block   0: 0…0   1: 1…1   2: 2…2   3: 2…3
     """
     num_rows, length, num_heads, head_dim = q.shape
@@ -57,21 +58,13 @@ def xla_attention(
         x = jnp.pad(x.reshape(size, -1, head_dim), [(0, padding), (0, 0), (0, 0)])
         return jnp.moveaxis(x.reshape(-1, block, x.shape[1], head_dim), 2, 0)
 
-    starts = jnp.pad(_starts(segment_ids).reshape(size), (0, padding), mode="edge")
-    seen_from = starts if window is None else jnp.maximum(starts, jnp.arange(size + padding) - window + 1)
+    rows = length * jnp.arange(num_rows, dtype=jnp.int32)[:, None]
+    seen_from = jnp.pad((first_visible(segment_ids, window) + rows).reshape(size), (0, padding), mode="edge")
     scaled = blocks(q * jnp.asarray(head_dim**-0.5, q.dtype))
     scaled = scaled.reshape(num_kv_heads, num_heads // num_kv_heads, *scaled.shape[1:])
     out: Any = _blockwise(scaled, blocks(k), blocks(v), seen_from.reshape(-1, block), _Static(block, softcap))
     out = jnp.moveaxis(out, (2, 3), (0, 1)).reshape(size + padding, num_heads, head_dim)
     return out[:size].reshape(q.shape)
-
-
-def _starts(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """Where, in all rows laid end to end, the segment of each slot begins."""
-    num_rows, length = segment_ids.shape
-    place = jnp.arange(num_rows * length, dtype=jnp.int32).reshape(num_rows, length)
-    begins = jnp.concatenate([jnp.ones((num_rows, 1), bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
-    return lax.cummax(jnp.where(begins, place, 0), axis=1)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))

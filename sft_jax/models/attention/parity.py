@@ -1,0 +1,98 @@
+"""Whether a kernel computes what it should, found out on the device that it is going to run on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sft_jax.errors import UserError
+from sft_jax.models.attention.xla import xla_attention
+from sft_jax.typing import Array, Float, Int
+
+# Two rows of documents: long and short, that begin inside blocks of 64 and 128, alone and behind each other.
+_DOCUMENTS = ((70, 130, 1, 55), (3, 190, 40))
+_LENGTH = 256  # of the rows; what documents leave is padding
+_KV_HEADS = 2
+WINDOW = 40  # the sliding window that is tried; those of models are longer than the rows
+TOLERANCE = 0.03  # in 16 bits; rounding gives 0.009, and a position that sees one key of a neighbour more than 0.1
+
+Compute = Callable[[Array, Array, Array, Array, int | None, float | None], Array]
+
+
+def check_parity(
+    name: str,
+    compute: Compute,
+    group: int,
+    head_dim: int,
+    windows: Sequence[int | None] = (None,),
+    softcap: float | None = None,
+    dtype: Any = jnp.bfloat16,
+) -> float:
+    """Compare a kernel, its values and gradients, with the ``xla`` kernel in float32, on packed rows.
+
+    Args:
+        name: of the kernel, for people.
+        compute: from queries ``[B, T, N, H]``, keys, values ``[B, T, K, H]``, segments ``[B, T]``, window and soft cap.
+        group: query heads that share a key/value head.
+        windows: sliding windows to try; None for attention to the whole segment.
+
+    Returns:
+        the largest error: of a position, all its heads together, in units of the root mean square over positions.
+
+    Raises:
+        UserError: it is above :data:`TOLERANCE`, or the kernel does not run.
+    """
+    inputs, segments = _inputs(group, head_dim, dtype)
+    real = (segments > 0)[..., None, None]
+    worst = 0.0
+    for window in windows:
+
+        def results(compute: Compute, dtype: Any, window: int | None = window) -> tuple[Array, ...]:
+            def run(q: Array, k: Array, v: Array, d_out: Array) -> tuple[Array, ...]:
+                out, pullback = jax.vjp(lambda q, k, v: compute(q, k, v, segments, window, softcap), q, k, v)
+                return out, *pullback(jnp.where(real, d_out, 0).astype(out.dtype))
+
+            return jax.jit(run)(*(x.astype(dtype) for x in inputs))
+
+        try:
+            found = jax.block_until_ready(results(compute, dtype))
+        except (NotImplementedError, jax.errors.JaxRuntimeError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(f"model.attention: {name} does not run here: {reason}; use model.attention=xla") from error
+        expected = results(xla_attention, jnp.float32)
+        for what, one, other in zip(("its output", "dq", "dk", "dv"), found, expected, strict=True):
+            error = _error(one, other, real)
+            worst = max(worst, error)
+            if not error <= TOLERANCE:  # also where it is not a number
+                raise UserError(
+                    f"model.attention: {name} is wrong on {_kind(one)}: {what} differs from the xla kernel by "
+                    f"{error:.2g} of its size{'' if window is None else f' with a window of {window}'}, "
+                    f"and rounding allows {TOLERANCE}; use model.attention=xla"
+                )
+    return worst
+
+
+def _inputs(group: int, head_dim: int, dtype: Any) -> tuple[list[Float[Array, "B T _ H"]], Int[Array, "B T"]]:
+    """Queries, keys, values, the gradient of the output, all representable in ``dtype``; and segments."""
+    rng = np.random.default_rng(0)
+    segments = np.zeros((len(_DOCUMENTS), _LENGTH), np.int32)
+    for row, lengths in zip(segments, _DOCUMENTS, strict=True):
+        row[: sum(lengths)] = np.repeat(np.arange(1, len(lengths) + 1), lengths)
+    heads = (_KV_HEADS * group, _KV_HEADS, _KV_HEADS, _KV_HEADS * group)
+    return [jnp.asarray(rng.normal(size=(*segments.shape, num, head_dim)), dtype) for num in heads], jnp.asarray(
+        segments
+    )
+
+
+def _error(found: Float[Array, "B T N H"], expected: Float[Array, "B T N H"], real: Array) -> float:
+    difference = jnp.where(real, found.astype(jnp.float32) - expected, 0)
+    squares, sizes = (jnp.sum(jnp.where(real, x, 0) ** 2, axis=(2, 3)) for x in (difference, expected))
+    return float(jnp.sqrt(jnp.max(squares) / (jnp.sum(sizes) / jnp.sum(real, dtype=jnp.float32))))
+
+
+def _kind(x: Array) -> str:
+    return next(iter(x.devices())).device_kind

@@ -1,0 +1,141 @@
+"""Kernels for GPUs as far as a CPU can tell: the masks they are given, and the check that stands before a run.
+
+The kernels themselves do not run here. Each hands its mask to a function of its library that has a plain form too, and
+that form is compared with the dense reference.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+from test_attention import ROWS, assert_alike, dense_attention, device, llama, random_inputs
+
+from sft_jax.errors import UserError
+from sft_jax.models.attention.cudnn import cudnn_attention
+from sft_jax.models.attention.kernel import CHECKED, Kernel, check_kernel, choose_kernel
+from sft_jax.models.attention.mosaic_gpu import mosaic_gpu_attention
+from sft_jax.models.attention.parity import TOLERANCE, WINDOW, check_parity
+from sft_jax.models.attention.xla import xla_attention
+from sft_jax.sharding import make_mesh
+
+
+@pytest.mark.parametrize("window", [None, 1, 5])
+def test_cudnn_is_given_the_right_mask(window):
+    assert_alike(partial(cudnn_attention, implementation="xla"), *random_inputs(ROWS, 6, 2, 6), window=window)
+
+
+# tokamax's plain backward pass
+@pytest.mark.filterwarnings("ignore:jax.core.DropVar:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:core.Jaxpr is missing a DebugInfo:DeprecationWarning")
+@pytest.mark.parametrize("window", [None, 1, 5])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_mosaic_gpu_is_given_the_right_mask(window, softcap):
+    from tokamax._src.ops.attention.base import DotProductAttention, DotProductAttentionVjp
+
+    plain = DotProductAttention(vjp=DotProductAttentionVjp())
+    ours = partial(mosaic_gpu_attention, operation=plain)
+    assert_alike(ours, *random_inputs(ROWS, 6, 2, 6), window=window, softcap=softcap)
+
+
+def test_a_correct_kernel_passes_the_check():
+    """In 16 bits, with and without a window; and well below what it allows."""
+    worst = check_parity("dense", _rounded(dense_attention), group=2, head_dim=64, windows=[None, WINDOW])
+    assert 0.001 < worst < TOLERANCE / 2
+
+
+def _rounded(compute):
+    """As a kernel in 16 bits: sums in float32, what comes out rounded."""
+
+    def rounded(q, k, v, *others):
+        return compute(*(x.astype(jnp.float32) for x in (q, k, v)), *others).astype(q.dtype)
+
+    return rounded
+
+
+def _without_segments(q, k, v, segments, window, softcap):
+    return dense_attention(q, k, v, jnp.minimum(segments, 1), window, softcap)
+
+
+def _one_slot_late(q, k, v, segments, window, softcap):
+    """Each document but the first begins one slot late, for keys of the slot before it."""
+    return dense_attention(q, k, v, jnp.concatenate([segments[:, :1], segments[:, :-1]], axis=1), window, softcap)
+
+
+def _wide_window(q, k, v, segments, window, softcap):
+    return dense_attention(q, k, v, segments, None if window is None else window + 1, softcap)
+
+
+def _without_a_gradient(q, k, v, segments, window, softcap):
+    return dense_attention(q, k, jax.lax.stop_gradient(v), segments, window, softcap)
+
+
+def _not_a_number(q, k, v, segments, window, softcap):
+    return dense_attention(q, k, v, segments, window, softcap) * jnp.where(segments == 2, jnp.nan, 1)[..., None, None]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "what"),
+    [
+        (_without_segments, "its output differs"),
+        (_one_slot_late, "its output differs"),
+        (_wide_window, "its output differs .* with a window"),
+        (_without_a_gradient, "dv differs"),
+        (_not_a_number, "its output differs .* by nan"),
+    ],
+)
+def test_a_wrong_kernel_is_found_out(wrong, what):
+    with pytest.raises(UserError, match=rf"model\.attention: this is wrong on cpu: {what}.*model\.attention=xla"):
+        check_parity("this", _rounded(wrong), group=2, head_dim=64, windows=[None, WINDOW])
+
+
+def test_a_kernel_that_does_not_run_is_named():
+    def refuses(*inputs):
+        raise NotImplementedError("needs another card\nand more")
+
+    with pytest.raises(UserError, match=r"this does not run here: needs another card; use model\.attention=xla"):
+        check_parity("this", refuses, group=2, head_dim=64)
+
+
+def test_which_kernels_are_checked(monkeypatch):
+    """Those for GPUs, with the grouping, head dimension and windows of the model; the others compare nothing."""
+    called = []
+    monkeypatch.setattr("sft_jax.models.attention.kernel.check_parity", lambda *arguments: called.append(arguments))
+    for name in ("splash", "cudnn", "mosaic_gpu", "xla"):
+        check_kernel(Kernel(name, 128), make_mesh(), llama(head_dim=128))
+    assert [call[0] for call in called] == list(CHECKED)
+    assert all(call[2:] == (2, 128, [None]) for call in called)
+
+
+def test_mosaic_gpu_only_where_asked_for():
+    hopper = device("gpu")
+    assert choose_kernel("auto", hopper, llama(), "bfloat16", 2048).name == "cudnn"
+    assert choose_kernel("mosaic_gpu", hopper, llama(), "bfloat16", 2048).name == "mosaic_gpu"
+    assert choose_kernel("mosaic_gpu", hopper, llama(256), "bfloat16", 2048).name == "mosaic_gpu"
+
+
+@pytest.mark.parametrize(
+    ("mesh", "dtype", "row_length", "head_dim", "message"),
+    [
+        (device("cpu"), "bfloat16", 2048, 64, "needs a Hopper or Blackwell GPU"),
+        (device("gpu", "8.0"), "bfloat16", 2048, 64, "needs a Hopper or Blackwell GPU"),
+        (device("gpu", "12.0"), "bfloat16", 2048, 64, "needs a Hopper or Blackwell GPU"),
+        (device("gpu", "gfx942"), "bfloat16", 2048, 64, "needs a Hopper or Blackwell GPU"),
+        (device("gpu"), "float32", 2048, 64, r"needs bfloat16 \(model.dtype\)"),
+        (device("gpu"), "bfloat16", 2000, 64, r"needs rows of a multiple of 128, not 2000 \(data.max_length\)"),
+        (device("gpu"), "bfloat16", 2048, 260, "needs a head dimension up to 256, a multiple of 8, not 260"),
+    ],
+)
+def test_mosaic_gpu_is_refused(mesh, dtype, row_length, head_dim, message):
+    with pytest.raises(UserError, match=f"model.attention: mosaic_gpu {message}"):
+        choose_kernel("mosaic_gpu", mesh, llama(head_dim), dtype, row_length)
+
+
+def test_another_version_of_tokamax_is_refused(monkeypatch):
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.0.1")
+    with pytest.raises(UserError, match=r"needs tokamax 0.0.12, not 0.0.1 \(pip install tokamax==0.0.12\)"):
+        choose_kernel("mosaic_gpu", device("gpu"), llama(), "bfloat16", 2048)
+
+
+def test_xla_runs_within_its_own_check():
+    assert check_parity("xla", xla_attention, group=1, head_dim=64, windows=[None], softcap=2.0) < TOLERANCE
