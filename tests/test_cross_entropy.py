@@ -122,6 +122,6 @@ def test_gradients_of_bfloat16_weights_are_added_up_in_float32():
 
 def test_chunks_are_bounded_by_memory_and_small_beside_the_batch():
     assert chunk_size(8192, 151_936) == 256
-    assert chunk_size(1280, 32_000) == 128
+    assert chunk_size(1280, 32_000) == 256
     assert chunk_size(10**6, 1000) == 512
     assert chunk_size(3, 1000) == 1

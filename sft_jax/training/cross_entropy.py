@@ -95,11 +95,11 @@ def masked_cross_entropy(
 
 
 def chunk_size(num_positions: int, logits_per_position: int) -> int:
-    """Positions of a device in a chunk: a power of two, as many as ``LOGIT_BYTES`` allow and not much over an eighth.
+    """Positions of a device in a chunk: a power of two, as many as ``LOGIT_BYTES`` allow and a fifth at most.
 
-    The last chunk is half empty on average; with eight of them that is a sixteenth of the work.
+    The last chunk is half empty on average, and each reads the whole head: few are waste, and so are many.
     """
-    fitting = max(1, min(MAX_CHUNK, num_positions // 6, LOGIT_BYTES // (4 * logits_per_position)))
+    fitting = max(1, min(MAX_CHUNK, num_positions // 5, LOGIT_BYTES // (4 * logits_per_position)))
     return 2 ** int(math.log2(fitting))
 
 

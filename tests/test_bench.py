@@ -1,0 +1,119 @@
+"""What the benchmark counts and how it sums up; that a side runs. No times are asserted."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sft_jax.architecture import Architecture, Rope
+
+TOOLS = Path(__file__).parent.parent / "tools"
+sys.path.insert(0, str(TOOLS))
+from benchmark import flops, kit, train  # noqa: E402
+
+ARCH = Architecture("llama", 100, 8, 16, 3, 2, 1, 4, 1e-5, Rope(1e4), True)
+
+
+def test_model_flops_by_hand():
+    """Every product of a forward pass, counted one by one."""
+    kernels = 8 * 8 + 8 * 4 + 8 * 4 + 8 * 8 + 8 * 16 + 8 * 16 + 16 * 8
+    ends = (8 + 8) + (8 + 4) + (8 + 4) + (8 + 8) + (8 + 16) + (8 + 16) + (16 + 8)
+    work = flops.Work(tokens=10, targets=3, squares=52)
+    attention = 3 * 52 * (2 * 2 * 8) / 2 * 3  # layers · len² · (two products of N·H), causal; backward is twice forward
+    assert flops.model_flops(ARCH, work, None) == 6 * (3 * kernels * 10 + 100 * 8 * 3) + attention
+    assert flops.model_flops(ARCH, work, 2) == 10 * 3 * (4 * kernels + 6 * 2 * ends) + 4 * 100 * 8 * 3 + attention
+
+
+def test_model_flops_are_those_of_the_network():
+    """The compiled forward pass of whole rows, every token a target: what XLA counts, less what is no product."""
+    import jax
+    import jax.numpy as jnp
+
+    from sft_jax.sharding import make_mesh
+    from sft_jax.training.weights import build
+
+    arch = Architecture("llama", 512, 128, 256, 2, 4, 2, 32, 1e-5, Rope(1e4), True)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    split = build(arch, mesh, None, "float32")
+    tokens = 64
+    whole = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
+
+    def forward(params, inputs, segments, positions):
+        model = split.merge(params, split.frozen)
+        return model.head().logits(model(inputs, segments, positions))
+
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(forward).lower(split.trainable, whole, whole, whole).compile()
+    counted = compiled.cost_analysis()["flops"]  # a scan's body once
+    weights = arch.vocab_size * arch.hidden_size + sum(
+        rows * columns
+        for rows, columns in [(128, 128), (128, 64), (128, 64), (128, 128), (128, 256), (128, 256), (256, 128)]
+    )
+    assert counted == pytest.approx(2 * weights * tokens, rel=0.2)
+    forward_only = flops.model_flops(arch, flops.Work(tokens, tokens, 0), None) / 3
+    layers = forward_only - 2 * arch.vocab_size * arch.hidden_size * tokens
+    assert forward_only - layers / 2 == 2 * weights * tokens
+
+
+def test_shapes_are_those_of_the_models():
+    assert {name: sum(kit.SHAPES[name][:1]) for name in kit.SHAPES} == {"50m": 12, "135m": 30, "1b": 16, "8b": 32}
+    config = kit.model_config("8b", "bfloat16")
+    assert (config["hidden_size"], config["num_key_value_heads"], config["tie_word_embeddings"]) == (4096, 8, False)
+
+
+def test_summary_and_text():
+    """Ratios are of medians; what was not measured says so."""
+
+    def run(seconds, memory):
+        return {
+            "real_tokens": [100, 100], "target_tokens": [50, 50], "slots": [125, 125], "losses": [2.0, 1.0],
+            "step_seconds": [seconds, seconds], "host_peak_bytes": memory, "device_peak_bytes": None,
+            "seconds_to_first_step": 3.0,
+        }  # fmt: skip
+
+    side = train.summarise([run(1.0, 4e9), run(2.0, 2e9), run(4.0, 3e9)])
+    assert side["tokens_per_second"] == {"median": 50.0, "low": 25.0, "high": 100.0}
+    assert side["host_peak_bytes"]["median"] == 3e9
+    assert side["filled"]["median"] == pytest.approx(0.8)
+    assert side["device_peak_bytes"] is None
+    result = {
+        "options": {"shape": "50m", "mode": "lora", "dtype": "float32", "rounds": "3"},
+        "machine": {"device": "cpu", "cpu": "one", "cores": 2},
+        "sides": {"sft_jax": side},
+        "ratios": {},
+        "model_gflops": 10.0,
+        "share_of_ceiling": 0.5,
+        "ceiling_gflops": 20.0,
+    }
+    text = train.as_text(result)
+    assert "50 (25–100)" in text
+    assert train.NOT_MEASURED in text
+    assert "50.0%" in text
+
+
+def test_a_side_runs(tmp_path):
+    """Ours, in its process, on a small kit: real tokens, losses, times and memory come back as JSON."""
+    rows = tmp_path / "rows.jsonl"
+    rng = np.random.default_rng(0)
+    words = [" ".join(str(n) for n in rng.integers(0, 100, 12)) for _ in range(40)]
+    rows.write_text("".join(json.dumps({"question": w, "answer": w[::-1]}) + "\n" for w in words))
+    kit.SHAPES["tiny"] = (1, 16, 2, 1, 8, 32, 400, True)
+    made = kit.make_kit(tmp_path / "kit", "tiny", rows, "float32")
+    options = {
+        "kit": str(made.folder), "batch_size": 2, "mode": "lora", "dtype": "float32", "steps": 2, "warmup": 1,
+        "row_length": 128, "remat": "auto", "attention": "auto", "quantization": None, "conversations": 4,
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, str(TOOLS / "bench.py"), "one-train", "sft_jax", json.dumps(options)],
+        capture_output=True, text=True, check=True, env=os.environ | train.HUGE_PAGES | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+    )  # fmt: skip
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found["losses"]) == 3
+    assert len(found["step_seconds"]) == 2
+    assert all(0 < targets < real <= slots for real, targets, slots in zip(
+        found["real_tokens"], found["target_tokens"], found["slots"], strict=True))  # fmt: skip
+    assert found["host_peak_bytes"] > 0
