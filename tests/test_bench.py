@@ -109,7 +109,8 @@ def test_a_side_runs(tmp_path):
     }  # fmt: skip
     done = subprocess.run(
         [sys.executable, str(TOOLS / "bench.py"), "one-train", "sft_jax", json.dumps(options)],
-        capture_output=True, text=True, check=True, env=os.environ | train.HUGE_PAGES | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+        capture_output=True, text=True, check=True,
+        env=os.environ | train.HUGE_PAGES | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
     )  # fmt: skip
     found = json.loads(done.stdout.splitlines()[-1])
     assert len(found["losses"]) == 3

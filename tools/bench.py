@@ -7,6 +7,7 @@
 its own, and against the rate of this machine's matrix products. On the accelerator that is there, or the CPU.
 ``loss``: the fused head and loss against the plain formula, in time and memory.
 ``ahead``: the train step compiled for a TPU slice that need not be there; needs ``pip install libtpu``.
+``depth``: what more layers cost the host, in tracing, compiling and for each step.
 ``data``: conversations as ids and masks, against TRL's preparation of the same rows with as many processes. Questions
 and answers (``question``, ``answer``) are written as conversations first, ``--copies`` times.
 ``plan``: which examples share a row, for a million of them.
@@ -23,7 +24,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 sys.path.insert(0, str(Path(__file__).parent))
 
-from benchmark import ahead, data, loss, runners, train
+from benchmark import ahead, data, depth, loss, runners, train
 
 
 def main() -> None:
@@ -32,6 +33,7 @@ def main() -> None:
     train.add_arguments(commands.add_parser("train"))
     loss.add_arguments(commands.add_parser("loss"))
     ahead.add_arguments(commands.add_parser("ahead"))
+    depth.add_arguments(commands.add_parser("depth"))
     data.add_arguments(commands.add_parser("data"))
     plan = commands.add_parser("plan")
     plan.add_argument("--rows", type=int, default=1_000_000)

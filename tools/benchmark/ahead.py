@@ -26,6 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--remat", default="full")
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--quantization", choices=("int8", "nf4"))
+    parser.add_argument("--weights", choices=("float32", "bfloat16"), default="float32", help="with --mode full")
+    parser.add_argument("--moments", choices=("float32", "bfloat16", "factored"), default="float32")
     parser.add_argument("--layers", type=int, help="instead of the shape's")
     parser.add_argument("--json", action="store_true")
     parser.set_defaults(run=bench_ahead)
@@ -42,11 +44,13 @@ def bench_ahead(options: argparse.Namespace) -> None:
         print(json.dumps(found))
         return
     mib = {key: f"{value / 2**20:,.0f}" for key, value in found.items() if key.endswith("_bytes")}
+    kept = options.quantization or (f"weights {options.weights}" if options.mode == "full" else "bfloat16")
     print(
-        f"{options.shape} {options.mode} on {options.topology}, {options.rows}×{options.row_length} a chip, "
-        f"remat {options.remat}, attention {found['attention']}: peak {mib['peak_bytes']} MiB a chip, "
-        f"{mib['argument_bytes']} of it weights, state and batch; traced in {found['trace_seconds']:.1f} s, "
-        f"compiled in {found['compile_seconds']:.1f} s; splash kernels in the program: {found['splash_calls']}"
+        f"{options.shape} {options.mode} ({kept}, moments {options.moments}) on {options.topology}, "
+        f"{options.rows}×{options.row_length} a chip, remat {options.remat}, attention {found['attention']}: "
+        f"peak {mib['peak_bytes']} MiB a chip, {mib['argument_bytes']} of it weights, state and batch; "
+        f"traced in {found['trace_seconds']:.1f} s, compiled in {found['compile_seconds']:.1f} s; "
+        f"splash kernels in the program: {found['splash_calls']}"
     )
 
 
@@ -75,14 +79,18 @@ def compile_ahead(options: argparse.Namespace) -> dict[str, Any]:
         arch = dataclasses.replace(arch, num_layers=options.layers)
     kernel = choose_kernel(options.attention, mesh, arch, "bfloat16", options.row_length)
     lora = LoraConfig(rank=16, alpha=32.0) if options.mode == "lora" else None
-    split = build(arch, mesh, lora, "bfloat16", options.remat, kernel=kernel, quantization=options.quantization)
-    config = OptimizerConfig()
+    split = build(
+        arch, mesh, lora, "bfloat16", options.remat,
+        kernel=kernel, quantization=options.quantization, weights=options.weights,
+    )  # fmt: skip
+    config = OptimizerConfig(moments=options.moments)
     optimizer = make_optimizer(config, labels_of(split.trainable, split.labels))
     step = make_train_step(
         split,
         optimizer,
         make_schedule(config, 1000),
         out_shardings=state_shardings(split.trainable, optimizer, mesh),
+        rounding_key=jax.random.key(3),
     )
     state = abstract_state(split.trainable, optimizer, mesh)
     shape = (options.rows * mesh.shape["data"] * mesh.shape["fsdp"], options.row_length)

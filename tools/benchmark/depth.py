@@ -1,0 +1,82 @@
+"""What depth costs before the device works: seconds to trace, to compile and, for each step, to hand it over."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import time
+from typing import Any
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--layers", type=int, nargs="+", default=[12, 48])
+    parser.add_argument("--mode", choices=("lora", "full"), default="lora")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--json", action="store_true")
+    parser.set_defaults(run=bench_depth)
+
+
+def bench_depth(options: argparse.Namespace) -> None:
+    rows = [measure(layers, options) for layers in options.layers]
+    if options.json:
+        print(json.dumps(rows))
+        return
+    for row in rows:
+        print(
+            f"{row['layers']:3} layers: {row['leaves']} arrays, traced in {row['trace_seconds']:.2f} s, compiled in "
+            f"{row['compile_seconds']:.2f} s, a step handed over in {row['host_seconds'] * 1e6:,.0f} µs"
+        )
+
+
+def measure(layers: int, options: argparse.Namespace) -> dict[str, Any]:
+    """A narrow network, so that the device is soon done: what is left is the host's share."""
+    import jax
+    import jax.numpy as jnp
+
+    from sft_jax.architecture import Architecture, Rope
+    from sft_jax.config import LoraConfig, OptimizerConfig
+    from sft_jax.sharding import make_mesh
+    from sft_jax.training.optimizer import labels_of, make_optimizer, make_schedule
+    from sft_jax.training.state import make_state, state_shardings
+    from sft_jax.training.step import make_train_step
+    from sft_jax.training.weights import build, load_weights
+    from sft_jax.typing import Batch
+
+    arch = Architecture("llama", 256, 32, 64, 12, 2, 1, 16, 1e-5, Rope(1e4), True)
+    arch = dataclasses.replace(arch, num_layers=layers)
+    lora = LoraConfig(rank=4, alpha=8.0) if options.mode == "lora" else None
+    mesh = make_mesh()
+    split = build(arch, mesh, lora, "float32")
+    params, frozen = load_weights(split, arch, None, lora)
+    config = OptimizerConfig()
+    optimizer = make_optimizer(config, labels_of(split.trainable, split.labels))
+    state = make_state(params, optimizer, mesh)
+    step = make_train_step(
+        split,
+        optimizer,
+        make_schedule(config, 1000),
+        out_shardings=state_shardings(split.trainable, optimizer, mesh),
+    )
+    ids = jnp.zeros((len(jax.devices()), 64), jnp.int32)
+    batch = Batch(ids, ids, jnp.ones(ids.shape, jnp.float32), ids + 1, ids)
+    with jax.set_mesh(mesh):
+        began = time.perf_counter()
+        lowered = step.lower(state, frozen, batch)  # type: ignore[attr-defined]
+        traced = time.perf_counter()
+        program = lowered.compile()
+        done = time.perf_counter()
+        seconds = []
+        for _ in range(options.steps):
+            at = time.perf_counter()
+            state, metrics = program(state, frozen, batch)
+            seconds.append(time.perf_counter() - at)
+            jax.block_until_ready((state, metrics))
+    return {
+        "layers": layers,
+        "leaves": len(jax.tree.leaves((state, frozen))),
+        "trace_seconds": traced - began,
+        "compile_seconds": done - traced,
+        "host_seconds": statistics.median(seconds),
+    }
