@@ -49,6 +49,26 @@ def _inspect(options: argparse.Namespace) -> int:
     return 0
 
 
+def _plan(options: argparse.Namespace) -> int:
+    from sft_jax.config import load
+
+    config = load(options.config, options.overrides)
+    os.environ["JAX_PLATFORMS"] = "cpu"  # programs are compiled for other machines, and nothing is computed here
+    _quiet_imports()
+    from sft_jax.plan import Assumed, plan
+
+    plan(
+        config,
+        options.topology,
+        options.architecture,
+        Assumed(options.target_share, options.document_length),
+        options.json,
+        options.advice,
+        options.search,
+    )
+    return 0
+
+
 def _evaluate(options: argparse.Namespace) -> int:
     from sft_jax.config import load
 
@@ -140,6 +160,26 @@ def _parser() -> argparse.ArgumentParser:
     )
     inspect.add_argument("--html", metavar="FILE", help="also write a page")
     inspect.set_defaults(command=_inspect)
+
+    plan = commands.add_parser("plan", help="compile the step for hardware that need not be there: does it fit?")
+    plan.add_argument("config", metavar="CONFIG.yaml")
+    plan.add_argument("overrides", nargs="*", metavar="key=value", help="such as training.batch_size=32")
+    plan.add_argument(
+        "--topology", required=True, metavar="CHIP:SHAPE", help="such as v5e:4x4, v5p:64, h100:8, h100:2x8"
+    )
+    plan.add_argument("--architecture", metavar="FILE", help="a config.json to use instead of the model's")
+    plan.add_argument("--target-share", type=float, default=0.5, metavar="X", help="of tokens with loss; default 0.5")
+    plan.add_argument(
+        "--document-length", type=int, metavar="N", help="tokens of a conversation; default: it fills its row"
+    )
+    plan.add_argument(
+        "--no-advice", dest="advice", action="store_false", help="if it does not fit, look for nothing else"
+    )
+    plan.add_argument(
+        "--search", action="store_true", help="look for the fastest mesh, rows at a time and remat that fit"
+    )
+    plan.add_argument("--json", action="store_true", help="print the figures as JSON")
+    plan.set_defaults(command=_plan)
 
     evaluate = commands.add_parser("evaluate", help="measure a run on held-out data: base beside tuned")
     evaluate.add_argument("config", metavar="CONFIG.yaml", help="its training.output_dir is the run")

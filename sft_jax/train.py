@@ -39,12 +39,12 @@ from sft_jax.report import table
 from sft_jax.report.loss import plot_loss
 from sft_jax.report.write import write_report
 from sft_jax.sharding import check_batch, check_heads, make_mesh
+from sft_jax.training.assembly import network_of, step_of
 from sft_jax.training.compilation import Steps, keep_programs
-from sft_jax.training.cross_entropy import Terms
-from sft_jax.training.optimizer import labels_of, make_optimizer, make_schedule
+from sft_jax.training.optimizer import labels_of, make_optimizer
 from sft_jax.training.state import TrainState, abstract_state, make_state, state_shardings
-from sft_jax.training.step import TrainStep, make_eval_step, make_train_step
-from sft_jax.training.weights import build, load_weights
+from sft_jax.training.step import TrainStep, make_eval_step
+from sft_jax.training.weights import load_weights
 from sft_jax.tree import Params
 from sft_jax.typing import Array
 
@@ -100,17 +100,7 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
     model, training = config.model, config.training
     kernel = choose_kernel(model.attention, mesh, arch, model.dtype, config.data.max_length)
     check_kernel(kernel, mesh, arch)
-    network = partial(
-        build,
-        arch,
-        mesh,
-        config.lora,
-        model.dtype,
-        token_table=num_added > 0,
-        kernel=kernel,
-        quantization=model.quantization,
-        weights=model.weights,
-    )
+    network = partial(network_of, config, arch, mesh, kernel, num_added > 0)
     split = network(remat="full")
     reader = TensorReader(folder) if config.model.init == "pretrained" else None
     say.model(config, arch.family, split, kernel)
@@ -124,22 +114,10 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
 
     # -- optimizer and steps ------------------------------------------------------------------------------------------
     optimizer = make_optimizer(config.optimizer, labels_of(split.trainable, split.labels), training.seed)
-    schedule = make_schedule(config.optimizer, total_steps)
     shardings = state_shardings(split.trainable, optimizer, mesh)
-    dropout = config.lora is not None and config.lora.dropout > 0
 
     def step_with(remat: str) -> TrainStep:
-        return make_train_step(
-            network(remat=remat),
-            optimizer,
-            schedule,
-            training.gradient_accumulation_steps,
-            jax.random.fold_in(jax.random.key(training.seed), 1) if dropout else None,
-            shardings,
-            num_groups(examples),
-            Terms(training.label_smoothing, training.z_loss),
-            jax.random.fold_in(jax.random.key(training.seed), 3),
-        )
+        return step_of(config, network(remat=remat), optimizer, total_steps, shardings, num_groups(examples))
 
     # -- restore ------------------------------------------------------------------------------------------------------
     identity = {

@@ -6,7 +6,7 @@
 ``train``: a model of a given shape, trained on conversations by this library and by TRL with PEFT, each in processes of
 its own, and against the rate of this machine's matrix products. On the accelerator that is there, or the CPU.
 ``loss``: the fused head and loss against the plain formula, in time and memory.
-``ahead``: the train step compiled for a TPU slice that need not be there; needs ``pip install libtpu``.
+``ahead``: the train step of a shape compiled for hardware that need not be there, as ``sft-jax plan`` does.
 ``depth``: what more layers cost the host, in tracing, compiling and for each step.
 ``data``: conversations as ids and masks, against TRL's preparation of the same rows with as many processes. Questions
 and answers (``question``, ``answer``) are written as conversations first, ``--copies`` times.

@@ -16,7 +16,7 @@ from sft_jax.tree import Params
 from sft_jax.typing import Batch
 
 CANDIDATES = ("dots", "attention", "full")  # of ``remat: auto``, from the fastest to the smallest
-_SHARE = 0.92  # of the memory that is free, which a step may take
+SHARE = 0.92  # of the memory that is free, which a step may take
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ class Steps:
                 if "RESOURCE_EXHAUSTED" not in str(error):  # the compiler's word for a program that does not fit
                     raise
                 continue
-            needed = _temp_bytes(program)
-            if len(self._candidates) == 1 or needed is None or free is None or needed <= _SHARE * free:
+            needed = temp_bytes(program)
+            if len(self._candidates) == 1 or needed is None or free is None or needed <= SHARE * free:
                 length = batch.inputs.shape[1]
                 self._candidates = (policy,)
                 self._programs[length] = program
@@ -112,7 +112,8 @@ def free_bytes(device: Any) -> int | None:
     return None
 
 
-def _temp_bytes(compiled: Any) -> int | None:
+def temp_bytes(compiled: Any) -> int | None:
+    """Memory of a device that a program takes beyond its arguments; None where the compiler does not say."""
     analysis = compiled.memory_analysis()
     if analysis is None:
         return None

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from benchmark.flops import Work, model_flops
 from benchmark.kit import SHAPES, Kit, make_kit
 
 NOT_MEASURED = "not measured"
@@ -162,7 +161,9 @@ def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _rate(options: argparse.Namespace, kit: Kit, runs: list[dict[str, Any]]) -> float:
     """Model FLOPs a second; documents are as long as those of the whole file."""
+    from sft_jax.config import LoraConfig
     from sft_jax.hf.config import read_architecture
+    from sft_jax.planning.flops import Work, model_flops
 
     lengths = kit.lengths - 1.0
     per_token = float((lengths**2).sum() / lengths.sum())
@@ -170,8 +171,8 @@ def _rate(options: argparse.Namespace, kit: Kit, runs: list[dict[str, Any]]) -> 
     for run in runs:
         tokens = sum(run["real_tokens"])
         work = Work(tokens, sum(run["target_tokens"]), tokens * per_token)
-        rank = 16 if options.mode == "lora" else None
-        rates.append(model_flops(read_architecture(kit.folder), work, rank) / sum(run["step_seconds"]))
+        lora = LoraConfig(rank=16) if options.mode == "lora" else None
+        rates.append(model_flops(read_architecture(kit.folder), work, lora) / sum(run["step_seconds"]))
     return statistics.median(rates)
 
 

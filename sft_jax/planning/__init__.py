@@ -1,0 +1,1 @@
+"""What a step would need on hardware that need not be there."""

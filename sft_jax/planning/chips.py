@@ -1,0 +1,99 @@
+"""What is published about the chips that a step can be compiled for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Chip:
+    """Rates are peaks that no program reaches. Sources: ``source``, and for ``hbm_bytes`` of TPUs their compiler."""
+
+    name: str
+    platform: str  # of jax: tpu | cuda
+    flops: float  # bfloat16 multiplications and additions a second, dense
+    hbm_bytes: int  # that programs may use on a TPU, all there are on a GPU
+    hbm_bandwidth: float  # bytes a second
+    link_bandwidth: float  # bytes a second that a chip sends to others of its slice or host, all links together
+    host_bandwidth: float | None  # the same to GPUs of other hosts; None where a slice is one network
+    source: str
+    dims: int = 0  # of a TPU slice's shape
+    most: int = 0  # chips of a TPU slice, or GPUs of a host
+    gpu: Gpu | None = None
+
+    @property
+    def capability(self) -> float | None:
+        """The CUDA compute capability of a GPU."""
+        return None if self.gpu is None else float("{}.{}".format(*self.gpu.capability))
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What XLA's compiler for GPUs asks about a device."""
+
+    description: str
+    capability: tuple[int, int]
+    cores: int
+    clock_ghz: float
+    l2_bytes: int
+    shared_per_core: int  # bytes
+    shared_per_block_optin: int  # bytes
+
+
+_CLOUD = "cloud.google.com/tpu/docs"
+_HOPPER = {"shared_per_core": 233_472, "shared_per_block_optin": 232_448}
+_AMPERE = {"shared_per_core": 167_936, "shared_per_block_optin": 166_912}
+
+# Google counts both directions of a TPU's links from 2024 on (v5e: 400 GB/s) and one before (1,600 Gbit/s); NVIDIA
+# counts both. Here it is one.
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip(
+            "v4", "tpu", 275e12, 32_748_077_056, 1.2e12, 300e9, None,
+            f"{_CLOUD}/v4: 275 TFLOPs, 32 GiB at 1,200 GBps, 6 links of 50 GBps", dims=3, most=4096,
+        ),
+        Chip(
+            "v5e", "tpu", 197e12, 16_911_433_728, 819e9, 200e9, None,
+            f"{_CLOUD}/v5e: 197 TFLOPs, 16 GB at 819 GBps, interconnect 1,600 Gbps", dims=2, most=256,
+        ),
+        Chip(
+            "v5p", "tpu", 459e12, 102_803_439_616, 2.765e12, 600e9, None,
+            f"{_CLOUD}/v5p: 459 TFLOPs, 95 GB at 2,765 GBps, interconnect 4,800 Gbps", dims=3, most=6144,
+        ),
+        Chip(
+            "v6e", "tpu", 918e12, 33_550_233_600, 1.638e12, 400e9, None,
+            f"{_CLOUD}/v6e: 918 TFLOPs, 32 GB at 1,638 GBps, interconnect 800 GBps both ways", dims=2, most=256,
+        ),
+        Chip(
+            "a100-40g", "cuda", 312e12, 40 * GIB, 1.555e12, 300e9, 25e9,
+            "NVIDIA A100 datasheet: 312 TFLOPS, 40 GB at 1,555 GB/s, NVLink 600 GB/s both ways; DGX A100: 8 × 200 Gb/s",
+            most=8, gpu=Gpu("NVIDIA A100-SXM4-40GB", (8, 0), 108, 1.41, 40 * 2**20, **_AMPERE),
+        ),
+        Chip(
+            "a100-80g", "cuda", 312e12, 80 * GIB, 2.039e12, 300e9, 25e9,
+            "NVIDIA A100 datasheet: 312 TFLOPS, 80 GB at 2,039 GB/s, NVLink 600 GB/s both ways; DGX A100: 8 × 200 Gb/s",
+            most=8, gpu=Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 108, 1.41, 40 * 2**20, **_AMPERE),
+        ),
+        Chip(
+            "h100", "cuda", 989e12, 80 * GIB, 3.35e12, 450e9, 50e9,
+            "NVIDIA H100 SXM datasheet: 989 TFLOPS dense, 80 GB at 3.35 TB/s, NVLink 900 GB/s both ways; "
+            "DGX H100: 8 × 400 Gb/s",
+            most=8, gpu=Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132, 1.98, 50 * 2**20, **_HOPPER),
+        ),
+        Chip(
+            "h200", "cuda", 989e12, 141 * 10**9, 4.8e12, 450e9, 50e9,
+            "NVIDIA H200 SXM datasheet: 989 TFLOPS dense, 141 GB at 4.8 TB/s, NVLink 900 GB/s both ways; "
+            "DGX H200: 8 × 400 Gb/s",
+            most=8, gpu=Gpu("NVIDIA H200", (9, 0), 132, 1.98, 50 * 2**20, **_HOPPER),
+        ),
+        Chip(
+            "b200", "cuda", 2.25e15, 180 * 10**9, 8.0e12, 900e9, 50e9,
+            "NVIDIA DGX B200 datasheet, an eighth of it: 18 PFLOPS dense bfloat16, 1,440 GB at 64 TB/s, "
+            "NVLink 14.4 TB/s both ways, 8 × 400 Gb/s",
+            most=8, gpu=Gpu("NVIDIA B200", (10, 0), 148, 1.965, 126 * 2**20, **_HOPPER),
+        ),
+    )
+}  # fmt: skip

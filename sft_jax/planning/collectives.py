@@ -1,0 +1,162 @@
+"""Collectives of a compiled program: which, how often a step, and what each chip sends for them.
+
+They are read from the compiler's text. An operation inside a loop counts as often as the loop turns, an operation of a
+branch as if the branch were taken. What a chip sends is what the best known algorithms need on any network: of a group
+of n chips and an array of S bytes (the whole one, where chips hold parts)
+
+    all-gather, reduce-scatter, all-to-all    S · (n - 1) / n
+    all-reduce                                S · (n - 1) / n · 2
+    collective-permute                        S
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$|^(ENTRY )?%?([\w.\-]+) \{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
+_ARRAY = re.compile(r"\b(pred|token|[a-z]+\d+(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
+_CALLED = re.compile(r"\b(body|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"?(\d+)"?\}')
+
+
+@dataclass(frozen=True)
+class Collective:
+    """All of a kind in a step."""
+
+    kind: str
+    count: float  # a step
+    bytes: float  # sent by a chip, a step
+
+
+@dataclass(frozen=True)
+class _Found:
+    kind: str
+    sent: float
+
+
+def count_collectives(text: str, num_devices: int, unknown_trips: float) -> list[Collective]:
+    """The collectives of a compiled program, by kind, those that send most first.
+
+    Args:
+        text: of the optimised program.
+        num_devices: of the program; a collective that names no groups spans them all.
+        unknown_trips: turns of a loop whose number depends on the data (that over chunks of targets).
+    """
+    bodies, entry = _computations(text)
+    counts: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
+
+    def visit(name: str, times: float) -> None:
+        for line in bodies.get(name, ()):
+            opcode, shape = _opcode(line)
+            if opcode is None or opcode.endswith(("-done", "-update")):
+                continue
+            found = _collective(opcode, shape, line, name, num_devices)
+            if found is not None:
+                counts[found.kind] += times
+                sizes[found.kind] += times * found.sent
+                continue
+            turns = 1.0
+            if opcode == "while":
+                trips = _TRIPS.search(line)
+                turns = float(trips[1]) if trips else unknown_trips
+            for called in _called(line):
+                visit(called, times * turns)
+
+    assert entry is not None, "a program without an entry computation"
+    visit(entry, 1.0)
+    found = [Collective(kind, counts[kind], sizes[kind]) for kind in counts]
+    return sorted(found, key=lambda one: -one.bytes)
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str | None]:
+    """The instructions of each computation, and which one is the program."""
+    bodies: dict[str, list[str]] = {}
+    entry = current = None
+    for line in text.splitlines():
+        if not line.startswith((" ", "}")) and (match := _COMPUTATION.match(line)):
+            current = match[2] or match[4]
+            bodies[current] = []
+            if line.startswith("ENTRY"):
+                entry = current
+        elif current is not None and (match := _INSTRUCTION.match(line)):
+            bodies[current].append(match[2])
+    return bodies, entry
+
+
+def _opcode(line: str) -> tuple[str | None, str]:
+    """The operation of an instruction, and the shape of what it gives."""
+    depth = at = 0
+    while at < len(line):  # a tuple's shape has spaces, and layouts have parentheses
+        if line[at] in "({":
+            depth += 1
+        elif line[at] in ")}":
+            depth -= 1
+        elif line[at] == " " and depth == 0:
+            break
+        at += 1
+    match = re.match(r" ([a-z][\w\-]*)\(", line[at:])
+    return (match[1] if match else None), line[:at]
+
+
+def _collective(opcode: str, shape: str, line: str, computation: str, num_devices: int) -> _Found | None:
+    kind = next((kind for kind in KINDS if opcode in (kind, f"{kind}-start", f"ragged-{kind}")), None)
+    if kind is None:
+        return None
+    sizes = [_bytes(*array) for array in _ARRAY.findall(shape)]
+    if not sizes:
+        return None
+    group = _group_size(line, num_devices)
+    share = (group - 1) / group
+    if kind == "all-reduce" and "all-reduce-scatter" in computation:
+        return _Found("reduce-scatter", sum(sizes) * share)  # the TPU compiler's form of it: each keeps its part
+    whole = sum(sizes)
+    if opcode.endswith("-start") and kind != "all-reduce":  # operands and results side by side
+        whole *= group / (group + 1) if kind in ("all-gather", "reduce-scatter") else 1 / 2
+    elif kind == "reduce-scatter":
+        whole *= group
+    if kind == "collective-permute":
+        return _Found(kind, whole)
+    return _Found(kind, whole * share * (2 if kind == "all-reduce" else 1))
+
+
+def _called(line: str) -> Iterator[str]:
+    for _, name in _CALLED.findall(line):
+        yield name
+    for names in _BRANCHES.findall(line):
+        yield from (name.strip().lstrip("%") for name in names.split(","))
+
+
+def _group_size(line: str, num_devices: int) -> int:
+    """How many chips meet in a collective.
+
+    >>> _group_size("replica_groups={{0,1},{2,3}}, use_global_device_ids=true", 4)
+    2
+    >>> _group_size("replica_groups=[2,4]<=[8]", 8)  # two groups of four
+    4
+    """
+    if match := re.search(r"replica_groups=\[([\d,]+)\]<=", line):
+        return int(match[1].split(",")[-1])
+    if match := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
+        return len(match[1].split(","))
+    return num_devices
+
+
+def _bytes(dtype: str, dims: str) -> float:
+    """The size of an array; words that only synchronise count as nothing.
+
+    >>> _bytes("bf16", "4,8"), _bytes("s4", "4,8"), _bytes("token", "")
+    (64.0, 16.0, 0.0)
+    """
+    if dtype == "token":
+        return 0.0
+    bits = 8 if dtype == "pred" else int(re.sub(r"^[a-z]+", "", dtype).split("e")[0])
+    return math.prod(int(size) for size in dims.split(",") if size) * bits / 8

@@ -1,0 +1,144 @@
+"""The time that a step cannot be faster than: the slowest of computing, of memory and of the network.
+
+Each of the three is taken as if it had the chip to itself and reached its peak (Williams, Waterman & Patterson 2009),
+so a real step takes longer. Counted are the model's FLOPs and what rematerialisation repeats; what matrix products read
+and write, once each, and what the optimizer reads and writes; what a chip sends in collectives. Elementwise operations
+count as fused into the products.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from sft_jax.planning.chips import Chip
+from sft_jax.planning.flops import Product, Work, model_flops, products, repeated_flops
+from sft_jax.planning.step import AbstractStep
+
+_WIDE = 4  # bytes of float32
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """Seconds of a step, and of each of its bounds; None where what is sent was not counted."""
+
+    model_flops: float  # of a step, all devices
+    flops: float  # the same with what is computed twice
+    memory_bytes: float  # of a device
+    network_bytes: float | None  # of a device
+    compute_seconds: float
+    memory_seconds: float
+    network_seconds: float | None
+
+    @property
+    def seconds(self) -> float:
+        return max(self.compute_seconds, self.memory_seconds, self.network_seconds or 0.0)
+
+    @property
+    def bound(self) -> str:
+        """compute, memory or network."""
+        named = {
+            "compute": self.compute_seconds,
+            "memory": self.memory_seconds,
+            "network": self.network_seconds or 0.0,
+        }
+        return max(named, key=lambda name: named[name])
+
+
+def roofline(
+    step: AbstractStep,
+    remat: str,
+    chip: Chip,
+    network_bandwidth: float,
+    network_bytes: float | None,
+    target_share: float,
+    document_length: int,
+) -> Roofline:
+    """The bounds of a step.
+
+    Args:
+        network_bandwidth: bytes a second that a device sends.
+        network_bytes: what a device sends in a step; None if that is not known.
+        target_share: of positions that carry loss.
+        document_length: slots of each document.
+    """
+    config, arch = step.config, step.arch
+    work = step.work(target_share, document_length)
+    needed = model_flops(arch, work, config.lora, step.base.token_table)
+    flops = needed + repeated_flops(arch, work, config.lora, remat)
+    moved = _memory_bytes(step, remat, work)
+    return Roofline(
+        model_flops=needed,
+        flops=flops,
+        memory_bytes=moved,
+        network_bytes=network_bytes,
+        compute_seconds=flops / step.mesh.size / chip.flops,
+        memory_seconds=moved / chip.hbm_bandwidth,
+        network_seconds=None if network_bytes is None else network_bytes / network_bandwidth,
+    )
+
+
+def _memory_bytes(step: AbstractStep, remat: str, work: Work) -> float:
+    """What a device reads and writes in a step."""
+    config, arch, shape = step.config, step.arch, step.mesh.shape
+    parts = config.training.gradient_accumulation_steps
+    tensor = shape["tensor"]
+    tokens = work.tokens / step.shards  # of a device, all parts together
+    width = 2 if config.model.dtype == "bfloat16" else _WIDE
+    trains_base = config.lora is None
+    layers = products(arch, config.lora)
+
+    # A product reads its input and its weights and writes its output: forward, for the gradient to its input, again
+    # where it is rematerialised, and for the weight's own gradient.
+    passes = 2 + (remat in ("full", "attention"))
+    moved = 0.0
+    for one in layers:
+        weights = one.size / tensor * width
+        gathered = 2 if shape["fsdp"] > 1 else 1  # written when it arrives, then read
+        moved += parts * passes * weights * gathered
+        moved += tokens * _ends(one, tensor) * width * (passes + trains_base)
+        if trains_base:
+            moved += parts * one.size / tensor * _WIDE * gathered
+    moved *= arch.num_layers
+
+    # The head is read twice for each chunk of targets, and its logits are written and read.
+    vocab = math.prod(shape[name] for name in ("fsdp", "tensor"))
+    chunks = parts * step.loss_chunks(work.targets / work.tokens)
+    moved += chunks * 2 * arch.vocab_size / vocab * arch.hidden_size * width
+    moved += 2 * (work.targets / shape["data"]) * arch.vocab_size / vocab * _WIDE
+
+    # The optimizer reads and writes weights and moments and reads gradients.
+    sizes = step.sizes()
+    return moved + 2 * (sizes["trained"] + sizes["optimizer"]) + sizes["gradients"]
+
+
+def _ends(product: Product, tensor: int) -> float:
+    """Input and output of a product on a device, in elements a token: one of the two is split over ``tensor``."""
+    split, whole = (product.inputs, product.outputs)
+    if not product.name.endswith(("o_proj", "down_proj")):
+        split, whole = whole, split
+    return split / tensor + whole
+
+
+def expected_network_bytes(step: AbstractStep, remat: str, work: Work) -> float:
+    """What a device sends in a step, by formula: an estimate, for choosing what to compile.
+
+    Weights of layers are gathered over ``fsdp`` for each pass, gradients of trained ones are summed over ``fsdp`` and
+    ``data``, activations over ``tensor`` twice a layer and pass, and the hidden states of targets travel to the parts
+    of the vocabulary and back.
+    """
+    config, arch, shape = step.config, step.arch, step.mesh.shape
+    parts = config.training.gradient_accumulation_steps
+    width = 2 if config.model.dtype == "bfloat16" else _WIDE
+    kept = {"int8": 1.03, "nf4": 0.52}.get(config.model.quantization or "", width)
+    fsdp, tensor, data = shape["fsdp"], shape["tensor"], shape["data"]
+    layers = products(arch, config.lora)
+    passes = 2 + (remat in ("full", "attention"))
+    weights = arch.num_layers * sum(one.size for one in layers) / tensor
+    trained = weights if config.lora is None else arch.num_layers * sum(one.adapter_size for one in layers) / tensor
+    tokens = work.tokens / step.shards
+    sent = parts * passes * weights * kept * (fsdp - 1) / fsdp
+    sent += parts * trained * _WIDE * ((fsdp - 1) / fsdp + 2 * (data - 1) / data / fsdp)
+    sent += 2 * passes * arch.num_layers * tokens * arch.hidden_size * width * 2 * (tensor - 1) / tensor
+    targets = work.targets / data
+    return sent + targets * arch.hidden_size * (width + _WIDE) * (fsdp - 1) / fsdp

@@ -1,0 +1,126 @@
+"""Mesh, rows at a time and rematerialisation with the best predicted speed that fits.
+
+Every combination has a roofline by formula; the best ones are compiled, and of those that fit the fastest wins, with
+its collectives counted instead of estimated. The batch size is part of what is learnt and stays, unless it does not
+divide over the devices: then the next multiple is taken.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from sft_jax.config import Config
+from sft_jax.errors import UserError
+from sft_jax.planning.changes import Changes, changed
+from sft_jax.planning.chips import Chip
+from sft_jax.planning.roofline import Roofline, expected_network_bytes, roofline
+from sft_jax.planning.step import AbstractStep, Compiled
+from sft_jax.training.compilation import CANDIDATES
+
+COMPILED = 4  # candidates that are compiled, at least until one fits
+MOST = 12  # compiled at all
+_AXES = (1, 2, 4, 8)  # sizes of data and tensor; fsdp takes the rest
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A combination, and how fast it would be by formula."""
+
+    changes: Changes
+    step: AbstractStep
+    remat: str
+    expected: Roofline
+
+    @property
+    def tokens_per_second(self) -> float:
+        return _tokens(self.step) / self.expected.seconds
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A candidate that was compiled."""
+
+    candidate: Candidate
+    compiled: Compiled
+    predicted: Roofline | None  # None: does not fit
+
+    @property
+    def tokens_per_second(self) -> float:
+        return 0.0 if self.predicted is None else _tokens(self.candidate.step) / self.predicted.seconds
+
+
+def candidates(
+    config: Config,
+    build: Callable[[Config], AbstractStep],
+    num_devices: int,
+    chip: Chip,
+    network_bandwidth: float,
+    target_share: float,
+    document_length: int,
+) -> list[Candidate]:
+    """All combinations that ``train`` accepts, the fastest by formula first; of equals, those that recompute most."""
+    found = []
+    for mesh in _meshes(num_devices):
+        shards = num_devices // mesh["mesh.tensor"]
+        batch = -(-config.training.batch_size // shards) * shards
+        base = mesh | ({} if batch == config.training.batch_size else {"training.batch_size": batch})
+        try:
+            step = build(changed(config, base | {"training.gradient_accumulation_steps": 1}))
+        except UserError:  # heads that do not divide
+            continue
+        for parts in _divisors(batch // shards):
+            for remat in CANDIDATES:
+                changes = base | {"training.gradient_accumulation_steps": parts, "model.remat": remat}
+                there = dataclasses.replace(step, config=changed(config, changes))
+                sent = expected_network_bytes(there, remat, there.work(target_share, document_length))
+                bounds = roofline(there, remat, chip, network_bandwidth, sent, target_share, document_length)
+                found.append(Candidate(changes, there, remat, bounds))
+    order = {remat: i for i, remat in enumerate(reversed(CANDIDATES))}
+    return sorted(found, key=lambda one: (-one.tokens_per_second, order[one.remat]))
+
+
+def choose(
+    ranked: list[Candidate],
+    usable_bytes: int,
+    compile_with: Callable[[Candidate], Compiled],
+    predict: Callable[[Candidate, Compiled], Roofline],
+) -> list[Choice]:
+    """Compile from the top until a few fit; what was compiled, the fastest that fits first."""
+    choices: list[Choice] = []
+    for candidate in ranked:
+        fitting = sum(choice.predicted is not None for choice in choices)
+        if len(choices) >= (COMPILED if fitting else MOST):
+            break
+        if sum(candidate.step.sizes().values()) > usable_bytes or any(
+            choice.predicted is None and _takes_no_less(candidate, choice.candidate) for choice in choices
+        ):
+            continue
+        compiled = compile_with(candidate)
+        choices.append(Choice(candidate, compiled, predict(candidate, compiled) if compiled.fits else None))
+    return sorted(choices, key=lambda choice: -choice.tokens_per_second)
+
+
+def _takes_no_less(one: Candidate, other: Candidate) -> bool:
+    """Whether it is the same with more rows at a time or with more kept for the backward pass."""
+    return (
+        one.step.mesh.shape == other.step.mesh.shape
+        and one.step.rows >= other.step.rows
+        and CANDIDATES.index(one.remat) <= CANDIDATES.index(other.remat)
+    )
+
+
+def _meshes(num_devices: int) -> Iterator[Changes]:
+    for tensor in _AXES:
+        for data in _AXES:
+            if num_devices % (tensor * data) == 0:
+                yield {"mesh.data": data, "mesh.fsdp": num_devices // (tensor * data), "mesh.tensor": tensor}
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _tokens(step: AbstractStep) -> float:
+    return step.config.training.batch_size * step.config.data.max_length

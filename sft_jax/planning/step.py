@@ -1,0 +1,242 @@
+"""The very step of a config, as shapes and shardings on devices that need not be there, and what compiling it tells."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from sft_jax.architecture import Architecture
+from sft_jax.config import Config
+from sft_jax.hf.config import read_architecture
+from sft_jax.hf.tokenizer import load_tokenizer
+from sft_jax.models.attention.kernel import Kernel, choose_kernel
+from sft_jax.models.lora import Split
+from sft_jax.planning.collectives import Collective, count_collectives
+from sft_jax.planning.flops import Work
+from sft_jax.planning.program_text import program_text
+from sft_jax.sharding import axis_names, check_batch, check_heads, make_mesh, named_sharding
+from sft_jax.training.assembly import network_of, step_of
+from sft_jax.training.compilation import CANDIDATES, SHARE, temp_bytes
+from sft_jax.training.cross_entropy import chunk_size
+from sft_jax.training.optimizer import labels_of, make_optimizer
+from sft_jax.training.state import TrainState, abstract_state, state_shardings
+from sft_jax.training.step import TrainStep
+from sft_jax.tree import Params
+from sft_jax.typing import Batch
+
+_STEPS = 1000  # of a schedule whose length depends on data that are not read; a number in the program, no more
+
+
+@dataclass(frozen=True)
+class Base:
+    """What is known about a base model without its weights."""
+
+    arch: Architecture  # with added tokens
+    token_table: bool  # whether tokens are added, so that token table and head are trained
+
+
+@dataclass(frozen=True)
+class AbstractStep:
+    """What a step is compiled from."""
+
+    config: Config
+    base: Base
+    mesh: Mesh
+    kernel: Kernel
+    split: Split
+    state: TrainState
+    batch: Batch
+
+    @property
+    def arch(self) -> Architecture:
+        return self.base.arch
+
+    @property
+    def shards(self) -> int:
+        """Over how many devices rows are split."""
+        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+
+    @property
+    def rows(self) -> int:
+        """Rows that a device computes at a time."""
+        training = self.config.training
+        return training.batch_size // training.gradient_accumulation_steps // self.shards
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of a device by what they are, before and besides the step's temporaries."""
+        trained = _bytes_per_device(self.state.params)
+        accumulates = self.config.training.gradient_accumulation_steps > 1
+        gradients = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(
+                leaf.shape, jnp.float32 if accumulates else leaf.dtype, sharding=leaf.sharding
+            ),
+            self.state.params,
+        )
+        return {
+            "frozen": _bytes_per_device(self.split.frozen),
+            "trained": trained,
+            "optimizer": _bytes_per_device(self.state.opt_state),
+            "batch": _bytes_per_device(self.batch),
+            "gradients": _bytes_per_device(gradients),
+        }
+
+    def work(self, target_share: float, document_length: int) -> Work:
+        """Of a step, all slots of which are filled."""
+        tokens = self.config.training.batch_size * self.config.data.max_length
+        return Work(tokens, tokens * target_share, float(tokens) * document_length)
+
+    def loss_chunks(self, target_share: float) -> int:
+        """How often the loop over chunks of targets turns in a part of the batch."""
+        positions = self.rows * self.config.data.max_length
+        vocab = axis_names("head_vocab", self.mesh)
+        rows = axis_names("batch", self.mesh)
+        parts = math.prod(self.mesh.shape[name] for name in vocab)
+        gathered = math.prod(self.mesh.shape[name] for name in rows if name in vocab)
+        chunk = chunk_size(positions, -(-self.arch.vocab_size // parts) * gathered)
+        return -(-round(positions * target_share) // chunk)
+
+    def step(self, remat: str) -> TrainStep:
+        """The jitted step with a rematerialisation policy."""
+        network = network_of(self.config, self.arch, self.mesh, self.kernel, self.base.token_table, remat)
+        sources = len({source.path for source in self.config.data.train})
+        optimizer = _optimizer(self.config, self.split)
+        shardings = state_shardings(self.split.trainable, optimizer, self.mesh)
+        return step_of(
+            self.config,
+            network,
+            optimizer,
+            self.config.training.max_steps or _STEPS,
+            shardings,
+            sources if sources > 1 else 0,
+        )
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler says of a step; bytes are those of a device."""
+
+    remat: str
+    fits: bool
+    peak_bytes: int | None  # None: too large, and the compiler did not say by how much
+    argument_bytes: int | None
+    temp_bytes: int | None  # beyond the arguments
+    seconds: float  # tracing and compiling
+    collectives: list[Collective] | None  # None: not counted
+
+
+def read_base(config: Config, folder: Path) -> Base:
+    """The architecture in a folder with a ``config.json``; no weights are read.
+
+    Without a tokenizer beside it, each of ``data.added_tokens`` counts as new.
+    """
+    arch = read_architecture(folder)
+    if not config.data.added_tokens:
+        return Base(arch, token_table=False)
+    has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
+    size, added = arch.vocab_size + len(config.data.added_tokens), len(config.data.added_tokens)
+    if has_tokenizer:
+        tokenizer, added = load_tokenizer(folder, None, config.data.added_tokens)
+        size = max(arch.vocab_size, len(tokenizer))
+    return Base(dataclasses.replace(arch, vocab_size=size), token_table=added > 0)
+
+
+def abstract_step(config: Config, base: Base, devices: Sequence[Any], capability: float | None = None) -> AbstractStep:
+    """The step of a config as ``train`` would build it on these devices; nothing is allocated.
+
+    Args:
+        capability: of NVIDIA's GPUs, which cannot be asked where they are not there.
+
+    Raises:
+        UserError: a mesh, batch, attention kernel or LoRA target that ``train`` would refuse.
+    """
+    mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
+    check_batch(config.training.batch_size, config.training.gradient_accumulation_steps, mesh)
+    check_heads(base.arch.num_heads, mesh)
+    model, row_length = config.model, config.data.max_length
+    kernel = choose_kernel(model.attention, mesh, base.arch, model.dtype, row_length, capability=capability)
+    split = network_of(config, base.arch, mesh, kernel, base.token_table)
+    state = abstract_state(split.trainable, _optimizer(config, split), mesh)
+    shape = (config.training.batch_size, row_length)
+    sharding = named_sharding(mesh, ("batch", "length"), shape)
+
+    def column(dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    ids = column(jnp.int32)
+    sources = ids if len({source.path for source in config.data.train}) > 1 else None
+    batch = Batch(ids, ids, column(jnp.float32), ids, ids, sources)
+    return AbstractStep(config, base, mesh, kernel, split, state, batch)
+
+
+def compile_step(step: AbstractStep, usable_bytes: int, target_share: float = 1.0) -> Compiled:
+    """Compile with the policy of the config; with ``auto``, as ``train`` does, with the first that fits.
+
+    Args:
+        usable_bytes: of a device.
+        target_share: of positions that carry loss, for the turns of the loop over them.
+    """
+    remat = step.config.model.remat
+    candidates = CANDIDATES if remat == "auto" else (remat,)
+    found: Compiled | None = None
+    for policy in candidates:
+        before = 0.0 if found is None else found.seconds
+        found = _compile(step, policy, usable_bytes, target_share, is_auto=remat == "auto")
+        found = dataclasses.replace(found, seconds=found.seconds + before)
+        if found.fits:
+            break
+    assert found is not None
+    return found
+
+
+def _compile(step: AbstractStep, remat: str, usable_bytes: int, target_share: float, is_auto: bool) -> Compiled:
+    began = time.perf_counter()
+    with jax.set_mesh(step.mesh):
+        try:
+            program: Any = step.step(remat).lower(step.state, step.split.frozen, step.batch).compile()  # type: ignore[attr-defined]
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):  # the compiler's word for a program that does not fit
+                raise
+            return Compiled(remat, False, _size_in(str(error)), None, None, time.perf_counter() - began, None)
+    seconds = time.perf_counter() - began
+    memory = program.memory_analysis()
+    beyond = temp_bytes(program)
+    assert beyond is not None
+    argument_bytes = memory.argument_size_in_bytes
+    peak = argument_bytes + beyond
+    # train leaves a share of what is free when it chooses by itself; a policy that is asked for is just tried.
+    fits = beyond <= SHARE * (usable_bytes - argument_bytes) if is_auto else peak <= usable_bytes
+    text = program_text(program) if fits else None
+    chunks = step.loss_chunks(target_share)
+    collectives = None if text is None else count_collectives(text, step.mesh.size, chunks)
+    return Compiled(remat, fits, peak, argument_bytes, beyond, seconds, collectives)
+
+
+def _size_in(message: str) -> int | None:
+    """The size of a program that is too large, from the compiler's message.
+
+    >>> _size_in("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
+    ...          "Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G.") / 2**30
+    20.5
+    """
+    match = re.search(r"Used ([\d.]+)([KMGT]) of", message)
+    if match is None:
+        return None
+    return int(float(match[1]) * 2 ** (10 * (1 + "KMGT".index(match[2]))))
+
+
+def _optimizer(config: Config, split: Split) -> Any:
+    return make_optimizer(config.optimizer, labels_of(split.trainable, split.labels), config.training.seed)
+
+
+def _bytes_per_device(tree: Params | Any) -> int:
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

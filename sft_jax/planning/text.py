@@ -1,0 +1,107 @@
+"""A plan as text for people."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_NOT_COUNTED = "not counted: the compiler's text for this chip could not be had"
+
+
+def plan_text(plan: dict[str, Any]) -> str:
+    """The figures of a plan (see :func:`sft_jax.plan.figures`) as a table."""
+    lines = [*_heading(plan), "", *_memory(plan), "", *_network(plan), "", *_speed(plan), "", *_verdict(plan)]
+    if "search" in plan:
+        lines += ["", *_search(plan["search"])]
+    return "\n".join(lines)
+
+
+def _heading(plan: dict[str, Any]) -> list[str]:
+    mesh = " × ".join(f"{name} {size}" for name, size in plan["mesh"].items())
+    return [
+        f"{plan['topology']}: {plan['num_devices']} chips, mesh {mesh}; {plan['rows_at_a_time']} row(s) a chip at a "
+        f"time, remat {plan['remat']}, attention {plan['attention']}",
+    ]
+
+
+def _memory(plan: dict[str, Any]) -> list[str]:
+    parts = plan["part_bytes"]
+    rows = [
+        ("frozen weights", parts["frozen"]),
+        ("trained weights", parts["trained"]),
+        ("optimizer", parts["optimizer"]),
+        ("batch", parts["batch"]),
+    ]
+    if plan["argument_bytes"] is not None:
+        known = sum(size for _, size in rows)
+        rows.append(("padding of these", plan["argument_bytes"] - known))
+        rows.append(("gradients", min(parts["gradients"], plan["temp_bytes"])))
+        rows.append(("activations and the like", plan["temp_bytes"] - min(parts["gradients"], plan["temp_bytes"])))
+    lines = [_row("memory of a chip", "MiB"), *(_row(name, f"{size / 2**20:,.0f}") for name, size in rows if size)]
+    peak, usable = plan["peak_bytes"], plan["usable_bytes"]
+    if peak is None:
+        return [*lines, _row("peak", "too large")]
+    lines += [_row("peak", f"{peak / 2**20:,.0f}"), _row("room left", f"{(usable - peak) / 2**20:,.0f}")]
+    share = usable / plan["hbm_bytes"]
+    of = "" if share == 1 else f", {share:.0%} of its {plan['hbm_bytes'] / 2**30:.1f} GiB"
+    return [*lines, f"  of {usable / 2**30:.2f} GiB that a process has{of}"]
+
+
+def _network(plan: dict[str, Any]) -> list[str]:
+    if plan["num_devices"] == 1:
+        return ["collectives: none on one chip"]
+    if plan["collectives"] is None:
+        why = _NOT_COUNTED if plan["fits"] else "not counted: no program"
+        return [f"collectives: {why}"]
+    lines = [f"{'collectives a step':26} {'count':>10} {'MiB sent by a chip':>20}"]
+    for one in plan["collectives"]:
+        lines.append(f"  {one['kind']:24} {one['count']:>10,.0f} {one['bytes'] / 2**20:>20,.0f}")
+    return lines
+
+
+def _speed(plan: dict[str, Any]) -> list[str]:
+    network = plan["network_seconds"]
+    bounds = {"compute": plan["compute_seconds"], "memory": plan["memory_seconds"]}
+    shown = ", ".join(f"{name} {seconds * 1e3:,.1f} ms" for name, seconds in bounds.items())
+    shown += ", network not counted" if network is None else f", network {network * 1e3:,.1f} ms"
+    repeated = plan["flops_per_step"] / plan["model_flops_per_step"] - 1
+    again = f", {repeated:.0%} more are computed twice" if repeated > 0 else ""
+    return [
+        f"{plan['tokens_per_step']:,} tokens a step ({plan['target_share']:.0%} targets, documents of "
+        f"{plan['document_length']:,}): {plan['model_flops_per_step'] / 1e12:,.1f} model TFLOP{again}",
+        f"no faster than {plan['roofline_step_seconds'] * 1e3:,.1f} ms a step, bound by {plan['bound']} ({shown}): at "
+        f"most {plan['roofline_tokens_per_second']:,.0f} tokens/s",
+        f"compiled in {plan['compile_seconds']:.1f} s",
+    ]
+
+
+def _verdict(plan: dict[str, Any]) -> list[str]:
+    if plan["fits"]:
+        return ["fits"]
+    if "advice" not in plan:
+        return ["does not fit"]
+    advice = plan["advice"]
+    if advice["changes"] is None:
+        tried = "; ".join(
+            dict.fromkeys(f"{one['changes'] or 'as it is'} on {one['topology']}" for one in advice["tried"])
+        )
+        return ["does not fit, nor does anything that was tried" + (f": {tried}" if tried else "")]
+    where = "" if advice["topology"] == plan["topology"] else f" --topology {advice['topology']}"
+    peak = f"; peak {advice['peak_bytes'] / 2**20:,.0f} MiB"
+    return [f"does not fit; it does with {advice['changes']}{where}{peak}"]
+
+
+def _search(choices: list[dict[str, Any]]) -> list[str]:
+    fitting = [choice for choice in choices if choice["fits"]]
+    if not fitting:
+        return [f"search: none of the {len(choices)} that were compiled fits"]
+    lines = ["search: predicted at most, of what was compiled and fits"]
+    for choice in fitting:
+        lines.append(
+            f"  {choice['roofline_tokens_per_second']:>12,.0f} tokens/s, bound by {choice['bound']}, peak "
+            f"{choice['peak_bytes'] / 2**20:,.0f} MiB: {choice['changes']}"
+        )
+    return lines
+
+
+def _row(name: str, value: str) -> str:
+    return f"  {name:26} {value:>12}"

@@ -1,0 +1,165 @@
+"""The command: what it prints, what it refuses, that every recipe is one, and a step compiled for TPUs."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from kit import run_config, sft_jax
+
+from sft_jax.config import load
+from sft_jax.errors import UserError
+from sft_jax.hf.config import read_architecture
+from sft_jax.plan import Assumed, plan
+from sft_jax.planning.chips import CHIPS
+from sft_jax.planning.text import plan_text
+from sft_jax.planning.topology import parse_topology
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "configs" / "recipes").glob("*.yaml"))
+sys.path.insert(0, str(ROOT / "tools"))
+import plan_recipes  # noqa: E402
+
+KEYS = {
+    "topology", "num_devices", "fits", "peak_bytes", "argument_bytes", "temp_bytes", "hbm_bytes",
+    "model_flops_per_step", "roofline_step_seconds", "bound", "compile_seconds",
+}  # fmt: skip
+
+
+def write_config(tmp_path, tiny, **changes) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        f"model: {{path: {tiny}, dtype: bfloat16}}\n"
+        "data: {train: [{path: none.jsonl}], max_length: 128}\n"
+        "training: {output_dir: run, batch_size: 8}\n"
+    )
+    return path
+
+
+def test_a_step_is_compiled_for_tpus(tiny, tmp_path):
+    """With the real compiler, without the hardware: splash attention, collectives, memory, all keys."""
+    config = write_config(tmp_path, tiny)
+    done = sft_jax("plan", config, "mesh.tensor=2", "--topology", "v5e:2x2", "--json", timeout=600)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert set(found) >= KEYS
+    assert (found["topology"], found["num_devices"], found["fits"]) == ("v5e:2x2", 4, True)
+    assert found["mesh"] == {"data": 1, "fsdp": 2, "tensor": 2} or found["mesh"]["tensor"] == 2
+    assert found["attention"].startswith("splash")
+    assert found["remat"] == "dots"  # the first of auto
+    assert 0 < found["argument_bytes"] < found["peak_bytes"] < found["hbm_bytes"]
+    assert found["peak_bytes"] == found["argument_bytes"] + found["temp_bytes"]
+    kinds = {one["kind"] for one in found["collectives"]}
+    assert kinds & {"all-gather", "all-reduce"}
+    assert all(one["count"] >= 1 and one["bytes"] > 0 for one in found["collectives"])
+    assert found["roofline_step_seconds"] == max(found[f"{name}_seconds"] for name in ("compute", "memory", "network"))
+    assert "compiling the step for v5e:2x2" in done.stderr
+    text = plan_text(found)
+    for words in (
+        "frozen weights",
+        "trained weights",
+        "optimizer",
+        "gradients",
+        "peak",
+        "room left",
+        "tokens/s",
+        "fits",
+    ):
+        assert words in text
+
+
+def test_what_does_not_fit_says_what_does(tiny, tmp_path):
+    """Too many rows for a chip: the compiler refuses, and a plan with fewer at a time is found by compiling."""
+    config = write_config(tmp_path, tiny)
+    big = ["data.max_length=2048", "training.batch_size=65536", "model.remat=dots"]
+    done = sft_jax("plan", config, *big, "--topology", "v5e:1", timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert "does not fit; it does with" in done.stdout
+    assert "model.remat=full" in done.stdout or "training.gradient_accumulation_steps=" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--topology", "v9:4x4"], "known are v4, v5e"),
+        (["--topology", "v5e:2x2", "--target-share", "0"], "--target-share"),
+        (["--topology", "v5e:2x2", "--document-length", "0"], "--document-length"),
+        (["--topology", "v5e:2x2", "--architecture", "none.json"], "no such file none.json"),
+        (["training.batch_size=6", "--topology", "v5e:2x2"], "training.batch_size"),
+        (["model.path=some/where", "--topology", "v5e:2x2"], "--architecture FILE"),
+    ],
+)
+def test_bad_input_is_one_line(tiny, tmp_path, options, said):
+    done = sft_jax("plan", write_config(tmp_path, tiny), *options)
+    assert done.returncode == 2
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("sft-jax: ")
+    assert said in last
+    assert "Traceback" not in done.stderr
+
+
+def test_a_missing_compiler_says_how_to_get_it(tiny, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    config = run_config(tiny)
+    with pytest.raises(UserError, match="pip install libtpu"):
+        plan(config, "v5e:2x2", quiet=True)
+    with pytest.raises(UserError, match="pip install 'sft-jax"):
+        plan(config, "h100:1", quiet=True)
+
+
+def test_documents_are_no_longer_than_rows(tiny):
+    assert Assumed().length(run_config(tiny)) == 128
+    assert Assumed(document_length=64).length(run_config(tiny)) == 64
+    assert Assumed(document_length=4096).length(run_config(tiny)) == 128
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_loads(recipe):
+    """It is a config, its model is known, its batch divides over its chips, and its header says what plan printed."""
+    config = load(recipe)
+    topology, said = plan_recipes.header(recipe)
+    where = parse_topology(topology)
+    path = plan_recipes.architecture_of(recipe)
+    assert path.is_file()
+    assert config.training.output_dir == f"runs/{recipe.stem}"
+    text = recipe.read_text()
+    assert f"configs/recipes/{recipe.stem}.yaml data.train.0.path=train.jsonl" in text
+    assert f"configs/recipes/{recipe.stem}.yaml --topology {topology}" in text
+    rows = config.training.batch_size // config.training.gradient_accumulation_steps
+    assert rows % (where.num_devices // config.mesh.tensor) == 0
+    assert said.startswith("fits, peak "), said
+
+
+# In thousands of millions, as their makers give them.
+SIZES = {
+    "llama-3.2-1b": 1.24, "llama-3.2-3b": 3.21, "llama-3.1-8b": 8.03, "llama-3.1-70b": 70.6, "qwen2.5-7b": 7.61,
+    "qwen2.5-32b": 32.5, "qwen3-0.6b": 0.6, "qwen3-8b": 8.2, "mistral-7b-v0.3": 7.25,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_architectures_have_the_size_of_their_models(name, tmp_path):
+    (tmp_path / "config.json").write_text((ROOT / "configs" / "architectures" / f"{name}.json").read_text())
+    arch = read_architecture(tmp_path)
+    d, q, kv = arch.hidden_size, arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+    layer = d * (2 * q + 2 * kv) + 3 * d * arch.intermediate_size
+    size = arch.num_layers * layer + arch.vocab_size * d * (1 if arch.tie_word_embeddings else 2)
+    assert size / 1e9 == pytest.approx(SIZES[name], rel=0.01)
+
+
+def test_the_table_of_plans_is_kept_row_by_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(plan_recipes, "PLANS", tmp_path / "PLANS.md")
+    empty = plan_recipes.read_table()
+    assert len(empty) == 25
+    assert all(row[2] == "not measured" for row in empty.values())
+    found = {
+        "fits": True, "peak_bytes": 3 * 2**30, "usable_bytes": CHIPS["v5e"].hbm_bytes, "remat": "full",
+        "roofline_step_seconds": 0.5, "bound": "compute", "compile_seconds": 12.3, "roofline_tokens_per_second": 1e5,
+    }  # fmt: skip
+    key = ("Llama-3.1-8B LoRA", "v5e:4x4")
+    plan_recipes.write_table(empty | {key: plan_recipes.as_row(*key, found)})
+    again = plan_recipes.read_table()
+    assert again[key][:4] == (*key, "yes", "3,072")
+    assert sum(row[2] == "not measured" for row in again.values()) == 24
+    assert plan_recipes.as_line(found).startswith("fits, peak 3,072 of ")
