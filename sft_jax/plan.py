@@ -92,7 +92,7 @@ class _Planner:
         self._base, self._assumed, self._say = base, assumed, say
 
     def compile(self, config: Config, where: Topology, name: str) -> tuple[AbstractStep, Compiled]:
-        step = abstract_step(config, self._base, devices_of(where), where.chip.capability)
+        step = abstract_step(config, self._base, devices_of(where))
         return step, self._compiled(step, where, name)
 
     def bounds(self, step: AbstractStep, compiled: Compiled, where: Topology) -> Roofline:
@@ -115,7 +115,7 @@ class _Planner:
         devices = devices_of(where)
         ranked = candidates(
             config,
-            lambda changed: abstract_step(changed, self._base, devices, where.chip.capability),
+            lambda changed: abstract_step(changed, self._base, devices),
             where.num_devices,
             where.chip,
             where.network_bandwidth,
@@ -217,9 +217,7 @@ def _choice(choice: Choice) -> dict[str, Any]:
 
 
 def _outcome(step: AbstractStep, compiled: Compiled) -> Outcome:
-    sizes = step.sizes()
-    resident = sum(sizes[name] for name in ("frozen", "trained", "optimizer", "batch"))
-    return Outcome(compiled.fits, compiled.peak_bytes, resident)
+    return Outcome(compiled.fits, compiled.peak_bytes, step.resident_bytes())
 
 
 def _difference(old: Config, new: Config) -> str:

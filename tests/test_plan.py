@@ -82,7 +82,7 @@ def test_what_does_not_fit_says_what_does(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--topology", "v9:4x4"], "known are v4, v5e"),
+        (["--topology", "v9:4x4"], "known are v5e, v5p"),
         (["--topology", "v5e:2x2", "--target-share", "0"], "--target-share"),
         (["--topology", "v5e:2x2", "--document-length", "0"], "--document-length"),
         (["--topology", "v5e:2x2", "--architecture", "none.json"], "no such file none.json"),

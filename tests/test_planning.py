@@ -42,7 +42,7 @@ def test_chips_are_told_completely():
         assert chip.source
         assert 1e14 < chip.flops < 1e16
         assert 15 * 2**30 < chip.hbm_bytes < 200e9
-        assert 200 < chip.flops / chip.hbm_bandwidth < 700  # operations a byte: of all of them the same order
+        assert 100 < chip.flops / chip.hbm_bandwidth < 700  # operations a byte: of all of them the same order
         assert chip.link_bandwidth < chip.hbm_bandwidth
         assert (chip.gpu is None) == (chip.platform == "tpu") == (chip.host_bandwidth is None)
 
@@ -54,7 +54,7 @@ def test_chips_are_told_completely():
         ("v5e:16", (4, 4), 16),
         ("v5e:1", (1, 1), 1),
         ("v5p:64", (4, 4, 4), 64),
-        ("v4:2x2x1", (2, 2, 1), 4),
+        ("v5p:2x2x1", (2, 2, 1), 4),
         ("h100:8", (1, 8), 8),
         ("h100:2x8", (2, 8), 16),
     ],
@@ -68,7 +68,7 @@ def test_topologies_are_read(text, shape, number):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("v9:4x4", "known are v4, v5e, v5p, v6e, a100-40g"),
+        ("v9:4x4", "known are v5e, v5p, v6e, a100-40g"),
         ("v5e", "write v5e:4x4"),
         ("v5e:four", "write v5e:4x4"),
         ("v5e:0x4", "write v5e:4x4"),
@@ -277,7 +277,7 @@ def base(tiny):
 
 
 def config_of(tiny, **changes):
-    return run_config(tiny, training__batch_size=8, model__remat="full", data__max_length=64, **changes)
+    return run_config(tiny, **{"training__batch_size": 8, "model__remat": "full", "data__max_length": 64} | changes)
 
 
 def test_the_step_on_eight_devices(tiny, base):
@@ -289,8 +289,9 @@ def test_the_step_on_eight_devices(tiny, base):
     assert compiled.fits
     sizes = step.sizes()
     resident = sum(sizes[name] for name in ("frozen", "trained", "optimizer", "batch"))
+    assert step.resident_bytes() == resident
     assert resident <= compiled.argument_bytes <= resident + 4096
-    assert compiled.peak_bytes == compiled.argument_bytes + compiled.temp_bytes
+    assert compiled.argument_bytes < compiled.peak_bytes
     assert sum(one.bytes for one in compiled.collectives) > 0
     assert not compile_step(step, usable_bytes=compiled.peak_bytes - 1).fits
 

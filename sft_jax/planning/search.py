@@ -93,7 +93,8 @@ def choose(
         fitting = sum(choice.predicted is not None for choice in choices)
         if len(choices) >= (COMPILED if fitting else MOST):
             break
-        if sum(candidate.step.sizes().values()) > usable_bytes or any(
+        step = candidate.step
+        if step.resident_bytes() + step.kept_bytes(candidate.remat) > usable_bytes or any(
             choice.predicted is None and _takes_no_less(candidate, choice.candidate) for choice in choices
         ):
             continue

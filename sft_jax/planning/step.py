@@ -90,6 +90,26 @@ class AbstractStep:
             "gradients": _bytes_per_device(gradients),
         }
 
+    def kept_bytes(self, remat: str) -> int:
+        """The least of a device that a policy keeps of all layers for the backward pass of the rows at a time.
+
+        See :mod:`sft_jax.models.remat`; adapters' products, a few columns, are left out.
+        """
+        arch, tensor = self.arch, self.mesh.shape["tensor"]
+        queries, keys = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+        of_token = arch.hidden_size  # the input of a layer
+        if remat != "full":
+            of_token += queries // tensor  # what attention gives
+        if remat in ("dots", "none"):
+            of_token += (queries + 2 * keys + 2 * arch.intermediate_size) // tensor + arch.hidden_size
+        tokens = self.rows * self.config.data.max_length
+        return arch.num_layers * tokens * of_token * jnp.dtype(self.config.model.dtype).itemsize
+
+    def resident_bytes(self) -> int:
+        """Bytes of a device that are there before the step: weights, optimizer state and batch."""
+        sizes = self.sizes()
+        return sum(sizes[name] for name in ("frozen", "trained", "optimizer", "batch"))
+
     def work(self, target_share: float, document_length: int) -> Work:
         """Of a step, all slots of which are filled."""
         tokens = self.config.training.batch_size * self.config.data.max_length
@@ -150,11 +170,8 @@ def read_base(config: Config, folder: Path) -> Base:
     return Base(dataclasses.replace(arch, vocab_size=size), token_table=added > 0)
 
 
-def abstract_step(config: Config, base: Base, devices: Sequence[Any], capability: float | None = None) -> AbstractStep:
+def abstract_step(config: Config, base: Base, devices: Sequence[Any]) -> AbstractStep:
     """The step of a config as ``train`` would build it on these devices; nothing is allocated.
-
-    Args:
-        capability: of NVIDIA's GPUs, which cannot be asked where they are not there.
 
     Raises:
         UserError: a mesh, batch, attention kernel or LoRA target that ``train`` would refuse.
@@ -163,7 +180,7 @@ def abstract_step(config: Config, base: Base, devices: Sequence[Any], capability
     check_batch(config.training.batch_size, config.training.gradient_accumulation_steps, mesh)
     check_heads(base.arch.num_heads, mesh)
     model, row_length = config.model, config.data.max_length
-    kernel = choose_kernel(model.attention, mesh, base.arch, model.dtype, row_length, capability=capability)
+    kernel = choose_kernel(model.attention, mesh, base.arch, model.dtype, row_length)
     split = network_of(config, base.arch, mesh, kernel, base.token_table)
     state = abstract_state(split.trainable, _optimizer(config, split), mesh)
     shape = (config.training.batch_size, row_length)
@@ -181,57 +198,62 @@ def abstract_step(config: Config, base: Base, devices: Sequence[Any], capability
 def compile_step(step: AbstractStep, usable_bytes: int, target_share: float = 1.0) -> Compiled:
     """Compile with the policy of the config; with ``auto``, as ``train`` does, with the first that fits.
 
+    A policy that would keep more than there is room for is passed over without being compiled.
+
     Args:
         usable_bytes: of a device.
         target_share: of positions that carry loss, for the turns of the loop over them.
     """
     remat = step.config.model.remat
-    candidates = CANDIDATES if remat == "auto" else (remat,)
-    found: Compiled | None = None
-    for policy in candidates:
-        before = 0.0 if found is None else found.seconds
-        found = _compile(step, policy, usable_bytes, target_share, is_auto=remat == "auto")
-        found = dataclasses.replace(found, seconds=found.seconds + before)
+    if remat != "auto":
+        return _compile(step, remat, usable_bytes, target_share, share=1.0)
+    room = usable_bytes - step.resident_bytes()
+    candidates = [policy for policy in CANDIDATES[:-1] if step.kept_bytes(policy) <= room]
+    seconds = 0.0
+    for policy in (*candidates, CANDIDATES[-1]):
+        found = _compile(step, policy, usable_bytes, target_share, SHARE)
+        seconds += found.seconds
         if found.fits:
             break
-    assert found is not None
-    return found
+    return dataclasses.replace(found, seconds=seconds)
 
 
-def _compile(step: AbstractStep, remat: str, usable_bytes: int, target_share: float, is_auto: bool) -> Compiled:
+def _compile(step: AbstractStep, remat: str, usable_bytes: int, target_share: float, share: float) -> Compiled:
+    """With one policy; it fits if the step takes no more than a share of what its arguments leave free."""
     began = time.perf_counter()
+    function: Any = step.step(remat)
     with jax.set_mesh(step.mesh):
         try:
-            program: Any = step.step(remat).lower(step.state, step.split.frozen, step.batch).compile()  # type: ignore[attr-defined]
+            program = function.lower(step.state, step.split.frozen, step.batch).compile()
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):  # the compiler's word for a program that does not fit
                 raise
             return Compiled(remat, False, _size_in(str(error)), None, None, time.perf_counter() - began, None)
     seconds = time.perf_counter() - began
     memory = program.memory_analysis()
-    beyond = temp_bytes(program)
-    assert beyond is not None
-    argument_bytes = memory.argument_size_in_bytes
-    peak = argument_bytes + beyond
-    # train leaves a share of what is free when it chooses by itself; a policy that is asked for is just tried.
-    fits = beyond <= SHARE * (usable_bytes - argument_bytes) if is_auto else peak <= usable_bytes
+    arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    # The peak knows what is alive when; not every compiler tells it.
+    peak = memory.peak_memory_in_bytes or arguments + temporary
+    needed = temp_bytes(program) if share < 1 else peak - arguments  # what train compares
+    fits = needed <= share * (usable_bytes - arguments)
     text = program_text(program) if fits else None
-    chunks = step.loss_chunks(target_share)
-    collectives = None if text is None else count_collectives(text, step.mesh.size, chunks)
-    return Compiled(remat, fits, peak, argument_bytes, beyond, seconds, collectives)
+    collectives = None if text is None else count_collectives(text, step.mesh.size, step.loss_chunks(target_share))
+    return Compiled(remat, fits, peak, arguments, temporary, seconds, collectives)
 
 
 def _size_in(message: str) -> int | None:
-    """The size of a program that is too large, from the compiler's message.
+    """The size of a program that is too large, from the compiler's message, of which there are two.
 
-    >>> _size_in("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
-    ...          "Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G.") / 2**30
+    >>> _size_in("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm.") / 2**30
     20.5
+    >>> _size_in("RESOURCE_EXHAUSTED: the total memory required (1.50T) exceeds available HBM (15.75G).") / 2**40
+    1.5
     """
-    match = re.search(r"Used ([\d.]+)([KMGT]) of", message)
+    match = re.search(r"Used ([\d.]+)([KMGT]) of|\(([\d.]+)([KMGT])\) exceeds available", message)
     if match is None:
         return None
-    return int(float(match[1]) * 2 ** (10 * (1 + "KMGT".index(match[2]))))
+    number, unit = (found for found in match.groups() if found is not None)
+    return int(float(number) * 2 ** (10 * (1 + "KMGT".index(unit))))
 
 
 def _optimizer(config: Config, split: Split) -> Any:

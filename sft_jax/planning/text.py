@@ -33,9 +33,11 @@ def _memory(plan: dict[str, Any]) -> list[str]:
     ]
     if plan["argument_bytes"] is not None:
         known = sum(size for _, size in rows)
+        beyond = plan["peak_bytes"] - plan["argument_bytes"]
+        gradients = min(parts["gradients"], beyond)
         rows.append(("padding of these", plan["argument_bytes"] - known))
-        rows.append(("gradients", min(parts["gradients"], plan["temp_bytes"])))
-        rows.append(("activations and the like", plan["temp_bytes"] - min(parts["gradients"], plan["temp_bytes"])))
+        rows.append(("gradients", gradients))
+        rows.append(("activations and the like", beyond - gradients))
     lines = [_row("memory of a chip", "MiB"), *(_row(name, f"{size / 2**20:,.0f}") for name, size in rows if size)]
     peak, usable = plan["peak_bytes"], plan["usable_bytes"]
     if peak is None:

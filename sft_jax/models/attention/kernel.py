@@ -51,13 +51,7 @@ def any_length_kernel(device: Any) -> Kernel:
 
 
 def choose_kernel(
-    requested: str,
-    mesh: Mesh,
-    arch: Architecture,
-    dtype: str,
-    row_length: int,
-    softcap: float | None = None,
-    capability: float | None = None,
+    requested: str, mesh: Mesh, arch: Architecture, dtype: str, row_length: int, softcap: float | None = None
 ) -> Kernel:
     """The fastest kernel that can express the mask of packed rows of this model on these devices.
 
@@ -66,18 +60,15 @@ def choose_kernel(
         mesh: of the devices that the step is compiled for; they need not be there.
         dtype: of queries, keys and values.
         row_length: slots of a row.
-        capability: of NVIDIA's GPUs that are not there and cannot be asked, such as 9.0.
 
     Raises:
         UserError: the requested kernel cannot compute this; with the reason.
     """
     device = mesh.devices.flat[0]
-    if device.platform == "gpu" and capability is None:
-        capability = _capability(device)
     obstacles = {
         "splash": _against_splash(device, row_length),
-        "cudnn": _against_cudnn(device, capability, arch, dtype, row_length, softcap),
-        "mosaic_gpu": _against_mosaic_gpu(capability, arch, dtype, row_length),
+        "cudnn": _against_cudnn(device, arch, dtype, row_length, softcap),
+        "mosaic_gpu": _against_mosaic_gpu(device, arch, dtype, row_length),
         "xla": None,
     }
     if requested != "auto" and obstacles[requested]:
@@ -124,12 +115,10 @@ def _against_splash(device: Any, row_length: int) -> str | None:
     return f"needs rows of a multiple of 128, not {row_length} (data.max_length)" if row_length % 128 else None
 
 
-def _against_cudnn(
-    device: Any, capability: float | None, arch: Architecture, dtype: str, row_length: int, softcap: float | None
-) -> str | None:
+def _against_cudnn(device: Any, arch: Architecture, dtype: str, row_length: int, softcap: float | None) -> str | None:
     if device.platform != "gpu":
         return "needs an NVIDIA GPU"
-    if capability is None or capability < 8.0:
+    if (capability := _capability(device)) is None or capability < 8.0:
         return "needs compute capability 8.0"
     if dtype != "bfloat16":
         return "needs bfloat16 (model.dtype)"
@@ -140,7 +129,8 @@ def _against_cudnn(
     return "has no soft cap" if softcap is not None else None
 
 
-def _against_mosaic_gpu(capability: float | None, arch: Architecture, dtype: str, row_length: int) -> str | None:
+def _against_mosaic_gpu(device: Any, arch: Architecture, dtype: str, row_length: int) -> str | None:
+    capability = _capability(device) if device.platform == "gpu" else None
     if capability is None or not 9.0 <= capability < 11.0:
         return "needs a Hopper or Blackwell GPU of a data centre (compute capability 9 or 10)"
     if dtype != "bfloat16":
