@@ -172,6 +172,23 @@ ASYNCHRONOUS = """HloModule step, is_scheduled=true
   ROOT %gathered = f32[128]{0} all-gather(%p), replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}
 }
 
+%fused.1 (p: f32[16]) -> (f32[16], f32[128]) {
+  %p.1 = f32[16]{0} parameter(0)
+  %gathered.1 = f32[128]{0} all-gather(%p.1), channel_id=5, replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}
+  ROOT %both.1 = (f32[16]{0}, f32[128]{0}) tuple(%p.1, %gathered.1)
+}
+
+%async_collective_fusion.2 (p: f32[16]) -> (f32[16], f32[128]) {
+  %p.2 = f32[16]{0} parameter(0)
+  %gathered.2 = f32[128]{0} all-gather(%p.2), channel_id=5, replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}
+  ROOT %both.2 = (f32[16]{0}, f32[128]{0}) tuple(%p.2, %gathered.2)
+}
+
+%fused.3 (p: f32[16]) -> f32[128] {
+  %p.3 = f32[16]{0} parameter(0)
+  ROOT %gathered.3 = f32[128]{0} all-gather(%p.3), channel_id=5, replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}
+}
+
 ENTRY %main (a: bf16[4,8], b: f32[64,8]) -> f32[16,8] {
   %a = bf16[4,8]{1,0:T(8,128)(2,1)} parameter(0)
   %b = f32[64,8]{1,0:T(8,128)S(1)} parameter(1)
@@ -181,18 +198,62 @@ ENTRY %main (a: bf16[4,8], b: f32[64,8]) -> f32[16,8] {
   %cpd = bf16[4,8]{1,0} collective-permute-done(%cp)
   %as = ((f32[16]{0}), f32[128]{0}, u32[]) async-start(%c), calls=%wrapped
   %ad = f32[128]{0} async-done(%as), calls=%wrapped
+  %async-collective-start.1 = (f32[16]{0}, f32[128]{0}) fusion(%c), kind=kCustom, calls=%fused.1
+  %fusion.2 = (f32[16]{0}, f32[128]{0}) fusion(%d), kind=kOutput, calls=%async_collective_fusion.2
+  %async-collective-done.1 = f32[128]{0} fusion(%e), kind=kCustom, calls=%fused.3
   ROOT %rs = f32[16,8]{1,0:T(8,128)} fusion(%b), kind=kCustom, calls=%all-reduce-scatter.3
 }
 """
 
 
 def test_forms_that_only_accelerators_have():
-    """Started and awaited separately; wrapped; a reduce-scatter written as an all-reduce of which a part is kept."""
+    """Started and awaited apart; wrapped; hidden behind a fusion; a reduce-scatter as an all-reduce of which a part is kept."""
     found = by_kind(count_collectives(ASYNCHRONOUS, 8, unknown_trips=0))
     assert found["reduce-scatter"] == (1, 64 * 8 * 4 * 3 / 4)
-    assert found["all-gather"] == (2, pytest.approx(16 * 8 * 2 * 3 / 4 + 128 * 4 * 7 / 8))
+    assert found["all-gather"] == (3, pytest.approx(16 * 8 * 2 * 3 / 4 + 2 * 128 * 4 * 7 / 8))
     assert found["collective-permute"] == (1, pytest.approx(4 * 8 * 2, abs=8))
     assert set(found) == {"reduce-scatter", "all-gather", "collective-permute"}
+
+
+COUNTED = """HloModule step
+
+%body (state: (bf16[8], u32[], s32[])) -> (bf16[8], u32[], s32[]) {
+  %two = u32[]{:T(128)} constant(2)
+  %state = (bf16[8]{0:T(128)}, u32[]{:T(128)}, s32[]) parameter(0)
+  %x = bf16[8]{0:T(128)} get-tuple-element(%state), index=0
+  %i = u32[]{:T(128)} get-tuple-element(%state), index=1
+  %next = u32[]{:T(128)} add(%i, %two), metadata={op_name="a/b(c)"}
+  %n = s32[] get-tuple-element(%state), index=2
+  %moved = bf16[8]{0:T(128)} collective-permute(%x), source_target_pairs={{0,1},{1,0}}
+  ROOT %all = (bf16[8]{0:T(128)}, u32[]{:T(128)}, s32[]) tuple(%moved, /*index=1*/%next, %n)
+}
+
+%condition (state: (bf16[8], u32[], s32[])) -> pred[] {
+  %bound = u32[]{:T(128)} constant(15)
+  %state.1 = (bf16[8]{0:T(128)}, u32[]{:T(128)}, s32[]) parameter(0)
+  %i.1 = u32[]{:T(128)} get-tuple-element(%state.1), index=1
+  ROOT %less = pred[]{:T(512)} compare(%i.1, %bound), direction=LT, metadata={op_name="x"}
+}
+
+%condition.data (state: (bf16[8], u32[], s32[])) -> pred[] {
+  %state.2 = (bf16[8]{0:T(128)}, u32[]{:T(128)}, s32[]) parameter(0)
+  %i.2 = u32[]{:T(128)} get-tuple-element(%state.2), index=1
+  %n.2 = u32[]{:T(128)} get-tuple-element(%state.2), index=2
+  ROOT %less.2 = pred[]{:T(512)} compare(%i.2, %n.2), direction=LT
+}
+
+ENTRY %main (a: bf16[8]) -> bf16[8] {
+  %start = (bf16[8]{0:T(128)}, u32[]{:T(128)}, s32[]) tuple(%a, %zero, %zero)
+  %while.1 = (bf16[8]{0:T(128)}, u32[]{:T(128)}, s32[]) while(%start), condition=%condition, body=%body
+  %while.2 = (bf16[8]{0:T(128)}, u32[]{:T(128)}, s32[]) while(%while.1), condition=%condition.data, body=%body
+  ROOT %result = bf16[8]{0:T(128)} get-tuple-element(%while.2), index=0
+}
+"""
+
+
+def test_turns_are_read_from_the_condition_where_there_is_no_note():
+    """0, 2, … below 15 are eight turns; the other loop's bound comes from the data."""
+    assert by_kind(count_collectives(COUNTED, 2, unknown_trips=3)) == {"collective-permute": (8 + 3, (8 + 3) * 16)}
 
 
 # -- FLOPs ------------------------------------------------------------------------------------------------------------

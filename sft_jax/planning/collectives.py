@@ -19,12 +19,20 @@ from dataclasses import dataclass
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 
+_Computation = dict[str, str]  # instructions: name and what stands right of it
+
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$|^(ENTRY )?%?([\w.\-]+) \{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
 _ARRAY = re.compile(r"\b(pred|token|[a-z]+\d+(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
 _CALLED = re.compile(r"\b(body|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
+_ROOT = "ROOT"  # the name that a computation's last instruction has here
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"?(\d+)"?\}')
+
+
+# The TPU compiler hides a collective behind products: a fusion starts it, those it is hidden behind and the one that waits
+# for it repeat it in their text.
+_DONE, _CONTINUED = "async-collective-done", "async_collective_fusion"
 
 
 @dataclass(frozen=True)
@@ -55,9 +63,9 @@ def count_collectives(text: str, num_devices: int, unknown_trips: float) -> list
     sizes: Counter[str] = Counter()
 
     def visit(name: str, times: float) -> None:
-        for line in bodies.get(name, ()):
+        for instruction, line in bodies.get(name, {}).items():
             opcode, shape = _opcode(line)
-            if opcode is None or opcode.endswith(("-done", "-update")):
+            if opcode is None or opcode.endswith(("-done", "-update")) or instruction.startswith(_DONE):
                 continue
             found = _collective(opcode, shape, line, name, num_devices)
             if found is not None:
@@ -66,10 +74,11 @@ def count_collectives(text: str, num_devices: int, unknown_trips: float) -> list
                 continue
             turns = 1.0
             if opcode == "while":
-                trips = _TRIPS.search(line)
-                turns = float(trips[1]) if trips else unknown_trips
+                known = _turns(line, bodies)
+                turns = unknown_trips if known is None else known
             for called in _called(line):
-                visit(called, times * turns)
+                if not called.startswith(_CONTINUED):
+                    visit(called, times * turns)
 
     assert entry is not None, "a program without an entry computation"
     visit(entry, 1.0)
@@ -77,18 +86,18 @@ def count_collectives(text: str, num_devices: int, unknown_trips: float) -> list
     return sorted(found, key=lambda one: -one.bytes)
 
 
-def _computations(text: str) -> tuple[dict[str, list[str]], str | None]:
+def _computations(text: str) -> tuple[dict[str, _Computation], str | None]:
     """The instructions of each computation, and which one is the program."""
-    bodies: dict[str, list[str]] = {}
+    bodies: dict[str, _Computation] = {}
     entry = current = None
     for line in text.splitlines():
         if not line.startswith((" ", "}")) and (match := _COMPUTATION.match(line)):
             current = match[2] or match[4]
-            bodies[current] = []
+            bodies[current] = {}
             if line.startswith("ENTRY"):
                 entry = current
         elif current is not None and (match := _INSTRUCTION.match(line)):
-            bodies[current].append(match[2])
+            bodies[current][_ROOT if line.lstrip().startswith("ROOT") else match[1]] = match[2]
     return bodies, entry
 
 
@@ -126,6 +135,46 @@ def _collective(opcode: str, shape: str, line: str, computation: str, num_device
     if kind == "collective-permute":
         return _Found(kind, whole)
     return _Found(kind, whole * share * (2 if kind == "all-reduce" else 1))
+
+
+def _turns(line: str, bodies: dict[str, _Computation]) -> float | None:
+    """How often a loop turns: by its note, or its condition ``counter < constant`` and what is added to the counter.
+
+    The counter starts at zero, as in all loops that jax and XLA make. None where the data decide.
+    """
+    if match := _TRIPS.search(line):
+        return float(match[1])
+    called = dict(re.findall(r"\b(condition|body)=%?([\w.\-]+)", line))
+    condition, body = bodies.get(called["condition"], {}), bodies.get(called["body"], {})
+    compared = re.search(r" compare\(%?([\w.\-]+), %?([\w.\-]+)\), direction=LT", condition.get(_ROOT, ""))
+    if compared is None:
+        return None
+    index = re.search(r" get-tuple-element\(.*index=(\d+)", condition.get(compared[1], ""))
+    bound = _constant(condition.get(compared[2], ""))
+    if index is None or bound is None:
+        return None
+    results = re.search(r" tuple\((.*?)\)(?:,|$)", body.get(_ROOT, ""))
+    if results is None:
+        return float(bound)
+    names = [name.strip().lstrip("%") for name in re.sub(r"/\*.*?\*/", "", results[1]).split(",")]
+    return float(-(-bound // max(1, _added(names[int(index[1])], int(index[1]), body))))
+
+
+def _added(name: str, index: int, body: _Computation) -> int:
+    """What a turn adds to element ``index`` of the loop's state; 1 where that is not written as sums of constants."""
+    line = body.get(name, "")
+    if re.search(rf" get-tuple-element\(.*index={index}\b", line):
+        return 0
+    if match := re.search(r" (?:add|copy)\(%?([\w.\-]+)(?:, %?([\w.\-]+))?\)", line):
+        constant = 0 if match[2] is None else _constant(body.get(match[2], ""))
+        if constant is not None:
+            return _added(match[1], index, body) + constant
+    return 1
+
+
+def _constant(line: str) -> int | None:
+    match = re.search(r" constant\((\d+)\)", line)
+    return int(match[1]) if match else None
 
 
 def _called(line: str) -> Iterator[str]:

@@ -23,7 +23,7 @@ from sft_jax.models.attention.kernel import Kernel, choose_kernel
 from sft_jax.models.lora import Split
 from sft_jax.planning.collectives import Collective, count_collectives
 from sft_jax.planning.flops import Work
-from sft_jax.planning.program_text import program_text
+from sft_jax.planning.program_text import compile_with_text
 from sft_jax.sharding import axis_names, check_batch, check_heads, make_mesh, named_sharding
 from sft_jax.training.assembly import network_of, step_of
 from sft_jax.training.compilation import CANDIDATES, SHARE, temp_bytes
@@ -224,7 +224,8 @@ def _compile(step: AbstractStep, remat: str, usable_bytes: int, target_share: fl
     function: Any = step.step(remat)
     with jax.set_mesh(step.mesh):
         try:
-            program = function.lower(step.state, step.split.frozen, step.batch).compile()
+            lowered = function.lower(step.state, step.split.frozen, step.batch)
+            program, text = compile_with_text(lowered, step.mesh.devices.flat[0].platform)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):  # the compiler's word for a program that does not fit
                 raise
@@ -236,7 +237,6 @@ def _compile(step: AbstractStep, remat: str, usable_bytes: int, target_share: fl
     peak = memory.peak_memory_in_bytes or arguments + temporary
     needed = temp_bytes(program) if share < 1 else peak - arguments  # what train compares
     fits = needed <= share * (usable_bytes - arguments)
-    text = program_text(program) if fits else None
     collectives = None if text is None else count_collectives(text, step.mesh.size, step.loss_chunks(target_share))
     return Compiled(remat, fits, peak, arguments, temporary, seconds, collectives)
 
