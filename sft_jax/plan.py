@@ -184,6 +184,7 @@ def figures(
         "roofline_tokens_per_second": tokens / bounds.seconds,
         "bound": bounds.bound,
         "compile_seconds": compiled.seconds,
+        "compile_cpu_seconds": compiled.cpu_seconds,
     }
 
 

@@ -207,7 +207,7 @@ ENTRY %main (a: bf16[4,8], b: f32[64,8]) -> f32[16,8] {
 
 
 def test_forms_that_only_accelerators_have():
-    """Started and awaited apart; wrapped; hidden behind a fusion; a reduce-scatter as an all-reduce of which a part is kept."""
+    """Started and awaited apart, wrapped, hidden behind a fusion; a reduce-scatter as an all-reduce that is cut."""
     found = by_kind(count_collectives(ASYNCHRONOUS, 8, unknown_trips=0))
     assert found["reduce-scatter"] == (1, 64 * 8 * 4 * 3 / 4)
     assert found["all-gather"] == (3, pytest.approx(16 * 8 * 2 * 3 / 4 + 2 * 128 * 4 * 7 / 8))
@@ -515,7 +515,7 @@ def test_search_takes_the_fastest_that_fits(tiny, base):
     def compile_with(candidate):
         compiled.append(candidate)
         fits = candidate.remat == "full"
-        return Compiled(candidate.remat, fits, 1, 1, 1, 0.0, None)
+        return Compiled(candidate.remat, fits, 1, 1, 1, 0.0, 0.0, None)
 
     choices = choose(ranked, 2**40, compile_with, lambda candidate, _: candidate.expected)
     assert choices[0].predicted is not None

@@ -30,7 +30,7 @@ _ROOT = "ROOT"  # the name that a computation's last instruction has here
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"?(\d+)"?\}')
 
 
-# The TPU compiler hides a collective behind products: a fusion starts it, those it is hidden behind and the one that waits
+# The TPU compiler hides a collective behind products: a fusion starts it, and those that hide it and the one that waits
 # for it repeat it in their text.
 _DONE, _CONTINUED = "async-collective-done", "async_collective_fusion"
 

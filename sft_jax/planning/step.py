@@ -151,6 +151,7 @@ class Compiled:
     argument_bytes: int | None
     temp_bytes: int | None  # beyond the arguments
     seconds: float  # tracing and compiling
+    cpu_seconds: float  # the same, of all cores together
     collectives: list[Collective] | None  # None: not counted
 
 
@@ -209,18 +210,22 @@ def compile_step(step: AbstractStep, usable_bytes: int, target_share: float = 1.
         return _compile(step, remat, usable_bytes, target_share, share=1.0)
     room = usable_bytes - step.resident_bytes()
     candidates = [policy for policy in CANDIDATES[:-1] if step.kept_bytes(policy) <= room]
-    seconds = 0.0
+    seconds = cpu_seconds = 0.0
     for policy in (*candidates, CANDIDATES[-1]):
         found = _compile(step, policy, usable_bytes, target_share, SHARE)
-        seconds += found.seconds
+        seconds, cpu_seconds = seconds + found.seconds, cpu_seconds + found.cpu_seconds
         if found.fits:
             break
-    return dataclasses.replace(found, seconds=seconds)
+    return dataclasses.replace(found, seconds=seconds, cpu_seconds=cpu_seconds)
 
 
 def _compile(step: AbstractStep, remat: str, usable_bytes: int, target_share: float, share: float) -> Compiled:
     """With one policy; it fits if the step takes no more than a share of what its arguments leave free."""
-    began = time.perf_counter()
+    began, cpu_began = time.perf_counter(), time.process_time()
+
+    def spent() -> tuple[float, float]:
+        return time.perf_counter() - began, time.process_time() - cpu_began
+
     function: Any = step.step(remat)
     with jax.set_mesh(step.mesh):
         try:
@@ -229,8 +234,8 @@ def _compile(step: AbstractStep, remat: str, usable_bytes: int, target_share: fl
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):  # the compiler's word for a program that does not fit
                 raise
-            return Compiled(remat, False, _size_in(str(error)), None, None, time.perf_counter() - began, None)
-    seconds = time.perf_counter() - began
+            return Compiled(remat, False, _size_in(str(error)), None, None, *spent(), None)
+    seconds = spent()
     memory = program.memory_analysis()
     arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     # The peak knows what is alive when; not every compiler tells it.
@@ -238,7 +243,7 @@ def _compile(step: AbstractStep, remat: str, usable_bytes: int, target_share: fl
     needed = temp_bytes(program) if share < 1 else peak - arguments  # what train compares
     fits = needed <= share * (usable_bytes - arguments)
     collectives = None if text is None else count_collectives(text, step.mesh.size, step.loss_chunks(target_share))
-    return Compiled(remat, fits, peak, arguments, temporary, seconds, collectives)
+    return Compiled(remat, fits, peak, arguments, temporary, *seconds, collectives)
 
 
 def _size_in(message: str) -> int | None:

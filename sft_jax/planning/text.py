@@ -72,7 +72,7 @@ def _speed(plan: dict[str, Any]) -> list[str]:
         f"{plan['document_length']:,}): {plan['model_flops_per_step'] / 1e12:,.1f} model TFLOP{again}",
         f"no faster than {plan['roofline_step_seconds'] * 1e3:,.1f} ms a step, bound by {plan['bound']} ({shown}): at "
         f"most {plan['roofline_tokens_per_second']:,.0f} tokens/s",
-        f"compiled in {plan['compile_seconds']:.1f} s",
+        f"compiled in {plan['compile_seconds']:.1f} s ({plan['compile_cpu_seconds']:.1f} s of CPU time)",
     ]
 
 

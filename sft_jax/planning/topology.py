@@ -106,8 +106,13 @@ def devices_of(topology: Topology) -> list[Any]:
     if topology.chip.platform == "tpu":
         if importlib.util.find_spec("libtpu") is None:
             raise UserError(f"--topology: compiling for {name} needs the TPU compiler: pip install libtpu")
-        # The compiler asks which machine it is on; no chip is looked for. Its log is not for users.
-        os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+        # The compiler asks which machine it is on; no chip is looked for, so that several may compile at a time, also
+        # beside a run. Its log is not for users.
+        os.environ |= {
+            "TPU_SKIP_MDS_QUERY": "1",
+            "TPU_WORKER_HOSTNAMES": "localhost",
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        }
         for key, value in {"TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_STDERR_LOG_LEVEL": "3"}.items():
             os.environ.setdefault(key, value)
         options: dict[str, Any] = {"platform": "tpu", "topology_name": name}
