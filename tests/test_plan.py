@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from kit import run_config, sft_jax
 
+from sft_jax.cli import main
 from sft_jax.config import load
 from sft_jax.errors import UserError
 from sft_jax.hf.config import read_architecture
@@ -27,7 +28,7 @@ KEYS = {
 }  # fmt: skip
 
 
-def write_config(tmp_path, tiny, **changes) -> Path:
+def write_config(tmp_path, tiny) -> Path:
     path = tmp_path / "config.yaml"
     path.write_text(
         f"model: {{path: {tiny}, dtype: bfloat16}}\n"
@@ -45,11 +46,11 @@ def test_a_step_is_compiled_for_tpus(tiny, tmp_path):
     found = json.loads(done.stdout)
     assert set(found) >= KEYS
     assert (found["topology"], found["num_devices"], found["fits"]) == ("v5e:2x2", 4, True)
-    assert found["mesh"] == {"data": 1, "fsdp": 2, "tensor": 2} or found["mesh"]["tensor"] == 2
+    assert (found["mesh"]["fsdp"], found["mesh"]["tensor"]) == (2, 2)
     assert found["attention"].startswith("splash")
     assert found["remat"] == "dots"  # the first of auto
     assert 0 < found["argument_bytes"] < found["peak_bytes"] < found["hbm_bytes"]
-    assert found["peak_bytes"] == found["argument_bytes"] + found["temp_bytes"]
+    assert found["temp_bytes"] > 0
     kinds = {one["kind"] for one in found["collectives"]}
     assert kinds & {"all-gather", "all-reduce"}
     assert all(one["count"] >= 1 and one["bytes"] > 0 for one in found["collectives"])
@@ -69,14 +70,50 @@ def test_a_step_is_compiled_for_tpus(tiny, tmp_path):
         assert words in text
 
 
-def test_what_does_not_fit_says_what_does(tiny, tmp_path):
-    """Too many rows for a chip: the compiler refuses, and a plan with fewer at a time is found by compiling."""
+def test_what_does_not_fit_is_told_with_its_size(tiny, tmp_path):
+    """Too many rows for a chip: the compiler refuses, and that is an answer."""
     config = write_config(tmp_path, tiny)
-    big = ["data.max_length=2048", "training.batch_size=65536", "model.remat=dots"]
-    done = sft_jax("plan", config, *big, "--topology", "v5e:1", timeout=600)
+    big = ["data.max_length=512", "training.batch_size=262144", "model.remat=full"]
+    done = sft_jax("plan", config, *big, "--topology", "v5e:1", "--json", "--no-advice", timeout=600)
     assert done.returncode == 0, done.stderr
-    assert "does not fit; it does with" in done.stdout
-    assert "model.remat=full" in done.stdout or "training.gradient_accumulation_steps=" in done.stdout
+    found = json.loads(done.stdout)
+    assert not found["fits"]
+    assert found["peak_bytes"] > found["hbm_bytes"]
+    assert "does not fit" in plan_text(found)
+
+
+PLAN = {
+    "topology": "v5e:4x4", "num_devices": 16, "mesh": {"data": 1, "fsdp": 16}, "fits": False, "peak_bytes": 20 * 2**30,
+    "argument_bytes": 12 * 2**30, "temp_bytes": 8 * 2**30, "hbm_bytes": 16 * 2**30, "usable_bytes": 16 * 2**30,
+    "part_bytes": {"frozen": 10 * 2**30, "trained": 2**30, "optimizer": 2**29, "batch": 0, "gradients": 2**30},
+    "remat": "dots", "attention": "splash", "rows_at_a_time": 2, "tokens_per_step": 65536, "target_share": 0.5,
+    "document_length": 2048, "collectives": None, "model_flops_per_step": 1e15, "flops_per_step": 1.25e15,
+    "compute_seconds": 0.5, "memory_seconds": 0.25, "network_seconds": None, "roofline_step_seconds": 0.5,
+    "roofline_tokens_per_second": 131072.0, "bound": "compute", "compile_seconds": 60.0, "compile_cpu_seconds": 70.0,
+}  # fmt: skip
+
+
+def test_the_text_says_what_was_found():
+    """Parts of the memory by subtraction, what fits instead, what is not known, and the search's table."""
+    tried = [{"changes": "model.remat=full", "topology": "v5e:4x4", "fits": False, "peak_bytes": 17 * 2**30}]
+    advice = {"changes": "model.remat=full", "topology": "v5e:4x8", "peak_bytes": 15 * 2**30, "tried": tried}
+    found = [
+        {
+            "changes": "mesh.fsdp=16", "fits": True, "peak_bytes": 2**30, "roofline_step_seconds": 0.4,
+            "roofline_tokens_per_second": 163840.0, "bound": "network",
+        },
+        {"changes": "mesh.data=2", "fits": False},
+    ]  # fmt: skip
+    lines = plan_text(PLAN | {"advice": advice, "search": found}).splitlines()
+    shown = {" ".join(line.split()) for line in lines}
+    assert {"padding of these 512", "gradients 1,024", "activations and the like 7,168", "room left -4,096"} <= shown
+    assert "does not fit; it does with model.remat=full --topology v5e:4x8; peak 15,360 MiB" in shown
+    assert any("163,840 tokens/s" in line and line.endswith("mesh.fsdp=16") for line in lines)
+    assert any("network not counted" in line for line in lines)
+    assert any("25% more" in line for line in lines)
+    nothing = plan_text(PLAN | {"advice": advice | {"changes": None}})
+    assert nothing.endswith("nor does anything that was tried: model.remat=full on v5e:4x4")
+    assert "too large" in plan_text(PLAN | {"peak_bytes": None, "argument_bytes": None, "temp_bytes": None})
 
 
 @pytest.mark.parametrize(
@@ -86,17 +123,20 @@ def test_what_does_not_fit_says_what_does(tiny, tmp_path):
         (["--topology", "v5e:2x2", "--target-share", "0"], "--target-share"),
         (["--topology", "v5e:2x2", "--document-length", "0"], "--document-length"),
         (["--topology", "v5e:2x2", "--architecture", "none.json"], "no such file none.json"),
-        (["training.batch_size=6", "--topology", "v5e:2x2"], "training.batch_size"),
         (["model.path=some/where", "--topology", "v5e:2x2"], "--architecture FILE"),
     ],
 )
-def test_bad_input_is_one_line(tiny, tmp_path, options, said):
-    done = sft_jax("plan", write_config(tmp_path, tiny), *options)
+def test_bad_input_is_one_line(tiny, tmp_path, capsys, options, said):
+    assert main(["plan", str(write_config(tmp_path, tiny)), *options]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("sft-jax: ")
+    assert said in line
+
+
+def test_what_train_refuses_is_refused(tiny, tmp_path):
+    done = sft_jax("plan", write_config(tmp_path, tiny), "training.batch_size=6", "--topology", "v5e:2x2")
     assert done.returncode == 2
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("sft-jax: ")
-    assert said in last
-    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("sft-jax: training.batch_size: 6 rows")
 
 
 def test_a_missing_compiler_says_how_to_get_it(tiny, monkeypatch):
