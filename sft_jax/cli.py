@@ -54,6 +54,7 @@ def _plan(options: argparse.Namespace) -> int:
 
     config = load(options.config, options.overrides)
     os.environ["JAX_PLATFORMS"] = "cpu"  # programs are compiled for other machines, and nothing is computed here
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # compilers' warnings about programs that are too large
     _quiet_imports()
     from sft_jax.plan import Assumed, plan
 

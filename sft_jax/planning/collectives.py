@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -59,8 +59,8 @@ def count_collectives(text: str, num_devices: int, unknown_trips: float) -> list
         unknown_trips: turns of a loop whose number depends on the data (that over chunks of targets).
     """
     bodies, entry = _computations(text)
-    counts: Counter[str] = Counter()
-    sizes: Counter[str] = Counter()
+    counts: defaultdict[str, float] = defaultdict(float)
+    sizes: defaultdict[str, float] = defaultdict(float)
 
     def visit(name: str, times: float) -> None:
         for instruction, line in bodies.get(name, {}).items():

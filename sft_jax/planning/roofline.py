@@ -35,6 +35,11 @@ class Roofline:
         return max(self.compute_seconds, self.memory_seconds, self.network_seconds or 0.0)
 
     @property
+    def in_turn(self) -> float:
+        """Seconds if nothing of the three overlapped: of two equal bounds, the less of this the better."""
+        return self.compute_seconds + self.memory_seconds + (self.network_seconds or 0.0)
+
+    @property
     def bound(self) -> str:
         """compute, memory or network."""
         named = {

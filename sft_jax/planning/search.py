@@ -8,6 +8,7 @@ divide over the devices: then the next multiple is taken.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -60,7 +61,7 @@ def candidates(
     target_share: float,
     document_length: int,
 ) -> list[Candidate]:
-    """All combinations that ``train`` accepts, the fastest by formula first; of equals, those that recompute most."""
+    """All combinations that ``train`` accepts, the fastest by formula first."""
     found = []
     for mesh in _meshes(num_devices):
         shards = num_devices // mesh["mesh.tensor"]
@@ -77,8 +78,7 @@ def candidates(
                 sent = expected_network_bytes(there, remat, there.work(target_share, document_length))
                 bounds = roofline(there, remat, chip, network_bandwidth, sent, target_share, document_length)
                 found.append(Candidate(changes, there, remat, bounds))
-    order = {remat: i for i, remat in enumerate(reversed(CANDIDATES))}
-    return sorted(found, key=lambda one: (-one.tokens_per_second, order[one.remat]))
+    return sorted(found, key=lambda one: (-one.tokens_per_second, one.expected.in_turn))
 
 
 def choose(
@@ -100,13 +100,17 @@ def choose(
             continue
         compiled = compile_with(candidate)
         choices.append(Choice(candidate, compiled, predict(candidate, compiled) if compiled.fits else None))
-    return sorted(choices, key=lambda choice: -choice.tokens_per_second)
+    return sorted(
+        choices, key=lambda one: (-one.tokens_per_second, one.predicted.in_turn if one.predicted else math.inf)
+    )
 
 
 def _takes_no_less(one: Candidate, other: Candidate) -> bool:
-    """Whether it is the same with more rows at a time or with more kept for the backward pass."""
+    """Whether a device holds as much of the weights, of as many rows, and keeps as much for the backward pass."""
+    ours, theirs = one.step.mesh.shape, other.step.mesh.shape
     return (
-        one.step.mesh.shape == other.step.mesh.shape
+        ours["data"] >= theirs["data"]
+        and ours["tensor"] <= theirs["tensor"]
         and one.step.rows >= other.step.rows
         and CANDIDATES.index(one.remat) <= CANDIDATES.index(other.remat)
     )

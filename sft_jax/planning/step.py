@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from sft_jax.architecture import Architecture
 from sft_jax.config import Config
+from sft_jax.errors import UserError
 from sft_jax.hf.config import read_architecture
 from sft_jax.hf.tokenizer import load_tokenizer
 from sft_jax.models.attention.kernel import Kernel, choose_kernel
@@ -24,6 +25,7 @@ from sft_jax.models.lora import Split
 from sft_jax.planning.collectives import Collective, count_collectives
 from sft_jax.planning.flops import Work
 from sft_jax.planning.program_text import compile_with_text
+from sft_jax.planning.topology import GPU_COMPILER
 from sft_jax.sharding import axis_names, check_batch, check_heads, make_mesh, named_sharding
 from sft_jax.training.assembly import network_of, step_of
 from sft_jax.training.compilation import CANDIDATES, SHARE, temp_bytes
@@ -207,16 +209,19 @@ def compile_step(step: AbstractStep, usable_bytes: int, target_share: float = 1.
     """
     remat = step.config.model.remat
     if remat != "auto":
-        return _compile(step, remat, usable_bytes, target_share, share=1.0)
+        # A TPU's compiler knows all that a program needs; a GPU's does not know the workspaces of libraries.
+        share = 1.0 if step.mesh.devices.flat[0].platform == "tpu" else SHARE
+        return _compile(step, remat, usable_bytes, target_share, share)
     room = usable_bytes - step.resident_bytes()
-    candidates = [policy for policy in CANDIDATES[:-1] if step.kept_bytes(policy) <= room]
+    *larger, smallest = CANDIDATES
     seconds = cpu_seconds = 0.0
-    for policy in (*candidates, CANDIDATES[-1]):
+    for policy in [policy for policy in larger if step.kept_bytes(policy) <= room]:
         found = _compile(step, policy, usable_bytes, target_share, SHARE)
         seconds, cpu_seconds = seconds + found.seconds, cpu_seconds + found.cpu_seconds
         if found.fits:
-            break
-    return dataclasses.replace(found, seconds=seconds, cpu_seconds=cpu_seconds)
+            return dataclasses.replace(found, seconds=seconds, cpu_seconds=cpu_seconds)
+    found = _compile(step, smallest, usable_bytes, target_share, SHARE)
+    return dataclasses.replace(found, seconds=seconds + found.seconds, cpu_seconds=cpu_seconds + found.cpu_seconds)
 
 
 def _compile(step: AbstractStep, remat: str, usable_bytes: int, target_share: float, share: float) -> Compiled:
@@ -231,7 +236,9 @@ def _compile(step: AbstractStep, remat: str, usable_bytes: int, target_share: fl
         try:
             lowered = function.lower(step.state, step.split.frozen, step.batch)
             program, text = compile_with_text(lowered, step.mesh.devices.flat[0].platform)
-        except jax.errors.JaxRuntimeError as error:
+        except RuntimeError as error:
+            if "cuDNN not found" in str(error):
+                raise UserError(f"attention by cuDNN is compiled with cuDNN, but no GPU: {GPU_COMPILER}") from error
             if "RESOURCE_EXHAUSTED" not in str(error):  # the compiler's word for a program that does not fit
                 raise
             return Compiled(remat, False, _size_in(str(error)), None, None, *spent(), None)

@@ -12,6 +12,8 @@ from typing import Any
 from sft_jax.errors import UserError
 from sft_jax.planning.chips import CHIPS, Chip, Gpu
 
+GPU_COMPILER = "pip install 'sft-jax[plan-gpu]'"
+
 # Shapes of slices that are rented, by number of chips.
 _SLICES = {
     2: {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"},
@@ -77,12 +79,13 @@ def parse_topology(text: str) -> Topology:
         raise UserError(f"--topology: {text!r} has no shape; write {name}:{example}")
     sizes = _shape(shape)
     if chip.platform == "cuda":
-        if len(sizes) > 2 or sizes[-1] > chip.most:
+        *hosts, gpus = sizes
+        if len(hosts) > 1 or gpus > chip.most:
             raise UserError(
                 f"--topology: {text!r}: a host has up to {chip.most} GPUs; write {name}:{chip.most}, or "
                 f"{name}:2x{chip.most} for two hosts"
             )
-        return Topology(chip, sizes if len(sizes) == 2 else (1, *sizes))
+        return Topology(chip, (hosts[0] if hosts else 1, gpus))
     slices = _SLICES[chip.dims]
     if len(sizes) == 1 and sizes[0] in slices:
         sizes = _shape(slices[sizes[0]])
@@ -119,13 +122,8 @@ def devices_of(topology: Topology) -> list[Any]:
         if topology.num_devices < 4:  # a host usually has four chips
             options["chips_per_host_bounds"] = (*topology.shape, *[1] * (3 - len(topology.shape)))
     else:
-        if (
-            importlib.util.find_spec("jax_cuda13_plugin") is None
-            and importlib.util.find_spec("jax_cuda12_plugin") is None
-        ):
-            raise UserError(
-                f"--topology: compiling for {name} needs the CUDA compiler, but no GPU: pip install 'sft-jax[cuda13]'"
-            )
+        if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (13, 12)):
+            raise UserError(f"--topology: compiling for {name} needs the CUDA compiler, but no GPU: {GPU_COMPILER}")
         hosts, gpus = topology.shape
         options = {
             "platform": "cuda",
@@ -189,4 +187,4 @@ device_description_str: "{gpu.description}"
 
 
 def _shape(text: str) -> tuple[int, ...]:
-    return tuple(map(int, text.split("x")))
+    return tuple(int(size) for size in text.split("x"))
