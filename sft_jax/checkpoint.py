@@ -7,6 +7,8 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as managers
+from orbax.checkpoint.utils import checkpoint_steps
 
 from sft_jax.errors import UserError
 from sft_jax.training.state import TrainState
@@ -21,6 +23,8 @@ _FREE_KEYS = (
     "training.save_every",
     "training.log_every",
     "training.keep_checkpoints",
+    "training.keep_best",
+    "training.keep_every",
     "training.tensorboard",
     "training.wandb_project",
     "data.eval",
@@ -38,10 +42,33 @@ _HANDLERS = {
 
 
 class Checkpoints:
-    """The ``checkpoints/`` folder of a run. Saving is asynchronous; a step is there whole or not at all."""
+    """The ``checkpoints/`` folder of a run. Saving is asynchronous; a step is there whole or not at all.
 
-    def __init__(self, folder: Path, keep: int = 2):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+    Several processes open the same folder, and each writes and reads the parts that its devices hold; a step can be
+    restored by another number of processes, on another mesh.
+
+    Args:
+        keep: the last so many.
+        keep_best: besides, so many with the lowest held-out loss.
+        keep_every: besides, every step that is a multiple of it.
+    """
+
+    def __init__(self, folder: Path, keep: int = 2, keep_best: int = 0, keep_every: int | None = None):
+        policies: list[managers.PreservationPolicy] = [managers.LatestN(keep)]
+        if keep_best:
+            policies.append(
+                managers.BestN(
+                    get_metric_fn=lambda metrics: metrics["eval_loss"],
+                    reverse=True,  # the last of the descending order are preserved
+                    n=keep_best,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
+        if keep_every:
+            policies.append(managers.EveryNSteps(keep_every))
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=managers.AnyPreservationPolicy(policies), create=True
+        )
         handlers = {name: handler() for name, handler in _HANDLERS.items()}
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers)
 
@@ -49,12 +76,20 @@ class Checkpoints:
         """All complete steps, oldest first."""
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, state: TrainState, data: dict[str, Any], run: dict[str, Any]) -> None:
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        data: dict[str, Any],
+        run: dict[str, Any],
+        eval_loss: float | None = None,
+    ) -> None:
         """Begin to save; does nothing where the step is saved already.
 
         Args:
             data: the data position.
             run: what the state belongs to (config, fingerprints), to be compared before it is restored.
+            eval_loss: held-out loss of this step, where it was measured.
         """
         if step in self.steps():
             return
@@ -64,7 +99,7 @@ class Checkpoints:
             data=ocp.args.JsonSave(data),  # type: ignore[call-arg]
             run=ocp.args.JsonSave(run),  # type: ignore[call-arg]
         )
-        self._manager.save(step, args=items)
+        self._manager.save(step, args=items, metrics=None if eval_loss is None else {"eval_loss": eval_loss})
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """State and data position of a step; ``abstract`` has the shapes and the shardings to restore into."""
@@ -105,13 +140,11 @@ def _besides_params(state: TrainState) -> dict[str, Any]:
 
 
 def latest_step(folder: Path) -> int | None:
-    """The newest complete step of a ``checkpoints/`` folder; None where there is none, or no folder."""
-    if not folder.is_dir():
-        return None
-    checkpoints = Checkpoints(folder)
-    latest = max(checkpoints.steps(), default=None)
-    checkpoints.close()
-    return latest
+    """The newest complete step of a ``checkpoints/`` folder; None where there is none, or no folder.
+
+    Unlike :class:`Checkpoints`, it may be asked by one process alone.
+    """
+    return max(checkpoint_steps(folder), default=None) if folder.is_dir() else None
 
 
 def check_run_folder(run: Path) -> None:

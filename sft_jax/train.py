@@ -25,7 +25,7 @@ from sft_jax.data.loader import Loader
 from sft_jax.data.packing import plan_of, plan_run
 from sft_jax.data.prepare import prepare_data
 from sft_jax.data.streaming import StreamLoader, first_rows, stream
-from sft_jax.errors import UserError
+from sft_jax.errors import Preempted, UserError
 from sft_jax.evaluation.compare import Networks, compare, prepare
 from sft_jax.hf.config import read_architecture, stop_ids
 from sft_jax.hf.hub import find_model
@@ -35,6 +35,8 @@ from sft_jax.inference.generator import Generator
 from sft_jax.metrics import MetricsWriter, Progress, read_metrics
 from sft_jax.models.attention.kernel import check_kernel, choose_kernel
 from sft_jax.models.lora import Split
+from sft_jax.preemption import Preemption
+from sft_jax.processes import gather, of_first
 from sft_jax.report import table
 from sft_jax.report.loss import plot_loss
 from sft_jax.report.write import write_report
@@ -65,6 +67,7 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
     check_batch(config.training.batch_size, config.training.gradient_accumulation_steps, mesh)
     run = Path(config.training.output_dir)
     check_run_folder(run)
+    latest = _latest_step(run)
     say.mesh(mesh)
     keep_programs(mesh.devices.flat[0])
 
@@ -116,7 +119,6 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
     say.model(config, arch.family, split, kernel)
     file_dtype = None if reader is None else reader.dtype("model.embed_tokens.weight")
     say.optimizer(config.optimizer, split, file_dtype)
-    latest = latest_step(run / "checkpoints")
     params, frozen = load_weights(
         split, arch, reader, config.lora, old_vocab_size, training.seed, "all" if latest is None else "frozen"
     )
@@ -149,8 +151,15 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
         "stop_ids": list(examples.stop_ids),
         "vocab_size": arch.vocab_size,
     }
-    run.mkdir(parents=True, exist_ok=True)
-    checkpoints = Checkpoints(run / "checkpoints", training.keep_checkpoints)
+    if is_main:
+        run.mkdir(parents=True, exist_ok=True)
+        if latest is None:
+            configs.save(config, run / "config.yaml")
+            tokenizer.save_pretrained(run / "tokenizer")
+    gather("the run folder")
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"training.output_dir: {run} is not the folder that process 0 sees; all need the same one")
+    checkpoints = Checkpoints(run / "checkpoints", training.keep_checkpoints, training.keep_best, training.keep_every)
     loader: Loader | StreamLoader
     if plan is None:
         loader = stream(config, data.encoder, examples.groups, mesh, arch.max_positions)
@@ -163,9 +172,6 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
         say("resume", f"at step {latest} of {total_steps}")
     else:
         state = make_state(params, optimizer, mesh)
-        if is_main:
-            configs.save(config, run / "config.yaml")
-            tokenizer.save_pretrained(run / "tokenizer")
     del params
     first_step = int(state.step)
     positions = {first_step: loader.get_state()}  # in the data, after each of the last few steps
@@ -236,13 +242,13 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
             _stop_not_finite(run, step, values, rows, positions[step - 1], checkpoints, state, identity)
         return now
 
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), Preemption() as preemption:
         batches = iter(loader)
         try:
-            if latest is None:
-                evaluate(0, state)
-                if prompts:
-                    write_samples(0, state)
+            if latest is None or (latest % training.eval_every == 0 and not _has_eval(run, latest)):
+                evaluate(first_step, state)
+            if latest is None and prompts:
+                write_samples(0, state)
             if first_step < total_steps:
                 batch = next(batches)
                 positions[first_step + 1] = loader.get_state()
@@ -260,9 +266,11 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
                     if pending is not None:
                         since = finish_step(*pending, since)
                     pending = (step, metrics, num_slots)
-                    evaluates = step % training.eval_every == 0 or step == total_steps
-                    saves = step % training.save_every == 0 or step == total_steps
-                    writes = bool(prompts) and (step % config.evaluation.samples_every == 0 or step == total_steps)
+                    stops = preemption.reached(step) and step < total_steps
+                    ends = step == total_steps
+                    evaluates = not stops and (step % training.eval_every == 0 or ends)
+                    saves = stops or step % training.save_every == 0 or ends
+                    writes = bool(prompts) and not stops and (step % config.evaluation.samples_every == 0 or ends)
                     if evaluates or saves or writes:
                         since = finish_step(*pending, since)
                         pending = None
@@ -271,7 +279,12 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
                         if writes:
                             write_samples(step, state)
                         if saves:
-                            checkpoints.save(step, state, positions[step], identity)
+                            checkpoints.save(
+                                step, state, positions[step], identity, last.get("eval_loss") if evaluates else None
+                            )
+                        if stops:
+                            checkpoints.wait()
+                            raise Preempted(f"asked to stop; step {step} is saved; the same command goes on from it")
                         since = time.perf_counter()
             elif latest is None:  # nothing to do: the base model itself is the result
                 checkpoints.save(0, state, positions[0], identity)
@@ -296,6 +309,18 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
             say("report", str(page))
     say("next", f"sft-jax generate {run} --chat, or sft-jax export {run} OUT")
     return last
+
+
+def _latest_step(run: Path) -> int | None:
+    """The step to go on from, as process 0 sees it: another may see the folder change while it looks."""
+    here = latest_step(run / "checkpoints") if jax.process_index() == 0 else None
+    said = of_first("the last step", "" if here is None else str(here))
+    return int(said) if said else None
+
+
+def _has_eval(run: Path, step: int) -> bool:
+    """Whether the held-out loss of a step was measured; a run that was asked to stop leaves it to the next start."""
+    return any(row["step"] == step and "eval_loss" in row for row in read_metrics(run / "metrics.jsonl"))
 
 
 class _Evaluator:
@@ -349,9 +374,10 @@ def _stop_not_finite(
     checkpoints.save(step - 1, good, position, identity)
     checkpoints.wait()
     path = run / "report" / f"not_finite_step_{step}.json"
-    path.parent.mkdir(exist_ok=True)
-    found = {key: repr(values[key]) for key in ("loss", "grad_norm")}
-    path.write_text(json.dumps({"step": step, **found, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    if jax.process_index() == 0:
+        path.parent.mkdir(exist_ok=True)
+        found = {key: repr(values[key]) for key in ("loss", "grad_norm")}
+        path.write_text(json.dumps({"step": step, **found, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     shown = "rows of a stream, which are not kept apart"
     if rows is not None:
         shown = ", ".join(rows[:4]) + (f" and {len(rows) - 4} more" if len(rows) > 4 else "") + f" (all in {path})"

@@ -17,6 +17,7 @@ from sft_jax.data.packing import plan_run
 from sft_jax.models.decoder import Decoder
 from sft_jax.models.head import Head
 from sft_jax.models.lora import Split
+from sft_jax.processes import fetch
 from sft_jax.sharding import constrain
 from sft_jax.training.cross_entropy import masked_cross_entropy
 from sft_jax.tree import Params
@@ -85,7 +86,7 @@ class Scorer:
             for step in range(plan.num_steps):
                 rows = plan.rows_of(step)
                 local = make_batch(examples, rows[mine], mine.stop - mine.start, self._row_length)
-                computed = jax.device_get(compute(to_mesh(local, self._mesh, self._num_rows, mine)))
+                computed = fetch(compute(to_mesh(local, self._mesh, self._num_rows, mine)))
                 for r, items in enumerate(rows):
                     at = 0
                     for item in items:
