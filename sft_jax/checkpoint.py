@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from orbax.checkpoint.utils import checkpoint_steps
 
 from sft_jax.errors import UserError
 from sft_jax.training.state import TrainState
-from sft_jax.tree import Params, flatten
+from sft_jax.tree import Path as LeafPath
+from sft_jax.tree import flatten, unflatten
 
 # A checkpoint is continued only by the same config; these keys do not change what is computed.
 _FREE_KEYS = (
@@ -111,15 +113,10 @@ class Checkpoints:
         restored = self._manager.restore(step, args=items)
         return TrainState(params=restored["params"], **restored["optimizer"]), restored["data"]
 
-    def restore_params(self, step: int) -> Params:
-        """The trainable leaves of a step as numpy arrays, without the optimizer."""
-        metadata = self._manager.item_metadata(step)["params"]
-        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        abstract = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), dict(metadata.tree)
-        )
-        items = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))  # type: ignore[call-arg]
-        return jax.device_get(self._manager.restore(step, args=items)["params"])
+    def trained(self, step: int) -> dict[LeafPath, jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of the trainable leaves of a step."""
+        leaves = flatten(dict(self._manager.item_metadata(step)["params"].tree))
+        return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
 
     def run(self, step: int) -> dict[str, Any]:
         """What a step belongs to."""
@@ -137,6 +134,21 @@ class Checkpoints:
 
 def _besides_params(state: TrainState) -> dict[str, Any]:
     return {"step": state.step, "opt_state": state.opt_state, "halted": state.halted}
+
+
+def restore_leaves(
+    folder: Path, step: int, abstract: Mapping[LeafPath, jax.ShapeDtypeStruct]
+) -> dict[LeafPath, jax.Array]:
+    """Some trainable leaves of a step in the dtypes and shardings given; what is not asked for is not read.
+
+    All processes that hold a part of them ask together.
+    """
+    wanted = unflatten(dict(abstract))
+    arguments = ocp.args.PyTreeRestore(  # type: ignore[call-arg]
+        item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
+    )
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        return flatten(checkpointer.restore(folder.absolute() / str(step) / "params", args=arguments))
 
 
 def latest_step(folder: Path) -> int | None:

@@ -111,9 +111,12 @@ def _score(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     os.environ["JAX_PLATFORMS"] = "cpu"  # an export needs no accelerator and takes none from a run beside it
     _quiet_imports()
-    from sft_jax.export import export
+    from sft_jax.processes import joined
 
-    export(options.run, options.out, options.format, options.step)
+    with joined(options.coordinator, options.num_processes, options.process_id, options.timeout):
+        from sft_jax.export import export
+
+        export(options.run, options.out, options.format, options.step)
     return 0
 
 
@@ -187,6 +190,7 @@ def _parser() -> argparse.ArgumentParser:
         "--format", choices=("adapter", "merged"), help="default: adapter for LoRA, merged for full fine-tuning"
     )
     export.add_argument("--step", type=int, help="default: the last checkpoint")
+    _add_processes(export)
     export.set_defaults(command=_export)
     return parser
 

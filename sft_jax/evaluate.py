@@ -54,7 +54,7 @@ def evaluate(
     check_heads(arch.num_heads, mesh)
     task = prepare(config, arch, run.tokenizer, stop_ids(run.base))
     say.task(task)
-    token_table = config.lora is not None and not all(map(is_adapter, run.params))
+    token_table = config.lora is not None and not all(map(is_adapter, run.trained))
     kernel = choose_kernel(config.model.attention, mesh, arch, config.model.dtype, config.data.max_length)
     check_kernel(kernel, mesh, arch)
     split = build(
@@ -70,8 +70,7 @@ def evaluate(
     )
     say.model(config, arch.family, split, kernel)
     base, frozen = load_weights(split, arch, run.reader, None, old_vocab_size, trained.training.seed)
-    abstract = flatten(split.trainable)
-    tuned = unflatten({path: jax.device_put(run.params[path], leaf.sharding) for path, leaf in abstract.items()})
+    tuned = unflatten(run.restore(flatten(split.trainable)))
     stops = list(dict.fromkeys([*run.stop_ids, *stop_ids(run.base)]))
     networks = Networks(split, mesh, arch, run.tokenizer, stops, frozen, base, tuned)
     comparison = compare(config, task, networks)

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from sft_jax.architecture import Architecture
@@ -99,10 +97,12 @@ def _open_run(folder: Path, step: int | None, dtype: str | None, mesh: Mesh) -> 
     check_heads(arch.num_heads, mesh)
     dtype = dtype or run.config.model.dtype
     quantization = run.config.model.quantization
-    token_table = quantization is not None and not all(map(is_adapter, run.params))  # trained, so it is not quantised
+    token_table = quantization is not None and not all(map(is_adapter, run.trained))  # trained, so it is not quantised
     split = build(arch, mesh, run.config.lora, dtype, "none", token_table, full=False, quantization=quantization)
-    frozen = _place(split, arch, run.reader, run.params, old_vocab_size)
-    adapter = {path: _put(run.params[path], leaf) for path, leaf in flatten(split.trainable).items()}
+    leaves = flatten(split.trainable) | flatten(split.frozen)
+    given = run.restore({path: leaves[path] for path in run.trained})
+    frozen = _place(split, arch, run.reader, given, old_vocab_size)
+    adapter = {path: given[path] for path in flatten(split.trainable)}
     stops = list(dict.fromkeys([*run.stop_ids, *_with_eos(stop_ids(run.base), run.tokenizer)]))
     what = f"{folder} at step {run.step}, {'full fine-tuning' if run.config.lora is None else 'LoRA'} of "
     base = f"{run.config.model.path}, {dtype}" + (f", base in {quantization}" if quantization else "")
@@ -141,22 +141,15 @@ def _open_adapter(folder: Path, base: str | None, dtype: str | None, mesh: Mesh)
 
 
 def _place(
-    split: Split, arch: Architecture, reader: TensorReader | None, given: dict[LeafPath, Any], old_vocab_size: int
+    split: Split, arch: Architecture, reader: TensorReader | None, given: dict[LeafPath, Array], old_vocab_size: int
 ) -> Params:
     """Frozen leaves in place: those given as they are, the others from the files."""
     leaves, base = flatten(split.frozen), split.base()
-    loaded = {path: _put(given[path], leaf) for path, leaf in leaves.items() if path in given}
+    loaded = {path: given[path] for path in leaves if path in given}
     wanted = base.keys() - loaded.keys() - flatten(split.trainable).keys()
     if reader is not None:
         loaded |= load_params(reader, base, wanted, arch.num_layers, arch.tie_word_embeddings, old_vocab_size)
     return unflatten({path: loaded[path] for path in leaves})
-
-
-def _put(value: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-    if isinstance(value, jax.Array):
-        return value
-    sharding: Any = leaf.sharding
-    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: np.asarray(value[index]).astype(leaf.dtype))
 
 
 def _file_dtype(folder: Path) -> str:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 
 from sft_jax import config as configs
-from sft_jax.checkpoint import Checkpoints
+from sft_jax.checkpoint import Checkpoints, restore_leaves
 from sft_jax.config import Config
 from sft_jax.errors import UserError
 from sft_jax.hf.config import read_config
@@ -18,7 +20,6 @@ from sft_jax.hf.hub import find_model
 from sft_jax.hf.reader import TensorReader
 from sft_jax.hf.tokenizer import load_tokenizer
 from sft_jax.tree import Path as LeafPath
-from sft_jax.tree import flatten
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Run:
     folder: Path
     config: Config
     step: int
-    params: dict[LeafPath, np.ndarray]  # trained leaves, in the dtype they were trained in
+    trained: dict[LeafPath, jax.ShapeDtypeStruct]  # shapes and dtypes of the trained leaves
     base: Path  # folder of the base model
     reader: TensorReader | None  # None where the base is random weights, all of which were trained
     tokenizer: Any
@@ -42,6 +43,10 @@ class Run:
         config = read_config(self.base)
         dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
         return np.dtype({"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}[dtype])
+
+    def restore(self, abstract: Mapping[LeafPath, jax.ShapeDtypeStruct]) -> dict[LeafPath, jax.Array]:
+        """Trained leaves, in the dtypes and shardings given."""
+        return restore_leaves(self.folder / "checkpoints", self.step, abstract)
 
 
 def is_run(folder: Path) -> bool:
@@ -75,8 +80,8 @@ def open_run(folder: str | Path, step: int | None = None) -> Run:
         reader = TensorReader(base) if config.model.init == "pretrained" else None
         if reader is not None and reader.fingerprint() != identity["base"]:
             raise UserError(f"{base}: the base model has changed since {folder} was trained")
-        params = flatten(checkpoints.restore_params(step))
+        trained = checkpoints.trained(step)
     finally:
         checkpoints.close()
     tokenizer, _ = load_tokenizer(folder / "tokenizer")
-    return Run(folder, config, step, params, base, reader, tokenizer, identity["stop_ids"], identity["vocab_size"])
+    return Run(folder, config, step, trained, base, reader, tokenizer, identity["stop_ids"], identity["vocab_size"])

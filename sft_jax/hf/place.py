@@ -17,10 +17,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from sft_jax.hf.reader import TensorReader
+from sft_jax.hf.reader import CHUNK_BYTES, TensorReader
 from sft_jax.typing import Array
-
-CHUNK_BYTES = 64 * 2**20  # of a file, that a process holds at a time
 
 
 class Made(Protocol):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ import numpy as np
 
 from sft_jax.errors import UserError
 
-_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64}
+DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64}
+CHUNK_BYTES = 64 * 2**20
 _MAX_HEADER = 100 * 2**20  # the limit that the safetensors library sets
 
 
@@ -28,6 +30,14 @@ class _Entry:
     shape: tuple[int, ...]
     start: int  # in the file
     stop: int
+
+
+def chunks(reader: TensorReader, name: str) -> Iterator[tuple[int, np.ndarray]]:
+    """A tensor in parts of at most :data:`CHUNK_BYTES`, or a row: the number of each part's first row, and its rows."""
+    num_rows, *rest = reader.shape(name)
+    step = max(1, CHUNK_BYTES // max(1, math.prod(rest) * reader.dtype(name).itemsize))
+    for start in range(0, num_rows, step):
+        yield start, reader.read(name, start, start + step)
 
 
 class TensorReader:
@@ -79,9 +89,9 @@ class TensorReader:
             UserError: not a floating-point dtype this library trains in.
         """
         code = self._entries[name].dtype
-        if code not in _DTYPES:
-            raise UserError(f"{self.folder}: tensor {name} has dtype {code}; supported are {', '.join(_DTYPES)}")
-        return np.dtype(_DTYPES[code])
+        if code not in DTYPES:
+            raise UserError(f"{self.folder}: tensor {name} has dtype {code}; supported are {', '.join(DTYPES)}")
+        return np.dtype(DTYPES[code])
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """The rows ``start … stop`` of a tensor's first dimension, by default all; no other bytes are read.
@@ -146,8 +156,8 @@ class TensorReader:
             numbers = (*entry.shape, entry.start, entry.stop)
             if not all(isinstance(number, int) and number >= 0 for number in numbers) or entry.stop > size:
                 raise refuse(f"tensor {tensor} lies outside of the file")
-            if entry.dtype in _DTYPES:
-                wanted = math.prod(entry.shape) * np.dtype(_DTYPES[entry.dtype]).itemsize
+            if entry.dtype in DTYPES:
+                wanted = math.prod(entry.shape) * np.dtype(DTYPES[entry.dtype]).itemsize
                 if entry.stop - entry.start != wanted:
                     raise refuse(f"tensor {tensor} has {entry.stop - entry.start} bytes, its shape asks for {wanted}")
         return entries
