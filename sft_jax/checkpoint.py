@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint import checkpoint_managers as managers
 from orbax.checkpoint.utils import checkpoint_steps
 
@@ -55,7 +55,7 @@ class Checkpoints:
         keep_every: besides, every step that is a multiple of it.
     """
 
-    def __init__(self, folder: Path, keep: int = 2, keep_best: int = 0, keep_every: int | None = None):
+    def __init__(self, folder: epath.Path, keep: int = 2, keep_best: int = 0, keep_every: int | None = None):
         policies: list[managers.PreservationPolicy] = [managers.LatestN(keep)]
         if keep_best:
             policies.append(
@@ -72,7 +72,7 @@ class Checkpoints:
             preservation_policy=managers.AnyPreservationPolicy(policies), create=True
         )
         handlers = {name: handler() for name, handler in _HANDLERS.items()}
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers)
+        self._manager = ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
 
     def steps(self) -> list[int]:
         """All complete steps, oldest first."""
@@ -137,7 +137,7 @@ def _besides_params(state: TrainState) -> dict[str, Any]:
 
 
 def restore_leaves(
-    folder: Path, step: int, abstract: Mapping[LeafPath, jax.ShapeDtypeStruct]
+    folder: epath.Path, step: int, abstract: Mapping[LeafPath, jax.ShapeDtypeStruct]
 ) -> dict[LeafPath, jax.Array]:
     """Some trainable leaves of a step in the dtypes and shardings given; what is not asked for is not read.
 
@@ -148,10 +148,10 @@ def restore_leaves(
         item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
     )
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        return flatten(checkpointer.restore(folder.absolute() / str(step) / "params", args=arguments))
+        return flatten(checkpointer.restore(folder / str(step) / "params", args=arguments))
 
 
-def latest_step(folder: Path) -> int | None:
+def latest_step(folder: epath.Path) -> int | None:
     """The newest complete step of a ``checkpoints/`` folder; None where there is none, or no folder.
 
     Unlike :class:`Checkpoints`, it may be asked by one process alone.
@@ -159,22 +159,11 @@ def latest_step(folder: Path) -> int | None:
     return max(checkpoint_steps(folder), default=None) if folder.is_dir() else None
 
 
-def check_run_folder(run: Path) -> None:
-    """Only an absent or empty folder, or one that holds a run, may be written to.
-
-    Raises:
-        UserError: it holds something else.
-    """
-    if run.exists() and not run.is_dir():
-        raise UserError(f"training.output_dir: {run} is a file")
-    if run.is_dir() and any(run.iterdir()) and not ((run / "config.yaml").is_file() or (run / "checkpoints").is_dir()):
-        raise UserError(f"training.output_dir: {run} holds something that is not a run; name another folder")
-
-
-def check_same_run(run: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
+def check_same_run(run: object, saved: dict[str, Any], current: dict[str, Any]) -> None:
     """Whether a checkpoint belongs to the config, data and base model at hand.
 
     Args:
+        run: its name, for people.
         saved, current: ``config`` as nested dicts, ``data`` and ``base`` fingerprints.
 
     Raises:

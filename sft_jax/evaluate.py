@@ -75,12 +75,12 @@ def evaluate(
     networks = Networks(split, mesh, arch, run.tokenizer, stops, frozen, base, tuned)
     comparison = compare(config, task, networks)
     if jax.process_index() == 0:
-        page = write_report(
-            config, run.folder, run.step, comparison, read_metrics(run.folder / "metrics.jsonl"), run.tokenizer
-        )
+        folder = run.folder.local
+        page = write_report(config, folder, run.step, comparison, read_metrics(folder / "metrics.jsonl"), run.tokenizer)
+        run.folder.push(last=True)
         if as_json:
             print(json.dumps(comparison.summary))
         else:
             print(table.as_text(comparison))
-            say("report", str(page))
+            say("report", f"{run.folder}/{page.relative_to(folder)}")
     return comparison

@@ -60,7 +60,7 @@ def export(run: str | Path, out: str | Path, form: str | None = None, step: int 
         if is_main:
             _write_generation_config(opened, folder)
             opened.tokenizer.save_pretrained(folder)
-            losses = read_metrics(Path(run) / "metrics.jsonl")
+            losses = read_metrics(opened.folder.local / "metrics.jsonl")
             card = model_card(opened.config, form, opened.step, losses, opened.dtype("model.embed_tokens.weight"))
             (folder / "README.md").write_text(card, encoding="utf-8")
     if is_main:

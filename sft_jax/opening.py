@@ -21,7 +21,8 @@ from sft_jax.hf.reader import TensorReader
 from sft_jax.hf.tokenizer import load_tokenizer
 from sft_jax.inference.generator import Generator
 from sft_jax.models.lora import Split, is_adapter
-from sft_jax.runs import is_run, open_run
+from sft_jax.run_folder import RunFolder
+from sft_jax.runs import open_run
 from sft_jax.sharding import check_heads, make_mesh
 from sft_jax.training.compilation import keep_programs
 from sft_jax.training.weights import build
@@ -69,8 +70,8 @@ def open_model(
     folder = Path(name).expanduser()
     mesh = make_mesh(devices=devices)
     keep_programs(mesh.devices.flat[0])
-    if is_run(folder):
-        return _open_run(folder, step, dtype, mesh)
+    if RunFolder(name).is_run():
+        return _open_run(name, step, dtype, mesh)
     if step is not None:
         raise UserError(f"{name}: only run folders have steps, and this is none")
     if (folder / "adapter_config.json").is_file():
@@ -89,7 +90,7 @@ def open_model(
     return Opened(f"{name}, {arch.family}, {dtype}", arch, tokenizer, mesh, split, {}, frozen, stops)
 
 
-def _open_run(folder: Path, step: int | None, dtype: str | None, mesh: Mesh) -> Opened:
+def _open_run(folder: str, step: int | None, dtype: str | None, mesh: Mesh) -> Opened:
     run = open_run(folder, step)
     arch = read_architecture(run.base)
     old_vocab_size = arch.vocab_size

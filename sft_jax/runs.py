@@ -19,6 +19,7 @@ from sft_jax.hf.config import read_config
 from sft_jax.hf.hub import find_model
 from sft_jax.hf.reader import TensorReader
 from sft_jax.hf.tokenizer import load_tokenizer
+from sft_jax.run_folder import RunFolder
 from sft_jax.tree import Path as LeafPath
 
 
@@ -26,7 +27,7 @@ from sft_jax.tree import Path as LeafPath
 class Run:
     """A run folder, opened at one checkpoint."""
 
-    folder: Path
+    folder: RunFolder
     config: Config
     step: int
     trained: dict[LeafPath, jax.ShapeDtypeStruct]  # shapes and dtypes of the trained leaves
@@ -46,12 +47,7 @@ class Run:
 
     def restore(self, abstract: Mapping[LeafPath, jax.ShapeDtypeStruct]) -> dict[LeafPath, jax.Array]:
         """Trained leaves, in the dtypes and shardings given."""
-        return restore_leaves(self.folder / "checkpoints", self.step, abstract)
-
-
-def is_run(folder: Path) -> bool:
-    """Whether a folder is one that training writes into."""
-    return (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir()
+        return restore_leaves(self.folder.checkpoints, self.step, abstract)
 
 
 def open_run(folder: str | Path, step: int | None = None) -> Run:
@@ -63,11 +59,11 @@ def open_run(folder: str | Path, step: int | None = None) -> Run:
     Raises:
         UserError: not a run folder, no (such) checkpoint, or the base model is missing or has changed.
     """
-    folder = Path(folder)
-    if not is_run(folder):
+    folder = RunFolder(str(folder))
+    if not folder.is_run():
         raise UserError(f"{folder}: not a run folder; it has no config.yaml and checkpoints")
-    config = configs.load(folder / "config.yaml")
-    checkpoints = Checkpoints(folder / "checkpoints", config.training.keep_checkpoints)
+    config = configs.load(folder.local / "config.yaml")
+    checkpoints = Checkpoints(folder.checkpoints, config.training.keep_checkpoints)
     try:
         steps = checkpoints.steps()
         if not steps:
@@ -83,5 +79,5 @@ def open_run(folder: str | Path, step: int | None = None) -> Run:
         trained = checkpoints.trained(step)
     finally:
         checkpoints.close()
-    tokenizer, _ = load_tokenizer(folder / "tokenizer")
+    tokenizer, _ = load_tokenizer(folder.local / "tokenizer")
     return Run(folder, config, step, trained, base, reader, tokenizer, identity["stop_ids"], identity["vocab_size"])

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from sft_jax import config as configs
 from sft_jax.announce import Announcer
-from sft_jax.checkpoint import Checkpoints, check_run_folder, check_same_run, latest_step
+from sft_jax.checkpoint import Checkpoints, check_same_run, latest_step
 from sft_jax.config import Config
 from sft_jax.data.chat import prompt_ids
 from sft_jax.data.examples import Examples
@@ -40,6 +40,7 @@ from sft_jax.processes import gather, of_first
 from sft_jax.report import table
 from sft_jax.report.loss import plot_loss
 from sft_jax.report.write import write_report
+from sft_jax.run_folder import RunFolder
 from sft_jax.sharding import check_batch, check_heads, make_mesh
 from sft_jax.training.compilation import Steps, keep_programs
 from sft_jax.training.cross_entropy import Terms
@@ -65,17 +66,18 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
     is_main = jax.process_index() == 0
     say = Announcer(is_main)
     check_batch(config.training.batch_size, config.training.gradient_accumulation_steps, mesh)
-    run = Path(config.training.output_dir)
-    check_run_folder(run)
-    latest = _latest_step(run)
+    folder = RunFolder(config.training.output_dir)
+    folder.check()
+    run = folder.local
+    latest = _latest_step(folder)
     say.mesh(mesh)
     keep_programs(mesh.devices.flat[0])
 
     # -- data ---------------------------------------------------------------------------------------------------------
-    folder = find_model(config.model.path, config.model.revision)
-    arch = read_architecture(folder)
-    tokenizer, num_added = load_tokenizer(folder, config.data.chat_template, config.data.added_tokens)
-    base_stops = stop_ids(folder)
+    base = find_model(config.model.path, config.model.revision)
+    arch = read_architecture(base)
+    tokenizer, num_added = load_tokenizer(base, config.data.chat_template, config.data.added_tokens)
+    base_stops = stop_ids(base)
     is_stream = config.data.streaming
     given = first_rows(config.data.train) if is_stream else config.data.train
     data = prepare_data(config.data, given, tokenizer, base_stops, arch.max_positions)
@@ -115,7 +117,7 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
         weights=model.weights,
     )
     split = network(remat="full")
-    reader = TensorReader(folder) if config.model.init == "pretrained" else None
+    reader = TensorReader(base) if config.model.init == "pretrained" else None
     say.model(config, arch.family, split, kernel)
     file_dtype = None if reader is None else reader.dtype("model.embed_tokens.weight")
     say.optimizer(config.optimizer, split, file_dtype)
@@ -152,21 +154,22 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
         "vocab_size": arch.vocab_size,
     }
     if is_main:
-        run.mkdir(parents=True, exist_ok=True)
+        folder.begins()
         if latest is None:
             configs.save(config, run / "config.yaml")
             tokenizer.save_pretrained(run / "tokenizer")
+        folder.push()
     gather("the run folder")
-    if not (run / "config.yaml").is_file():
-        raise UserError(f"training.output_dir: {run} is not the folder that process 0 sees; all need the same one")
-    checkpoints = Checkpoints(run / "checkpoints", training.keep_checkpoints, training.keep_best, training.keep_every)
+    if not folder.is_shared():
+        raise UserError(f"training.output_dir: {folder} is not the folder that process 0 sees; all need the same one")
+    checkpoints = Checkpoints(folder.checkpoints, training.keep_checkpoints, training.keep_best, training.keep_every)
     loader: Loader | StreamLoader
     if plan is None:
         loader = stream(config, data.encoder, examples.groups, mesh, arch.max_positions)
     else:
         loader = Loader(examples, plan, mesh, training.batch_size)
     if latest is not None:
-        check_same_run(run, checkpoints.run(latest), identity)
+        check_same_run(folder, checkpoints.run(latest), identity)
         state, position = checkpoints.restore(latest, abstract_state(split.trainable, optimizer, mesh))
         loader.set_state(position)
         say("resume", f"at step {latest} of {total_steps}")
@@ -282,6 +285,8 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
                             checkpoints.save(
                                 step, state, positions[step], identity, last.get("eval_loss") if evaluates else None
                             )
+                        if is_main:
+                            folder.push()
                         if stops:
                             checkpoints.wait()
                             raise Preempted(f"asked to stop; step {step} is saved; the same command goes on from it")
@@ -292,28 +297,33 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
             checkpoints.close()
             writer.close()
             progress.close()
+            if is_main:
+                folder.push()
 
     # -- finish -------------------------------------------------------------------------------------------------------
     rows = read_metrics(run / "metrics.jsonl") if is_main else []
     if is_main:
-        say("done", f"{total_steps} steps; loss curve in {plot_loss(run, rows)}")
+        curve = plot_loss(run, rows).relative_to(run)
+        say("done", f"{total_steps} steps; loss curve in {folder}/{curve}")
     if task is not None:
         tuned = state.params
         del state  # the optimizer's memory is the base's now
-        base, _ = load_weights(split, arch, reader, None, old_vocab_size, training.seed, "trainable")
-        comparison = compare(config, task, Networks(split, mesh, arch, tokenizer, stops, frozen, base, tuned))
+        before, _ = load_weights(split, arch, reader, None, old_vocab_size, training.seed, "trainable")
+        comparison = compare(config, task, Networks(split, mesh, arch, tokenizer, stops, frozen, before, tuned))
         last.update({f"tuned_{key}": value for key, value in comparison.summary["tuned"].items()})
         if is_main:
             page = write_report(config, run, total_steps, comparison, rows, tokenizer)
             print(table.as_text(comparison), flush=True)
-            say("report", str(page))
-    say("next", f"sft-jax generate {run} --chat, or sft-jax export {run} OUT")
+            say("report", f"{folder}/{page.relative_to(run)}")
+    if is_main:
+        folder.push(last=True)
+    say("next", f"sft-jax generate {folder} --chat, or sft-jax export {folder} OUT")
     return last
 
 
-def _latest_step(run: Path) -> int | None:
+def _latest_step(folder: RunFolder) -> int | None:
     """The step to go on from, as process 0 sees it: another may see the folder change while it looks."""
-    here = latest_step(run / "checkpoints") if jax.process_index() == 0 else None
+    here = latest_step(folder.checkpoints) if jax.process_index() == 0 else None
     said = of_first("the last step", "" if here is None else str(here))
     return int(said) if said else None
 

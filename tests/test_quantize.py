@@ -17,7 +17,6 @@ from sft_jax.hf.config import read_architecture
 from sft_jax.hf.reader import TensorReader
 from sft_jax.models.lora import FROZEN
 from sft_jax.models.quantize import NF4_LEVELS, dequantize, kernel_format, quantize, table_format
-from sft_jax.models.quantized import QuantizedLeaf
 from sft_jax.sharding import make_mesh
 from sft_jax.training.loss import batch_loss
 from sft_jax.training.weights import build, load_weights
@@ -184,15 +183,6 @@ def test_loading_does_not_depend_on_the_mesh(untied, method):
         assert codes.addressable_shards[0].data.size * sizes[1] * sizes[2] == codes.size
 
 
-def test_no_more_than_one_layer_is_read_at_a_time(untied, monkeypatch):
-    sizes = []
-    original = QuantizedLeaf._quantize
-    monkeypatch.setattr(QuantizedLeaf, "_quantize", lambda self, x: sizes.append(x.size) or original(self, x))
-    load(untied, "nf4", make_mesh(devices=one_device()))
-    assert max(sizes) == 384 * 192  # the token table
-    assert len(sizes) == 7 * 3 + 2  # each weight once
-
-
 @smoke
 @METHODS
 @pytest.mark.parametrize("remat", ["full", "none"])
@@ -209,7 +199,9 @@ def test_gradients_are_those_of_the_dequantised_weights(method, remat, tied):
     for path, weight in weights.items():
         if path in split.quantized:
             leaf = split.quantized[path]
-            made = leaf.make(lambda index, weight=weight: weight[index])
+            layers = weight if path[0] == "layers" else weight[None]
+            made = jax.tree.map(lambda *parts: jnp.stack(parts), *(leaf.made(jnp.asarray(layer)) for layer in layers))
+            made = made if path[0] == "layers" else jax.tree.map(lambda x: x[0], made)
             weights[path] = np.asarray(dequantize(made, leaf.fmt, jnp.float32))
             frozen |= {(*path, name): array for name, array in made.items()}
         else:
