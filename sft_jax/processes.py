@@ -29,6 +29,7 @@ from sft_jax.errors import AGAIN, USER_MISTAKE, Preempted, Unreachable, UserErro
 
 _PREFIX = "sft_jax"
 _POLL_SECONDS = 1.0
+_BROKEN = ("gloo", "nccl", "connection", "unavailable", "socket", "aborted", "coordination")  # words of a lost peer
 _LAST_WORDS_SECONDS = 10.0  # that process 0, which holds the service, waits for the others to read why it ends
 SILENCE_SECONDS = 60.0  # after which a process that says nothing is taken to be gone
 WAIT_SECONDS = 600.0  # for the others, where they differ in how long they take
@@ -193,7 +194,7 @@ class _Watch:
 
     def fail(self, error: BaseException) -> NoReturn:
         """Say why this process ends, here and to the others, and end it."""
-        if isinstance(error, jax.errors.JaxRuntimeError):
+        if isinstance(error, jax.errors.JaxRuntimeError) and any(word in str(error).lower() for word in _BROKEN):
             # What broke may be the connection to one that failed: then the thread finds out, and ends this process.
             time.sleep(self._silence + 3 * _POLL_SECONDS)
         with self._ending:

@@ -248,14 +248,16 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
     with jax.set_mesh(mesh), Preemption() as preemption:
         batches = iter(loader)
         try:
-            if latest is None or (latest % training.eval_every == 0 and not _has_eval(run, latest)):
+            # What is due at the first step, and what a run that was asked to stop left for this one.
+            if latest is None or (latest % training.eval_every == 0 and not _is_written(run, latest, "eval_loss")):
                 evaluate(first_step, state)
-            if latest is None and prompts:
-                write_samples(0, state)
+            samples_due = latest is None or latest % config.evaluation.samples_every == 0
+            if prompts and samples_due and not _is_written(run, first_step, "samples"):
+                write_samples(first_step, state)
             if first_step < total_steps:
                 batch = next(batches)
                 positions[first_step + 1] = loader.get_state()
-                train_step = Steps(step_with, model.remat, mesh.devices.flat[0], say.compiled)
+                train_step = Steps(step_with, model.remat, mesh.local_devices[0], say.compiled)
                 train_step.prepare(state, frozen, batch, longest)
                 pending: tuple[int, dict[str, Array], int] | None = None
                 since = time.perf_counter()
@@ -328,9 +330,9 @@ def _latest_step(folder: RunFolder) -> int | None:
     return int(said) if said else None
 
 
-def _has_eval(run: Path, step: int) -> bool:
-    """Whether the held-out loss of a step was measured; a run that was asked to stop leaves it to the next start."""
-    return any(row["step"] == step and "eval_loss" in row for row in read_metrics(run / "metrics.jsonl"))
+def _is_written(run: Path, step: int, key: str) -> bool:
+    """Whether the metrics of a step have a key."""
+    return any(row["step"] == step and key in row for row in read_metrics(run / "metrics.jsonl"))
 
 
 class _Evaluator:

@@ -102,7 +102,9 @@ class _Handler(BaseHTTPRequestHandler):
         if wanted is None:
             return self._answer(200, body, headers)
         first, _, last = wanted.removeprefix("bytes=").partition("-")
-        start, stop = (int(first), int(last) + 1 if last else len(body)) if first else (len(body) - int(last), len(body))
+        start, stop = (
+            (int(first), int(last) + 1 if last else len(body)) if first else (len(body) - int(last), len(body))
+        )
         if start >= len(body):
             return self._answer(416, b"", headers)
         part = body[start:stop]

@@ -16,9 +16,11 @@ import numpy as np
 import pytest
 import yaml
 from kit import losses, run_config, sft_jax
+from safetensors.numpy import load_file
 
 from sft_jax.checkpoint import Checkpoints
 from sft_jax.config import to_dict
+from sft_jax.hf.reader import TensorReader
 from sft_jax.preemption import watch_notices
 
 STEPS = 24
@@ -40,7 +42,7 @@ def config(tiny, chats, tmp_path_factory) -> Path:
         )
     )
     given["data"]["eval"] = [{"path": str(chats), "max_rows": 10}]
-    given["evaluation"] |= {"samples": ["river bread"], "samples_every": 12, "max_new_tokens": 8}
+    given["evaluation"] |= {"samples": ["river bread"], "samples_every": 12, "max_new_tokens": 8, "num_questions": 3}
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(given))
     return path
@@ -124,33 +126,48 @@ def assert_same_run(one: Path, other: Path, tolerance: float = 1e-5) -> None:
             np.testing.assert_allclose(a[key], b[key], rtol=tolerance)
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_as_many_processes_as_there_are(config, alone, tmp_path, count):
-    """Rows over two or four processes: the losses of one, and the files of one."""
-    mesh = ["mesh.fsdp=-1"] if count == 2 else ["mesh.data=2", "mesh.fsdp=1", "mesh.tensor=2"]
-    run = tmp_path / "run"
-    group = Group(count, "train", config, f"training.output_dir={run}", *mesh)
-    assert group.wait() == [0] * count, group.said
-    assert_same_run(alone, run)
-    assert "devices" in group.said[0]
-    assert all("devices" not in said for said in group.said[1:])
-    out = tmp_path / "adapter"
-    assert sft_jax("export", run, out).returncode == 0
-
-
 def test_resumed_by_other_numbers_of_processes(config, alone, tmp_path):
-    """Two save after a SIGTERM to one; four go on until a SIGTERM to another; one finishes."""
+    """Two save after a SIGTERM to one; four, on another mesh, after a SIGTERM to another; one finishes."""
     run = tmp_path / "run"
     arguments = ("train", config, f"training.output_dir={run}")
-    for count, whom, step in ((2, 1, 3), (4, 0, 10)):
-        group = Group(count, *arguments)
+    for count, whom, step, mesh in ((2, 1, 3, []), (4, 0, 10, ["mesh.data=2", "mesh.fsdp=1", "mesh.tensor=2"])):
+        group = Group(count, *arguments, *mesh)
         group.wait_for(run, step)
         group.processes[whom].send_signal(signal.SIGTERM)
         assert group.wait() == [75] * count, group.said
         assert all(re.search(r"asked to stop; step \d+ is saved", said) for said in group.said)
+        assert "devices" in group.said[0]  # one process speaks for all
+        assert not any("devices" in said for said in group.said[1:])
     done = sft_jax(*arguments)
     assert done.returncode == 0, done.stderr
     assert_same_run(alone, run)
+
+
+def test_two_processes_from_the_start_to_the_export(config, tmp_path):
+    """The evaluation at the end, the report and both exports, as one process has them."""
+    found = {}
+    for count in (1, 2):
+        run = tmp_path / f"run{count}"
+        keys = ["training.max_steps=3", "evaluation.at_end=true", "training.eval_every=100", "lora.dropout=0"]
+        group = Group(count, "train", config, f"training.output_dir={run}", *keys)
+        assert group.wait() == [0] * count, group.said
+        for form in ("adapter", "merged"):
+            group = Group(count, "export", run, tmp_path / f"{form}{count}", "--format", form)
+            assert group.wait() == [0] * count, group.said
+        found[count] = json.loads((run / "report" / "summary.json").read_text())
+    for name, metrics in found[1].items():
+        for key, value in metrics.items():
+            np.testing.assert_allclose(found[2][name][key], value, rtol=1e-4, atol=1e-7, err_msg=key)
+    adapters = [load_file(tmp_path / f"adapter{count}" / "adapter_model.safetensors") for count in (1, 2)]
+    merged = [TensorReader(tmp_path / f"merged{count}") for count in (1, 2)]
+    assert len(list((tmp_path / "merged2").glob("*.safetensors"))) == 2  # a file for each process
+    for name, tensor in adapters[0].items():
+        np.testing.assert_allclose(adapters[1][name], tensor, atol=1e-6)
+    for name in merged[0].names:
+        np.testing.assert_allclose(merged[1].read(name), merged[0].read(name), atol=1e-6)
+    assert {file.name for file in (tmp_path / "merged1").iterdir()} - {"model.safetensors"} <= {
+        file.name for file in (tmp_path / "merged2").iterdir()
+    }
 
 
 def test_one_process_stops_and_goes_on(config, alone, tmp_path):

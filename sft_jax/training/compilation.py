@@ -37,7 +37,7 @@ class Steps:
     Args:
         make: the jitted step with a rematerialisation policy.
         remat: a policy, or ``auto`` for the first of :data:`CANDIDATES` whose memory is free.
-        device: any one that runs it.
+        device: one of this process that runs it.
         tell: is called with each program that was made.
     """
 
