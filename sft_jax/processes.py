@@ -51,7 +51,8 @@ def joined(
     that is not heard of for ``silence`` seconds.
 
     Raises:
-        UserError: arguments that do not fit together, or others that did not come.
+        UserError: arguments that do not fit together.
+        Unreachable: others did not come.
     """
     if not _connect(coordinator, num_processes, process_id, silence):
         yield
@@ -143,12 +144,12 @@ def _connect(coordinator: str | None, num_processes: int | None, process_id: int
             coordinator,
             num_processes,
             process_id,
-            # One process drives all devices of its host, unless a launcher started one for each.
+            local_device_ids=_local_devices(),
             cluster_detection_method="deactivate" if coordinator else None,
             heartbeat_timeout_seconds=int(silence) + 30,  # the second line: it ends processes without a word of ours
         )
     except (RuntimeError, ValueError) as error:
-        raise UserError(
+        raise Unreachable(
             f"the processes of this run did not find each other: {str(error).splitlines()[0]}; name them with "
             "--coordinator, --num-processes and --process-id, or use --num-processes 1"
         ) from error
@@ -166,6 +167,16 @@ def _is_cluster() -> bool:
     if importlib.util.find_spec("libtpu") is None or os.environ.get("JAX_PLATFORMS") == "cpu":
         return False
     return any(Path("/dev").glob("accel[0-9]*")) or any(Path("/dev/vfio").glob("[0-9]*"))
+
+
+def _local_devices() -> list[int] | None:
+    """Which GPUs are this process's; None leaves it to jax, which gives a process of SLURM the one of its number.
+
+    One process on a node drives all that the node has for it.
+    """
+    gpus = os.environ.get("SLURM_GPUS_ON_NODE", "")
+    alone = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "").partition("(")[0] == "1"
+    return list(range(int(gpus))) if gpus.isdigit() and alone else None
 
 
 def _client() -> Any:

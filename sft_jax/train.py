@@ -271,11 +271,11 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
                     if pending is not None:
                         since = finish_step(*pending, since)
                     pending = (step, metrics, num_slots)
-                    stops = preemption.reached(step) and step < total_steps
+                    asked = preemption.reached(step) and step < total_steps
                     ends = step == total_steps
-                    evaluates = not stops and (step % training.eval_every == 0 or ends)
-                    saves = stops or step % training.save_every == 0 or ends
-                    writes = bool(prompts) and not stops and (step % config.evaluation.samples_every == 0 or ends)
+                    evaluates = not asked and (step % training.eval_every == 0 or ends)
+                    saves = asked or step % training.save_every == 0 or ends
+                    writes = bool(prompts) and not asked and (step % config.evaluation.samples_every == 0 or ends)
                     if evaluates or saves or writes:
                         since = finish_step(*pending, since)
                         pending = None
@@ -289,7 +289,7 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
                             )
                         if is_main:
                             folder.push()
-                        if stops:
+                        if asked:
                             checkpoints.wait()
                             raise Preempted(f"asked to stop; step {step} is saved; the same command goes on from it")
                         since = time.perf_counter()
