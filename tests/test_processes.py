@@ -160,7 +160,7 @@ def test_two_processes_from_the_start_to_the_export(config, tmp_path):
             np.testing.assert_allclose(found[2][name][key], value, rtol=1e-4, atol=1e-7, err_msg=key)
     adapters = [load_file(tmp_path / f"adapter{count}" / "adapter_model.safetensors") for count in (1, 2)]
     merged = [TensorReader(tmp_path / f"merged{count}") for count in (1, 2)]
-    assert len(list((tmp_path / "merged2").glob("*.safetensors"))) == 2  # a file for each process
+    assert len(list((tmp_path / "merged2").glob("*.safetensors"))) >= 2  # files for each process
     for name, tensor in adapters[0].items():
         np.testing.assert_allclose(adapters[1][name], tensor, atol=1e-6)
     for name in merged[0].names:
