@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 CLOUD = Path(__file__).parent.parent / "tools" / "cloud"
-NAMES = ["gcloud", "sbatch", "srun", "scontrol", "squeue", "kubectl", "xpk", "uv", "pip", "nvidia-smi", "sft-jax", "sleep"]
+NAMES = ["gcloud", "kubectl", "xpk", "sbatch", "srun", "scontrol", "squeue", "nvidia-smi", "uv", "pip", "sft-jax"]
 
 _STUB = r"""#!/usr/bin/env bash
 name=${0##*/}
@@ -26,7 +26,7 @@ class Stubs:
         self.folder, self.home = folder / "stubs", folder / "home"
         (self.folder / "bin").mkdir(parents=True)
         self.home.mkdir()
-        for name in NAMES:
+        for name in [*NAMES, "sleep"]:
             path = self.folder / "bin" / name
             path.write_text(_STUB)
             path.chmod(0o755)

@@ -68,7 +68,7 @@ parse() {
 
 check() {
     case $name in
-        '' | [!a-z]* | *[!a-z0-9-]* | *-) fail "'$name': a JobSet's name is of a-z, 0-9 and -, and starts with a letter" ;;
+        '' | [!a-z]* | *[!a-z0-9-]* | *-) fail "'$name': a JobSet's name has a-z, 0-9 and -, a letter first" ;;
     esac
     case $verb in
         render | train | xpk) ;;
@@ -128,15 +128,17 @@ read_topology() {
     case $type in v4 | v5p) xpk_type=$xpk_type-$((total * 2)) ;; *) xpk_type=$xpk_type-$total ;; esac # cores, chips
 }
 
-# What a pod does before its run: install. $1 is the config's place.
+# What a pod does before its run.
 setup() {
-    local extra=tpu
+    local extra=tpu fetch
     [ "$kind" = tpu ] || extra=cuda$cuda
     case $package in
         gs://*)
             echo "pip install --quiet gcsfs"
             echo "mkdir -p /tmp/wheel"
-            echo "python -c 'import sys, fsspec; fsspec.filesystem(\"gs\").get(sys.argv[1], \"/tmp/wheel/\")' $(quote "$package")"
+            fetch='import sys, fsspec; fsspec.filesystem("gs").get(sys.argv[1], "/tmp/wheel/")'
+            line python -c "$fetch" "$package"
+            echo
             echo "pip install --quiet $(quote "sft-jax[$extra] @ file:///tmp/wheel/${package##*/}")"
             ;;
         *) echo "pip install --quiet gcsfs $(quote "sft-jax[$extra] @ $package")" ;;
@@ -149,7 +151,8 @@ script() {
     if [ "$kind" = gpu ] && [ "$hosts" -eq 1 ]; then
         others=' --num-processes 1'
     elif [ "$kind" = gpu ]; then
-        others=" --coordinator $name-node-0-0.$name:12321 --num-processes $hosts --process-id \"\$JOB_COMPLETION_INDEX\""
+        others=" --coordinator $name-node-0-0.$name:12321 --num-processes $hosts"
+        others+=" --process-id \"\$JOB_COMPLETION_INDEX\""
     fi
     setup
     echo "exec sft-jax train /config/config.yaml \"\$@\"$others"

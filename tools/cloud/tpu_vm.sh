@@ -54,8 +54,9 @@ parse() {
             --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
         esac
         case $1 in
-            --project | --zone | --accelerator-type | --runtime-version | --version | --slices | --env-file | --source) ;;
-            --valid-until-duration | --create-arg | --ssh-arg | --node | --worker | --poll | --max-restarts) ;;
+            --project | --zone | --accelerator-type | --runtime-version | --version | --slices | --env-file) ;;
+            --source | --valid-until-duration | --create-arg | --ssh-arg | --node | --worker | --poll) ;;
+            --max-restarts) ;;
             *) fail "$1: no such option; see --help" ;;
         esac
         [ $# -gt 1 ] || fail "$1: needs a value"
@@ -81,7 +82,7 @@ parse() {
 
 check() {
     case $name in
-        '' | [!a-z]* | *[!a-z0-9-]* | *-) fail "'$name': a slice's name is of a-z, 0-9 and -, and starts with a letter" ;;
+        '' | [!a-z]* | *[!a-z0-9-]* | *-) fail "'$name': a slice's name has a-z, 0-9 and -, a letter first" ;;
     esac
     is_count "$slices" || fail "--slices: '$slices' is not a number of slices"
     case $poll in '' | *[!0-9]*) fail "--poll: '$poll' is not a number of seconds" ;; esac

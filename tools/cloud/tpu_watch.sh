@@ -12,7 +12,8 @@ silent_limit=10  # looks in a row that gcloud or the workers do not answer
 failed_limit=5   # requests in a row that failed before the slice was there
 
 # Asked of each worker; on a new one there is nothing of ours yet.
-ask_state='[ -e .sft-jax/venv/bin/sft-jax ] && bash .sft-jax/source/tools/cloud/worker.sh state || echo sft-jax: state=absent'
+ask_state='[ -e .sft-jax/venv/bin/sft-jax ] && bash .sft-jax/source/tools/cloud/worker.sh state'
+ask_state+=' || echo sft-jax: state=absent'
 
 watch() {
     local failed=0 silent=0 restarts=0 odd=no state
@@ -72,7 +73,8 @@ started() {
 
 # What the workers say, each word once.
 worker_states() {
-    ssh_to all all "$ask_state" | sed -n 's/^.*sft-jax: state=\([a-z0-9]*\).*$/\1/p' | sort -u | tr '\n' ' ' | sed 's/ $//'
+    ssh_to all all "$ask_state" | sed -n 's/^.*sft-jax: state=\([a-z0-9]*\).*$/\1/p' | sort -u |
+        tr '\n' ' ' | sed 's/ $//'
 }
 
 # Whether a node of the slice was taken away, while the queued resource does not say so yet.
