@@ -1,12 +1,17 @@
 """Commands of clouds and clusters that are not there: they record how they were called and answer what a test says."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 CLOUD = Path(__file__).parent.parent / "tools" / "cloud"
 NAMES = ["gcloud", "kubectl", "xpk", "sbatch", "srun", "scontrol", "squeue", "nvidia-smi", "uv", "pip", "sft-jax"]
+
+# All else that the scripts call. A real gcloud or kubectl is out of their reach: it might delete what a person needs.
+_PROGRAMS = ["base64", "bash", "cat", "chmod", "cp", "cut", "date", "dirname", "env", "grep", "gzip", "head", "wc"]
+_PROGRAMS += ["hostname", "mkdir", "mktemp", "mv", "nohup", "rm", "sed", "setsid", "sort", "tail", "tar", "touch", "tr"]
 
 _STUB = r"""#!/usr/bin/env bash
 name=${0##*/}
@@ -20,7 +25,7 @@ take() { # the next line of a list of answers
 
 
 class Stubs:
-    """A folder of such commands, before all others on the PATH; nothing of this environment is behind them."""
+    """A folder of such commands, which is all there is on the PATH."""
 
     def __init__(self, folder: Path):
         self.folder, self.home = folder / "stubs", folder / "home"
@@ -30,6 +35,8 @@ class Stubs:
             path = self.folder / "bin" / name
             path.write_text(_STUB)
             path.chmod(0o755)
+        for name in _PROGRAMS:
+            (self.folder / "bin" / name).symlink_to(shutil.which(name) or name)
         self.config = folder / "my.yaml"
         self.config.write_text("training:\n  output_dir: gs://bucket/mine\n")
         self.source = folder / "source"  # what is installed: all that the scripts need of a source tree
@@ -39,7 +46,7 @@ class Stubs:
         (self.source / "tools").mkdir()
         (self.source / "tools" / "cloud").symlink_to(CLOUD)
         self.env = {
-            "PATH": f"{self.folder / 'bin'}:/usr/local/bin:/usr/bin:/bin",
+            "PATH": str(self.folder / "bin"),
             "HOME": str(self.home),
             "STUBS": str(self.folder),
             "LANG": os.environ.get("LANG", "C.UTF-8"),
@@ -54,7 +61,7 @@ class Stubs:
     def run(self, *words: object, timeout: float = 60, **env: str) -> subprocess.CompletedProcess:
         """A script of tools/cloud, or ``bash``, to its end."""
         return subprocess.run(
-            self.command(*words),
+            self._command(*words),
             env=self.env | env,
             cwd=self.home,
             capture_output=True,
@@ -65,11 +72,12 @@ class Stubs:
 
     def start(self, *words: object, **env: str) -> subprocess.Popen:
         """The same, without waiting for its end."""
-        return subprocess.Popen(self.command(*words), env=self.env | env, cwd=self.home, stdin=subprocess.DEVNULL)
+        return subprocess.Popen(self._command(*words), env=self.env | env, cwd=self.home, stdin=subprocess.DEVNULL)
 
-    def command(self, *words: object) -> list[str]:
+    def _command(self, *words: object) -> list[str]:
         script, *others = map(str, words)
-        return [*([script] if script == "bash" else ["bash", str(CLOUD / script)]), *others]
+        bash = str(self.folder / "bin" / "bash")
+        return [bash, *others] if script == "bash" else [bash, str(CLOUD / script), *others]
 
     def calls(self, *names: str) -> list[list[str]]:
         """All calls so far in their order, or those of these commands; they are then forgotten."""

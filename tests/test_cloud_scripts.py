@@ -190,6 +190,7 @@ def watch(stubs, states, workers, *options, nodes="READY", output="gs://bucket/m
         ("ACTIVE ACTIVE", "gone,75 0,0", "S", 0),  # a host was restarted
         ("ACTIVE SUSPENDING SUSPENDED CREATING ACTIVE ACTIVE", "running absent,absent 0,0", "DCIS", 0),
         ("ACTIVE ACTIVE SUSPENDED ACTIVE ACTIVE", "75,75 137,75 absent 0", "SDCIS", 0),  # it went while it started
+        ("ACTIVE ACTIVE ACTIVE", "75,75 75 0,0", "S", 0),  # a slice of two is out of reach for a while
         ("ACTIVE", "2,2", "L", 2),
         ("ACTIVE", "2,running", "L", 2),
         ("ACTIVE ACTIVE ACTIVE", "75 75 2", "SSL", 2),
@@ -211,6 +212,9 @@ def test_watch_options(stubs):
     assert watch(stubs, ["ACTIVE"], ["2"], "--delete-at-end") == ("LD", 2)
     assert watch(stubs, ["ACTIVE"] * 3, ["75"] * 3, "--max-restarts=2") == ("SSL", 75)
     assert watch(stubs, ["ACTIVE"] * 3, ["dead", "absent", "0"], nodes="PREEMPTED") == ("DCIS", 0)
+    gone = {"nodes": "PREEMPTED"}  # before the queued resource says so
+    assert watch(stubs, ["ACTIVE"] * 4, ["75,75", "75", "absent,absent", "0,0"], **gone) == ("SDCIS", 0)
+    assert watch(stubs, ["ACTIVE"] * 3, ["2", "absent", "0"], **gone) == ("DCIS", 0)
     assert watch(stubs, ["ACTIVE"], ["0"], output="/mnt/shared/mine") == ("", 0)
 
 
@@ -398,6 +402,7 @@ def test_a_mistake_is_one_line(stubs):
 
 def test_without_gcloud(stubs):
     (stubs.folder / "bin" / "gcloud").unlink()
+    assert stubs.run("bash", "-c", "command -v gcloud").returncode == 1
     done = stubs.run("tpu_vm.sh", "delete", "mine")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert stubs.run("tpu_vm.sh", "delete", "mine", "--dry-run").returncode == 0

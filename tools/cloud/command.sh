@@ -39,7 +39,7 @@ run() {
 
 # The header of the calling script, from its second line to the first that is no comment.
 print_help() {
-    sed -e '1d' -e '/^#/!,$d' -e 's/^# \{0,1\}//' "$0"
+    sed -n -e 1d -e '/^#/!q' -e 's/^# \{0,1\}//p' "$0"
 }
 
 needs() {

@@ -49,19 +49,23 @@ if [ "$each" = yes ]; then
     IFS=, read -r -a numbers <<<"$gpus"
 fi
 
-process() { # I: the command of process I, or of the only one
+# Of process I, or of the only one. It is started as it stands, without a shell between that would take its signals.
+set_command() {
     if [ "$each" = no ]; then
-        run env ${gpus:+"CUDA_VISIBLE_DEVICES=$gpus"} sft-jax train "${run_args[@]}" --num-processes 1
+        command=(env ${gpus:+"CUDA_VISIBLE_DEVICES=$gpus"} sft-jax train "${run_args[@]}" --num-processes 1)
     else
-        run env "CUDA_VISIBLE_DEVICES=${numbers[$1]}" sft-jax train "${run_args[@]}" \
-            --coordinator "127.0.0.1:$port" --num-processes "${#numbers[@]}" --process-id "$1"
+        command=(env "CUDA_VISIBLE_DEVICES=${numbers[$1]}" sft-jax train "${run_args[@]}"
+            --coordinator "127.0.0.1:$port" --num-processes "${#numbers[@]}" --process-id "$1")
     fi
 }
 
 count=1
 [ "$each" = no ] || count=${#numbers[@]}
 if [ "$dry_run" = yes ]; then
-    for ((i = 0; i < count; i++)); do process "$i"; done
+    for ((i = 0; i < count; i++)); do
+        set_command "$i"
+        run "${command[@]}"
+    done
     exit
 fi
 
@@ -69,10 +73,11 @@ fi
 children=() caught=no
 trap 'caught=yes; trap "" INT TERM; kill -TERM "${children[@]}"' INT TERM
 for ((i = 0; i < count; i++)); do
+    set_command "$i"
     if [ "$each" = no ]; then
-        process 0 &
+        "${command[@]}" &
     else
-        process "$i" >"sft-jax-gpu-$i.log" 2>&1 &
+        "${command[@]}" >"sft-jax-gpu-$i.log" 2>&1 &
     fi
     children+=($!)
 done

@@ -16,7 +16,7 @@ ask_state='[ -e .sft-jax/venv/bin/sft-jax ] && bash .sft-jax/source/tools/cloud/
 ask_state+=' || echo sft-jax: state=absent'
 
 watch() {
-    local failed=0 silent=0 restarts=0 odd=no state
+    local failed=0 silent=0 restarts=0 odd=no most=0 state
     check_output_survives
     if [ "$dry_run" = yes ]; then
         show_watch
@@ -40,21 +40,29 @@ watch() {
     done
 }
 
-# The slice is there: what does the run do? Sets silent, restarts and odd of watch.
+# The slice is there: what does the run do? Sets silent, restarts, odd and most of watch.
 look() {
-    local states
-    if ! states=$(worker_states) || [ -z "$states" ]; then
+    local answers count states
+    # Of several slices gcloud asks those it reaches, and is content: the answers have to be counted.
+    if answers=$(ask_workers) && count=$(wc -w <<<"$answers") && [ "$count" -gt 0 ] && [ "$count" -ge "$most" ]; then
+        most=$count
+    else
         if lost_nodes; then again; else count_silence "not all workers answer"; fi
         return
     fi
-    note "workers: $states"
+    states=$(sort -u <<<"$answers" | tr '\n' ' ')
+    states=${states% }
+    note "$count workers: $states"
     case " $states " in
-        *' 2 '*) finish 2 "a mistake in the config or the data, which trying again does not mend" ;;
+        *' 2 '*)
+            if lost_nodes; then again; return; fi # what was wrong was that they did not find each other
+            finish 2 "a mistake in the config or the data, which trying again does not mend"
+            ;;
         *' running '*) silent=0 ;; # those that have ended wait for the others
         ' 0 ') finish 0 "done" ;;
         *' absent '*) { install && started; } || count_silence "could not be installed or started" ;;
         *)
-            if printf '%s\n' "$states" | tr ' ' '\n' | grep -qvxE '0|75|gone|none'; then
+            if grep -qvxE '0|75|gone|none' <<<"$answers"; then
                 [ "$odd" = no ] || finish 1 "the run failed"
                 odd=yes
                 return
@@ -71,10 +79,9 @@ started() {
     start && silent=0
 }
 
-# What the workers say, each word once.
-worker_states() {
-    ssh_to all all "$ask_state" | sed -n 's/^.*sft-jax: state=\([a-z0-9]*\).*$/\1/p' | sort -u |
-        tr '\n' ' ' | sed 's/ $//'
+# What each worker says, a line a worker.
+ask_workers() {
+    ssh_to all all "$ask_state" | sed -n 's/^.*sft-jax: state=\([a-z0-9]*\).*$/\1/p'
 }
 
 # Whether a node of the slice was taken away, while the queued resource does not say so yet.
@@ -91,6 +98,7 @@ lost_nodes() {
 }
 
 again() {
+    most=0
     { delete && create; } || note "could not be made again; looking again"
 }
 

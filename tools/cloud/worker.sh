@@ -39,11 +39,11 @@ start() {
         echo "worker.sh: a run is going on here; stop it first" >&2
         exit 2
     fi
-    rm -f "$home/exit_code" "$home/child"
     if [ -e "$home/env" ]; then
         chmod 600 "$home/env"
-        bash -euc 'set -a && . "$1"' env "$home/env" # a mistake in it is told here, not in a log
+        bash -euc '. "$1"' env "$home/env" # a mistake in it is told here, not in a log
     fi
+    rm -f "$home/exit_code" "$home/child"
     nohup setsid bash "$0" supervise "$@" >/dev/null 2>&1 </dev/null &
     echo "$! $boot" >"$home/pid"
 }
@@ -77,5 +77,5 @@ case ${1:-} in
     state) echo "sft-jax: state=$(state) $(hostname)" ;;
     stop) if [ "$(state)" = running ]; then kill -TERM "$(cat "$home/child")"; fi ;;
     logs) tail -n "${2:-100}" -F "$home/train.log" ;;
-    *) sed -e '1d' -e '/^#/!,$d' -e 's/^# \{0,1\}//' "$0" >&2 && exit 2 ;;
+    *) sed -n -e 1d -e '/^#/!q' -e 's/^# \{0,1\}//p' "$0" >&2 && exit 2 ;;
 esac
