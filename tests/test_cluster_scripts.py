@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import subprocess
 import time
 
 import pytest
@@ -249,20 +248,25 @@ def test_exit_code_of_several(stubs, codes, code):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("each", [[], ["--process-per-gpu"]])
 def test_signals_are_passed_on_once(stubs, each, number):
-    wait = 'trap "echo asked >>$STUBS/asked; /bin/sleep 0.3; exit 75" TERM; echo up >>"$STUBS/up"'
-    stubs.answer(GPUS % f"{wait}; while :; do /bin/sleep 0.02; done")
+    program = 'trap "echo asked >>$STUBS/asked; left=20" TERM; left=-1; echo up >>"$STUBS/up"; '
+    program += 'while [ "$left" -ne 0 ]; do /bin/sleep 0.02; left=$((left - 1)); done; exit 75'
+    stubs.answer(GPUS % program)
     running = stubs.start("local_gpus.sh", "--gpus=0,1", *each, "--", stubs.config)
     count = 2 if each else 1
     up, asked = stubs.folder / "up", stubs.folder / "asked"
-    end = time.monotonic() + 30
-    while not (up.exists() and up.read_text() == "up\n" * count):
-        assert time.monotonic() < end
-        time.sleep(0.02)
-    os.kill(running.pid, number)
-    os.kill(running.pid, number)  # impatience
+
+    def until_all_said(path, word):
+        end = time.monotonic() + 30
+        while not (path.exists() and path.read_text() == f"{word}\n" * count):
+            assert time.monotonic() < end
+            time.sleep(0.02)
+
     try:
+        until_all_said(up, "up")
+        os.kill(running.pid, number)
+        until_all_said(asked, "asked")
+        os.kill(running.pid, number)  # impatience, while they save
         assert running.wait(30) == 75
-    except subprocess.TimeoutExpired:
+    finally:
         running.kill()
-        raise
     assert asked.read_text() == "asked\n" * count
