@@ -14,7 +14,7 @@ from sft_jax.architecture import Architecture
 from sft_jax.config import LoraConfig
 from sft_jax.errors import UserError
 from sft_jax.hf.config import read_architecture, read_config, stop_ids
-from sft_jax.hf.hub import find_model
+from sft_jax.hf.hub import find_model, weights_of
 from sft_jax.hf.load import load_params
 from sft_jax.hf.peft import load_adapter, read_adapter_config, token_rows
 from sft_jax.hf.reader import TensorReader
@@ -85,7 +85,7 @@ def open_model(
     arch = read_architecture(found)
     dtype = dtype or _file_dtype(found)
     split = build(arch, mesh, None, dtype, remat="none", full=False)
-    frozen = _place(split, arch, TensorReader(found), {}, arch.vocab_size)
+    frozen = _place(split, arch, TensorReader(weights_of(found)), {}, arch.vocab_size)
     stops = _with_eos(stop_ids(found), tokenizer)
     return Opened(f"{name}, {arch.family}, {dtype}", arch, tokenizer, mesh, split, {}, frozen, stops)
 
@@ -126,7 +126,7 @@ def _open_adapter(folder: Path, base: str | None, dtype: str | None, mesh: Mesh)
     tables = {path: leaf for path, leaf in flatten(split.frozen).items() if path[0] in ("embed_tokens", "lm_head")}
     wanted = flatten(split.trainable) | tables
     given = load_adapter(str(folder), wanted, arch.num_layers, config.rank, config.alpha)
-    frozen = _place(split, arch, TensorReader(found), given, old_vocab_size)
+    frozen = _place(split, arch, TensorReader(weights_of(found)), given, old_vocab_size)
     adapter = unflatten({path: given[path] for path in flatten(split.trainable)})
     stops = _with_eos(stop_ids(folder) or stop_ids(found), tokenizer)
     return Opened(

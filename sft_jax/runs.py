@@ -16,7 +16,7 @@ from sft_jax.checkpoint import Checkpoints, restore_leaves
 from sft_jax.config import Config
 from sft_jax.errors import UserError
 from sft_jax.hf.config import read_config
-from sft_jax.hf.hub import find_model
+from sft_jax.hf.hub import find_model, weights_of
 from sft_jax.hf.reader import TensorReader
 from sft_jax.hf.tokenizer import load_tokenizer
 from sft_jax.run_folder import RunFolder
@@ -73,7 +73,7 @@ def open_run(folder: str | Path, step: int | None = None) -> Run:
         step = steps[-1] if step is None else step
         identity = checkpoints.run(step)
         base = find_model(config.model.path, config.model.revision)
-        reader = TensorReader(base) if config.model.init == "pretrained" else None
+        reader = TensorReader(weights_of(base)) if config.model.init == "pretrained" else None
         if reader is not None and reader.fingerprint() != identity["base"]:
             raise UserError(f"{base}: the base model has changed since {folder} was trained")
         trained = checkpoints.trained(step)

@@ -28,7 +28,7 @@ from sft_jax.data.streaming import StreamLoader, first_rows, stream
 from sft_jax.errors import Preempted, UserError
 from sft_jax.evaluation.compare import Networks, compare, prepare
 from sft_jax.hf.config import read_architecture, stop_ids
-from sft_jax.hf.hub import find_model
+from sft_jax.hf.hub import find_model, weights_of
 from sft_jax.hf.reader import TensorReader
 from sft_jax.hf.tokenizer import load_tokenizer
 from sft_jax.inference.generator import Generator
@@ -117,7 +117,7 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
         weights=model.weights,
     )
     split = network(remat="full")
-    reader = TensorReader(base) if config.model.init == "pretrained" else None
+    reader = TensorReader(weights_of(base)) if config.model.init == "pretrained" else None
     say.model(config, arch.family, split, kernel)
     file_dtype = None if reader is None else reader.dtype("model.embed_tokens.weight")
     say.optimizer(config.optimizer, split, file_dtype)

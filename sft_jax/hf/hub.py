@@ -1,19 +1,29 @@
-"""Where a model lives: in this package, in a local folder, or under a Hugging Face id, fetched into the local cache."""
+"""Where a model lives: in this package, in a folder, in a bucket, or under a Hugging Face id."""
 
 from __future__ import annotations
 
+import atexit
 import re
+import shutil
+import tempfile
+from fnmatch import fnmatch
 from pathlib import Path
 
+import fsspec
+
 from sft_jax import builtin
-from sft_jax.errors import UserError
+from sft_jax.errors import UserError, one_line
 
 # No pickle (.bin, .pt), no code (.py): what is not named here is not downloaded.
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "LICENSE*"]
+_POINTER = "weights.url"  # in a folder without weights: where they are
 
 
 def find_model(path: str, revision: str | None = None, asked_by: str = "model.path") -> Path:
-    """The folder with ``config.json``, tokenizer and safetensors of a built-in name, local path or Hugging Face id.
+    """The folder with ``config.json``, tokenizer and safetensors of a built-in name, path, URL or Hugging Face id.
+
+    Of a URL such as ``gs://bucket/model`` it is a local folder with all but the weights; these are read from where they
+    are, by ranges, by whoever needs them (:func:`weights_of`).
 
     Args:
         asked_by: the config key or file that names the model, for error messages.
@@ -23,6 +33,8 @@ def find_model(path: str, revision: str | None = None, asked_by: str = "model.pa
     """
     if path.startswith(builtin.PREFIX):
         return builtin.locate(path, asked_by)
+    if "://" in path:
+        return _from_url(path, asked_by)
     folder = Path(path).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -38,3 +50,29 @@ def find_model(path: str, revision: str | None = None, asked_by: str = "model.pa
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{asked_by}: {path!r} is no local folder and could not be fetched: {reason}") from error
+
+
+def weights_of(folder: Path) -> Path | str:
+    """Where the safetensors of a model are that :func:`find_model` has found: in the folder, or at a URL."""
+    pointer = folder / _POINTER
+    return pointer.read_text(encoding="utf-8") if pointer.is_file() else folder
+
+
+def _from_url(url: str, asked_by: str) -> Path:
+    """The small files of a model in a bucket, in a temporary folder that is removed when the process ends."""
+    folder = Path(tempfile.mkdtemp(prefix="sft-jax-model-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    try:
+        files, root = fsspec.url_to_fs(url.rstrip("/"))
+        found = {path.rpartition("/")[2]: path for path in files.find(root, maxdepth=1)}
+        if "config.json" not in found:
+            raise UserError(f"{asked_by}: {url} has no config.json; it must be a Hugging Face model folder")
+        for name, path in found.items():
+            if any(fnmatch(name, pattern) for pattern in _FILES) and not name.endswith(".safetensors"):
+                files.get_file(path, str(folder / name))
+    except (ImportError, ValueError, OSError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{asked_by}: {url} cannot be read: {one_line(str(error)) or type(error).__name__}") from error
+    (folder / _POINTER).write_text(url.rstrip("/"), encoding="utf-8")
+    return folder
