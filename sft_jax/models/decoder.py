@@ -118,9 +118,9 @@ class Embedding(nnx.Module):
         self.embedding: Weight = make.normal((vocab_size, dim), ("vocab", "embed"))
 
     def __call__(self, ids: Int[Array, "B T"], dtype: Any) -> Float[Array, "B T D"]:
-        # The table stays split along D: look up every row's slice of D, then trade slices of D for rows.
-        ids = constrain(ids, "replica", "length")
-        x = constrain(rows_of(self.embedding, ids, dtype), "replica", "length", "embed")
+        # The table stays split along D: look up every row's slice of D, then trade slices of D for rows and slots.
+        ids = constrain(ids, "replica", "whole_length")
+        x = constrain(rows_of(self.embedding, ids, dtype), "replica", "whole_length", "embed")
         return constrain(x, "batch", "length", "activation")
 
 
