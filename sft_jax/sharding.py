@@ -24,6 +24,7 @@ MESH_AXES = ("data", "fsdp", "sequence", "tensor")
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
     "replica": "data",  # rows while the model dimension is split over fsdp
+    "embed_of_slots": "fsdp",  # the model dimension while slots are split already and rows are not
     "length": "sequence",
     "whole_length": None,  # where the model dimension is split over sequence, and where each device sees whole rows
     "activation": None,
