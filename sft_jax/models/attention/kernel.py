@@ -214,7 +214,7 @@ def attention(
     axis = queries[1]
     if axis is None:
         return jax.shard_map(
-            lambda *arrays: _compute(kernel, *arrays, window, softcap),
+            partial(_compute, kernel, window=window, softcap=softcap),
             in_specs=(queries, keys, keys, rows),
             out_specs=queries,
             check_vma=False,
@@ -229,9 +229,8 @@ def attention(
         where = masks.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, axis)))
 
     def of_part(q: Array, k: Array, v: Array, segment_ids: Array, mask: Any) -> Array:
-        of_all = (parts.whole(k), parts.whole(v), segment_ids)
-        out = _compute(kernel, parts.taken(q), *of_all, window, softcap, parts.my_places(), mask)
-        return parts.given_back(out)
+        q, k, v = parts.taken(q), parts.whole(k), parts.whole(v)
+        return parts.given_back(_compute(kernel, q, k, v, segment_ids, window, softcap, parts.my_places(), mask))
 
     return jax.shard_map(of_part, in_specs=(queries, keys, keys, rows, where), out_specs=queries, check_vma=False)(
         q, k, v, segment_ids, masks

@@ -133,7 +133,8 @@ def _forward(q: Array, k: Array, v: Array, sight: _Sight, static: _Static) -> tu
             jnp.zeros(qi.shape[:-1], jnp.float32),
             jnp.zeros(qi.shape, jnp.float32),
         )
-        top, total, out = lax.fori_loop(*seen.of_block(static.block), key_block, start)
+        first, end = seen.of_block(static.block)
+        top, total, out = lax.fori_loop(first, end, key_block, start)
         return (out / total[..., None]).astype(q.dtype), top + jnp.log(total)
 
     out, log_total = lax.map(query_block, (jnp.moveaxis(q, 2, 0), sight))
@@ -166,8 +167,9 @@ def _backward(static: _Static, residuals: Any, d_out: Array):
             dk, dv = (lax.dynamic_update_index_in_dim(x, _at(x, j, 1) + new, j, 1) for x, new in ((dk, dkj), (dv, dvj)))
             return dq, dk, dv
 
+        first, end = seen.of_block(static.block)
         start = (jnp.zeros(qi.shape, jnp.float32), *carry)
-        dq, dk, dv = lax.fori_loop(*seen.of_block(static.block), key_block, start)
+        dq, dk, dv = lax.fori_loop(first, end, key_block, start)
         return (dk, dv), dq.astype(q.dtype)
 
     nothing = tuple(jnp.zeros(x.shape, jnp.float32) for x in (k, v))
