@@ -12,7 +12,7 @@ from sft_jax.architecture import Architecture, Rope
 from sft_jax.errors import UserError
 from sft_jax.models.attention.cudnn import cudnn_attention
 from sft_jax.models.attention.kernel import Kernel, attention, choose_kernel
-from sft_jax.models.attention.splash import splash_attention
+from sft_jax.models.attention.splash import splash_attention, splash_mask
 from sft_jax.models.attention.split import SplitRows
 from sft_jax.models.attention.xla import xla_attention
 from sft_jax.sharding import MESH_AXES, make_mesh
@@ -141,6 +141,20 @@ def test_splash_with_rows_in_parts(sizes, window, softcap):
     with on_mesh(sizes):
         kernel = Kernel("splash", 128, interpret=True)
         assert_alike(partial(attention, kernel=kernel), *inputs, window=window, softcap=softcap)
+
+
+@pytest.mark.parametrize("window", [None, 1, 12, 30])
+def test_blocks_of_a_mask_are_known_without_its_entries(window):
+    """Seen, hidden and in between, for queries in and out of order."""
+    keys = np.arange(48)
+    for places in (SplitRows.of(48, 3, "any", window).places(), SplitRows.of(48, 4, "any", None).places()):
+        mask = splash_mask(places, window)
+        order = places.reshape(-1)[:, None]
+        dense = (keys <= order) & (keys > order - (window or 48))
+        for block in (4, 12):
+            for i, j in np.ndindex(48 // block, 48 // block):
+                at = (slice(i * block, (i + 1) * block), slice(j * block, (j + 1) * block))
+                np.testing.assert_array_equal(mask[at], dense[at])
 
 
 @pytest.mark.parametrize("num", [2, 4, 6])

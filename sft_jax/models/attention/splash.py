@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -64,10 +65,6 @@ def make_kernel(
         num_heads: query heads of a device.
         block: queries and keys that are taken together; a power of two from 128 on, halved until it divides t.
     """
-    num, length = places.shape[0], places.size
-    shape = (length, length)
-    causal = masks.CausalMask(shape) if window is None else masks.LocalMask(shape, (window - 1, 0), 0)
-    causal.q_sequence = places.reshape(-1)  # what it compares keys with
     block = math.gcd(block, places.shape[1])
     sizes = splash.BlockSizes(
         block_q=block,
@@ -78,11 +75,54 @@ def make_kernel(
         block_kv_dq=block,
     )
     return splash.make_splash_mha(
-        masks.MultiHeadMask([causal] * num_heads),
+        masks.MultiHeadMask([splash_mask(places, window)] * num_heads),
         block_sizes=sizes,
         head_shards=1,
-        q_seq_shards=num,
+        q_seq_shards=places.shape[0],
         attn_logits_soft_cap=softcap,
         residual_checkpoint_name=ATTENTION,
         interpret=interpret,
     )
+
+
+def splash_mask(places: Int[np.ndarray, "num t"], window: int | None) -> masks.Mask:
+    """Which keys the queries see, ``[T, T]``, without segments; the queries of one device after those of another."""
+    shape = (places.size, places.size)
+    mask = _Causal(shape) if window is None else _Local(shape, (window - 1, 0), 0)
+    mask.q_sequence = places.reshape(-1)  # what it compares keys with
+    return mask
+
+
+class _ByBlocks:
+    """Of a mask: blocks that are seen or hidden as a whole are known without comparing their entries.
+
+    Each of (T / block)² blocks is asked for six times before the kernel is compiled.
+    """
+
+    q_sequence: np.ndarray
+    reach = None  # how far back a query sees, itself not counted; None: to the beginning
+
+    def __getitem__(self, at: tuple[slice, slice]) -> np.ndarray:
+        queries = self.q_sequence[at[0]]
+        first, last, size = int(queries.min()), int(queries.max()), (len(queries), at[1].stop - at[1].start)
+        first_key, last_key = at[1].start, at[1].stop - 1
+        if first_key > last or (self.reach is not None and last_key < first - self.reach):
+            return _filled(size, False)
+        if last_key <= first and (self.reach is None or first_key >= last - self.reach):
+            return _filled(size, True)
+        return super().__getitem__(at)  # type: ignore[misc]
+
+
+class _Causal(_ByBlocks, masks.CausalMask):
+    pass
+
+
+class _Local(_ByBlocks, masks.LocalMask):
+    @property
+    def reach(self) -> int | None:  # type: ignore[override]
+        return self.window_size[0]
+
+
+@functools.cache
+def _filled(size: tuple[int, int], value: bool) -> np.ndarray:
+    return np.full(size, value)
