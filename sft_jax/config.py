@@ -253,10 +253,11 @@ class MeshConfig:
 
     data: int = 1
     fsdp: int = -1
+    sequence: int = 1  # splits the slots of rows, for long context
     tensor: int = 1
 
     def __post_init__(self) -> None:
-        sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+        sizes = dataclasses.asdict(self)
         for name, size in sizes.items():
             _require(size == -1 or size >= 1, f"mesh.{name}", f"{size} is neither -1 nor a positive number")
         _require(list(sizes.values()).count(-1) <= 1, "mesh", f"only one axis may be -1, not {sizes}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -22,7 +23,7 @@ from sft_jax.config import Config
 from sft_jax.data.chat import prompt_ids
 from sft_jax.data.examples import Examples
 from sft_jax.data.loader import Loader
-from sft_jax.data.packing import plan_of, plan_run
+from sft_jax.data.packing import plan_of, plan_run, row_lengths
 from sft_jax.data.prepare import prepare_data
 from sft_jax.data.streaming import StreamLoader, first_rows, stream
 from sft_jax.errors import Preempted, UserError
@@ -41,7 +42,7 @@ from sft_jax.report import table
 from sft_jax.report.loss import plot_loss
 from sft_jax.report.write import write_report
 from sft_jax.run_folder import RunFolder
-from sft_jax.sharding import check_batch, check_heads, make_mesh
+from sft_jax.sharding import check_batch, check_heads, check_lengths, make_mesh
 from sft_jax.training.compilation import Steps, keep_programs
 from sft_jax.training.cross_entropy import Terms
 from sft_jax.training.optimizer import labels_of, make_optimizer, make_schedule
@@ -62,10 +63,12 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
         UserError: anything wrong with config, model, data or run folder; nothing is written before these are checked.
     """
     # -- devices and mesh ---------------------------------------------------------------------------------------------
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
+    mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
     is_main = jax.process_index() == 0
     say = Announcer(is_main)
     check_batch(config.training.batch_size, config.training.gradient_accumulation_steps, mesh)
+    lengths = row_lengths(config.data)
+    check_lengths(lengths, mesh)
     folder = RunFolder(config.training.output_dir)
     folder.check()
     run = folder.local
@@ -103,7 +106,7 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
     arch = dataclasses.replace(arch, vocab_size=max(arch.vocab_size, len(tokenizer)))
     check_heads(arch.num_heads, mesh)
     model, training = config.model, config.training
-    kernel = choose_kernel(model.attention, mesh, arch, model.dtype, config.data.max_length)
+    kernel = choose_kernel(model.attention, mesh, arch, model.dtype, math.gcd(*lengths))
     check_kernel(kernel, mesh, arch)
     network = partial(
         build,

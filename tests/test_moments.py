@@ -259,7 +259,7 @@ def moved(mesh, moments):
 
 
 @pytest.mark.parametrize("moments", ["bfloat16", "factored"])
-@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)])
+@pytest.mark.parametrize("sizes", [(1, 8, 1, 1), (2, 2, 1, 2), (1, 2, 2, 2)])
 def test_the_same_bits_on_every_mesh(moments, sizes):
     """What differs is the order in which squares are added up: for clipping, and for rows and columns."""
     alone, _, _ = moved(make_mesh(devices=one_device()), moments)
@@ -282,7 +282,7 @@ def test_the_same_bits_on_every_mesh(moments, sizes):
 
 @pytest.mark.parametrize("moments", ["float32", "bfloat16", "factored"])
 def test_what_is_kept_lives_where_its_weight_does(moments):
-    mesh = make_mesh(2, 2, 2)
+    mesh = make_mesh(1, 2, 2, 2)
     split = network(mesh)
     labels = labels_of(split.trainable, split.labels)
     optimizer = make_optimizer(OptimizerConfig(moments=moments), labels)
@@ -291,7 +291,9 @@ def test_what_is_kept_lives_where_its_weight_does(moments):
     kept, plain = inner["full"].inner_state[0], inner["full_no_decay"].inner_state[0]
     assert isinstance(kept, {"float32": optax.ScaleByAdamState, "bfloat16": Rounded, "factored": Factored}[moments])
     assert isinstance(plain, optax.ScaleByAdamState if moments == "float32" else Rounded)  # vectors are not factored
-    weight = flatten(split.trainable)["layers", "mlp", "up_proj", "kernel"]  # [L, in over fsdp, out over tensor]
+    weight = flatten(split.trainable)[
+        "layers", "mlp", "up_proj", "kernel"
+    ]  # [L, in over fsdp × sequence, out over tensor]
     dtype = jnp.float32 if moments == "float32" else jnp.bfloat16  # whatever the weights are
 
     def at(tree):
@@ -330,7 +332,7 @@ def stepped(mesh, parts=1, dtype="float32", weights="bfloat16", steps=1):
 
 def test_a_step_is_the_same_on_every_mesh():
     _, alone, metrics = stepped(make_mesh(devices=one_device()))
-    for sizes, parts in (((1, 8, 1), 1), ((2, 2, 2), 2)):
+    for sizes, parts in (((1, 8, 1, 1), 1), ((2, 1, 2, 2), 2)):
         _, spread, others = stepped(make_mesh(*sizes), parts)
         assert others["loss"] == pytest.approx(metrics["loss"], rel=1e-5)
         assert others["grad_norm"] == pytest.approx(metrics["grad_norm"], rel=1e-3)

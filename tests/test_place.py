@@ -44,7 +44,7 @@ def test_each_byte_is_read_once_and_lands_where_it_belongs(base, monkeypatch, si
         TensorReader, "read", lambda self, *given: (lambda x: sizes_read.append(x.nbytes) or x)(original(self, *given))
     )
     devices = one_device() if sizes == (1, 1, 1) else None
-    split = build(read_architecture(base), make_mesh(*sizes, devices=devices), None, "float32")
+    split = build(read_architecture(base), make_mesh(*sizes[:2], tensor=sizes[2], devices=devices), None, "float32")
     params, _ = load_weights(split, read_architecture(base), TensorReader(base))
     tensors = load_file(base / "model.safetensors")
     assert sum(sizes_read) == sum(x.nbytes for x in tensors.values())

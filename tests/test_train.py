@@ -88,7 +88,7 @@ def test_eight_devices_and_back(tiny, chats, tmp_path):
         return run_config(tiny, chats, tmp_path / name, training__batch_size=8, training__save_every=3, **changes)
 
     train(config("one"), one_device())
-    train(config("eight", mesh=MeshConfig(data=2, fsdp=2, tensor=2)))
+    train(config("eight", mesh=MeshConfig(data=2, sequence=2, tensor=2)))
     np.testing.assert_allclose(losses(tmp_path / "eight"), losses(tmp_path / "one"), rtol=1e-5)
     checkpoints = tmp_path / "eight" / "checkpoints"
     (checkpoints / "6").rename(tmp_path / "later")

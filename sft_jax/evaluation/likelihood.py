@@ -125,16 +125,19 @@ def _log_probs(hidden: Array, head: Head) -> Array:
 
 
 def _in_chunks(function: Callable, *arrays: Array):
-    """``function`` over chunks of positions, so that no more than a chunk's logits exist at once."""
+    """``function`` over chunks of positions, so that no more than a chunk's logits exist at once.
+
+    A chunk takes a position here and there, so that devices which hold parts of rows work on parts of each chunk.
+    """
     num_rows, length = arrays[0].shape[:2]
     size = min(length, max(1, CHUNK_SLOTS // num_rows))
     padding = -length % size
 
     def split(x: Array) -> Array:  # [B, T, ...] -> [chunks, B, chunk, ...]
         x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(num_rows, -1, size, *x.shape[2:]), 1, 0)
+        return jnp.moveaxis(x.reshape(num_rows, size, -1, *x.shape[2:]), 2, 0)
 
     def join(x: Array) -> Array:
-        return jnp.moveaxis(x, 0, 1).reshape(num_rows, length + padding)[:, :length]
+        return jnp.moveaxis(x, 0, 2).reshape(num_rows, length + padding)[:, :length]
 
     return jax.tree.map(join, lax.map(function, tuple(map(split, arrays))))
