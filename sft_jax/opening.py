@@ -28,6 +28,7 @@ from sft_jax.training.compilation import keep_programs
 from sft_jax.training.weights import build
 from sft_jax.tree import Params, flatten, unflatten
 from sft_jax.tree import Path as LeafPath
+from sft_jax.typing import Array
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from typing import Any, Protocol
 
@@ -21,7 +22,10 @@ _IGNORED = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
 class MadeLeaf(Protocol):
     """A base weight that is not kept as the files have it, but made into other arrays."""
 
-    arrays: dict[str, jax.ShapeDtypeStruct]
+    @property
+    def arrays(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """What is kept, by name, with shardings."""
+        ...
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -59,15 +63,20 @@ def load_params(
     """
     _check(reader, abstract, num_layers, tied, old_vocab_size)
     loaded = {}
-    for path, leaf in abstract.items():
-        if path in wanted:
-            recipe = _recipe(reader, path, leaf, num_layers)
-            kept = place(reader, tensor_names(path, num_layers), recipe)
-            if isinstance(leaf, jax.ShapeDtypeStruct):
-                loaded[path] = kept[""]
-            else:
-                loaded |= {(*path, name): array for name, array in kept.items()}
+    # The largest tensors first, while there is most room for what moving one of them takes.
+    for path in sorted(wanted, key=lambda path: (-_size_of_one(path, abstract[path]), path)):
+        leaf = abstract[path]
+        kept = place(reader, tensor_names(path, num_layers), _recipe(reader, path, leaf, num_layers))
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            loaded[path] = kept[""]
+        else:
+            loaded |= {(*path, name): array for name, array in kept.items()}
     return loaded
+
+
+def _size_of_one(path: Path, leaf: Leaf) -> int:
+    """Weights in each of a leaf's tensors."""
+    return math.prod(leaf.shape[1:] if is_stacked(path) else leaf.shape)
 
 
 def _recipe(reader: TensorReader, path: Path, leaf: Leaf, num_layers: int) -> Recipe:

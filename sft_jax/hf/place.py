@@ -24,7 +24,7 @@ from sft_jax.typing import Array
 class Made(Protocol):
     """How a weight is kept, where not as it is: hashable, and a function of one layer."""
 
-    def __call__(self, weight: Array) -> dict[str, Array]:
+    def __call__(self, weight: Array, /) -> dict[str, Array]:
         """The arrays by name of a weight, or of one layer of it."""
         ...
 

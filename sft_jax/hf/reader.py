@@ -124,7 +124,7 @@ class TensorReader:
     def _bytes(self, entry: _Entry, start: int, stop: int) -> np.ndarray:
         file, raw = self._file(entry.file), np.empty(stop - start, np.uint8)
         file.seek(start)
-        view, at = memoryview(raw), 0
+        view, at = raw.data, 0
         while at < len(raw):
             count = file.readinto(view[at:])
             if not count:
