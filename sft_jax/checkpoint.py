@@ -143,6 +143,8 @@ def restore_leaves(
 
     All processes that hold a part of them ask together.
     """
+    if not abstract:
+        return {}
     wanted = unflatten(dict(abstract))
     arguments = ocp.args.PyTreeRestore(  # type: ignore[call-arg]
         item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True

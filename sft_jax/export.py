@@ -142,23 +142,20 @@ def _write_merged(run: Run, folder: Path) -> None:
         untrained -= {"lm_head.weight"}  # some tied models carry a copy of the table, which is now out of date
     if reader is not None:
         tensors |= {name: Tensor(reader.shape(name), reader.dtype(name)) for name in untrained}
-    writer = TensorWriter(
-        folder, dict(sorted(tensors.items())), process=jax.process_index(), num_processes=jax.process_count()
-    )
     updates = _updates(run, arch.num_layers)
-    for name in sorted(untrained):
-        if writer.owns(name):
+    tensors = dict(sorted(tensors.items()))
+    with TensorWriter(folder, tensors, process=jax.process_index(), num_processes=jax.process_count()) as writer:
+        for name in filter(writer.owns, sorted(untrained)):
             assert reader is not None
             if name in updates:
                 writer.write(name, _merged(run, reader.read(name), *updates[name]))
             else:
                 for start, rows in chunks(reader, name):
                     writer.write(name, rows, start)
-    for path, leaf in trained.items():
-        for name, layer in zip(names[path], layers(run, path, leaf), strict=True):
-            if writer.owns(name):
-                writer.write(name, _as_in_file(run, name, path, jax.device_get(layer)))
-    writer.close()
+        for path, leaf in trained.items():
+            for name, layer in zip(names[path], layers(run, path, leaf), strict=True):
+                if writer.owns(name):
+                    writer.write(name, _as_in_file(run, name, path, jax.device_get(layer)))
     if jax.process_index() == 0:
         config = read_config(run.base) | {"vocab_size": run.vocab_size}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -9,11 +9,10 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
-from kit import losses, make_model, one_device, run_config
+from kit import losses, make_model, one_device, run_config, trained_leaves
 from safetensors.numpy import load_file, save_file
 
 from sft_jax.architecture import Architecture, Rope
-from sft_jax.checkpoint import Checkpoints
 from sft_jax.config import OptimizerConfig, SourceConfig
 from sft_jax.export import export
 from sft_jax.models.quantized import rows_of
@@ -378,26 +377,18 @@ def test_a_frequent_token_keeps_its_gradient():
 # -- whole runs -------------------------------------------------------------------------------------------------------
 
 
-def last(run):
-    checkpoints = Checkpoints(run / "checkpoints")
-    step = checkpoints.steps()[-1]
-    params = flatten(checkpoints.restore_params(step))
-    checkpoints.close()
-    return params
-
-
 @pytest.mark.parametrize("moments", ["bfloat16", "factored"])
 def test_a_continued_run_is_the_undisturbed_one(tiny, chats, tmp_path, moments):
     run = tmp_path / "run"
     settings = LOW | {"optimizer__moments": moments, "training__save_every": 3, "training__max_steps": 6, "lora": None}
     config = run_config(tiny, chats, run, **settings)
     train(config, one_device())
-    whole, before = last(run), losses(run)
+    whole, before = trained_leaves(run), losses(run)
     assert {leaf.dtype for leaf in whole.values()} == {np.dtype(ml_dtypes.bfloat16)}
     shutil.rmtree(run / "checkpoints" / "6")
     train(config, one_device())
     assert losses(run) == before
-    assert all(np.array_equal(bits(whole[path]), bits(leaf)) for path, leaf in last(run).items())
+    assert all(np.array_equal(bits(whole[path]), bits(leaf)) for path, leaf in trained_leaves(run).items())
 
 
 def test_bfloat16_weights_in_and_out(chats, tmp_path):
@@ -426,7 +417,9 @@ def test_bfloat16_weights_in_and_out(chats, tmp_path):
 def test_under_lora_adapters_stay_float32(tiny, chats, tmp_path, capsys):
     run = tmp_path / "run"
     train(run_config(tiny, chats, run, data__added_tokens=["<|new|>"], **LOW), one_device())
-    found = {(path[-1] if "lora" in path[-1] else "base", str(leaf.dtype)) for path, leaf in last(run).items()}
+    found = {
+        (path[-1] if "lora" in path[-1] else "base", str(leaf.dtype)) for path, leaf in trained_leaves(run).items()
+    }
     assert found == {("lora_a", "float32"), ("lora_b", "float32"), ("base", "bfloat16")}
     said = capsys.readouterr().err
     assert " bfloat16, " in said

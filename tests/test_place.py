@@ -1,6 +1,7 @@
 """Weights are read once, by ranges, in small parts, whatever the mesh; what is written can be read by others."""
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 
 import jax
@@ -109,13 +110,12 @@ def test_several_write_one_folder_in_any_order(tmp_path):
     rng = np.random.default_rng(0)
     values = {f"t{i}": rng.normal(size=(3 + i, 5)).astype([np.float32, ml_dtypes.bfloat16][i % 2]) for i in range(9)}
     tensors = {name: Tensor(x.shape, x.dtype) for name, x in values.items()}
-    writers = [TensorWriter(tmp_path, tensors, 200, i, 3) for i in range(3)]
-    for name in sorted(values, reverse=True):
-        (owner,) = [writer for writer in writers if writer.owns(name)]
-        owner.write(name, values[name][2:], 2)
-        owner.write(name, values[name][:2])
-    for writer in writers:
-        writer.close()
+    with ExitStack() as stack:
+        writers = [stack.enter_context(TensorWriter(tmp_path, tensors, 200, i, 3)) for i in range(3)]
+        for name in sorted(values, reverse=True):
+            (owner,) = [writer for writer in writers if writer.owns(name)]
+            owner.write(name, values[name][2:], 2)
+            owner.write(name, values[name][:2])
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(x.nbytes for x in values.values())
     assert len(set(index["weight_map"].values())) > 3

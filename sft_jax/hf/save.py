@@ -34,6 +34,7 @@ class TensorWriter:
     """The weights of a model folder: ``model.safetensors``, or shards of it with an index.
 
     Several processes write one folder, each the files that fall to it; the first one also the index.
+    Its ``with`` ends when everything is on disk.
 
     Args:
         tensors: all that the folder will hold, by Hugging Face name.
@@ -79,12 +80,15 @@ class TensorWriter:
         file.seek(offset + start * row)
         file.write(np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data)
 
-    def close(self) -> None:
-        """Until everything is on disk."""
+    def __enter__(self) -> TensorWriter:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         for file in self._open:
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
+            with file:
+                if error is None:
+                    file.flush()
+                    os.fsync(file.fileno())
 
     def _begin(self, path: Path, names: list[str]) -> None:
         """Write a file's header, and make it as long as it will be."""
@@ -113,10 +117,9 @@ def save_tensors(
     folder: Path, tensors: Mapping[str, Tensor], get: Callable[[str], np.ndarray], shard_bytes: int = SHARD_BYTES
 ) -> None:
     """Write tensors one after the other; ``get`` makes one, and no two are held at a time."""
-    writer = TensorWriter(folder, tensors, shard_bytes)
-    for name in tensors:
-        writer.write(name, get(name))
-    writer.close()
+    with TensorWriter(folder, tensors, shard_bytes) as writer:
+        for name in tensors:
+            writer.write(name, get(name))
 
 
 def _shards(tensors: Mapping[str, Tensor], shard_bytes: int) -> list[list[str]]:
