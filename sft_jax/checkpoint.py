@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint import checkpoint_managers as managers
+from orbax.checkpoint.utils import checkpoint_steps
 
 from sft_jax.errors import UserError
 from sft_jax.training.state import TrainState
-from sft_jax.tree import Params, flatten
+from sft_jax.tree import Path as LeafPath
+from sft_jax.tree import flatten, unflatten
 
 # A checkpoint is continued only by the same config; these keys do not change what is computed.
 _FREE_KEYS = (
@@ -21,6 +25,8 @@ _FREE_KEYS = (
     "training.save_every",
     "training.log_every",
     "training.keep_checkpoints",
+    "training.keep_best",
+    "training.keep_every",
     "training.tensorboard",
     "training.wandb_project",
     "data.eval",
@@ -38,23 +44,54 @@ _HANDLERS = {
 
 
 class Checkpoints:
-    """The ``checkpoints/`` folder of a run. Saving is asynchronous; a step is there whole or not at all."""
+    """The ``checkpoints/`` folder of a run. Saving is asynchronous; a step is there whole or not at all.
 
-    def __init__(self, folder: Path, keep: int = 2):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+    Several processes open the same folder, and each writes and reads the parts that its devices hold; a step can be
+    restored by another number of processes, on another mesh.
+
+    Args:
+        keep: the last so many.
+        keep_best: besides, so many with the lowest held-out loss.
+        keep_every: besides, every step that is a multiple of it.
+    """
+
+    def __init__(self, folder: epath.Path, keep: int = 2, keep_best: int = 0, keep_every: int | None = None):
+        policies: list[managers.PreservationPolicy] = [managers.LatestN(keep)]
+        if keep_best:
+            policies.append(
+                managers.BestN(
+                    get_metric_fn=lambda metrics: metrics["eval_loss"],
+                    reverse=True,  # the last of the descending order are preserved
+                    n=keep_best,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
+        if keep_every:
+            policies.append(managers.EveryNSteps(keep_every))
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=managers.AnyPreservationPolicy(policies), create=True
+        )
         handlers = {name: handler() for name, handler in _HANDLERS.items()}
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers)
+        self._manager = ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
 
     def steps(self) -> list[int]:
         """All complete steps, oldest first."""
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, state: TrainState, data: dict[str, Any], run: dict[str, Any]) -> None:
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        data: dict[str, Any],
+        run: dict[str, Any],
+        eval_loss: float | None = None,
+    ) -> None:
         """Begin to save; does nothing where the step is saved already.
 
         Args:
             data: the data position.
             run: what the state belongs to (config, fingerprints), to be compared before it is restored.
+            eval_loss: held-out loss of this step, where it was measured.
         """
         if step in self.steps():
             return
@@ -64,7 +101,7 @@ class Checkpoints:
             data=ocp.args.JsonSave(data),  # type: ignore[call-arg]
             run=ocp.args.JsonSave(run),  # type: ignore[call-arg]
         )
-        self._manager.save(step, args=items)
+        self._manager.save(step, args=items, metrics=None if eval_loss is None else {"eval_loss": eval_loss})
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """State and data position of a step; ``abstract`` has the shapes and the shardings to restore into."""
@@ -76,15 +113,10 @@ class Checkpoints:
         restored = self._manager.restore(step, args=items)
         return TrainState(params=restored["params"], **restored["optimizer"]), restored["data"]
 
-    def restore_params(self, step: int) -> Params:
-        """The trainable leaves of a step as numpy arrays, without the optimizer."""
-        metadata = self._manager.item_metadata(step)["params"]
-        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        abstract = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), dict(metadata.tree)
-        )
-        items = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))  # type: ignore[call-arg]
-        return jax.device_get(self._manager.restore(step, args=items)["params"])
+    def trained(self, step: int) -> dict[LeafPath, jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of the trainable leaves of a step."""
+        leaves = flatten(dict(self._manager.item_metadata(step)["params"].tree))
+        return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
 
     def run(self, step: int) -> dict[str, Any]:
         """What a step belongs to."""
@@ -104,32 +136,36 @@ def _besides_params(state: TrainState) -> dict[str, Any]:
     return {"step": state.step, "opt_state": state.opt_state, "halted": state.halted}
 
 
-def latest_step(folder: Path) -> int | None:
-    """The newest complete step of a ``checkpoints/`` folder; None where there is none, or no folder."""
-    if not folder.is_dir():
-        return None
-    checkpoints = Checkpoints(folder)
-    latest = max(checkpoints.steps(), default=None)
-    checkpoints.close()
-    return latest
+def restore_leaves(
+    folder: epath.Path, step: int, abstract: Mapping[LeafPath, jax.ShapeDtypeStruct]
+) -> dict[LeafPath, jax.Array]:
+    """Some trainable leaves of a step in the dtypes and shardings given; what is not asked for is not read.
 
-
-def check_run_folder(run: Path) -> None:
-    """Only an absent or empty folder, or one that holds a run, may be written to.
-
-    Raises:
-        UserError: it holds something else.
+    All processes that hold a part of them ask together.
     """
-    if run.exists() and not run.is_dir():
-        raise UserError(f"training.output_dir: {run} is a file")
-    if run.is_dir() and any(run.iterdir()) and not ((run / "config.yaml").is_file() or (run / "checkpoints").is_dir()):
-        raise UserError(f"training.output_dir: {run} holds something that is not a run; name another folder")
+    if not abstract:
+        return {}
+    wanted = unflatten(dict(abstract))
+    arguments = ocp.args.PyTreeRestore(  # type: ignore[call-arg]
+        item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
+    )
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        return flatten(checkpointer.restore(folder / str(step) / "params", args=arguments))
 
 
-def check_same_run(run: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
+def latest_step(folder: epath.Path) -> int | None:
+    """The newest complete step of a ``checkpoints/`` folder; None where there is none, or no folder.
+
+    Unlike :class:`Checkpoints`, it may be asked by one process alone.
+    """
+    return max(checkpoint_steps(folder), default=None) if folder.is_dir() else None
+
+
+def check_same_run(run: object, saved: dict[str, Any], current: dict[str, Any]) -> None:
     """Whether a checkpoint belongs to the config, data and base model at hand.
 
     Args:
+        run: its name, for people.
         saved, current: ``config`` as nested dicts, ``data`` and ``base`` fingerprints.
 
     Raises:

@@ -7,18 +7,21 @@ import os
 import sys
 
 from sft_jax import __version__
-from sft_jax.errors import UserError
+from sft_jax.errors import AGAIN, USER_MISTAKE, Preempted, Unreachable, UserError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; 0 on success, 2 on a mistake of the user's, told in one line."""
+    """Run a command; 0 on success, 2 on a mistake of the user's, told in one line, 75 where it goes on if run again."""
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
         return options.command(options)
     except UserError as error:
         print(f"sft-jax: {error}", file=sys.stderr)
-        return 2
+        return USER_MISTAKE
+    except (Preempted, Unreachable) as error:
+        print(f"sft-jax: {error}", file=sys.stderr)
+        return AGAIN
     except KeyboardInterrupt:
         print("sft-jax: interrupted", file=sys.stderr)
         return 130
@@ -29,9 +32,12 @@ def _train(options: argparse.Namespace) -> int:
 
     config = load(options.config, options.overrides)
     _quiet_imports()
-    from sft_jax.train import train
+    from sft_jax.processes import joined
 
-    train(config)
+    with joined(options.coordinator, options.num_processes, options.process_id, options.timeout):
+        from sft_jax.train import train
+
+        train(config)
     return 0
 
 
@@ -126,9 +132,12 @@ def _score(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     os.environ["JAX_PLATFORMS"] = "cpu"  # an export needs no accelerator and takes none from a run beside it
     _quiet_imports()
-    from sft_jax.export import export
+    from sft_jax.processes import joined
 
-    export(options.run, options.out, options.format, options.step)
+    with joined(options.coordinator, options.num_processes, options.process_id, options.timeout):
+        from sft_jax.export import export
+
+        export(options.run, options.out, options.format, options.step)
     return 0
 
 
@@ -148,6 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train; continues where a run of the same config left off")
     train.add_argument("config", metavar="CONFIG.yaml")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="such as optimizer.learning_rate=2e-5")
+    _add_processes(train)
     train.set_defaults(command=_train)
 
     inspect = commands.add_parser(
@@ -221,6 +231,7 @@ def _parser() -> argparse.ArgumentParser:
         "--format", choices=("adapter", "merged"), help="default: adapter for LoRA, merged for full fine-tuning"
     )
     export.add_argument("--step", type=int, help="default: the last checkpoint")
+    _add_processes(export)
     export.set_defaults(command=_export)
     return parser
 
@@ -232,3 +243,17 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", help="the base model of an adapter, where it has moved")
     parser.add_argument("--step", type=int, help="of a run; default: the last checkpoint")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: the run's, or that of the files")
+
+
+def _add_processes(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("several processes", "found by themselves on Cloud TPU, SLURM and Open MPI")
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, with a port that is free there")
+    group.add_argument("--num-processes", type=int, metavar="N", help="1: this one alone, whatever is around it")
+    group.add_argument("--process-id", type=int, metavar="I", help="of this one, from 0")
+    group.add_argument(
+        "--timeout",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="of silence after which one is taken to be gone",
+    )

@@ -183,7 +183,9 @@ class TrainingConfig:
     eval_every: int = 100
     save_every: int = 200
     log_every: int = 1
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = 2  # the last so many
+    keep_best: int = 0  # besides, so many with the lowest held-out loss
+    keep_every: int | None = None  # besides, those of every so many steps
     label_smoothing: float = 0.0  # this share of a target is spread over the vocabulary
     z_loss: float = (
         0.0  # this times the squared log of the softmax's denominator is added; 1e-4 keeps logits from drifting
@@ -202,6 +204,12 @@ class TrainingConfig:
             "keep_checkpoints",
         ):
             _require(getattr(self, name) >= 1, f"training.{name}", f"{getattr(self, name)} is not at least 1")
+        _require(self.keep_best >= 0, "training.keep_best", f"{self.keep_best} is negative")
+        _require(
+            self.keep_every is None or self.keep_every >= 1,
+            "training.keep_every",
+            f"{self.keep_every} is not at least 1 (null: only the last and the best)",
+        )
         _require(self.num_train_epochs > 0, "training.num_train_epochs", f"{self.num_train_epochs} is not positive")
         _require(0 <= self.label_smoothing < 1, "training.label_smoothing", f"{self.label_smoothing} is not in [0, 1)")
         _require(self.z_loss >= 0, "training.z_loss", f"{self.z_loss} is negative")
@@ -245,10 +253,11 @@ class MeshConfig:
 
     data: int = 1
     fsdp: int = -1
+    sequence: int = 1  # splits the slots of rows, for long context
     tensor: int = 1
 
     def __post_init__(self) -> None:
-        sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+        sizes = dataclasses.asdict(self)
         for name, size in sizes.items():
             _require(size == -1 or size >= 1, f"mesh.{name}", f"{size} is neither -1 nor a positive number")
         _require(list(sizes.values()).count(-1) <= 1, "mesh", f"only one axis may be -1, not {sizes}")
@@ -284,6 +293,11 @@ class Config:
             self.model.quantization is None or self.lora is not None,
             "model.quantization",
             "only a frozen base can be quantised, and without lora all weights are trained; set lora, or null here",
+        )
+        _require(
+            self.training.keep_best == 0 or len(self.data.eval) > 0,
+            "training.keep_best",
+            "no checkpoint is better than another without a held-out loss; name held-out data in data.eval",
         )
         _require(
             not self.evaluation.at_end or len(self.data.eval) > 0,

@@ -1,15 +1,26 @@
-"""The one exception for mistakes a user can make."""
+"""What ends a command besides success, and the exit code it has."""
+
+USER_MISTAKE = 2  # not to be tried again as it is
+AGAIN = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on where this one stopped
 
 
 class UserError(ValueError):
     """A mistake in a config, a file or a row, told in one line that names it and the way out.
 
-    The command line prints the message without a traceback and exits with code 2; everything else that is raised is
-    a fault of this library and keeps its traceback.
+    The command line prints the message without a traceback and exits with :data:`USER_MISTAKE`; everything else that is
+    raised is a fault of this library and keeps its traceback.
     """
 
     def __init__(self, message: str):
         super().__init__(one_line(message))
+
+
+class Preempted(Exception):
+    """The machine is about to be taken away; the state is saved."""
+
+
+class Unreachable(RuntimeError):
+    """Another process of the run did not come."""
 
 
 def one_line(text: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import jax
 
 from sft_jax.announce import Announcer
 from sft_jax.config import Config
+from sft_jax.data.packing import row_lengths
 from sft_jax.evaluation.compare import Comparison, Networks, compare, prepare
 from sft_jax.hf.config import read_architecture, stop_ids
 from sft_jax.metrics import read_metrics
@@ -19,7 +21,7 @@ from sft_jax.models.lora import is_adapter
 from sft_jax.report import table
 from sft_jax.report.write import write_report
 from sft_jax.runs import open_run
-from sft_jax.sharding import check_batch, check_heads, make_mesh
+from sft_jax.sharding import check_batch, check_heads, check_lengths, make_mesh
 from sft_jax.training.compilation import keep_programs
 from sft_jax.training.weights import build, load_weights
 from sft_jax.tree import flatten, unflatten
@@ -44,8 +46,10 @@ def evaluate(
     run = open_run(config.training.output_dir, step)
     trained = run.config
     config = dataclasses.replace(config, model=trained.model, lora=trained.lora)
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
+    mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
     check_batch(config.training.batch_size, config.training.gradient_accumulation_steps, mesh)
+    lengths = row_lengths(config.data)
+    check_lengths(lengths, mesh)
     say.mesh(mesh)
     keep_programs(mesh.devices.flat[0])
     arch = read_architecture(run.base)
@@ -54,8 +58,8 @@ def evaluate(
     check_heads(arch.num_heads, mesh)
     task = prepare(config, arch, run.tokenizer, stop_ids(run.base))
     say.task(task)
-    token_table = config.lora is not None and not all(map(is_adapter, run.params))
-    kernel = choose_kernel(config.model.attention, mesh, arch, config.model.dtype, config.data.max_length)
+    token_table = config.lora is not None and not all(map(is_adapter, run.trained))
+    kernel = choose_kernel(config.model.attention, mesh, arch, config.model.dtype, math.gcd(*lengths))
     check_kernel(kernel, mesh, arch)
     split = build(
         arch,
@@ -70,18 +74,17 @@ def evaluate(
     )
     say.model(config, arch.family, split, kernel)
     base, frozen = load_weights(split, arch, run.reader, None, old_vocab_size, trained.training.seed)
-    abstract = flatten(split.trainable)
-    tuned = unflatten({path: jax.device_put(run.params[path], leaf.sharding) for path, leaf in abstract.items()})
+    tuned = unflatten(run.restore(flatten(split.trainable)))
     stops = list(dict.fromkeys([*run.stop_ids, *stop_ids(run.base)]))
     networks = Networks(split, mesh, arch, run.tokenizer, stops, frozen, base, tuned)
     comparison = compare(config, task, networks)
     if jax.process_index() == 0:
-        page = write_report(
-            config, run.folder, run.step, comparison, read_metrics(run.folder / "metrics.jsonl"), run.tokenizer
-        )
+        folder = run.folder.local
+        page = write_report(config, folder, run.step, comparison, read_metrics(folder / "metrics.jsonl"), run.tokenizer)
+        run.folder.push(last=True)
         if as_json:
             print(json.dumps(comparison.summary))
         else:
             print(table.as_text(comparison))
-            say("report", str(page))
+            say("report", f"{run.folder}/{page.relative_to(folder)}")
     return comparison

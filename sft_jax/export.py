@@ -1,22 +1,24 @@
 """A run as a Hugging Face folder: a PEFT adapter, or a whole model with the adapter merged in.
 
 Tensors are made one at a time from the base model's files and the run's trained leaves: base weights that were not
-trained are copied bit by bit, and no network is built.
+trained are copied bit by bit, and no network is built. Several processes write one folder, each its own files; each
+holds its part of one trained leaf at a time, and one tensor.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
+import jax
 import numpy as np
+from jax import lax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sft_jax import builtin
 from sft_jax.errors import UserError
@@ -24,10 +26,13 @@ from sft_jax.hf.card import model_card
 from sft_jax.hf.config import read_architecture, read_config, stop_ids
 from sft_jax.hf.names import is_stacked, is_transposed, module_name, tensor_names
 from sft_jax.hf.peft import save_adapter
-from sft_jax.hf.save import save_tensors
+from sft_jax.hf.reader import chunks
+from sft_jax.hf.save import Tensor, TensorWriter
 from sft_jax.metrics import read_metrics
 from sft_jax.models.lora import is_adapter
+from sft_jax.processes import gather, of_first
 from sft_jax.runs import Run, open_run
+from sft_jax.tree import Path as LeafPath
 
 
 def export(run: str | Path, out: str | Path, form: str | None = None, step: int | None = None) -> Path:
@@ -43,6 +48,7 @@ def export(run: str | Path, out: str | Path, form: str | None = None, step: int 
     """
     opened = open_run(run, step)
     out = Path(out)
+    is_main = jax.process_index() == 0
     form = form or ("merged" if opened.config.lora is None else "adapter")
     if form == "adapter" and opened.config.lora is None:
         raise UserError(f"{run}: was fully fine-tuned, so there is no adapter; use --format merged")
@@ -51,30 +57,45 @@ def export(run: str | Path, out: str | Path, form: str | None = None, step: int 
             _write_adapter(opened, folder)
         else:
             _write_merged(opened, folder)
-        _write_generation_config(opened, folder)
-        opened.tokenizer.save_pretrained(folder)
-        losses = read_metrics(Path(run) / "metrics.jsonl")
-        card = model_card(opened.config, form, opened.step, losses, opened.dtype("model.embed_tokens.weight"))
-        (folder / "README.md").write_text(card, encoding="utf-8")
-    print(f"{out}: {form} of step {opened.step}, {sum(f.stat().st_size for f in out.iterdir()) / 1e6:.1f} MB")
+        if is_main:
+            _write_generation_config(opened, folder)
+            opened.tokenizer.save_pretrained(folder)
+            losses = read_metrics(opened.folder.local / "metrics.jsonl")
+            card = model_card(opened.config, form, opened.step, losses, opened.dtype("model.embed_tokens.weight"))
+            (folder / "README.md").write_text(card, encoding="utf-8")
+    if is_main:
+        print(f"{out}: {form} of step {opened.step}, {sum(f.stat().st_size for f in out.iterdir()) / 1e6:.1f} MB")
     return out
 
 
 @contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
-    """A folder beside ``out`` that takes its name at the end; removed if anything fails before."""
+    """A folder beside ``out`` that takes its name at the end; removed if anything fails before.
+
+    Process 0 makes and names it; the others write into it.
+    """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists and is not an empty folder; name another one")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    gather("the export")
+    is_main = jax.process_index() == 0
+    name = ""
+    if is_main:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        name = tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent)
+    partial = Path(of_first("the export's folder", name))
     try:
+        if not partial.is_dir():
+            raise UserError(f"{out.parent}: is not the folder that process 0 sees; all need the same one")
         yield partial
-        partial.chmod(0o777 & ~_umask())  # temporary folders, and safetensors, are made for the owner alone
-        for file in partial.iterdir():
-            file.chmod(0o666 & ~_umask())
-        os.replace(partial, out)
+        gather("the end of the export")
+        if is_main:
+            partial.chmod(0o777 & ~_umask())  # temporary folders are made for the owner alone
+            for file in partial.iterdir():
+                file.chmod(0o666 & ~_umask())
+            os.replace(partial, out)
     except BaseException:
-        shutil.rmtree(partial)
+        if is_main:
+            shutil.rmtree(partial)
         raise
 
 
@@ -87,14 +108,16 @@ def _umask() -> int:
 def _write_adapter(run: Run, folder: Path) -> None:
     lora = run.config.lora
     assert lora is not None
-    arch = read_architecture(run.base)
-    adapter = {path: leaf for path, leaf in run.params.items() if is_adapter(path)}
-    tables = _trained_tensors(run, arch.num_layers)
+    adapter = {path: leaf for path, leaf in run.trained.items() if is_adapter(path)}
+    tables = {path: leaf for path, leaf in run.trained.items() if not is_adapter(path)}
+    leaves = whole(run, adapter | tables)
+    if jax.process_index() != 0:
+        return
     save_adapter(
         folder,
-        adapter,
-        {name: get() for name, (_, get) in tables.items()},
-        arch.num_layers,
+        {path: leaves[path] for path in adapter},
+        {name: _as_in_file(run, name, path, leaves[path]) for path in tables for name in tensor_names(path, 0)},
+        read_architecture(run.base).num_layers,
         lora.rank,
         lora.alpha,
         lora.dropout,
@@ -104,33 +127,47 @@ def _write_adapter(run: Run, folder: Path) -> None:
 
 
 def _write_merged(run: Run, folder: Path) -> None:
+    """Untrained and merged tensors by the process whose file they are in; trained ones a leaf at a time, by all."""
     arch = read_architecture(run.base)
-    trained = _trained_tensors(run, arch.num_layers)
-    updates = _updates(run, arch.num_layers)
-    sizes = {name: math.prod(shape) * run.dtype(name).itemsize for name, (shape, _) in trained.items()}
+    trained = {path: leaf for path, leaf in run.trained.items() if not is_adapter(path)}
+    names = {path: tensor_names(path, arch.num_layers) for path in trained}
+    tensors = {
+        name: Tensor(_file_shape(path, leaf.shape), run.dtype(name))
+        for path, leaf in trained.items()
+        for name in names[path]
+    }
     reader = run.reader
+    untrained = set() if reader is None else reader.names - set(tensors)
+    if arch.tie_word_embeddings and "model.embed_tokens.weight" in tensors:
+        untrained -= {"lm_head.weight"}  # some tied models carry a copy of the table, which is now out of date
     if reader is not None:
-        untrained = reader.names - set(trained)
-        if arch.tie_word_embeddings and "model.embed_tokens.weight" in trained:
-            untrained -= {"lm_head.weight"}  # some tied models carry a copy of the table, which is now out of date
-        sizes |= {name: math.prod(reader.shape(name)) * reader.dtype(name).itemsize for name in untrained}
+        tensors |= {name: Tensor(reader.shape(name), reader.dtype(name)) for name in untrained}
+    updates = _updates(run, arch.num_layers)
+    tensors = dict(sorted(tensors.items()))
+    with TensorWriter(folder, tensors, process=jax.process_index(), num_processes=jax.process_count()) as writer:
+        for name in filter(writer.owns, sorted(untrained)):
+            assert reader is not None
+            if name in updates:
+                writer.write(name, _merged(run, reader.read(name), *updates[name]))
+            else:
+                for start, rows in chunks(reader, name):
+                    writer.write(name, rows, start)
+        for path, leaf in trained.items():
+            for name, layer in zip(names[path], layers(run, path, leaf), strict=True):
+                if writer.owns(name):
+                    writer.write(name, _as_in_file(run, name, path, jax.device_get(layer)))
+    if jax.process_index() == 0:
+        config = read_config(run.base) | {"vocab_size": run.vocab_size}
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
-    def get(name: str) -> np.ndarray:
-        if name in trained:
-            return trained[name][1]()
-        assert reader is not None
-        weight = reader.read(name)
-        if name not in updates:
-            return weight
-        a, b = updates[name]
-        if not b.any():  # adding zero would turn -0.0 into 0.0
-            return weight
-        scale = np.float32(run.config.lora.alpha / run.config.lora.rank)  # type: ignore[union-attr]
-        return (weight.astype(np.float32) + scale * (a @ b).T).astype(weight.dtype)
 
-    save_tensors(folder, dict(sorted(sizes.items())), get)
-    config = read_config(run.base) | {"vocab_size": run.vocab_size}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+def _merged(run: Run, weight: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """``weight [out, in]`` with the update of an adapter, computed in float32 and rounded once."""
+    if not b.any():  # adding zero would turn -0.0 into 0.0
+        return weight
+    lora = run.config.lora
+    assert lora is not None
+    return (weight.astype(np.float32) + np.float32(lora.alpha / lora.rank) * (a @ b).T).astype(weight.dtype)
 
 
 def _write_generation_config(run: Run, folder: Path) -> None:
@@ -142,26 +179,53 @@ def _write_generation_config(run: Run, folder: Path) -> None:
     (folder / "generation_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _trained_tensors(run: Run, num_layers: int) -> dict[str, tuple[tuple[int, ...], Any]]:
-    """Base tensors that were trained: file name to (file shape, a function that makes it in the file dtype)."""
-    tensors = {}
-    for path, leaf in run.params.items():
-        if is_adapter(path):
-            continue
-        for i, name in enumerate(tensor_names(path, num_layers)):
-            layer = leaf[i] if is_stacked(path) else leaf
-            layer = layer.T if is_transposed(path) else layer
-            dtype = run.dtype(name)
-            tensors[name] = (layer.shape, lambda x=layer, dtype=dtype: np.ascontiguousarray(x).astype(dtype))
-    return tensors
+def whole(run: Run, leaves: Mapping[LeafPath, jax.ShapeDtypeStruct]) -> dict[LeafPath, np.ndarray]:
+    """Small trained leaves, whole on each process."""
+    everywhere = NamedSharding(_all_devices(), PartitionSpec())
+    abstract = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere) for path, x in leaves.items()}
+    return jax.device_get(run.restore(abstract))
+
+
+def layers(run: Run, path: LeafPath, leaf: jax.ShapeDtypeStruct) -> Iterator[jax.Array]:
+    """A trained leaf, layer by layer, each whole on each process; the leaf itself is split over all of them."""
+    mesh = _all_devices()
+    first = int(is_stacked(path))
+    sizes = leaf.shape[first:]
+    longest = first + max(range(len(sizes)), key=lambda dim: (sizes[dim] % mesh.size == 0, sizes[dim]))
+    divides = leaf.shape[longest] % mesh.size == 0
+    spec = PartitionSpec(*("all" if dim == longest and divides else None for dim in range(len(leaf.shape))))
+    abstract = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+    array = run.restore({path: abstract})[path]
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    if not first:
+        yield jax.jit(lambda x: x, out_shardings=everywhere)(array)
+        return
+    one = jax.jit(lambda x, i: lax.dynamic_index_in_dim(x, i, keepdims=False), out_shardings=everywhere)
+    for i in range(leaf.shape[0]):
+        yield one(array, np.int32(i))
+
+
+def _all_devices() -> Mesh:
+    return jax.make_mesh((jax.device_count(),), ("all",), axis_types=(AxisType.Auto,))
+
+
+def _file_shape(path: LeafPath, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of one of the tensors that a leaf stands for."""
+    shape = shape[1:] if is_stacked(path) else shape
+    return shape[::-1] if is_transposed(path) else shape
+
+
+def _as_in_file(run: Run, name: str, path: LeafPath, layer: np.ndarray) -> np.ndarray:
+    return (layer.T if is_transposed(path) else layer).astype(run.dtype(name))
 
 
 def _updates(run: Run, num_layers: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Base tensors that an adapter changes: file name to its ``A [in, R]`` and ``B [R, out]``."""
+    leaves = whole(run, {path: leaf for path, leaf in run.trained.items() if is_adapter(path)})
     updates = {}
-    for path, a in run.params.items():
+    for path, a in leaves.items():
         if path[-1] == "lora_a":
-            b = run.params[(*path[:-1], "lora_b")]
+            b = leaves[(*path[:-1], "lora_b")]
             for i in range(num_layers):
                 updates[f"{module_name(path, i)}.weight"] = (a[i], b[i])
     return updates

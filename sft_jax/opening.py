@@ -8,27 +8,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from sft_jax.architecture import Architecture
 from sft_jax.config import LoraConfig
 from sft_jax.errors import UserError
 from sft_jax.hf.config import read_architecture, read_config, stop_ids
-from sft_jax.hf.hub import find_model
+from sft_jax.hf.hub import find_model, weights_of
 from sft_jax.hf.load import load_params
 from sft_jax.hf.peft import load_adapter, read_adapter_config, token_rows
 from sft_jax.hf.reader import TensorReader
 from sft_jax.hf.tokenizer import load_tokenizer
 from sft_jax.inference.generator import Generator
 from sft_jax.models.lora import Split, is_adapter
-from sft_jax.runs import is_run, open_run
+from sft_jax.run_folder import RunFolder
+from sft_jax.runs import open_run
 from sft_jax.sharding import check_heads, make_mesh
 from sft_jax.training.compilation import keep_programs
 from sft_jax.training.weights import build
 from sft_jax.tree import Params, flatten, unflatten
 from sft_jax.tree import Path as LeafPath
+from sft_jax.typing import Array
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ def open_model(
     folder = Path(name).expanduser()
     mesh = make_mesh(devices=devices)
     keep_programs(mesh.devices.flat[0])
-    if is_run(folder):
-        return _open_run(folder, step, dtype, mesh)
+    if RunFolder(name).is_run():
+        return _open_run(name, step, dtype, mesh)
     if step is not None:
         raise UserError(f"{name}: only run folders have steps, and this is none")
     if (folder / "adapter_config.json").is_file():
@@ -86,12 +86,12 @@ def open_model(
     arch = read_architecture(found)
     dtype = dtype or _file_dtype(found)
     split = build(arch, mesh, None, dtype, remat="none", full=False)
-    frozen = _place(split, arch, TensorReader(found), {}, arch.vocab_size)
+    frozen = _place(split, arch, TensorReader(weights_of(found)), {}, arch.vocab_size)
     stops = _with_eos(stop_ids(found), tokenizer)
     return Opened(f"{name}, {arch.family}, {dtype}", arch, tokenizer, mesh, split, {}, frozen, stops)
 
 
-def _open_run(folder: Path, step: int | None, dtype: str | None, mesh: Mesh) -> Opened:
+def _open_run(folder: str, step: int | None, dtype: str | None, mesh: Mesh) -> Opened:
     run = open_run(folder, step)
     arch = read_architecture(run.base)
     old_vocab_size = arch.vocab_size
@@ -99,10 +99,12 @@ def _open_run(folder: Path, step: int | None, dtype: str | None, mesh: Mesh) -> 
     check_heads(arch.num_heads, mesh)
     dtype = dtype or run.config.model.dtype
     quantization = run.config.model.quantization
-    token_table = quantization is not None and not all(map(is_adapter, run.params))  # trained, so it is not quantised
+    token_table = quantization is not None and not all(map(is_adapter, run.trained))  # trained, so it is not quantised
     split = build(arch, mesh, run.config.lora, dtype, "none", token_table, full=False, quantization=quantization)
-    frozen = _place(split, arch, run.reader, run.params, old_vocab_size)
-    adapter = {path: _put(run.params[path], leaf) for path, leaf in flatten(split.trainable).items()}
+    leaves = flatten(split.trainable) | flatten(split.frozen)
+    given = run.restore({path: leaves[path] for path in run.trained})
+    frozen = _place(split, arch, run.reader, given, old_vocab_size)
+    adapter = {path: given[path] for path in flatten(split.trainable)}
     stops = list(dict.fromkeys([*run.stop_ids, *_with_eos(stop_ids(run.base), run.tokenizer)]))
     what = f"{folder} at step {run.step}, {'full fine-tuning' if run.config.lora is None else 'LoRA'} of "
     base = f"{run.config.model.path}, {dtype}" + (f", base in {quantization}" if quantization else "")
@@ -125,7 +127,7 @@ def _open_adapter(folder: Path, base: str | None, dtype: str | None, mesh: Mesh)
     tables = {path: leaf for path, leaf in flatten(split.frozen).items() if path[0] in ("embed_tokens", "lm_head")}
     wanted = flatten(split.trainable) | tables
     given = load_adapter(str(folder), wanted, arch.num_layers, config.rank, config.alpha)
-    frozen = _place(split, arch, TensorReader(found), given, old_vocab_size)
+    frozen = _place(split, arch, TensorReader(weights_of(found)), given, old_vocab_size)
     adapter = unflatten({path: given[path] for path in flatten(split.trainable)})
     stops = _with_eos(stop_ids(folder) or stop_ids(found), tokenizer)
     return Opened(
@@ -141,22 +143,15 @@ def _open_adapter(folder: Path, base: str | None, dtype: str | None, mesh: Mesh)
 
 
 def _place(
-    split: Split, arch: Architecture, reader: TensorReader | None, given: dict[LeafPath, Any], old_vocab_size: int
+    split: Split, arch: Architecture, reader: TensorReader | None, given: dict[LeafPath, Array], old_vocab_size: int
 ) -> Params:
     """Frozen leaves in place: those given as they are, the others from the files."""
     leaves, base = flatten(split.frozen), split.base()
-    loaded = {path: _put(given[path], leaf) for path, leaf in leaves.items() if path in given}
+    loaded = {path: given[path] for path in leaves if path in given}
     wanted = base.keys() - loaded.keys() - flatten(split.trainable).keys()
     if reader is not None:
         loaded |= load_params(reader, base, wanted, arch.num_layers, arch.tie_word_embeddings, old_vocab_size)
     return unflatten({path: loaded[path] for path in leaves})
-
-
-def _put(value: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-    if isinstance(value, jax.Array):
-        return value
-    sharding: Any = leaf.sharding
-    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: np.asarray(value[index]).astype(leaf.dtype))
 
 
 def _file_dtype(folder: Path) -> str:

@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 
 from sft_jax import config as configs
-from sft_jax.checkpoint import Checkpoints
+from sft_jax.checkpoint import Checkpoints, restore_leaves
 from sft_jax.config import Config
 from sft_jax.errors import UserError
 from sft_jax.hf.config import read_config
-from sft_jax.hf.hub import find_model
+from sft_jax.hf.hub import find_model, weights_of
 from sft_jax.hf.reader import TensorReader
 from sft_jax.hf.tokenizer import load_tokenizer
+from sft_jax.run_folder import RunFolder
 from sft_jax.tree import Path as LeafPath
-from sft_jax.tree import flatten
 
 
 @dataclass(frozen=True)
 class Run:
     """A run folder, opened at one checkpoint."""
 
-    folder: Path
+    folder: RunFolder
     config: Config
     step: int
-    params: dict[LeafPath, np.ndarray]  # trained leaves, in the dtype they were trained in
+    trained: dict[LeafPath, jax.ShapeDtypeStruct]  # shapes and dtypes of the trained leaves
     base: Path  # folder of the base model
     reader: TensorReader | None  # None where the base is random weights, all of which were trained
     tokenizer: Any
@@ -43,26 +45,26 @@ class Run:
         dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
         return np.dtype({"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}[dtype])
 
+    def restore(self, abstract: Mapping[LeafPath, jax.ShapeDtypeStruct]) -> dict[LeafPath, jax.Array]:
+        """Trained leaves, in the dtypes and shardings given."""
+        return restore_leaves(self.folder.checkpoints, self.step, abstract)
 
-def is_run(folder: Path) -> bool:
-    """Whether a folder is one that training writes into."""
-    return (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir()
 
-
-def open_run(folder: str | Path, step: int | None = None) -> Run:
+def open_run(name: str | Path, step: int | None = None) -> Run:
     """Read a run folder.
 
     Args:
+        name: its folder, or the URL of one in a bucket.
         step: a checkpoint; by default the last.
 
     Raises:
         UserError: not a run folder, no (such) checkpoint, or the base model is missing or has changed.
     """
-    folder = Path(folder)
-    if not is_run(folder):
+    folder = RunFolder(str(name))
+    if not folder.is_run():
         raise UserError(f"{folder}: not a run folder; it has no config.yaml and checkpoints")
-    config = configs.load(folder / "config.yaml")
-    checkpoints = Checkpoints(folder / "checkpoints", config.training.keep_checkpoints)
+    config = configs.load(folder.local / "config.yaml")
+    checkpoints = Checkpoints(folder.checkpoints, config.training.keep_checkpoints)
     try:
         steps = checkpoints.steps()
         if not steps:
@@ -72,11 +74,11 @@ def open_run(folder: str | Path, step: int | None = None) -> Run:
         step = steps[-1] if step is None else step
         identity = checkpoints.run(step)
         base = find_model(config.model.path, config.model.revision)
-        reader = TensorReader(base) if config.model.init == "pretrained" else None
+        reader = TensorReader(weights_of(base)) if config.model.init == "pretrained" else None
         if reader is not None and reader.fingerprint() != identity["base"]:
             raise UserError(f"{base}: the base model has changed since {folder} was trained")
-        params = flatten(checkpoints.restore_params(step))
+        trained = checkpoints.trained(step)
     finally:
         checkpoints.close()
-    tokenizer, _ = load_tokenizer(folder / "tokenizer")
-    return Run(folder, config, step, params, base, reader, tokenizer, identity["stop_ids"], identity["vocab_size"])
+    tokenizer, _ = load_tokenizer(folder.local / "tokenizer")
+    return Run(folder, config, step, trained, base, reader, tokenizer, identity["stop_ids"], identity["vocab_size"])

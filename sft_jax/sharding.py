@@ -11,54 +11,79 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sft_jax.errors import UserError
 from sft_jax.typing import Array
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "sequence", "tensor")
 
-# logical axis → mesh axis. Weights are split over fsdp along the model dimension and over tensor along the dimension
-# that heads, MLP channels or vocabulary entries live on; a batch is split over everything that is not tensor.
+# logical axis → mesh axis. Weights are split over fsdp and sequence along the model dimension, and over tensor along
+# the dimension that heads, MLP channels or vocabulary entries live on. A batch is split over everything that is not
+# tensor: its rows over data and fsdp, the slots of a row over sequence.
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
     "replica": "data",  # rows while the model dimension is split over fsdp
-    "length": None,
+    "embed_of_slots": "fsdp",  # the model dimension while slots are split already and rows are not
+    "length": "sequence",
+    "whole_length": None,  # where the model dimension is split over sequence, and where each device sees whole rows
     "activation": None,
     "layers": None,
-    "embed": "fsdp",
+    "embed": ("fsdp", "sequence"),
     "heads": "tensor",
     "kv_heads": "tensor",
     "head_dim": None,
     "mlp": "tensor",
     "vocab": "tensor",
-    "head_vocab": ("fsdp", "tensor"),  # the vocabulary where logits are made, with the model dimension whole
-    # of an adapter's matrices, whose moments and gradients would otherwise be whole on every device of fsdp
-    "adapter_embed": "fsdp",
-    "adapter_heads": ("tensor", "fsdp"),
-    "adapter_kv_heads": ("tensor", "fsdp"),
-    "adapter_mlp": ("tensor", "fsdp"),
+    "head_vocab": ("fsdp", "sequence", "tensor"),  # where logits are made, with the model dimension whole
+    # of an adapter's matrices, whose moments and gradients would otherwise be whole on every device of fsdp × sequence
+    "adapter_embed": ("fsdp", "sequence"),
+    "adapter_heads": ("tensor", "fsdp", "sequence"),
+    "adapter_kv_heads": ("tensor", "fsdp", "sequence"),
+    "adapter_mlp": ("tensor", "fsdp", "sequence"),
     "rank": None,
     "norm": None,
 }
 
 
-def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh with the axes ``data, fsdp, tensor``; one size may be -1 and takes all remaining devices.
+def make_mesh(
+    data: int = 1, fsdp: int = -1, sequence: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """A mesh with the axes :data:`MESH_AXES`; one size may be -1 and takes all remaining devices.
+
+    Devices of a TPU slice are arranged so that neighbours in the mesh are neighbours in the machine. Several slices
+    meet along ``data`` only, whose one exchange a step the network between them can carry.
 
     Raises:
-        UserError: the sizes do not multiply to the number of devices.
+        UserError: the sizes do not multiply to the number of devices, or ``data`` does not to the number of slices.
     """
     devices = list(devices if devices is not None else jax.devices())
-    sizes = [data, fsdp, tensor]
+    sizes = [data, fsdp, sequence, tensor]
     if -1 in sizes:
         known = math.prod(size for size in sizes if size != -1)
         sizes[sizes.index(-1)] = max(1, len(devices) // known)
     if math.prod(sizes) != len(devices):
         named = " × ".join(f"{name} {size}" for name, size in zip(MESH_AXES, sizes, strict=True))
         raise UserError(f"mesh: {named} needs {math.prod(sizes)} devices, {len(devices)} are here; -1 infers one axis")
-    grid = np.asarray(devices, dtype=object).reshape(sizes)
-    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    return Mesh(_arranged(devices, sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _arranged(devices: Sequence[Any], sizes: Sequence[int]) -> np.ndarray:
+    """Devices as an array of the mesh's shape."""
+    num_slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if num_slices == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    data, *rest = sizes
+    if data % num_slices:
+        raise UserError(
+            f"mesh.data: {data} is not a multiple of the {num_slices} slices, and only data may cross from one to "
+            f"another; use mesh.data={num_slices} mesh.fsdp=-1"
+        )
+    within = (data // num_slices, *rest)
+    return mesh_utils.create_hybrid_device_mesh(
+        within, (num_slices, *(1 for _ in rest)), devices, allow_split_physical_axes=True
+    )
 
 
 def check_batch(batch_size: int, parts: int, mesh: Mesh) -> None:
@@ -75,6 +100,24 @@ def check_batch(batch_size: int, parts: int, mesh: Mesh) -> None:
         )
 
 
+def check_lengths(row_lengths: Sequence[int], mesh: Mesh) -> None:
+    """Refuse a sequence axis that does not divide the slots of every row.
+
+    Args:
+        row_lengths: all that come, the longest last.
+
+    Raises:
+        UserError: with the sizes that do.
+    """
+    sequence, common = mesh.shape["sequence"], math.gcd(*row_lengths)
+    if common % sequence:
+        rows = " or ".join(map(str, row_lengths))
+        raise UserError(
+            f"mesh.sequence: {sequence} does not divide rows of {rows} slots (data.max_length"
+            f"{'' if len(row_lengths) == 1 else ' without data.packing'}); these do: {_divisors(common)}"
+        )
+
+
 def check_heads(num_heads: int, mesh: Mesh) -> None:
     """Refuse a tensor axis that would cut through a head.
 
@@ -83,8 +126,13 @@ def check_heads(num_heads: int, mesh: Mesh) -> None:
     """
     tensor = mesh.shape["tensor"]
     if num_heads % tensor:
-        fitting = ", ".join(str(n) for n in range(1, num_heads + 1) if num_heads % n == 0)
-        raise UserError(f"mesh.tensor: {tensor} does not divide the {num_heads} heads; these do: {fitting}")
+        raise UserError(
+            f"mesh.tensor: {tensor} does not divide the {num_heads} heads; these do: {_divisors(num_heads)}"
+        )
+
+
+def _divisors(size: int) -> str:
+    return ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
 
 
 def partition_spec(axes: Sequence[str], shape: Sequence[int], mesh: Mesh | jax.sharding.AbstractMesh) -> PartitionSpec:
@@ -123,6 +171,11 @@ def axis_names(axis: str, mesh: Mesh | jax.sharding.AbstractMesh) -> tuple[str, 
     """The mesh axes that a logical axis is split over, without those of size 1."""
     names = RULES[axis] or ()
     return tuple(name for name in ((names,) if isinstance(names, str) else names) if mesh.shape[name] > 1)
+
+
+def num_parts(axis: str, mesh: Mesh | jax.sharding.AbstractMesh) -> int:
+    """How many parts a logical axis is split into, where it divides."""
+    return math.prod(mesh.shape[name] for name in axis_names(axis, mesh))
 
 
 def constrain(x: Array, *axes: str) -> Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -17,28 +18,31 @@ from jax.sharding import Mesh
 
 from sft_jax import config as configs
 from sft_jax.announce import Announcer
-from sft_jax.checkpoint import Checkpoints, check_run_folder, check_same_run, latest_step
+from sft_jax.checkpoint import Checkpoints, check_same_run, latest_step
 from sft_jax.config import Config
 from sft_jax.data.chat import prompt_ids
 from sft_jax.data.examples import Examples
 from sft_jax.data.loader import Loader
-from sft_jax.data.packing import plan_of, plan_run
+from sft_jax.data.packing import plan_of, plan_run, row_lengths
 from sft_jax.data.prepare import prepare_data
 from sft_jax.data.streaming import StreamLoader, first_rows, stream
-from sft_jax.errors import UserError
+from sft_jax.errors import Preempted, UserError
 from sft_jax.evaluation.compare import Networks, compare, prepare
 from sft_jax.hf.config import read_architecture, stop_ids
-from sft_jax.hf.hub import find_model
+from sft_jax.hf.hub import find_model, weights_of
 from sft_jax.hf.reader import TensorReader
 from sft_jax.hf.tokenizer import load_tokenizer
 from sft_jax.inference.generator import Generator
 from sft_jax.metrics import MetricsWriter, Progress, read_metrics
 from sft_jax.models.attention.kernel import check_kernel, choose_kernel
 from sft_jax.models.lora import Split
+from sft_jax.preemption import Preemption
+from sft_jax.processes import gather, of_first
 from sft_jax.report import table
 from sft_jax.report.loss import plot_loss
 from sft_jax.report.write import write_report
-from sft_jax.sharding import check_batch, check_heads, make_mesh
+from sft_jax.run_folder import RunFolder
+from sft_jax.sharding import check_batch, check_heads, check_lengths, make_mesh
 from sft_jax.training.assembly import network_of, step_of
 from sft_jax.training.compilation import Steps, keep_programs
 from sft_jax.training.optimizer import labels_of, make_optimizer
@@ -59,20 +63,24 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
         UserError: anything wrong with config, model, data or run folder; nothing is written before these are checked.
     """
     # -- devices and mesh ---------------------------------------------------------------------------------------------
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
+    mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
     is_main = jax.process_index() == 0
     say = Announcer(is_main)
     check_batch(config.training.batch_size, config.training.gradient_accumulation_steps, mesh)
-    run = Path(config.training.output_dir)
-    check_run_folder(run)
+    lengths = row_lengths(config.data)
+    check_lengths(lengths, mesh)
+    folder = RunFolder(config.training.output_dir)
+    folder.check()
+    run = folder.local
+    latest = _latest_step(folder)
     say.mesh(mesh)
     keep_programs(mesh.devices.flat[0])
 
     # -- data ---------------------------------------------------------------------------------------------------------
-    folder = find_model(config.model.path, config.model.revision)
-    arch = read_architecture(folder)
-    tokenizer, num_added = load_tokenizer(folder, config.data.chat_template, config.data.added_tokens)
-    base_stops = stop_ids(folder)
+    base = find_model(config.model.path, config.model.revision)
+    arch = read_architecture(base)
+    tokenizer, num_added = load_tokenizer(base, config.data.chat_template, config.data.added_tokens)
+    base_stops = stop_ids(base)
     is_stream = config.data.streaming
     given = first_rows(config.data.train) if is_stream else config.data.train
     data = prepare_data(config.data, given, tokenizer, base_stops, arch.max_positions)
@@ -98,15 +106,14 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
     arch = dataclasses.replace(arch, vocab_size=max(arch.vocab_size, len(tokenizer)))
     check_heads(arch.num_heads, mesh)
     model, training = config.model, config.training
-    kernel = choose_kernel(model.attention, mesh, arch, model.dtype, config.data.max_length)
+    kernel = choose_kernel(model.attention, mesh, arch, model.dtype, math.gcd(*lengths))
     check_kernel(kernel, mesh, arch)
     network = partial(network_of, config, arch, mesh, kernel, num_added > 0)
     split = network(remat="full")
-    reader = TensorReader(folder) if config.model.init == "pretrained" else None
+    reader = TensorReader(weights_of(base)) if config.model.init == "pretrained" else None
     say.model(config, arch.family, split, kernel)
     file_dtype = None if reader is None else reader.dtype("model.embed_tokens.weight")
     say.optimizer(config.optimizer, split, file_dtype)
-    latest = latest_step(run / "checkpoints")
     params, frozen = load_weights(
         split, arch, reader, config.lora, old_vocab_size, training.seed, "all" if latest is None else "frozen"
     )
@@ -127,23 +134,28 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
         "stop_ids": list(examples.stop_ids),
         "vocab_size": arch.vocab_size,
     }
-    run.mkdir(parents=True, exist_ok=True)
-    checkpoints = Checkpoints(run / "checkpoints", training.keep_checkpoints)
+    if is_main:
+        folder.begins()
+        if latest is None:
+            configs.save(config, run / "config.yaml")
+            tokenizer.save_pretrained(run / "tokenizer")
+        folder.push()
+    gather("the run folder")
+    if not folder.is_shared():
+        raise UserError(f"training.output_dir: {folder} is not the folder that process 0 sees; all need the same one")
+    checkpoints = Checkpoints(folder.checkpoints, training.keep_checkpoints, training.keep_best, training.keep_every)
     loader: Loader | StreamLoader
     if plan is None:
         loader = stream(config, data.encoder, examples.groups, mesh, arch.max_positions)
     else:
         loader = Loader(examples, plan, mesh, training.batch_size)
     if latest is not None:
-        check_same_run(run, checkpoints.run(latest), identity)
+        check_same_run(folder, checkpoints.run(latest), identity)
         state, position = checkpoints.restore(latest, abstract_state(split.trainable, optimizer, mesh))
         loader.set_state(position)
         say("resume", f"at step {latest} of {total_steps}")
     else:
         state = make_state(params, optimizer, mesh)
-        if is_main:
-            configs.save(config, run / "config.yaml")
-            tokenizer.save_pretrained(run / "tokenizer")
     del params
     first_step = int(state.step)
     positions = {first_step: loader.get_state()}  # in the data, after each of the last few steps
@@ -214,17 +226,19 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
             _stop_not_finite(run, step, values, rows, positions[step - 1], checkpoints, state, identity)
         return now
 
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), Preemption() as preemption:
         batches = iter(loader)
         try:
-            if latest is None:
-                evaluate(0, state)
-                if prompts:
-                    write_samples(0, state)
+            # What is due at the first step, and what a run that was asked to stop left for this one.
+            if latest is None or (latest % training.eval_every == 0 and not _is_written(run, latest, "eval_loss")):
+                evaluate(first_step, state)
+            samples_due = latest is None or latest % config.evaluation.samples_every == 0
+            if prompts and samples_due and not _is_written(run, first_step, "samples"):
+                write_samples(first_step, state)
             if first_step < total_steps:
                 batch = next(batches)
                 positions[first_step + 1] = loader.get_state()
-                train_step = Steps(step_with, model.remat, mesh.devices.flat[0], say.compiled)
+                train_step = Steps(step_with, model.remat, mesh.local_devices[0], say.compiled)
                 train_step.prepare(state, frozen, batch, longest)
                 pending: tuple[int, dict[str, Array], int] | None = None
                 since = time.perf_counter()
@@ -238,9 +252,11 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
                     if pending is not None:
                         since = finish_step(*pending, since)
                     pending = (step, metrics, num_slots)
-                    evaluates = step % training.eval_every == 0 or step == total_steps
-                    saves = step % training.save_every == 0 or step == total_steps
-                    writes = bool(prompts) and (step % config.evaluation.samples_every == 0 or step == total_steps)
+                    asked = preemption.reached(step) and step < total_steps
+                    ends = step == total_steps
+                    evaluates = not asked and (step % training.eval_every == 0 or ends)
+                    saves = asked or step % training.save_every == 0 or ends
+                    writes = bool(prompts) and not asked and (step % config.evaluation.samples_every == 0 or ends)
                     if evaluates or saves or writes:
                         since = finish_step(*pending, since)
                         pending = None
@@ -249,7 +265,14 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
                         if writes:
                             write_samples(step, state)
                         if saves:
-                            checkpoints.save(step, state, positions[step], identity)
+                            checkpoints.save(
+                                step, state, positions[step], identity, last.get("eval_loss") if evaluates else None
+                            )
+                        if is_main:
+                            folder.push()
+                        if asked:
+                            checkpoints.wait()
+                            raise Preempted(f"asked to stop; step {step} is saved; the same command goes on from it")
                         since = time.perf_counter()
             elif latest is None:  # nothing to do: the base model itself is the result
                 checkpoints.save(0, state, positions[0], identity)
@@ -257,23 +280,40 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
             checkpoints.close()
             writer.close()
             progress.close()
+            if is_main:
+                folder.push()
 
     # -- finish -------------------------------------------------------------------------------------------------------
     rows = read_metrics(run / "metrics.jsonl") if is_main else []
     if is_main:
-        say("done", f"{total_steps} steps; loss curve in {plot_loss(run, rows)}")
+        curve = plot_loss(run, rows).relative_to(run)
+        say("done", f"{total_steps} steps; loss curve in {folder}/{curve}")
     if task is not None:
         tuned = state.params
         del state  # the optimizer's memory is the base's now
-        base, _ = load_weights(split, arch, reader, None, old_vocab_size, training.seed, "trainable")
-        comparison = compare(config, task, Networks(split, mesh, arch, tokenizer, stops, frozen, base, tuned))
+        before, _ = load_weights(split, arch, reader, None, old_vocab_size, training.seed, "trainable")
+        comparison = compare(config, task, Networks(split, mesh, arch, tokenizer, stops, frozen, before, tuned))
         last.update({f"tuned_{key}": value for key, value in comparison.summary["tuned"].items()})
         if is_main:
             page = write_report(config, run, total_steps, comparison, rows, tokenizer)
             print(table.as_text(comparison), flush=True)
-            say("report", str(page))
-    say("next", f"sft-jax generate {run} --chat, or sft-jax export {run} OUT")
+            say("report", f"{folder}/{page.relative_to(run)}")
+    if is_main:
+        folder.push(last=True)
+    say("next", f"sft-jax generate {folder} --chat, or sft-jax export {folder} OUT")
     return last
+
+
+def _latest_step(folder: RunFolder) -> int | None:
+    """The step to go on from, as process 0 sees it: another may see the folder change while it looks."""
+    here = latest_step(folder.checkpoints) if jax.process_index() == 0 else None
+    said = of_first("the last step", "" if here is None else str(here))
+    return int(said) if said else None
+
+
+def _is_written(run: Path, step: int, key: str) -> bool:
+    """Whether the metrics of a step have a key."""
+    return any(row["step"] == step and key in row for row in read_metrics(run / "metrics.jsonl"))
 
 
 class _Evaluator:
@@ -327,9 +367,10 @@ def _stop_not_finite(
     checkpoints.save(step - 1, good, position, identity)
     checkpoints.wait()
     path = run / "report" / f"not_finite_step_{step}.json"
-    path.parent.mkdir(exist_ok=True)
-    found = {key: repr(values[key]) for key in ("loss", "grad_norm")}
-    path.write_text(json.dumps({"step": step, **found, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    if jax.process_index() == 0:
+        path.parent.mkdir(exist_ok=True)
+        found = {key: repr(values[key]) for key in ("loss", "grad_norm")}
+        path.write_text(json.dumps({"step": step, **found, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     shown = "rows of a stream, which are not kept apart"
     if rows is not None:
         shown = ", ".join(rows[:4]) + (f" and {len(rows) - 4} more" if len(rows) > 4 else "") + f" (all in {path})"

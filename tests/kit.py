@@ -162,6 +162,15 @@ def losses(run: Path) -> list[float]:
     return [row["loss"] for row in rows if "loss" in row]
 
 
+def trained_leaves(run: Path, step: int | None = None) -> dict:
+    """What a run has trained, by path."""
+    from sft_jax.export import whole
+    from sft_jax.runs import open_run
+
+    opened = open_run(run, step)
+    return whole(opened, opened.trained)
+
+
 def sft_jax(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess:
     """The command line in a process of its own, on one CPU device."""
     environment = os.environ | {"XLA_FLAGS": "", "PYTHONWARNINGS": "default"}

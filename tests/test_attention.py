@@ -10,10 +10,12 @@ import pytest
 
 from sft_jax.architecture import Architecture, Rope
 from sft_jax.errors import UserError
+from sft_jax.models.attention.cudnn import cudnn_attention
 from sft_jax.models.attention.kernel import Kernel, attention, choose_kernel
-from sft_jax.models.attention.splash import splash_attention
+from sft_jax.models.attention.splash import splash_attention, splash_mask
+from sft_jax.models.attention.split import SplitRows
 from sft_jax.models.attention.xla import xla_attention
-from sft_jax.sharding import make_mesh
+from sft_jax.sharding import MESH_AXES, make_mesh
 
 pytestmark = pytest.mark.smoke
 
@@ -79,7 +81,7 @@ def test_splash_matches_dense(window, softcap, heads):
     assert_alike(partial(splash_attention, block=128, interpret=True), *inputs, window=window, softcap=softcap)
 
 
-@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 1, 8), (8, 1, 1)])
+@pytest.mark.parametrize("sizes", [(2, 2, 1, 2), (1, 1, 1, 8), (8, 1, 1, 1)])
 @pytest.mark.parametrize("kv_heads", [2, 8])
 def test_attention_on_a_mesh(sizes, kv_heads):
     """Fewer key/value heads than the tensor axis has devices, and more; rows that do not divide."""
@@ -87,6 +89,91 @@ def test_attention_on_a_mesh(sizes, kv_heads):
     inputs = random_inputs(rows, 16, kv_heads, 4)
     with jax.set_mesh(make_mesh(*sizes)):
         assert_alike(partial(attention, kernel=Kernel("xla", 8)), *inputs, window=9)
+
+
+PARTS = {"end": np.arange(17, 30), "halves": np.r_[4:8, 22:26], "any": np.array([29, 3, 0, 12])}
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("ours", [partial(xla_attention, block=4), partial(cudnn_attention, implementation="xla")])
+def test_some_queries_against_all_keys(part, window, ours):
+    q, k, v, segments = random_inputs(ROWS, 6, 2, 6)
+    places = jnp.asarray(PARTS[part], jnp.int32)
+    seen = (segments[:, places] > 0)[..., None, None]
+
+    def value_and_grads(f):
+        def total(q, k, v):
+            out = jnp.where(seen, f(q, k, v), 0.0)
+            return jnp.sum(jnp.sin(out)), out
+
+        return jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(q, k, v)
+
+    found = value_and_grads(lambda q, k, v: ours(q[:, places], k, v, segments, window, places=places))
+    expected = value_and_grads(lambda q, k, v: dense_attention(q, k, v, segments, window)[:, places])
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5, rtol=1e-5)
+
+
+def on_mesh(sizes):
+    return jax.set_mesh(make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))]))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "kv_heads"), [((1, 1, 8, 1), 2), ((2, 1, 2, 2), 2), ((1, 1, 2, 4), 2), ((1, 2, 3, 1), 8)]
+)
+@pytest.mark.parametrize("window", [None, 9])
+def test_xla_with_rows_in_parts(sizes, kv_heads, window):
+    """Documents across parts, and parts that are halved and exchanged or (three of them, or a window) are not."""
+    length = 48
+    inputs = random_inputs([[13, 35], [48], [20, 20], [1, 46]], 8, kv_heads, 4)
+    assert inputs[0].shape[1] == length
+    with on_mesh(sizes):
+        assert_alike(partial(attention, kernel=Kernel("xla", 4)), *inputs, window=window)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "window", "softcap"), [((1, 1, 2, 2), None, None), ((1, 1, 2, 1), 100, 3.0), ((1, 1, 4, 1), None, None)]
+)
+def test_splash_with_rows_in_parts(sizes, window, softcap):
+    """The Pallas kernel, interpreted; halves of parts that are a block, and that are less."""
+    inputs = random_inputs([[3, 200, 309]], 2, 2, 64)
+    with on_mesh(sizes):
+        kernel = Kernel("splash", 128, interpret=True)
+        assert_alike(partial(attention, kernel=kernel), *inputs, window=window, softcap=softcap)
+
+
+@pytest.mark.parametrize("window", [None, 1, 12, 30])
+def test_blocks_of_a_mask_are_known_without_its_entries(window):
+    """Seen, hidden and in between, for queries in and out of order."""
+    keys = np.arange(48)
+    for places in (SplitRows.of(48, 3, "any", window).places(), SplitRows.of(48, 4, "any", None).places()):
+        mask = splash_mask(places, window)
+        order = places.reshape(-1)[:, None]
+        dense = (keys <= order) & (keys > order - (window or 48))
+        for block in (4, 12):
+            for i, j in np.ndindex(48 // block, 48 // block):
+                at = (slice(i * block, (i + 1) * block), slice(j * block, (j + 1) * block))
+                np.testing.assert_array_equal(mask[at], dense[at])
+
+
+@pytest.mark.parametrize("num", [2, 4, 6])
+def test_parts_are_balanced(num):
+    """Every slot is taken once, and all devices have the same number of pairs of a query and a key."""
+    places = SplitRows.of(24, num, "any", None).places()
+    assert sorted(places.reshape(-1)) == list(range(24))
+    assert len(set((places + 1).sum(axis=1))) == 1
+    assert SplitRows.of(8, 2, "any", None).places().tolist() == [[0, 1, 6, 7], [4, 5, 2, 3]]
+    assert SplitRows.of(8, 2, "any", window=3).places().tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+def test_keys_are_gathered_and_their_gradients_scattered():
+    """What devices trade: keys and values there, parts of their gradients back; never scores or whole queries."""
+    q, k, v, segments = random_inputs([[48]], 8, 2, 4)
+    with on_mesh((1, 1, 8, 1)):
+        text = str(jax.make_jaxpr(jax.grad(lambda *x: attention(*x, segments).sum(), (0, 1, 2)))(q, k, v))
+    assert text.count(" all_gather[") == 2
+    assert text.count(" reduce_scatter[") == 2
 
 
 @pytest.mark.parametrize("block", [4, 7])
@@ -106,11 +193,14 @@ def test_blocks_that_see_nothing_are_not_computed():
     assert np.isfinite(out[:, 8:]).all()
     for gradient in pullback(jnp.ones_like(out)):
         assert np.isfinite(gradient[:, 8:]).all()
+    places = jnp.arange(8, 16)  # of the second document: neither the one before nor the one behind
+    spoiled = k.at[:, :8].set(np.nan).at[:, 16:].set(np.nan)
+    assert np.isfinite(xla_attention(q[:, places], spoiled, v, segments, block=8, places=places)).all()
 
 
-def device(platform, capability="9.0"):
-    mesh = SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform, compute_capability=capability)]))
-    return mesh
+def device(platform, capability="9.0", sequence=1):
+    devices = np.array([SimpleNamespace(platform=platform, compute_capability=capability)])
+    return SimpleNamespace(devices=devices, shape=dict.fromkeys(MESH_AXES, 1) | {"sequence": sequence})
 
 
 def llama(head_dim=64):
@@ -134,6 +224,20 @@ def test_choice(platform, dtype, row_length, head_dim, expected):
     assert choose_kernel("xla", device(platform), llama(head_dim), dtype, row_length).name == "xla"
     if expected == "xla" and platform != "cpu":
         assert "needs" in str(chosen)  # says why not the faster one
+
+
+def test_choice_for_rows_in_parts():
+    tpu, gpu = device("tpu", sequence=4), device("gpu", sequence=4)
+    chosen = choose_kernel("auto", tpu, llama(), "bfloat16", 2048)
+    assert str(chosen) == "splash (blocks of up to 512; rows in 4 parts, keys gathered)"
+    chosen = choose_kernel("auto", tpu, llama(), "bfloat16", 640)
+    assert chosen.name == "xla"
+    assert "needs rows of a multiple of 512, not 640 (data.max_length, in 4 parts by mesh.sequence)" in str(chosen)
+    assert choose_kernel("auto", gpu, llama(), "bfloat16", 2048).name == "cudnn"
+    with pytest.raises(
+        UserError, match=r"mosaic_gpu takes whole rows only, and mesh.sequence splits them; .* cudnn, xla"
+    ):
+        choose_kernel("mosaic_gpu", gpu, llama(), "bfloat16", 2048)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from test_attention import ROWS, assert_alike, dense_attention, device, llama, r
 
 from sft_jax.errors import UserError
 from sft_jax.models.attention.cudnn import cudnn_attention
-from sft_jax.models.attention.kernel import CHECKED, Kernel, check_kernel, choose_kernel
+from sft_jax.models.attention.kernel import CHECKED, Kernel, _in_parts, check_kernel, choose_kernel
 from sft_jax.models.attention.mosaic_gpu import mosaic_gpu_attention
 from sft_jax.models.attention.parity import TOLERANCE, WINDOW, check_parity
 from sft_jax.models.attention.xla import xla_attention
@@ -105,6 +105,12 @@ def test_which_kernels_are_checked(monkeypatch):
         check_kernel(Kernel(name, 128), make_mesh(), llama(head_dim=128))
     assert [call[0] for call in called] == list(CHECKED)
     assert all(call[2:] == (2, 128, [None]) for call in called)
+
+
+def test_what_is_checked_is_what_parts_of_rows_need():
+    """On a mesh with three parts a row, each third of the queries by itself."""
+    compute = partial(_in_parts, Kernel("xla", 64), 3)
+    assert check_parity("parts", _rounded(compute), group=2, head_dim=64, windows=[None, WINDOW]) < TOLERANCE / 2
 
 
 def test_mosaic_gpu_only_where_asked_for():

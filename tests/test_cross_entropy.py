@@ -14,7 +14,7 @@ pytestmark = pytest.mark.smoke
 ALL_TERMS = Terms(label_smoothing=0.1, z_loss=0.01)
 
 
-def problem(tied, vocab, share=0.4, rows=8, length=11, dim=8, dtype=jnp.float32):
+def problem(tied, vocab, share=0.4, rows=8, length=12, dim=8, dtype=jnp.float32):
     rng = np.random.default_rng(0)
     hidden = jnp.asarray(rng.normal(size=(rows, length, dim)), dtype)
     weight = jnp.asarray(rng.normal(size=(vocab, dim) if tied else (dim, vocab)), dtype)
@@ -64,7 +64,10 @@ def test_any_share_of_targets(share):
         np.testing.assert_allclose(one, other, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 4, 2)])
+@pytest.mark.parametrize(
+    "sizes",
+    [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 1, 8), (2, 2, 1, 2), (1, 4, 1, 2), (1, 1, 4, 2), (2, 1, 2, 2), (1, 2, 4, 1)],
+)
 @pytest.mark.parametrize(("tied", "vocab"), [(False, 40), (True, 37)])
 def test_on_a_mesh(sizes, tied, vocab):
     """The vocabulary split over devices, also where it does not divide; everything that is reported as well."""

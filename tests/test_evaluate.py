@@ -22,11 +22,13 @@ from sft_jax.evaluation.answers import NORMALIZERS, same_answer
 from sft_jax.evaluation.compare import answer_metrics, held_out_metrics
 from sft_jax.evaluation.likelihood import Scorer
 from sft_jax.evaluation.questions import Question, cut_at_blank_line, few_shot_prompts, last_run, questions
+from sft_jax.hf.reader import TensorReader
 from sft_jax.hf.tokenizer import load_tokenizer
 from sft_jax.opening import open_model
 from sft_jax.score import score
 from sft_jax.sharding import make_mesh
 from sft_jax.train import train
+from sft_jax.training.weights import build, load_weights
 
 
 @pytest.mark.smoke
@@ -126,6 +128,14 @@ def test_divergence_is_the_dense_one(tmp_path, encoded):
     assert total / count > 1e-3
     np.testing.assert_allclose(scorer.divergence(params, other, {}, examples), total / count, rtol=1e-4)
     assert abs(scorer.divergence(params, params, {}, examples)) < 1e-6
+
+    mesh = make_mesh(1, 2, 4, 1)
+    spread = build(model.arch, mesh, None, "float32")
+    params, _ = load_weights(spread, model.arch, TensorReader(folder))
+    other = jax.tree.map(lambda x: x * 1.05, params)
+    np.testing.assert_allclose(
+        Scorer(spread, mesh, 128, 4).divergence(params, other, {}, examples), total / count, rtol=1e-4
+    )
 
 
 @pytest.mark.smoke

@@ -11,13 +11,16 @@ from kit import CHATML, load_model, logits, make_model, one_device, run_config, 
 from sft_jax.errors import UserError
 from sft_jax.export import export
 from sft_jax.generate import generate, read_prompts
+from sft_jax.hf.reader import TensorReader
 from sft_jax.inference.generator import Generator
 from sft_jax.inference.sampling import Sampling, filter_logits, sample
 from sft_jax.models.attention.cached import cached_attention
 from sft_jax.models.attention.kernel import attention
 from sft_jax.models.cache import KeyValues
 from sft_jax.opening import open_model
+from sft_jax.sharding import make_mesh
 from sft_jax.train import train
+from sft_jax.training.weights import build, load_weights
 
 SHAPES = {
     "llama": {},
@@ -174,6 +177,16 @@ def test_one_program_a_bucket(opened):
 def test_devices_do_not_matter(tiny, opened):
     assert len(jax.devices()) == 8
     assert ids_of(open_model(str(tiny)), PROMPTS) == ids_of(opened, PROMPTS)
+
+
+@pytest.mark.smoke
+def test_parts_of_rows_do_not_matter(tiny, opened):
+    """Prompts in parts on the devices of the sequence axis, the cache whole on each."""
+    mesh = make_mesh(1, 2, 2, 2)
+    split = build(opened.arch, mesh, None, "float32", full=False)
+    _, frozen = load_weights(split, opened.arch, TensorReader(tiny))
+    generator = Generator(split, opened.arch.max_positions, opened.stop_ids, mesh)
+    assert [one.ids for one in generator({}, frozen, PROMPTS, 20)] == ids_of(opened, PROMPTS)
 
 
 @pytest.mark.smoke

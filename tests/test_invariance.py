@@ -35,12 +35,12 @@ def examples(tmp_path_factory):
     return encoded
 
 
-def update(examples, full, tied, mesh=None, parts=1, packing=False):
+def update(examples, full, tied, mesh=None, parts=1, packing=False, windows=None):
     """Loss and new weights after one step on all examples; every weight is a fixed function of its place."""
     mesh = mesh or make_mesh(devices=one_device())
     vocab_size = len(make_tokenizer())
     arch = Architecture(
-        "qwen3", vocab_size, 32, 64, 2, 8, 2, 4, 1e-5, Rope(1e4), tie_word_embeddings=tied, qk_norm=True
+        "qwen3", vocab_size, 32, 64, 2, 8, 2, 4, 1e-5, Rope(1e4), tied, qk_norm=True, sliding_windows=windows
     )
 
     def network():
@@ -106,9 +106,28 @@ def test_packing(examples, references, full):
 
 
 @pytest.mark.parametrize("full", [False, True])
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (1, 1, 8), pytest.param((2, 2, 2), marks=pytest.mark.smoke)])
+@pytest.mark.parametrize(
+    "sizes", [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 1, 8), pytest.param((2, 2, 1, 2), marks=pytest.mark.smoke)]
+)
 def test_devices(examples, references, full, sizes):
-    tied = sizes != (2, 2, 2)
+    tied = sizes != (2, 2, 1, 2)
     mesh = make_mesh(*sizes)
-    parts = 2 if sizes == (2, 2, 2) else 1
+    parts = 1 if tied else 2
     assert_same(update(examples, full, tied, mesh, parts), references[full, tied])
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize(
+    ("sizes", "tied"),
+    [((1, 1, 8, 1), True), pytest.param((2, 1, 2, 2), False, marks=pytest.mark.smoke), ((1, 2, 4, 1), True)],
+)
+def test_devices_with_parts_of_rows(examples, references, full, sizes, tied):
+    """Packed, so that documents lie across the parts."""
+    assert_same(update(examples, full, tied, make_mesh(*sizes), packing=True), references[full, tied])
+
+
+def test_sliding_windows_in_parts_of_rows(examples, references):
+    windows = (9, None)
+    reference = update(examples, False, True, windows=windows)
+    assert_same(update(examples, False, True, make_mesh(1, 2, 4, 1), packing=True, windows=windows), reference)
+    assert reference[0] != pytest.approx(references[False, True][0], rel=3e-5)

@@ -33,7 +33,7 @@ def test_the_hosts_rows_together_are_the_batch(examples):
 
 def test_from_any_step_on_and_on_any_mesh(examples):
     plan = plan_run(examples.slots, 128, 8, 2)
-    one, eight = make_mesh(devices=jax.devices()[:1]), make_mesh(2, 2, 2)
+    one, eight = make_mesh(devices=jax.devices()[:1]), make_mesh(2, 1, 2, 2)
     assert local_rows(eight, 8) == slice(0, 8)
     batches = list(Loader(examples, plan, one, 8))
     assert len(batches) == plan.num_steps

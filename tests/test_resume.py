@@ -9,14 +9,12 @@ import time
 
 import numpy as np
 import pytest
-from kit import conversations, losses, one_device, run_config, write_jsonl
+from kit import conversations, losses, one_device, run_config, trained_leaves, write_jsonl
 
 from sft_jax import config as configs
-from sft_jax.checkpoint import Checkpoints
 from sft_jax.config import SourceConfig
 from sft_jax.errors import UserError
 from sft_jax.train import train
-from sft_jax.tree import flatten
 
 STEPS = 160
 
@@ -32,13 +30,6 @@ def config_of(tiny, data, out, **changes):
         **changes,
     }
     return run_config(tiny, data, out, **settings)
-
-
-def params_of(run, step):
-    checkpoints = Checkpoints(run / "checkpoints")
-    params = flatten(checkpoints.restore_params(step))
-    checkpoints.close()
-    return params
 
 
 def command(path):
@@ -79,7 +70,7 @@ def test_killed_three_times(tiny, chats, tmp_path):
     assert [row["step"] for row in rows[1]] == list(range(1, STEPS + 1))
     for key in ("loss", "grad_norm", "learning_rate", "real_tokens"):
         assert [row[key] for row in rows[0]] == [row[key] for row in rows[1]]
-    whole, killed = (params_of(tmp_path / name, STEPS) for name in ("whole", "killed"))
+    whole, killed = (trained_leaves(tmp_path / name, STEPS) for name in ("whole", "killed"))
     assert all(np.array_equal(whole[path], killed[path]) for path in whole)
 
 
@@ -130,7 +121,7 @@ def test_not_finite_stops_with_rows_and_a_saved_state(tiny, chats, tmp_path):
     report = json.loads((tmp_path / "run" / "report" / f"not_finite_step_{step}.json").read_text())
     assert report["rows"]
     assert all("chats.jsonl row" in row for row in report["rows"])
-    saved = params_of(tmp_path / "run", step - 1)
+    saved = trained_leaves(tmp_path / "run", step - 1)
     assert all(np.isfinite(leaf).all() for leaf in saved.values())
     assert losses(tmp_path / "run")[-1] is None  # the row is there, as null
     with pytest.raises(UserError, match=f"step {step}: "):  # and it is found again from there

@@ -68,7 +68,7 @@ def test_every_example_as_often_as_the_others(config):
 def test_from_any_position_on_and_on_any_mesh(config):
     found, states = batches(config, 12)
     json.dumps(states)
-    again, _ = batches(config, 4, make_mesh(2, 2, 1, jax.devices()[:4]), json.loads(json.dumps(states[7])))
+    again, _ = batches(config, 4, make_mesh(2, 1, 2, 1, jax.devices()[:4]), json.loads(json.dumps(states[7])))
     for one, other in zip(found[8:], again, strict=True):
         jax.tree.map(np.testing.assert_array_equal, one, other)
 

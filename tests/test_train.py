@@ -7,13 +7,11 @@ import types
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kit import conversations, losses, one_device, run_config, write_jsonl
+from kit import conversations, losses, one_device, run_config, trained_leaves, write_jsonl
 
 from sft_jax import config as configs
-from sft_jax.checkpoint import Checkpoints
 from sft_jax.config import MeshConfig, SourceConfig
 from sft_jax.train import train
-from sft_jax.tree import flatten
 
 FIELDS = {
     "step",
@@ -88,7 +86,7 @@ def test_eight_devices_and_back(tiny, chats, tmp_path):
         return run_config(tiny, chats, tmp_path / name, training__batch_size=8, training__save_every=3, **changes)
 
     train(config("one"), one_device())
-    train(config("eight", mesh=MeshConfig(data=2, fsdp=2, tensor=2)))
+    train(config("eight", mesh=MeshConfig(data=2, sequence=2, tensor=2)))
     np.testing.assert_allclose(losses(tmp_path / "eight"), losses(tmp_path / "one"), rtol=1e-5)
     checkpoints = tmp_path / "eight" / "checkpoints"
     (checkpoints / "6").rename(tmp_path / "later")
@@ -102,9 +100,7 @@ def test_bfloat16_base_with_float32_adapters(tiny, chats, tmp_path):
     reference = run_config(tiny, chats, tmp_path / "reference", training__max_steps=12)
     train(reference, one_device())
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(tmp_path / "reference"), rtol=0.02)
-    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
-    params = flatten(checkpoints.restore_params(12))
-    checkpoints.close()
+    params = trained_leaves(tmp_path / "run")
     assert {leaf.dtype for leaf in params.values()} == {np.dtype(np.float32)}
     assert any(np.any(leaf != leaf.astype(jnp.bfloat16).astype(np.float32)) for leaf in params.values())
 

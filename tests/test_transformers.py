@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 
 from sft_jax.hf.names import is_stacked, is_transposed, tensor_names
 from sft_jax.hf.reader import TensorReader
-from sft_jax.hf.save import save_tensors
+from sft_jax.hf.save import Tensor, save_tensors
 from sft_jax.tree import flatten
 
 SHAPE = {
@@ -63,6 +63,10 @@ def reference(name: str, folder, shard: str | None = None):
     return model
 
 
+def as_written(tensors):
+    return {name: Tensor(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+
+
 def file_tensors(params, num_layers):
     """Our leaves under Hugging Face names."""
     tensors = {}
@@ -85,7 +89,7 @@ def test_logits_and_bytes(name, tmp_path):
 
     tensors = file_tensors(params, SHAPE["num_hidden_layers"])
     (tmp_path / "ours").mkdir()
-    save_tensors(tmp_path / "ours", {name: tensor.nbytes for name, tensor in tensors.items()}, tensors.__getitem__)
+    save_tensors(tmp_path / "ours", as_written(tensors), tensors.__getitem__)
     before, after = (load_file(tmp_path / side / "model.safetensors") for side in ("theirs", "ours"))
     assert before.keys() == after.keys()
     assert all(before[name].tobytes() == after[name].tobytes() for name in before)
@@ -103,8 +107,7 @@ def test_sharded_files(name, tmp_path):
 
     tensors = file_tensors(params, SHAPE["num_hidden_layers"])
     (tmp_path / "ours").mkdir()
-    sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
-    save_tensors(tmp_path / "ours", sizes, tensors.__getitem__, shard_bytes=60_000)
+    save_tensors(tmp_path / "ours", as_written(tensors), tensors.__getitem__, shard_bytes=60_000)
     (tmp_path / "ours" / "config.json").write_bytes((tmp_path / "sharded" / "config.json").read_bytes())
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
     with torch.no_grad():

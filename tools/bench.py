@@ -8,6 +8,7 @@ its own, and against the rate of this machine's matrix products. On the accelera
 ``loss``: the fused head and loss against the plain formula, in time and memory.
 ``ahead``: the train step of a shape compiled for hardware that need not be there, as ``sft-jax plan`` does.
 ``depth``: what more layers cost the host, in tracing, compiling and for each step.
+``host``: how much memory a host needs to load and export a model, alone and as one of several processes.
 ``data``: conversations as ids and masks, against TRL's preparation of the same rows with as many processes. Questions
 and answers (``question``, ``answer``) are written as conversations first, ``--copies`` times.
 ``plan``: which examples share a row, for a million of them.
@@ -24,7 +25,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 sys.path.insert(0, str(Path(__file__).parent))
 
-from benchmark import ahead, data, depth, loss, runners, train
+from benchmark import ahead, data, depth, host, loss, runners, train
 
 
 def main() -> None:
@@ -34,6 +35,7 @@ def main() -> None:
     loss.add_arguments(commands.add_parser("loss"))
     ahead.add_arguments(commands.add_parser("ahead"))
     depth.add_arguments(commands.add_parser("depth"))
+    host.add_arguments(commands.add_parser("host"))
     data.add_arguments(commands.add_parser("data"))
     plan = commands.add_parser("plan")
     plan.add_argument("--rows", type=int, default=1_000_000)

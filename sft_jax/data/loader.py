@@ -77,14 +77,14 @@ def local_rows(mesh: Mesh, batch_size: int) -> slice:
 
 
 def to_mesh(batch: Batch, mesh: Mesh, batch_size: int, rows: slice) -> Batch:
-    """A process's rows as global arrays ``[batch_size, T]``, rows split over the mesh."""
+    """A process's rows as global arrays ``[batch_size, T]``, rows and slots split over the mesh."""
 
     def place(local: np.ndarray) -> jax.Array:
         shape = (batch_size, local.shape[1])
 
         def part(index: tuple[slice, ...]) -> np.ndarray:
             start, stop, _ = index[0].indices(batch_size)
-            return local[start - rows.start : stop - rows.start]
+            return local[start - rows.start : stop - rows.start, index[1]]
 
         return jax.make_array_from_callback(shape, named_sharding(mesh, ("batch", "length"), shape), part)  # type: ignore[arg-type]
 

@@ -119,6 +119,11 @@ def plan_of(data: DataConfig, training: TrainingConfig, examples: Examples) -> P
     )
 
 
+def row_lengths(data: DataConfig) -> list[int]:
+    """The lengths that rows of a run have, rising; a stream has no plan, and so no buckets."""
+    return [data.max_length] if data.packing or data.streaming else buckets(data.max_length)
+
+
 def buckets(row_length: int) -> list[int]:
     """The row lengths of a run that does not pack: ``row_length``, its half, and so on, rising.
 

@@ -17,6 +17,7 @@ from sft_jax.data.packing import plan_run
 from sft_jax.models.decoder import Decoder
 from sft_jax.models.head import Head
 from sft_jax.models.lora import Split
+from sft_jax.processes import fetch
 from sft_jax.sharding import constrain
 from sft_jax.training.cross_entropy import masked_cross_entropy
 from sft_jax.tree import Params
@@ -85,7 +86,7 @@ class Scorer:
             for step in range(plan.num_steps):
                 rows = plan.rows_of(step)
                 local = make_batch(examples, rows[mine], mine.stop - mine.start, self._row_length)
-                computed = jax.device_get(compute(to_mesh(local, self._mesh, self._num_rows, mine)))
+                computed = fetch(compute(to_mesh(local, self._mesh, self._num_rows, mine)))
                 for r, items in enumerate(rows):
                     at = 0
                     for item in items:
@@ -124,16 +125,19 @@ def _log_probs(hidden: Array, head: Head) -> Array:
 
 
 def _in_chunks(function: Callable, *arrays: Array):
-    """``function`` over chunks of positions, so that no more than a chunk's logits exist at once."""
+    """``function`` over chunks of positions, so that no more than a chunk's logits exist at once.
+
+    A chunk takes a position here and there, so that devices which hold parts of rows work on parts of each chunk.
+    """
     num_rows, length = arrays[0].shape[:2]
     size = min(length, max(1, CHUNK_SLOTS // num_rows))
     padding = -length % size
 
     def split(x: Array) -> Array:  # [B, T, ...] -> [chunks, B, chunk, ...]
         x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(num_rows, -1, size, *x.shape[2:]), 1, 0)
+        return jnp.moveaxis(x.reshape(num_rows, size, -1, *x.shape[2:]), 2, 0)
 
     def join(x: Array) -> Array:
-        return jnp.moveaxis(x, 0, 1).reshape(num_rows, length + padding)[:, :length]
+        return jnp.moveaxis(x, 0, 2).reshape(num_rows, length + padding)[:, :length]
 
     return jax.tree.map(join, lax.map(function, tuple(map(split, arrays))))

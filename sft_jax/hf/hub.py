@@ -1,19 +1,29 @@
-"""Where a model lives: in this package, in a local folder, or under a Hugging Face id, fetched into the local cache."""
+"""Where a model lives: in this package, in a folder, in a bucket, or under a Hugging Face id."""
 
 from __future__ import annotations
 
+import atexit
 import re
+import shutil
+import tempfile
+from fnmatch import fnmatch
 from pathlib import Path
 
+import fsspec
+
 from sft_jax import builtin
-from sft_jax.errors import UserError
+from sft_jax.errors import UserError, one_line
 
 # No pickle (.bin, .pt), no code (.py): what is not named here is not downloaded.
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "LICENSE*"]
+_POINTER = "weights.url"  # in a folder without weights: where they are
 
 
 def find_model(path: str, revision: str | None = None, asked_by: str = "model.path") -> Path:
-    """The folder with ``config.json``, tokenizer and safetensors of a built-in name, local path or Hugging Face id.
+    """The folder with ``config.json``, tokenizer and safetensors of a built-in name, path, URL or Hugging Face id.
+
+    Of a URL such as ``gs://bucket/model`` it is a local folder with all but the weights; these are read from where they
+    are, by ranges, by whoever needs them (:func:`weights_of`).
 
     Args:
         asked_by: the config key or file that names the model, for error messages.
@@ -21,9 +31,7 @@ def find_model(path: str, revision: str | None = None, asked_by: str = "model.pa
     Raises:
         UserError: neither built in, nor a folder with a config.json, nor an id that can be fetched.
     """
-    if path.startswith(builtin.PREFIX):
-        return builtin.locate(path, asked_by)
-    if (folder := _local_folder(path, asked_by)) is not None:
+    if (folder := _folder_of(path, asked_by)) is not None:
         return folder
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -41,9 +49,7 @@ def find_config(path: str, revision: str | None = None, asked_by: str = "model.p
     Raises:
         UserError: as :func:`find_model`.
     """
-    if path.startswith(builtin.PREFIX):
-        return builtin.locate(path, asked_by)
-    if (folder := _local_folder(path, asked_by)) is not None:
+    if (folder := _folder_of(path, asked_by)) is not None:
         return folder
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -58,8 +64,18 @@ def find_config(path: str, revision: str | None = None, asked_by: str = "model.p
         ) from error
 
 
-def _local_folder(path: str, asked_by: str) -> Path | None:
-    """The folder of a local path; None for a Hugging Face id."""
+def weights_of(folder: Path) -> Path | str:
+    """Where the safetensors of a model are that :func:`find_model` has found: in the folder, or at a URL."""
+    pointer = folder / _POINTER
+    return pointer.read_text(encoding="utf-8") if pointer.is_file() else folder
+
+
+def _folder_of(path: str, asked_by: str) -> Path | None:
+    """The folder of a built-in name, a URL or a local path; None for a Hugging Face id."""
+    if path.startswith(builtin.PREFIX):
+        return builtin.locate(path, asked_by)
+    if "://" in path:
+        return _from_url(path, asked_by)
     folder = Path(path).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -68,3 +84,23 @@ def _local_folder(path: str, asked_by: str) -> Path | None:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
         raise UserError(f"{asked_by}: no folder {path!r}, and not a Hugging Face id such as Qwen/Qwen3-0.6B")
     return None
+
+
+def _from_url(url: str, asked_by: str) -> Path:
+    """The small files of a model in a bucket, in a temporary folder that is removed when the process ends."""
+    folder = Path(tempfile.mkdtemp(prefix="sft-jax-model-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    try:
+        files, root = fsspec.url_to_fs(url.rstrip("/"))
+        found = {path.rpartition("/")[2]: path for path in files.find(root, maxdepth=1)}
+        if "config.json" not in found:
+            raise UserError(f"{asked_by}: {url} has no config.json; it must be a Hugging Face model folder")
+        for name, path in found.items():
+            if any(fnmatch(name, pattern) for pattern in _FILES) and not name.endswith(".safetensors"):
+                files.get_file(path, str(folder / name))
+    except (ImportError, ValueError, OSError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{asked_by}: {url} cannot be read: {one_line(str(error)) or type(error).__name__}") from error
+    (folder / _POINTER).write_text(url.rstrip("/"), encoding="utf-8")
+    return folder

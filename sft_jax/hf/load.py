@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+import math
+from collections.abc import Collection, Mapping
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from sft_jax.errors import UserError
 from sft_jax.hf.names import is_stacked, is_transposed, tensor_names
+from sft_jax.hf.place import Made, Recipe, place
 from sft_jax.hf.reader import TensorReader
 from sft_jax.tree import Path
 from sft_jax.typing import Array
@@ -18,19 +18,23 @@ from sft_jax.typing import Array
 # Buffers that older exports carry and that follow from the config.
 _IGNORED = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
 
-Index = tuple[slice, ...]
-
 
 class MadeLeaf(Protocol):
     """A base weight that is not kept as the files have it, but made into other arrays."""
+
+    @property
+    def arrays(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """What is kept, by name, with shardings."""
+        ...
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the weight."""
         ...
 
-    def make(self, read: Callable[[Index], np.ndarray]) -> dict[str, Array]:
-        """The arrays by name, each in place; ``read`` gives any part of the weight in the files' dtype."""
+    @property
+    def made(self) -> Made:
+        """How."""
         ...
 
 
@@ -45,7 +49,7 @@ def load_params(
     tied: bool,
     old_vocab_size: int | None = None,
 ) -> dict[Path, Array]:
-    """Read the ``wanted`` leaves in their dtype and sharding; each device gets only its own part.
+    """Read the ``wanted`` leaves in their dtype and sharding, as :mod:`sft_jax.hf.place` does.
 
     ``abstract`` describes all base leaves, which are checked against the files before the first is read. One that is
     made into arrays comes back as several: ``kernel`` as ``kernel.codes`` and so on.
@@ -59,14 +63,35 @@ def load_params(
     """
     _check(reader, abstract, num_layers, tied, old_vocab_size)
     loaded = {}
-    for path, leaf in abstract.items():
-        if path in wanted:
-            read = _reading(reader, path, leaf, num_layers, old_vocab_size)
-            if isinstance(leaf, jax.ShapeDtypeStruct):
-                loaded[path] = _as_it_is(leaf, read)
-            else:
-                loaded |= {(*path, name): array for name, array in leaf.make(read).items()}
+    # The largest tensors first, while there is most room for what moving one of them takes.
+    for path in sorted(wanted, key=lambda path: (-_size_of_one(path, abstract[path]), path)):
+        leaf = abstract[path]
+        kept = place(reader, tensor_names(path, num_layers), _recipe(reader, path, leaf, num_layers))
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            loaded[path] = kept[""]
+        else:
+            loaded |= {(*path, name): array for name, array in kept.items()}
     return loaded
+
+
+def _size_of_one(path: Path, leaf: Leaf) -> int:
+    """Weights in each of a leaf's tensors."""
+    return math.prod(leaf.shape[1:] if is_stacked(path) else leaf.shape)
+
+
+def _recipe(reader: TensorReader, path: Path, leaf: Leaf, num_layers: int) -> Recipe:
+    """What becomes of a leaf's tensors, once :func:`_check` has found their shapes right."""
+    num_rows = reader.shape(tensor_names(path, num_layers)[0])[0]
+    is_plain = isinstance(leaf, jax.ShapeDtypeStruct)
+    rows_dim = -1 if is_transposed(path) else int(is_stacked(path))
+    return Recipe(
+        num_rows=num_rows,
+        transposed=is_transposed(path),
+        added_rows=leaf.shape[rows_dim] - num_rows,
+        made=None if is_plain else leaf.made,
+        arrays=tuple(({"": leaf} if is_plain else leaf.arrays).items()),
+        stacked=is_stacked(path),
+    )
 
 
 def expected_shapes(abstract: Mapping[Path, Any], num_layers: int) -> dict[str, tuple[int, ...]]:
@@ -96,37 +121,3 @@ def _check(reader: TensorReader, abstract: Mapping, num_layers: int, tied: bool,
     extra = sorted(name for name in reader.names - set(expected) - allowed if not name.endswith(_IGNORED))
     if extra:
         raise UserError(f"{reader.folder}: tensor {extra[0]} has no place in this model ({len(extra)} such tensors)")
-
-
-def _as_it_is(leaf: jax.ShapeDtypeStruct, read: Callable[[Index], np.ndarray]) -> Array:
-    def part(index: Index) -> np.ndarray:
-        return np.ascontiguousarray(read(index)).astype(jnp.dtype(leaf.dtype))
-
-    return jax.make_array_from_callback(leaf.shape, leaf.sharding, part)  # type: ignore[arg-type]
-
-
-def _reading(
-    reader: TensorReader, path: Path, leaf: Leaf, num_layers: int, old_vocab_size: int | None
-) -> Callable[[Index], np.ndarray]:
-    """A function that reads any part of a base weight, stacked and transposed as the network has it."""
-    names = tensor_names(path, num_layers)
-    vocab_dim = 1 if is_transposed(path) else 0
-    grows = path[0] in ("embed_tokens", "lm_head") and old_vocab_size not in (None, leaf.shape[vocab_dim])
-
-    def read(name: str, index: Index) -> np.ndarray:
-        part = reader.read(name, index[::-1] if is_transposed(path) else index)
-        return part.T if is_transposed(path) else part
-
-    def part(index: Index) -> np.ndarray:
-        if is_stacked(path):
-            layers, *rest = index
-            return np.stack([read(name, tuple(rest)) for name in names[layers]])
-        if grows:
-            table = np.asarray(reader.read(names[0]))
-            added = leaf.shape[vocab_dim] - table.shape[0]
-            mean = table.astype(np.float32).mean(axis=0, keepdims=True).astype(table.dtype)
-            table = np.concatenate([table, np.repeat(mean, added, axis=0)])
-            return (table.T if is_transposed(path) else table)[index]
-        return read(names[0], index)
-
-    return part

@@ -4,55 +4,83 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from sft_jax.errors import UserError
 
-_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64}
+DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64}
+CHUNK_BYTES = 64 * 2**20
+_MAX_HEADER = 100 * 2**20  # the limit that the safetensors library sets
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """Where a tensor lies."""
+
+    file: str
+    dtype: str  # the format's name of it
+    shape: tuple[int, ...]
+    start: int  # in the file
+    stop: int
+
+
+def chunks(reader: TensorReader, name: str) -> Iterator[tuple[int, np.ndarray]]:
+    """A tensor in parts of at most :data:`CHUNK_BYTES`, or a row: the number of each part's first row, and its rows."""
+    num_rows, *rest = reader.shape(name)
+    step = max(1, CHUNK_BYTES // max(1, math.prod(rest) * reader.dtype(name).itemsize))
+    for start in range(0, num_rows, step):
+        yield start, reader.read(name, start, start + step)
 
 
 class TensorReader:
-    """The tensors of ``folder`` by name; nothing is read before it is asked for.
+    """The tensors of a folder by name; nothing is read before it is asked for, and then only what is asked for.
+
+    Files are read and not mapped, so that what was read does not stay in memory, and by ranges, so that a bucket does
+    as well as a disk.
+
+    Args:
+        folder: local, or a URL that fsspec knows, such as ``gs://bucket/model``.
 
     Raises:
         UserError: no safetensors, a damaged file, or an index that names a file that is not there.
     """
 
-    def __init__(self, folder: Path, single: str = "model.safetensors"):
+    def __init__(self, folder: Path | str, single: str = "model.safetensors"):
         self.folder = folder
-        index = folder / f"{single}.index.json"
-        if (folder / single).is_file():
+        self._fs, self._root = fsspec.url_to_fs(str(folder))
+        index = f"{single}.index.json"
+        if self._fs.isfile(self._path(single)):
             files = [single]
-        elif index.is_file():
+        elif self._fs.isfile(self._path(index)):
             try:
-                files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+                files = sorted(set(json.loads(self._fs.cat_file(self._path(index)))["weight_map"].values()))
             except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError) as error:
-                raise UserError(f"{index}: not an index of safetensors files: {error!r}") from error
+                raise UserError(f"{folder}/{index}: not an index of safetensors files: {error!r}") from error
         else:
-            raise UserError(f"{folder}: no {single} and no {index.name}; weights are read from safetensors only")
-        self._files: dict[str, Any] = {}
+            raise UserError(f"{folder}: no {single} and no {index}; weights are read from safetensors only")
+        self._entries: dict[str, _Entry] = {}
+        self._open: dict[str, Any] = {}
         for name in files:
-            if not (folder / name).is_file():
-                raise UserError(f"{folder / name}: named in {index.name} but missing")
-            try:
-                handle = safe_open(folder / name, framework="numpy")
-            except SafetensorError as error:
-                raise UserError(f"{folder / name}: damaged safetensors file: {error}") from error
-            self._files |= dict.fromkeys(handle.keys(), handle)
+            if not self._fs.isfile(self._path(name)):
+                raise UserError(f"{folder}/{name}: named in {index} but missing")
+            self._entries |= self._header(name)
 
     @property
     def names(self) -> set[str]:
         """All tensor names."""
-        return set(self._files)
+        return set(self._entries)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape as it is in the file."""
-        return tuple(self._files[name].get_slice(name).get_shape())
+        return self._entries[name].shape
 
     def dtype(self, name: str) -> np.dtype:
         """A tensor's dtype.
@@ -60,18 +88,76 @@ class TensorReader:
         Raises:
             UserError: not a floating-point dtype this library trains in.
         """
-        code = self._files[name].get_slice(name).get_dtype()
-        if code not in _DTYPES:
-            raise UserError(f"{self.folder}: tensor {name} has dtype {code}; supported are {', '.join(_DTYPES)}")
-        return np.dtype(_DTYPES[code])
+        code = self._entries[name].dtype
+        if code not in DTYPES:
+            raise UserError(f"{self.folder}: tensor {name} has dtype {code}; supported are {', '.join(DTYPES)}")
+        return np.dtype(DTYPES[code])
 
-    def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
-        """A tensor, or the part of it that ``index`` selects; only that part is read from disk."""
-        if not index:
-            return self._files[name].get_tensor(name)
-        return self._files[name].get_slice(name)[index]
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """The rows ``start … stop`` of a tensor's first dimension, by default all; no other bytes are read.
+
+        Raises:
+            UserError: the file ends before.
+        """
+        entry, dtype = self._entries[name], self.dtype(name)
+        if not entry.shape:
+            return self._bytes(entry, entry.start, entry.stop).view(dtype)[0]
+        row = math.prod(entry.shape[1:]) * dtype.itemsize
+        start, stop, _ = slice(start, stop).indices(entry.shape[0])
+        raw = self._bytes(entry, entry.start + start * row, entry.start + stop * row)
+        return raw.view(dtype).reshape(stop - start, *entry.shape[1:])
 
     def fingerprint(self) -> str:
         """A short hash of names, shapes and dtypes: whether a folder still holds the same kind of model."""
         described = sorted((name, self.shape(name), str(self.dtype(name))) for name in self.names)
         return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
+
+    def _path(self, name: str) -> str:
+        return f"{self._root.rstrip('/')}/{name}"
+
+    def _file(self, name: str) -> Any:
+        if name not in self._open:
+            # Ranges are as long as they should be; reading ahead would fetch what another process needs.
+            self._open[name] = self._fs.open(self._path(name), "rb", cache_type="none")
+        return self._open[name]
+
+    def _bytes(self, entry: _Entry, start: int, stop: int) -> np.ndarray:
+        file, raw = self._file(entry.file), np.empty(stop - start, np.uint8)
+        file.seek(start)
+        view, at = raw.data, 0
+        while at < len(raw):
+            count = file.readinto(view[at:])
+            if not count:
+                raise UserError(f"{self.folder}/{entry.file}: damaged safetensors file: it ends before its tensors do")
+            at += count
+        return raw
+
+    def _header(self, name: str) -> dict[str, _Entry]:
+        """Where the tensors of a file lie: eight bytes with the length of a JSON object that tells it."""
+
+        def refuse(why: object) -> UserError:
+            return UserError(f"{self.folder}/{name}: damaged safetensors file: {why}")
+
+        size = self._fs.size(self._path(name))
+        file = self._file(name)
+        length = int.from_bytes(file.read(8), "little")
+        if not 0 < length <= min(_MAX_HEADER, size - 8):
+            raise refuse(f"a header of {length} bytes in a file of {size}")
+        try:
+            described = json.loads(file.read(length))
+            described.pop("__metadata__", None)
+            entries = {}
+            for tensor, one in described.items():
+                start, stop = (8 + length + at for at in one["data_offsets"])
+                entries[tensor] = _Entry(name, one["dtype"], tuple(one["shape"]), start, stop)
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise refuse(repr(error)) from error
+        for tensor, entry in entries.items():
+            numbers = (*entry.shape, entry.start, entry.stop)
+            if not all(isinstance(number, int) and number >= 0 for number in numbers) or entry.stop > size:
+                raise refuse(f"tensor {tensor} lies outside of the file")
+            if entry.dtype in DTYPES:
+                wanted = math.prod(entry.shape) * np.dtype(DTYPES[entry.dtype]).itemsize
+                if entry.stop - entry.start != wanted:
+                    raise refuse(f"tensor {tensor} has {entry.stop - entry.start} bytes, its shape asks for {wanted}")
+        return entries

@@ -1,45 +1,135 @@
-"""Writing tensors as a Hugging Face folder: one file, or shards with an index."""
+"""Writing tensors as a Hugging Face folder: one file, or shards with an index, range by range and in any order."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
+
+from sft_jax.hf.reader import DTYPES
 
 SHARD_BYTES = 5 * 10**9
+_CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """What a tensor will be."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class TensorWriter:
+    """The weights of a model folder: ``model.safetensors``, or shards of it with an index.
+
+    Several processes write one folder, each the files that fall to it; the first one also the index.
+    Its ``with`` ends when everything is on disk.
+
+    Args:
+        tensors: all that the folder will hold, by Hugging Face name.
+        process, num_processes: which of how many this is.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        tensors: Mapping[str, Tensor],
+        shard_bytes: int = SHARD_BYTES,
+        process: int = 0,
+        num_processes: int = 1,
+    ):
+        total = sum(tensor.num_bytes for tensor in tensors.values())
+        shards = _shards(tensors, min(shard_bytes, -(-total // num_processes)))
+        if len(shards) == 1:
+            files = ["model.safetensors"]
+        else:
+            files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        self._tensors = tensors
+        self._files: dict[str, tuple[Any, int]] = {}  # of the tensors that are ours: file and offset
+        self._open = []
+        for i, (file, names) in enumerate(zip(files, shards, strict=True)):
+            if i % num_processes == process:
+                self._begin(folder / file, names)
+        if len(shards) > 1 and process == 0:
+            weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in sorted(names)}
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def owns(self, name: str) -> bool:
+        """Whether a tensor is written by this process."""
+        return name in self._files
+
+    def write(self, name: str, rows: np.ndarray, start: int = 0) -> None:
+        """Rows of a tensor from ``start`` on, or all of it; its dtype is that of the file."""
+        file, offset = self._files[name]
+        tensor = self._tensors[name]
+        assert rows.dtype == tensor.dtype, (name, rows.dtype)
+        assert rows.shape[1:] == tensor.shape[1:], (name, rows.shape)
+        row = math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
+        file.seek(offset + start * row)
+        file.write(np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data)
+
+    def __enter__(self) -> TensorWriter:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        for file in self._open:
+            with file:
+                if error is None:
+                    file.flush()
+                    os.fsync(file.fileno())
+
+    def _begin(self, path: Path, names: list[str]) -> None:
+        """Write a file's header, and make it as long as it will be."""
+        names = sorted(names, key=lambda name: (-self._tensors[name].dtype.itemsize, name))  # so that all are aligned
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        at = 0
+        for name in names:
+            tensor = self._tensors[name]
+            header[name] = {
+                "dtype": _CODES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [at, at + tensor.num_bytes],
+            }
+            at += tensor.num_bytes
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        file = path.open("w+b")
+        self._open.append(file)
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + at)
+        for name in names:
+            self._files[name] = (file, 8 + len(text) + header[name]["data_offsets"][0])
 
 
 def save_tensors(
-    folder: Path,
-    sizes: dict[str, int],
-    get: Callable[[str], np.ndarray],
-    shard_bytes: int = SHARD_BYTES,
+    folder: Path, tensors: Mapping[str, Tensor], get: Callable[[str], np.ndarray], shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Write ``model.safetensors``, or ``model-00001-of-0000N.safetensors`` with an index above ``shard_bytes``.
+    """Write tensors one after the other; ``get`` makes one, and no two are held at a time."""
+    with TensorWriter(folder, tensors, shard_bytes) as writer:
+        for name in tensors:
+            writer.write(name, get(name))
 
-    Args:
-        sizes: bytes of each tensor by Hugging Face name, in the order they are written.
-        get: makes one tensor; called once a tensor, a shard at a time, so no more than a shard is held in memory.
-    """
+
+def _shards(tensors: Mapping[str, Tensor], shard_bytes: int) -> list[list[str]]:
+    """Names in the order given, as many together as ``shard_bytes`` holds, one at least."""
     shards: list[list[str]] = [[]]
     filled = 0
-    for name, size in sizes.items():
-        if shards[-1] and filled + size > shard_bytes:
+    for name, tensor in tensors.items():
+        if shards[-1] and filled + tensor.num_bytes > shard_bytes:
             shards.append([])
             filled = 0
         shards[-1].append(name)
-        filled += size
-    if len(shards) == 1:
-        files = ["model.safetensors"]
-    else:
-        files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    for file, names in zip(files, shards, strict=True):
-        save_file({name: np.ascontiguousarray(get(name)) for name in names}, folder / file, metadata={"format": "pt"})
-    if len(shards) > 1:
-        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        path = folder / "model.safetensors.index.json"
-        path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        filled += tensor.num_bytes
+    return shards

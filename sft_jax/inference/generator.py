@@ -16,6 +16,7 @@ from sft_jax.errors import UserError
 from sft_jax.inference.sampling import Sampling, sample
 from sft_jax.models.cache import KeyValues
 from sft_jax.models.lora import Split
+from sft_jax.processes import fetch
 from sft_jax.sharding import constrain
 from sft_jax.tree import Params
 from sft_jax.typing import Array, Bool, Int
@@ -141,7 +142,7 @@ class Generator:
             state, limit, keys = self._begin(trainable, frozen, batch, members, rows, max_new_tokens, sampling)
             with jax.set_mesh(self._mesh):
                 state = self._go_on(trainable, frozen, state, jnp.int32(limit), keys, sampling.numbers)
-            written = jax.device_get(state.written[:, :limit])
+            written = fetch(state.written)[:, :limit]
             for row, i in enumerate(members):
                 room = min(limit, self._max_positions - len(prompts[i]))
                 answers[i] = self._answer(written[row, :room].tolist())

@@ -24,7 +24,7 @@ class KeyValues:
 
         def grow(x: Array) -> Array:
             x = jnp.pad(x, [(0, 0), (0, 0), (0, num_slots - x.shape[2]), (0, 0), (0, 0)])
-            return constrain(x, "layers", "batch", "length", "kv_heads", "head_dim")
+            return constrain(x, "layers", "batch", "whole_length", "kv_heads", "head_dim")
 
         return KeyValues(grow(self.k), grow(self.v))
 

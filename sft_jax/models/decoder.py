@@ -118,9 +118,11 @@ class Embedding(nnx.Module):
         self.embedding: Weight = make.normal((vocab_size, dim), ("vocab", "embed"))
 
     def __call__(self, ids: Int[Array, "B T"], dtype: Any) -> Float[Array, "B T D"]:
-        # The table stays split along D: look up every row's slice of D, then trade slices of D for rows.
-        ids = constrain(ids, "replica", "length")
-        x = constrain(rows_of(self.embedding, ids, dtype), "replica", "length", "embed")
+        # The table stays split along D: look up every row's slice of D, then trade slices of D for slots, and then for
+        # rows. Both at once, and the compiler would gather all of it on each device.
+        ids = constrain(ids, "replica", "whole_length")
+        x = constrain(rows_of(self.embedding, ids, dtype), "replica", "whole_length", "embed")
+        x = constrain(x, "replica", "length", "embed_of_slots")
         return constrain(x, "batch", "length", "activation")
 
 

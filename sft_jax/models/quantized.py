@@ -13,15 +13,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from sft_jax.models.quantize import Format, dequantize, kernel_format, quantize, table_format
 from sft_jax.sharding import constrain
 from sft_jax.tree import Path
 from sft_jax.typing import Array, Float, Int
-
-Index = tuple[slice, ...]
 
 
 class QuantizedParam(nnx.Param):
@@ -151,53 +148,20 @@ class QuantizedLeaf:
         """How many weights."""
         return math.prod(self.shape)
 
-    def make(self, read: Callable[[Index], np.ndarray]) -> dict[str, Array]:
-        """The arrays in place, from a function that reads any part of the weight.
-
-        Each device's part is read and quantised by itself, a layer at a time, so that no more than that exists
-        unquantised. A part that cuts through a block is read with the whole block, so that what becomes of a weight
-        does not depend on how it is split.
-        """
-        made: dict[tuple, list[dict[str, np.ndarray]]] = {}
-
-        def part(name: str, index: Index) -> np.ndarray:
-            *stack, rows, columns = index
-            spans = [
-                _span(of, size, grain, whole)
-                for of, size, grain, whole in zip(
-                    (rows, columns), self.shape[-2:], self.fmt.pieces()[name].grain, self.fmt.whole(), strict=True
-                )
-            ]
-            read_index = tuple(outer for outer, _ in spans)
-            layers = [(slice(i, i + 1),) for i in range(*stack[0].indices(self.shape[0]))] if stack else [()]
-            key = tuple((one.start, one.stop) for one in (*layers[0], *layers[-1], *read_index))
-            if key not in made:
-                made[key] = [self._quantize(read((*layer, *read_index))) for layer in layers]
-            parts = [arrays[name][tuple(inner for _, inner in spans)] for arrays in made[key]]
-            return np.stack(parts) if stack else parts[0]
-
-        return {
-            name: jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index, name=name: part(name, index))  # type: ignore[arg-type]
-            for name, leaf in self.arrays.items()
-        }
-
-    def _quantize(self, weight: np.ndarray) -> dict[str, np.ndarray]:
-        weight = weight.reshape(weight.shape[-2:])
-        if weight.dtype == np.float64:
-            weight = weight.astype(np.float32)
-        return jax.tree.map(np.asarray, quantize(jnp.asarray(weight), self.fmt))
+    @property
+    def made(self) -> Callable[[Array], dict[str, Array]]:
+        """From a matrix, or one of a stack, to its arrays; equal and hashable for equal formats."""
+        return Quantizer(self.fmt)
 
 
-def _span(part: slice, size: int, grain: int, whole: int) -> tuple[slice, slice]:
-    """What to read of a dimension of a weight for ``part`` of an array of a given grain, and where that then lies.
+@dataclass(frozen=True)
+class Quantizer:
+    """:func:`sft_jax.models.quantize.quantize` in one format."""
 
-    >>> _span(slice(3, 5), 512, 16, 64)  # 48 to 80 of the weight lie in two blocks of 64
-    (slice(0, 128, None), slice(3, 5, None))
-    """
-    start, stop, _ = part.indices(size // grain)
-    first = start * grain // whole * whole
-    last = -(-stop * grain // whole) * whole
-    return slice(first, last), slice(start - first // grain, stop - first // grain)
+    fmt: Format
+
+    def __call__(self, weight: Float[Array, "in out"]) -> dict[str, Array]:
+        return quantize(weight, self.fmt)
 
 
 def quantized_leaves(model: nnx.Module, abstract: dict[Path, jax.ShapeDtypeStruct]) -> dict[Path, QuantizedLeaf]:

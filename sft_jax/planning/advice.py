@@ -70,14 +70,17 @@ def advise(
             kept |= rungs[0] if name == "activations" else {}
             continue
         for rung in rungs:
-            outcome = attempt(kept | rung, topology)
+            changes = kept | rung
+            if name == "mesh":  # fewer devices split the rows: more parts
+                changes |= {_PARTS: _most_parts(changed(config, changes), topology)}
+            outcome = attempt(changes, topology)
             if outcome is None:
                 continue
             if outcome.fits:
-                changes, outcome = _fewest(config, topology, kept | rung, outcome, attempt)
+                changes, outcome = _fewest(config, topology, changes, outcome, attempt)
                 return Advice(changes, topology, outcome, tried)
             if _takes_less(outcome, best):
-                kept, best = kept | rung, outcome
+                kept, best = changes, outcome
     where: Topology | None = topology
     for _ in range(_DOUBLINGS):
         where = None if where is None else where.larger()
@@ -105,6 +108,9 @@ def _ladder(config: Config, topology: Topology, num_heads: int) -> Iterator[tupl
     parts = _most_parts(config, topology)
     if parts > config.training.gradient_accumulation_steps:
         yield "activations", [{_PARTS: parts}]
+    for sequence in (2, 4, 8):
+        if sequence > config.mesh.sequence and topology.num_devices % sequence == 0:
+            yield "mesh", [{"mesh.data": 1, "mesh.fsdp": -1, "mesh.sequence": sequence}]
     if config.mesh.data != 1 and topology.num_devices > 1:
         yield "weights", [{"mesh.data": 1, "mesh.fsdp": -1}]
     if config.lora is not None:
@@ -119,9 +125,7 @@ def _ladder(config: Config, topology: Topology, num_heads: int) -> Iterator[tupl
         yield "weights", [{"optimizer.moments": moments} for moments in smaller]
     for tensor in (2, 4, 8):
         if tensor > config.mesh.tensor and topology.num_devices % tensor == 0 and num_heads % tensor == 0:
-            changes: Changes = {"mesh.data": 1, "mesh.fsdp": -1, "mesh.tensor": tensor}
-            parts = _most_parts(changed(config, changes), topology)
-            yield "mesh", [changes | {_PARTS: parts}]
+            yield "mesh", [{"mesh.data": 1, "mesh.fsdp": -1, "mesh.tensor": tensor}]
 
 
 def _fewest(
@@ -145,7 +149,8 @@ def _fewest(
 
 def _shards(config: Config, topology: Topology) -> int:
     """Over how many devices rows are split."""
-    return max(1, topology.num_devices // config.mesh.tensor) if config.mesh.tensor > 0 else 1
+    whole = config.mesh.sequence * config.mesh.tensor  # devices that share rows
+    return max(1, topology.num_devices // whole) if whole > 0 else 1
 
 
 def _most_parts(config: Config, topology: Topology) -> int:
@@ -167,7 +172,8 @@ def _tensor_sizes(config: Config, topology: Topology, num_heads: int) -> list[in
     return [
         size
         for size in sizes
-        if topology.num_devices % size == 0 and config.training.batch_size % (topology.num_devices // size) == 0
+        if topology.num_devices % (whole := size * config.mesh.sequence) == 0
+        and config.training.batch_size % (topology.num_devices // whole) == 0
     ]
 
 

@@ -8,7 +8,6 @@ count as fused into the products.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from sft_jax.planning.chips import Chip
@@ -87,8 +86,8 @@ def _memory_bytes(step: AbstractStep, remat: str, work: Work) -> float:
     """What a device reads and writes in a step."""
     config, arch, shape = step.config, step.arch, step.mesh.shape
     parts = config.training.gradient_accumulation_steps
-    tensor = shape["tensor"]
-    tokens = work.tokens / step.shards  # of a device, all parts together
+    tensor, split = shape["tensor"], shape["fsdp"] * shape["sequence"]
+    tokens = work.tokens / step.shards / shape["sequence"]  # of a device, all parts together
     width = 2 if config.model.dtype == "bfloat16" else _WIDE
     trains_base = config.lora is None
     layers = products(arch, config.lora)
@@ -99,7 +98,7 @@ def _memory_bytes(step: AbstractStep, remat: str, work: Work) -> float:
     moved = 0.0
     for one in layers:
         weights = one.size / tensor * width
-        gathered = 2 if shape["fsdp"] > 1 else 1  # written when it arrives, then read
+        gathered = 2 if split > 1 else 1  # written when it arrives, then read
         moved += parts * passes * weights * gathered
         moved += tokens * _ends(one, tensor) * width * (passes + trains_base)
         if trains_base:
@@ -107,7 +106,7 @@ def _memory_bytes(step: AbstractStep, remat: str, work: Work) -> float:
     moved *= arch.num_layers
 
     # The head is read twice for each chunk of targets, and its logits are written and read.
-    vocab = math.prod(shape[name] for name in ("fsdp", "tensor"))
+    vocab = split * tensor
     chunks = parts * step.loss_chunks(work.targets / work.tokens)
     moved += chunks * 2 * arch.vocab_size / vocab * arch.hidden_size * width
     moved += 2 * (work.targets / shape["data"]) * arch.vocab_size / vocab * _WIDE
@@ -128,22 +127,25 @@ def _ends(product: Product, tensor: int) -> float:
 def expected_network_bytes(step: AbstractStep, remat: str, work: Work) -> float:
     """What a device sends in a step, by formula: an estimate, for choosing what to compile.
 
-    Weights of layers are gathered over ``fsdp`` for each pass, gradients of trained ones are summed over ``fsdp`` and
-    ``data``, activations over ``tensor`` twice a layer and pass, and the hidden states of targets travel to the parts
-    of the vocabulary and back.
+    Weights of layers are gathered over ``fsdp`` and ``sequence`` for each pass, gradients of trained ones are summed
+    over these and ``data``, activations over ``tensor`` twice a layer and pass, keys and values are gathered over
+    ``sequence``, and the hidden states of targets travel to the parts of the vocabulary and back.
     """
     config, arch, shape = step.config, step.arch, step.mesh.shape
     parts = config.training.gradient_accumulation_steps
     width = 2 if config.model.dtype == "bfloat16" else _WIDE
     kept = {"int8": 1.03, "nf4": 0.52}.get(config.model.quantization or "", width)
-    fsdp, tensor, data = shape["fsdp"], shape["tensor"], shape["data"]
+    data, sequence, tensor = shape["data"], shape["sequence"], shape["tensor"]
+    split = shape["fsdp"] * sequence
     layers = products(arch, config.lora)
     passes = 2 + (remat in ("full", "attention"))
     weights = arch.num_layers * sum(one.size for one in layers) / tensor
     trained = weights if config.lora is None else arch.num_layers * sum(one.adapter_size for one in layers) / tensor
-    tokens = work.tokens / step.shards
-    sent = parts * passes * weights * kept * (fsdp - 1) / fsdp
-    sent += parts * trained * _WIDE * ((fsdp - 1) / fsdp + 2 * (data - 1) / data / fsdp)
+    tokens = work.tokens / step.shards / sequence
+    keys_and_values = 2 * arch.num_kv_heads * arch.head_dim / tensor
+    sent = parts * passes * weights * kept * (split - 1) / split
+    sent += parts * trained * _WIDE * ((split - 1) / split + 2 * (data - 1) / data / split)
     sent += 2 * passes * arch.num_layers * tokens * arch.hidden_size * width * 2 * (tensor - 1) / tensor
+    sent += passes * arch.num_layers * tokens * keys_and_values * width * (sequence - 1)
     targets = work.targets / data
-    return sent + targets * arch.hidden_size * (width + _WIDE) * (fsdp - 1) / fsdp
+    return sent + targets * arch.hidden_size * (width + _WIDE) * (split - 1) / split

@@ -8,6 +8,7 @@ divide over the devices: then the next multiple is taken.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from sft_jax.training.compilation import CANDIDATES
 
 COMPILED = 4  # candidates that are compiled, at least until one fits
 MOST = 12  # compiled at all
-_AXES = (1, 2, 4, 8)  # sizes of data and tensor; fsdp takes the rest
+_AXES = (1, 2, 4, 8)  # sizes of data, sequence and tensor; fsdp takes the rest
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,12 @@ def candidates(
     """All combinations that ``train`` accepts, the fastest by formula first."""
     found = []
     for mesh in _meshes(num_devices):
-        shards = num_devices // mesh["mesh.tensor"]
+        shards = mesh["mesh.data"] * mesh["mesh.fsdp"]
         batch = -(-config.training.batch_size // shards) * shards
         base = mesh | ({} if batch == config.training.batch_size else {"training.batch_size": batch})
         try:
             step = build(changed(config, base | {"training.gradient_accumulation_steps": 1}))
-        except UserError:  # heads that do not divide
+        except UserError:  # heads or slots that do not divide
             continue
         for parts in _divisors(batch // shards):
             for remat in CANDIDATES:
@@ -111,16 +112,16 @@ def _takes_no_less(one: Candidate, other: Candidate) -> bool:
     return (
         ours["data"] >= theirs["data"]
         and ours["tensor"] <= theirs["tensor"]
-        and one.step.rows >= other.step.rows
+        and one.step.slots >= other.step.slots
         and CANDIDATES.index(one.remat) <= CANDIDATES.index(other.remat)
     )
 
 
 def _meshes(num_devices: int) -> Iterator[Changes]:
-    for tensor in _AXES:
-        for data in _AXES:
-            if num_devices % (tensor * data) == 0:
-                yield {"mesh.data": data, "mesh.fsdp": num_devices // (tensor * data), "mesh.tensor": tensor}
+    for data, sequence, tensor in itertools.product(_AXES, repeat=3):
+        fsdp, rest = divmod(num_devices, data * sequence * tensor)
+        if fsdp and not rest:
+            yield {"mesh.data": data, "mesh.fsdp": fsdp, "mesh.sequence": sequence, "mesh.tensor": tensor}
 
 
 def _divisors(number: int) -> list[int]:

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from sft_jax.architecture import Architecture
 from sft_jax.config import Config
+from sft_jax.data.packing import row_lengths
 from sft_jax.errors import UserError
 from sft_jax.hf.config import read_architecture
 from sft_jax.hf.tokenizer import load_tokenizer
@@ -26,7 +27,15 @@ from sft_jax.planning.collectives import Collective, count_collectives
 from sft_jax.planning.flops import Work
 from sft_jax.planning.program_text import compile_with_text
 from sft_jax.planning.topology import GPU_COMPILER
-from sft_jax.sharding import axis_names, check_batch, check_heads, make_mesh, named_sharding
+from sft_jax.sharding import (
+    axis_names,
+    check_batch,
+    check_heads,
+    check_lengths,
+    make_mesh,
+    named_sharding,
+    num_parts,
+)
 from sft_jax.training.assembly import network_of, step_of
 from sft_jax.training.compilation import CANDIDATES, SHARE, temp_bytes
 from sft_jax.training.cross_entropy import chunk_size
@@ -70,9 +79,14 @@ class AbstractStep:
 
     @property
     def rows(self) -> int:
-        """Rows that a device computes at a time."""
+        """Rows that a device, or those along ``sequence`` and ``tensor`` together, compute at a time."""
         training = self.config.training
         return training.batch_size // training.gradient_accumulation_steps // self.shards
+
+    @property
+    def slots(self) -> int:
+        """Slots of these rows that are a device's own."""
+        return self.rows * self.config.data.max_length // self.mesh.shape["sequence"]
 
     def sizes(self) -> dict[str, int]:
         """Bytes of a device by what they are, before and besides the step's temporaries."""
@@ -104,8 +118,7 @@ class AbstractStep:
             of_token += queries // tensor  # what attention gives
         if remat in ("dots", "none"):
             of_token += (queries + 2 * keys + 2 * arch.intermediate_size) // tensor + arch.hidden_size
-        tokens = self.rows * self.config.data.max_length
-        return arch.num_layers * tokens * of_token * jnp.dtype(self.config.model.dtype).itemsize
+        return arch.num_layers * self.slots * of_token * jnp.dtype(self.config.model.dtype).itemsize
 
     def resident_bytes(self) -> int:
         """Bytes of a device that are there before the step: weights, optimizer state and batch."""
@@ -119,13 +132,11 @@ class AbstractStep:
 
     def loss_chunks(self, target_share: float) -> int:
         """How often the loop over chunks of targets turns in a part of the batch."""
-        positions = self.rows * self.config.data.max_length
         vocab = axis_names("head_vocab", self.mesh)
-        rows = axis_names("batch", self.mesh)
-        parts = math.prod(self.mesh.shape[name] for name in vocab)
-        gathered = math.prod(self.mesh.shape[name] for name in rows if name in vocab)
-        chunk = chunk_size(positions, -(-self.arch.vocab_size // parts) * gathered)
-        return -(-round(positions * target_share) // chunk)
+        tokens = axis_names("batch", self.mesh) + axis_names("length", self.mesh)
+        gathered = math.prod(self.mesh.shape[name] for name in tokens if name in vocab)
+        chunk = chunk_size(self.slots, -(-self.arch.vocab_size // num_parts("head_vocab", self.mesh)) * gathered)
+        return -(-round(self.slots * target_share) // chunk)
 
     def step(self, remat: str) -> TrainStep:
         """The jitted step with a rematerialisation policy."""
@@ -182,11 +193,12 @@ def abstract_step(config: Config, base: Base, devices: Sequence[Any]) -> Abstrac
     mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
     check_batch(config.training.batch_size, config.training.gradient_accumulation_steps, mesh)
     check_heads(base.arch.num_heads, mesh)
-    model, row_length = config.model, config.data.max_length
-    kernel = choose_kernel(model.attention, mesh, base.arch, model.dtype, row_length)
+    lengths = row_lengths(config.data)
+    check_lengths(lengths, mesh)
+    kernel = choose_kernel(config.model.attention, mesh, base.arch, config.model.dtype, math.gcd(*lengths))
     split = network_of(config, base.arch, mesh, kernel, base.token_table)
     state = abstract_state(split.trainable, _optimizer(config, split), mesh)
-    shape = (config.training.batch_size, row_length)
+    shape = (config.training.batch_size, config.data.max_length)
     sharding = named_sharding(mesh, ("batch", "length"), shape)
 
     def column(dtype: Any) -> Any:

@@ -12,6 +12,7 @@ import jax
 
 from sft_jax.data.tokenise import cache_folder
 from sft_jax.errors import UserError
+from sft_jax.processes import gather
 from sft_jax.tree import Params
 from sft_jax.typing import Batch
 
@@ -36,7 +37,7 @@ class Steps:
     Args:
         make: the jitted step with a rematerialisation policy.
         remat: a policy, or ``auto`` for the first of :data:`CANDIDATES` whose memory is free.
-        device: any one that runs it.
+        device: one of this process that runs it.
         tell: is called with each program that was made.
     """
 
@@ -65,7 +66,7 @@ class Steps:
 
     def _compile(self, state: Any, frozen: Params, batch: Batch) -> None:
         began = time.perf_counter()
-        free = free_bytes(self._device)
+        free = _least(free_bytes(self._device))
         needed = None
         for policy in self._candidates:
             try:
@@ -110,6 +111,12 @@ def free_bytes(device: Any) -> int | None:
         lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
         return int(lines["MemAvailable"].split()[0]) * 1024
     return None
+
+
+def _least(free: int | None) -> int | None:
+    """Over all processes, so that they choose alike."""
+    said = gather("free memory", "" if free is None else str(free))
+    return min((int(one) for one in said if one), default=None)
 
 
 def temp_bytes(compiled: Any) -> int | None:

@@ -118,10 +118,10 @@ def _over_devices(arrays: tuple[Any, ...], head: Head, terms: Terms, chunk: int 
     padding = [(0, missing if dim == head.vocab_dim else 0) for dim in range(2)]
     weight = jax.tree.map(lambda x: jnp.pad(x, padding), weight)
     rows = partition_spec(("batch", "length"), targets.shape, mesh)
-    tokens = (rows[0],) if isinstance(rows[0], str) else rows[0] or ()
+    tokens = tuple(name for names in rows if names for name in ((names,) if isinstance(names, str) else names))
     axes = _Axes(
         vocab=vocab,
-        rows=tokens,
+        tokens=tokens,
         gathered=tuple(name for name in tokens if name in vocab),
         all=tuple(mesh.axis_names),
         fills_up=missing > 0,
@@ -148,8 +148,8 @@ class _Axes:
     """Mesh axes by what they split; none on one device."""
 
     vocab: tuple[str, ...] = ()
-    rows: tuple[str, ...] = ()
-    gathered: tuple[str, ...] = ()  # split rows and vocabulary: each device needs the rows of the others
+    tokens: tuple[str, ...] = ()  # rows, and the slots of a row
+    gathered: tuple[str, ...] = ()  # split tokens and vocabulary: each device needs the tokens of the others
     all: tuple[str, ...] = ()
     fills_up: bool = False  # the vocabulary does not divide; the last columns are none
 
@@ -157,7 +157,7 @@ class _Axes:
 def _on_device(
     arrays: tuple[Any, ...], head: Head, terms: Terms, chunk: int | None, wanted: tuple[bool, bool], axes: _Axes
 ) -> tuple[Array, TokenLosses, Array | None, Array | None]:
-    """A device's rows against its columns of the head, in as many chunks as there are targets for."""
+    """A device's tokens against its columns of the head, in as many chunks as there are targets for."""
     hidden, weight, targets, mask = arrays
     weight = in_dtype(weight, head.dtype)
     dim, local_vocab = hidden.shape[-1], weight.shape[head.vocab_dim]
@@ -208,9 +208,9 @@ def _on_device(
     found, d_hidden, d_weight = lax.fori_loop(0, num_chunks, one_chunk, start)
     losses, correct, entropy = (x.reshape(mask.shape) for x in jnp.moveaxis(found, -1, 0))
     total = jnp.sum(losses)
-    if axes.rows:
-        total = lax.psum(total, axes.rows)
-    alone = tuple(name for name in axes.rows if name not in axes.gathered)
+    if axes.tokens:
+        total = lax.psum(total, axes.tokens)
+    alone = tuple(name for name in axes.tokens if name not in axes.gathered)
     if d_weight is not None and alone:
         d_weight = lax.psum(d_weight, alone)
     if d_hidden is not None:

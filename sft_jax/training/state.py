@@ -29,9 +29,12 @@ class TrainState:
 def make_state(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """The state before the first step; what the optimizer keeps is born where :func:`state_shardings` says."""
     shardings = state_shardings(params, optimizer, mesh)
-    opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
-    step = jax.device_put(jnp.zeros((), jnp.int32), replicated(mesh))
-    halted = jax.device_put(jnp.zeros((), bool), replicated(mesh))
+
+    def start(params: Params) -> tuple[Any, Array, Array]:
+        return optimizer.init(params), jnp.zeros((), jnp.int32), jnp.zeros((), bool)
+
+    born = (shardings.opt_state, shardings.step, shardings.halted)
+    opt_state, step, halted = jax.jit(start, out_shardings=born)(params)
     return TrainState(step=step, params=params, opt_state=opt_state, halted=halted)
 
 

@@ -16,9 +16,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--topology", default="v5e:4x4", help="a chip and the shape of the slice, such as v5e:4x4")
     parser.add_argument("--shape", choices=SHAPES, default="8b")
     parser.add_argument("--mode", choices=("lora", "full"), default="lora")
-    parser.add_argument("--rows", type=int, default=1, help="of a chip, a step")
+    parser.add_argument(
+        "--rows", type=int, default=1, help="of a chip, or of the chips along sequence and tensor together, a step"
+    )
     parser.add_argument("--row-length", type=int, default=2048)
-    parser.add_argument("--mesh", default="1,-1,1", help="data,fsdp,tensor")
+    parser.add_argument("--mesh", default="1,-1,1,1", help="data,fsdp,sequence,tensor")
     parser.add_argument("--remat", default="full")
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--quantization", choices=("int8", "nf4"))
@@ -61,7 +63,7 @@ def compile_ahead(options: argparse.Namespace) -> dict[str, Any]:
     from sft_jax.planning.topology import parse_topology
 
     mesh = MeshConfig(*map(int, options.mesh.split(",")))
-    shards = parse_topology(options.topology).num_devices // mesh.tensor
+    shards = parse_topology(options.topology).num_devices // (mesh.sequence * mesh.tensor)
     config = Config(
         model=ModelConfig(
             path=options.shape,

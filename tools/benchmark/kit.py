@@ -14,6 +14,7 @@ SHAPES = {
     "50m": (12, 512, 8, 4, 64, 1408, 32_000, True),
     "135m": (30, 576, 9, 3, 64, 1536, 49_152, True),  # SmolLM2-135M
     "1b": (16, 2048, 32, 8, 64, 8192, 128_256, True),  # Llama-3.2-1B
+    "2b": (24, 2560, 20, 5, 128, 8192, 32_000, False),
     "8b": (32, 4096, 32, 8, 128, 14_336, 128_256, False),  # Llama-3.1-8B
 }
 TEMPLATE = (
@@ -39,9 +40,7 @@ def make_kit(folder: Path, shape: str, rows: Path, dtype: str) -> Kit:
     if not (folder / "lengths.npz").is_file():
         folder.mkdir(parents=True, exist_ok=True)
         pairs = [json.loads(line) for line in rows.read_text(encoding="utf-8").split("\n") if line.strip()]
-        tokenizer = _train_tokenizer([f"{pair['question']} {pair['answer']}" for pair in pairs], SHAPES[shape][6])
-        tokenizer.save_pretrained(folder)
-        _write_model(folder, shape, dtype)
+        tokenizer = make_model(folder, shape, dtype, [f"{pair['question']} {pair['answer']}" for pair in pairs])
         lengths, targets = [], []
         with (folder / "train.jsonl").open("w", encoding="utf-8") as file:
             for pair in pairs:
@@ -108,16 +107,19 @@ def model_config(shape: str, dtype: str) -> dict[str, Any]:
     }
 
 
-def _write_model(folder: Path, shape: str, dtype: str) -> None:
-    """Random weights, a tensor at a time: a model of any size is never whole in memory."""
+def make_model(folder: Path, shape: str, dtype: str, texts: list[str], shard_bytes: int = 5 * 10**9) -> Any:
+    """Random weights, a tensor at a time, and a tokenizer trained on ``texts``, which is returned."""
     import jax.numpy as jnp
 
     from sft_jax.hf.config import read_architecture
     from sft_jax.hf.load import expected_shapes
-    from sft_jax.hf.save import save_tensors
+    from sft_jax.hf.save import Tensor, save_tensors
     from sft_jax.sharding import make_mesh
     from sft_jax.training.weights import build
 
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = _train_tokenizer(texts, SHAPES[shape][6])
+    tokenizer.save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(model_config(shape, dtype)))
     split = build(read_architecture(folder), make_mesh(), None, dtype)
     shapes = expected_shapes(split.base(), SHAPES[shape][0])
@@ -129,5 +131,5 @@ def _write_model(folder: Path, shape: str, dtype: str) -> None:
         one = np.ones(size) if len(size) == 1 else 0.02 * rng.standard_normal(size, dtype=np.float32)
         return one.astype(kept)
 
-    sizes = {name: int(np.prod(size)) * kept.itemsize for name, size in shapes.items()}
-    save_tensors(folder, sizes, weight)
+    save_tensors(folder, {name: Tensor(shape, kept) for name, shape in shapes.items()}, weight, shard_bytes)
+    return tokenizer

@@ -9,16 +9,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sft_jax.architecture import Architecture
 from sft_jax.errors import UserError
 from sft_jax.models.attention.cudnn import cudnn_attention
 from sft_jax.models.attention.mosaic_gpu import ROW_MULTIPLE, missing, mosaic_gpu_attention
 from sft_jax.models.attention.parity import WINDOW, check_parity
-from sft_jax.models.attention.splash import splash_attention
+from sft_jax.models.attention.splash import make_kernel, splash_attention
+from sft_jax.models.attention.split import SplitRows
 from sft_jax.models.attention.xla import xla_attention
-from sft_jax.sharding import axis_names, current_mesh, partition_spec
+from sft_jax.sharding import current_mesh, num_parts, partition_spec
 from sft_jax.typing import Array, Float, Int
 
 NAMES = ("splash", "cudnn", "mosaic_gpu", "xla")
@@ -34,11 +36,13 @@ class Kernel:
     name: str
     block: int  # queries and keys that are taken together, where that is ours to choose
     why: str = ""  # for people
+    interpret: bool = False  # splash: run its operations one by one, on any device
 
     def __str__(self) -> str:
         return f"{self.name}{f' ({self.why})' if self.why else ''}"
 
 
+SPLASH_BLOCK = 512  # at most
 # Smaller blocks skip more where documents are short, larger ones keep wide units busy. Measured on a CPU: 64 and 128
 # are alike for a document of 2,048, 64 is 1.6 times as fast for documents of 160.
 XLA = Kernel("xla", 64)
@@ -59,16 +63,16 @@ def choose_kernel(
         requested: ``auto``, or one of :data:`NAMES`, which is then used or refused.
         mesh: of the devices that the step is compiled for; they need not be there.
         dtype: of queries, keys and values.
-        row_length: slots of a row.
+        row_length: slots of a row; of rows of several lengths, what divides them all.
 
     Raises:
         UserError: the requested kernel cannot compute this; with the reason.
     """
-    device = mesh.devices.flat[0]
+    device, parts = mesh.devices.flat[0], num_parts("length", mesh)
     obstacles = {
-        "splash": _against_splash(device, row_length),
-        "cudnn": _against_cudnn(device, arch, dtype, row_length, softcap),
-        "mosaic_gpu": _against_mosaic_gpu(device, arch, dtype, row_length),
+        "splash": _against_splash(device, row_length, parts),
+        "cudnn": _against_cudnn(device, arch, dtype, row_length, parts, softcap),
+        "mosaic_gpu": _against_mosaic_gpu(device, arch, dtype, row_length, parts),
         "xla": None,
     }
     if requested != "auto" and obstacles[requested]:
@@ -78,13 +82,18 @@ def choose_kernel(
     if name == "xla":
         passed = [f"{other} {obstacles[other]}" for other in AUTO if obstacles[other] and _is_for(other, device)]
         kernel = any_length_kernel(device)
-        return Kernel("xla", kernel.block, f"blocks of {kernel.block}" + "".join(f"; {reason}" for reason in passed))
-    block = next((size for size in (512, 256) if row_length % size == 0), 128)
-    return Kernel(name, block, _HOW[name].format(block=block))
+        why = [f"blocks of {kernel.block}", *_how_split(parts), *passed]
+        return Kernel("xla", kernel.block, "; ".join(why))
+    why = [_HOW[name].format(block=SPLASH_BLOCK), *_how_split(parts)]
+    return Kernel(name, SPLASH_BLOCK, "; ".join(why))
+
+
+def _how_split(parts: int) -> list[str]:
+    return [f"rows in {parts} parts, keys gathered"] if parts > 1 else []
 
 
 _HOW = {
-    "splash": "blocks of {block}",
+    "splash": "blocks of up to {block}",
     "cudnn": "segments as a mask of T² bits",
     "mosaic_gpu": "segments as the first slot that each sees",
 }
@@ -99,23 +108,50 @@ def check_kernel(kernel: Kernel, mesh: Mesh, arch: Architecture) -> None:
     if kernel.name not in CHECKED:
         return
     windows = {None if window is None else WINDOW for window in arch.sliding_windows or (None,)}
+    compute = partial(_in_parts, kernel, num_parts("length", mesh))
     with jax.default_device(mesh.local_devices[0]):
-        check_parity(
-            kernel.name, partial(_compute, kernel), arch.num_heads // arch.num_kv_heads, arch.head_dim, list(windows)
-        )
+        check_parity(kernel.name, compute, arch.num_heads // arch.num_kv_heads, arch.head_dim, list(windows))
+
+
+def _in_parts(
+    kernel: Kernel,
+    num: int,
+    q: Array,
+    k: Array,
+    v: Array,
+    segment_ids: Array,
+    window: int | None,
+    softcap: float | None,
+) -> Array:
+    """What ``num`` devices would compute, one after the other; not of ``splash``."""
+    if num == 1:
+        return _compute(kernel, q, k, v, segment_ids, window, softcap)
+    pairs = np.array_split(np.arange(q.shape[1], dtype=np.int32).reshape(-1, 2), num)
+    places = [jnp.asarray(part.reshape(-1)) for part in pairs]
+    out = [_compute(kernel, q[:, at], k, v, segment_ids, window, softcap, at) for at in places]
+    return jnp.concatenate(out, axis=1)
 
 
 def _is_for(name: str, device: Any) -> bool:
     return {"splash": "tpu", "cudnn": "gpu"}.get(name) == device.platform
 
 
-def _against_splash(device: Any, row_length: int) -> str | None:
+def _against_splash(device: Any, row_length: int, parts: int) -> str | None:
     if device.platform != "tpu":
         return "needs a TPU"
-    return f"needs rows of a multiple of 128, not {row_length} (data.max_length)" if row_length % 128 else None
+    return _against_length(row_length, 128, parts)
 
 
-def _against_cudnn(device: Any, arch: Architecture, dtype: str, row_length: int, softcap: float | None) -> str | None:
+def _against_length(row_length: int, multiple: int, parts: int) -> str | None:
+    if row_length % (multiple * parts) == 0:
+        return None
+    where = "data.max_length" if parts == 1 else f"data.max_length, in {parts} parts by mesh.sequence"
+    return f"needs rows of a multiple of {multiple * parts}, not {row_length} ({where})"
+
+
+def _against_cudnn(
+    device: Any, arch: Architecture, dtype: str, row_length: int, parts: int, softcap: float | None
+) -> str | None:
     if device.platform != "gpu":
         return "needs an NVIDIA GPU"
     if (capability := _capability(device)) is None or capability < 8.0:
@@ -124,12 +160,10 @@ def _against_cudnn(device: Any, arch: Architecture, dtype: str, row_length: int,
         return "needs bfloat16 (model.dtype)"
     if arch.head_dim % 8 or arch.head_dim > 128:
         return f"needs a head dimension up to 128, a multiple of 8, not {arch.head_dim}"
-    if row_length % 2:
-        return f"needs rows of an even number of slots, not {row_length} (data.max_length)"
-    return "has no soft cap" if softcap is not None else None
+    return "has no soft cap" if softcap is not None else _against_length(row_length, 2, parts)
 
 
-def _against_mosaic_gpu(device: Any, arch: Architecture, dtype: str, row_length: int) -> str | None:
+def _against_mosaic_gpu(device: Any, arch: Architecture, dtype: str, row_length: int, parts: int) -> str | None:
     capability = _capability(device) if device.platform == "gpu" else None
     if capability is None or not 9.0 <= capability < 11.0:
         return "needs a Hopper or Blackwell GPU of a data centre (compute capability 9 or 10)"
@@ -137,9 +171,9 @@ def _against_mosaic_gpu(device: Any, arch: Architecture, dtype: str, row_length:
         return "needs bfloat16 (model.dtype)"
     if arch.head_dim % 8 or arch.head_dim > 256:
         return f"needs a head dimension up to 256, a multiple of 8, not {arch.head_dim}"
-    if row_length % ROW_MULTIPLE:
-        return f"needs rows of a multiple of {ROW_MULTIPLE}, not {row_length} (data.max_length)"
-    return missing()
+    if parts > 1:
+        return "takes whole rows only, and mesh.sequence splits them"
+    return _against_length(row_length, ROW_MULTIPLE, parts) or missing()
 
 
 def _capability(device: Any) -> float | None:
@@ -163,36 +197,64 @@ def attention(
 
     Scores are ``q · k / √H``, soft-capped if asked; softmax is float32. Query heads ``g·K … g·K + G`` share key/value
     head g (grouped-query attention, Ainslie et al. 2023). Segments are contiguous in their row. Each device computes
-    its own rows and heads; positions are those of the row, which within a segment differ from those of the document by
-    a constant. What padding (segment 0) sees is not specified.
+    its own rows and heads, and where rows are split as well, queries of its own against all keys and values, which are
+    gathered for it; positions are those of the row, which within a segment differ from those of the document by a
+    constant. What padding (segment 0) sees is not specified.
     """
-
-    def compute(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
-        return _compute(kernel, q, k, v, segment_ids, window, softcap)
-
     mesh = current_mesh()
     if mesh is None:
-        return compute(q, k, v, segment_ids)
-    num_kv_heads, split = k.shape[2], math.prod(mesh.shape[name] for name in axis_names("heads", mesh))
+        return _compute(kernel, q, k, v, segment_ids, window, softcap)
+    num_kv_heads, split = k.shape[2], num_parts("heads", mesh)
     if num_kv_heads % split:  # each device gets the key/value heads of its query heads
         copies = math.lcm(num_kv_heads, split) // num_kv_heads
         k, v = (jnp.repeat(x, copies, axis=2) for x in (k, v))
     queries = partition_spec(("batch", "length", "heads", "head_dim"), q.shape, mesh)
     keys = partition_spec(("batch", "length", "kv_heads", "head_dim"), k.shape, mesh)
-    rows = partition_spec(("batch", "length"), segment_ids.shape, mesh)
-    return jax.shard_map(compute, in_specs=(queries, keys, keys, rows), out_specs=queries, check_vma=False)(
-        q, k, v, segment_ids
+    rows = partition_spec(("batch", "whole_length"), segment_ids.shape, mesh)
+    axis = queries[1]
+    if axis is None:
+        return jax.shard_map(
+            partial(_compute, kernel, window=window, softcap=softcap),
+            in_specs=(queries, keys, keys, rows),
+            out_specs=queries,
+            check_vma=False,
+        )(q, k, v, segment_ids)
+
+    assert isinstance(axis, str), axis
+    parts = SplitRows.of(q.shape[1], mesh.shape[axis], axis, window)
+    masks, where = None, None  # of splash: it has to know of each device's queries before it is compiled
+    if kernel.name == "splash":
+        num_heads = q.shape[2] // (split if queries[2] else 1)
+        masks = make_kernel(parts.places(), num_heads, window, softcap, kernel.block, kernel.interpret)
+        where = masks.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, axis)))
+
+    def of_part(q: Array, k: Array, v: Array, segment_ids: Array, mask: Any) -> Array:
+        q, k, v = parts.taken(q), parts.whole(k), parts.whole(v)
+        return parts.given_back(_compute(kernel, q, k, v, segment_ids, window, softcap, parts.my_places(), mask))
+
+    return jax.shard_map(of_part, in_specs=(queries, keys, keys, rows, where), out_specs=queries, check_vma=False)(
+        q, k, v, segment_ids, masks
     )
 
 
 def _compute(
-    kernel: Kernel, q: Array, k: Array, v: Array, segment_ids: Array, window: int | None, softcap: float | None
+    kernel: Kernel,
+    q: Array,
+    k: Array,
+    v: Array,
+    segment_ids: Array,
+    window: int | None,
+    softcap: float | None,
+    places: Array | None = None,
+    mask: Any = None,
 ) -> Array:
+    """On one device; of the queries in these ``places`` of each row, where they are not all of them."""
     if kernel.name == "splash":
-        return splash_attention(q, k, v, segment_ids, window, softcap, kernel.block)
+        return splash_attention(q, k, v, segment_ids, window, softcap, kernel.block, kernel.interpret, places, mask)
     if kernel.name == "cudnn":
         assert softcap is None
-        return cudnn_attention(q, k, v, segment_ids, window)
+        return cudnn_attention(q, k, v, segment_ids, window, places)
     if kernel.name == "mosaic_gpu":
+        assert places is None
         return mosaic_gpu_attention(q, k, v, segment_ids, window, softcap)
-    return xla_attention(q, k, v, segment_ids, window, softcap, kernel.block)
+    return xla_attention(q, k, v, segment_ids, window, softcap, kernel.block, places)

@@ -2,8 +2,8 @@
 
 Queries and keys are taken in blocks. A segment is contiguous, so the keys that a block of queries can see lie between
 the start of its first query's segment (or window) and its last query: a loop with bounds from the data runs over just
-these. Softmax is computed online and the backward pass recomputes scores from the saved log-sum-exp (FlashAttention-2,
-Dao 2023), so memory grows with T and not with T².
+these, whichever queries of their rows are at hand. Softmax is computed online and the backward pass recomputes scores
+from the saved log-sum-exp (FlashAttention-2, Dao 2023), so memory grows with T and not with T².
 """
 
 from __future__ import annotations
@@ -23,6 +23,17 @@ BLOCK = 64
 _NEVER = -1e30  # finite, so that padding that sees nothing still has a softmax
 
 
+class _Sight(NamedTuple):
+    """The first and the last key of each query, in blocks: those between are the ones that it sees."""
+
+    last: Int[Array, "blocks block"]  # its own place
+    first: Int[Array, "blocks block"]
+
+    def of_block(self, block: int) -> tuple[Array, Array]:
+        """Where the loop over blocks of keys begins and ends, for one block of queries."""
+        return jnp.min(self.first) // block, jnp.max(self.last) // block + 1
+
+
 class _Static(NamedTuple):
     block: int
     softcap: float | None
@@ -30,77 +41,84 @@ class _Static(NamedTuple):
 
 def xla_attention(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    segment_ids: Int[Array, "B T"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    segment_ids: Int[Array, "B S"],
     window: int | None = None,
     softcap: float | None = None,
     block: int = BLOCK,
+    places: Int[Array, "T"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """See :func:`sft_jax.models.attention.kernel.attention`; on one device.
 
     Any shape and dtype; scores and softmax are float32.
 
+    Args:
+        places: the slots of a row that the queries are in, where they are not all of its S slots; may be traced. Those
+            of a block should lie together, or it takes all keys between them.
+
     The rows are laid end to end and become one: rows, like documents, are only segments that do not see each other.
     Two rows of four slots, three documents, blocks of two::
 
-        segment_ids   1 1 2 2 │ 1 1 1 0      position of the first slot of its own segment
-        seen from     0 0 2 2 │ 4 4 4 7
+        segment_ids   1 1 2 2 │ 1 1 1 0
+        place         0 1 2 3 │ 4 5 6 7
+        seen from     0 0 2 2 │ 4 4 4 7      the place where its own segment begins
         key blocks of query block   0: 0…0   1: 1…1   2: 2…2   3: 2…3
     """
-    num_rows, length, num_heads, head_dim = q.shape
-    num_kv_heads = k.shape[2]
-    size = num_rows * length
+    num_rows, num_queries, num_heads, head_dim = q.shape
+    length, num_kv_heads = k.shape[1:3]
+    size = num_rows * num_queries
     block = min(block, size)
     padding = -size % block
 
-    def blocks(x: Array) -> Array:  # [B, T, heads, H] -> [heads, blocks, block, H]
-        x = jnp.pad(x.reshape(size, -1, head_dim), [(0, padding), (0, 0), (0, 0)])
+    def blocks(x: Array) -> Array:  # [B, T or S, heads, H] -> [heads, blocks, block, H]
+        x = x.reshape(-1, *x.shape[2:])
+        x = jnp.pad(x, [(0, -x.shape[0] % block), (0, 0), (0, 0)])
         return jnp.moveaxis(x.reshape(-1, block, x.shape[1], head_dim), 2, 0)
 
-    rows = length * jnp.arange(num_rows, dtype=jnp.int32)[:, None]
-    seen_from = jnp.pad((first_visible(segment_ids, window) + rows).reshape(size), (0, padding), mode="edge")
+    def of_queries(x: Array) -> Array:  # [B, S], counted within each row -> [blocks, block]
+        x = x + length * jnp.arange(num_rows, dtype=jnp.int32)[:, None]
+        x = x if places is None else x[:, places]
+        return jnp.pad(x.reshape(size), (0, padding), mode="edge").reshape(-1, block)
+
+    place = of_queries(jnp.arange(length, dtype=jnp.int32)[None])
+    seen_from = of_queries(first_visible(segment_ids, window))
     scaled = blocks(q * jnp.asarray(head_dim**-0.5, q.dtype))
     scaled = scaled.reshape(num_kv_heads, num_heads // num_kv_heads, *scaled.shape[1:])
-    out: Any = _blockwise(scaled, blocks(k), blocks(v), seen_from.reshape(-1, block), _Static(block, softcap))
+    out: Any = _blockwise(scaled, blocks(k), blocks(v), _Sight(last=place, first=seen_from), _Static(block, softcap))
     out = jnp.moveaxis(out, (2, 3), (0, 1)).reshape(size + padding, num_heads, head_dim)
     return out[:size].reshape(q.shape)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _blockwise(q: Array, k: Array, v: Array, seen_from: Array, static: _Static) -> Array:
+def _blockwise(q: Array, k: Array, v: Array, sight: _Sight, static: _Static) -> Array:
     """``[K, G, blocks, block, H]`` queries, already scaled, on ``[K, blocks, block, H]`` keys and values."""
-    return _forward(q, k, v, seen_from, static)[0]
+    return _forward(q, k, v, sight, static)[0]
 
 
-def _scores(q: Array, k: Array, seen_from: Array, i: Array, j: Array, static: _Static) -> tuple[Array, Array | None]:
-    """Capped and masked scores ``[K, G, t, s]`` of block i's queries on block j's keys, and the slope of the cap."""
+def _scores(q: Array, k: Array, sight: _Sight, j: Array, static: _Static) -> tuple[Array, Array | None]:
+    """Capped and masked scores ``[K, G, t, s]`` of a block of queries on block j's keys, and the slope of the cap."""
     scores = jnp.einsum("kgth,ksh->kgts", q, k, preferred_element_type=jnp.float32)
     slope = None
     if static.softcap is not None:
         squashed = jnp.tanh(scores / static.softcap)
         scores, slope = static.softcap * squashed, 1.0 - squashed**2
-    within = jnp.arange(static.block)
-    key_place, query_place = j * static.block + within[None], i * static.block + within[:, None]
-    visible = (key_place <= query_place) & (key_place >= seen_from[:, None])
+    key_place = j * static.block + jnp.arange(static.block)[None]
+    visible = (key_place <= sight.last[:, None]) & (key_place >= sight.first[:, None])
     return jnp.where(visible, scores, _NEVER), slope
-
-
-def _first_key_block(seen_from: Array, static: _Static) -> Array:
-    return jnp.min(seen_from) // static.block
 
 
 def _at(x: Array, i: Array, axis: int) -> Array:
     return lax.dynamic_index_in_dim(x, i, axis, keepdims=False)
 
 
-def _forward(q: Array, k: Array, v: Array, seen_from: Array, static: _Static) -> tuple[Array, Array]:
-    def query_block(given: tuple[Array, Array, Array]) -> tuple[Array, Array]:
-        i, qi, seen = given
+def _forward(q: Array, k: Array, v: Array, sight: _Sight, static: _Static) -> tuple[Array, Array]:
+    def query_block(given: tuple[Array, _Sight]) -> tuple[Array, Array]:
+        qi, seen = given
 
         def key_block(j: Array, carry: Any) -> Any:
             top, total, out = carry
-            scores, _ = _scores(qi, _at(k, j, 1), seen, i, j, static)
+            scores, _ = _scores(qi, _at(k, j, 1), seen, j, static)
             new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
             weights = jnp.exp(scores - new_top[..., None])
             shrink = jnp.exp(top - new_top)
@@ -115,29 +133,30 @@ def _forward(q: Array, k: Array, v: Array, seen_from: Array, static: _Static) ->
             jnp.zeros(qi.shape[:-1], jnp.float32),
             jnp.zeros(qi.shape, jnp.float32),
         )
-        top, total, out = lax.fori_loop(_first_key_block(seen, static), i + 1, key_block, start)
+        first, end = seen.of_block(static.block)
+        top, total, out = lax.fori_loop(first, end, key_block, start)
         return (out / total[..., None]).astype(q.dtype), top + jnp.log(total)
 
-    out, log_total = lax.map(query_block, (jnp.arange(q.shape[2]), jnp.moveaxis(q, 2, 0), seen_from))
+    out, log_total = lax.map(query_block, (jnp.moveaxis(q, 2, 0), sight))
     return jnp.moveaxis(out, 0, 2), log_total
 
 
-def _forward_and_residuals(q: Array, k: Array, v: Array, seen_from: Array, static: _Static):
-    out, log_total = (keep(x, ATTENTION) for x in _forward(q, k, v, seen_from, static))
-    return out, (q, k, v, seen_from, out, log_total)
+def _forward_and_residuals(q: Array, k: Array, v: Array, sight: _Sight, static: _Static):
+    out, log_total = (keep(x, ATTENTION) for x in _forward(q, k, v, sight, static))
+    return out, (q, k, v, sight, out, log_total)
 
 
 def _backward(static: _Static, residuals: Any, d_out: Array):
-    q, k, v, seen_from, out, log_total = residuals
+    q, k, v, sight, out, log_total = residuals
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
 
     def query_block(carry: Any, given: Any) -> Any:
-        i, qi, seen, d_outi, log_totali, deltai = given
+        qi, seen, d_outi, log_totali, deltai = given
 
         def key_block(j: Array, carry: Any) -> Any:
             dq, dk, dv = carry
             kj, vj = _at(k, j, 1), _at(v, j, 1)
-            scores, slope = _scores(qi, kj, seen, i, j, static)
+            scores, slope = _scores(qi, kj, seen, j, static)
             weights = jnp.exp(scores - log_totali[..., None])
             d_weights = jnp.einsum("kgth,ksh->kgts", d_outi, vj, preferred_element_type=jnp.float32)
             d_scores = weights * (d_weights - deltai[..., None])
@@ -148,14 +167,14 @@ def _backward(static: _Static, residuals: Any, d_out: Array):
             dk, dv = (lax.dynamic_update_index_in_dim(x, _at(x, j, 1) + new, j, 1) for x, new in ((dk, dkj), (dv, dvj)))
             return dq, dk, dv
 
-        dq, dk, dv = lax.fori_loop(
-            _first_key_block(seen, static), i + 1, key_block, (jnp.zeros(qi.shape, jnp.float32), *carry)
-        )
+        first, end = seen.of_block(static.block)
+        start = (jnp.zeros(qi.shape, jnp.float32), *carry)
+        dq, dk, dv = lax.fori_loop(first, end, key_block, start)
         return (dk, dv), dq.astype(q.dtype)
 
     nothing = tuple(jnp.zeros(x.shape, jnp.float32) for x in (k, v))
     by_block = [jnp.moveaxis(x, 2, 0) for x in (q, d_out, delta)]
-    given = (jnp.arange(q.shape[2]), by_block[0], seen_from, by_block[1], log_total, by_block[2])
+    given = (by_block[0], sight, by_block[1], log_total, by_block[2])
     (dk, dv), dq = lax.scan(query_block, nothing, given)
     return jnp.moveaxis(dq, 0, 2), dk.astype(k.dtype), dv.astype(v.dtype), None
 

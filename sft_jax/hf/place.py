@@ -1,0 +1,130 @@
+"""Tensors of files as arrays on the mesh: read once by all processes together, and never whole on a host.
+
+Each process reads the rows that fall to its devices when a tensor is split by rows over all of them: contiguous ranges
+of the file, whatever the mesh. The devices then trade rows for the parts that they keep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from sft_jax.hf.reader import CHUNK_BYTES, TensorReader
+from sft_jax.typing import Array
+
+
+class Made(Protocol):
+    """How a weight is kept, where not as it is: hashable, and a function of one layer."""
+
+    def __call__(self, weight: Array, /) -> dict[str, Array]:
+        """The arrays by name of a weight, or of one layer of it."""
+        ...
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What becomes of a tensor; hashable, so that tensors with the same one share a program."""
+
+    num_rows: int  # of the tensor in the file
+    transposed: bool
+    added_rows: int  # of the token table, that start at the mean of the others
+    made: Made | None  # None: kept as it is
+    arrays: tuple[tuple[str, jax.ShapeDtypeStruct], ...]  # what is kept, with shardings
+    stacked: bool
+
+    def parts(self, rows: Array) -> dict[str, Array]:
+        """What is kept of a tensor that was read by rows."""
+        weight = rows[: self.num_rows]
+        if self.added_rows:
+            mean = jnp.mean(weight.astype(jnp.float32), axis=0, keepdims=True).astype(weight.dtype)
+            weight = jnp.concatenate([weight, jnp.repeat(mean, self.added_rows, axis=0)])
+        weight = weight.T if self.transposed else weight
+        if self.made is not None:
+            return self.made(weight)
+        ((name, kept),) = self.arrays
+        return {name: weight.astype(kept.dtype)}
+
+
+def place(reader: TensorReader, names: Iterable[str], recipe: Recipe) -> dict[str, Array]:
+    """The tensors ``names``, one a layer, as the arrays of a recipe; one tensor alone where it is not stacked."""
+    arrays = dict(recipe.arrays)
+    mesh = _mesh(arrays)
+    start, store = _programs(recipe)
+    kept = start() if recipe.stacked else {}
+    for layer, name in enumerate(names):
+        rows = _by_rows(reader, name, mesh)
+        kept = store(kept, rows, np.int32(layer)) if recipe.stacked else store(rows)
+        jax.block_until_ready(kept)  # so that no more than one tensor is on its way
+    return kept
+
+
+@lru_cache(maxsize=256)
+def _programs(recipe: Recipe) -> tuple[Callable[[], dict[str, Array]], Callable[..., dict[str, Array]]]:
+    """What makes empty stacks, and what stores a tensor in them."""
+    arrays = dict(recipe.arrays)
+    shardings: Any = {name: leaf.sharding for name, leaf in arrays.items()}
+
+    def start() -> dict[str, Array]:
+        return {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in arrays.items()}
+
+    def store(kept: dict[str, Array], rows: Array, layer: Array) -> dict[str, Array]:
+        parts = recipe.parts(rows)
+        return {name: lax.dynamic_update_index_in_dim(kept[name], parts[name], layer, 0) for name in kept}
+
+    if recipe.stacked:
+        return jax.jit(start, out_shardings=shardings), jax.jit(store, donate_argnums=0, out_shardings=shardings)
+    return start, jax.jit(recipe.parts, out_shardings=shardings)
+
+
+def _by_rows(reader: TensorReader, name: str, mesh: Mesh) -> Array:
+    """A tensor split by rows over all devices, filled up with zeros until they divide it."""
+    num_rows, *rest = reader.shape(name)
+    each = -(-num_rows // mesh.size)
+    sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    shape = (each * mesh.size, *rest)
+    parts = []
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        first = index[0].start or 0  # type: ignore[index]
+        parts.append(_on_device(reader, name, first, min(first + each, num_rows), each, device))
+    return jax.make_array_from_single_device_arrays(shape, sharding, parts)
+
+
+def _on_device(reader: TensorReader, name: str, first: int, last: int, size: int, device: Any) -> Array:
+    """The rows ``first … last`` of a tensor, and zeros up to ``size``, on one device."""
+    rest, dtype = reader.shape(name)[1:], reader.dtype(name)
+    step = max(1, CHUNK_BYTES // max(1, int(np.prod(rest)) * dtype.itemsize))
+    if last - first == size <= step:
+        return jax.device_put(_narrow(reader.read(name, first, last)), device)
+    buffer = _zeros((size, *rest), np.float32 if dtype == np.float64 else dtype, device)
+    for start in range(first, last, step):
+        rows = jax.device_put(_narrow(reader.read(name, start, min(start + step, last))), device)
+        buffer = _write(buffer, rows, np.int32(start - first))
+        buffer.block_until_ready()
+    return buffer
+
+
+def _narrow(rows: np.ndarray) -> np.ndarray:
+    """jax has no float64 here."""
+    return rows.astype(np.float32) if rows.dtype == np.float64 else rows
+
+
+def _zeros(shape: tuple[int, ...], dtype: Any, device: Any) -> Array:
+    return jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=SingleDeviceSharding(device))()
+
+
+@partial(jax.jit, donate_argnums=0)
+def _write(buffer: Array, rows: Array, at: Array) -> Array:
+    return lax.dynamic_update_slice_in_dim(buffer, rows, at, 0)
+
+
+def _mesh(arrays: Mapping[str, jax.ShapeDtypeStruct]) -> Mesh:
+    sharding: Any = next(iter(arrays.values())).sharding
+    return sharding.mesh

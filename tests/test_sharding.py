@@ -1,0 +1,37 @@
+"""How devices are arranged."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from sft_jax.errors import UserError
+from sft_jax.sharding import _arranged, make_mesh
+
+
+def slices(num: int, each: int) -> list:
+    """Devices of several slices, out of order."""
+    devices = [
+        SimpleNamespace(id=i, slice_index=i // each, process_index=i // 4, platform="cpu", device_kind="cpu")
+        for i in range(num * each)
+    ]
+    return devices[::2] + devices[1::2]
+
+
+@pytest.mark.smoke
+def test_slices_meet_along_data_only():
+    grid = _arranged(slices(2, 8), (4, 2, 1, 2))
+    assert grid.shape == (4, 2, 1, 2)
+    of = np.vectorize(lambda device: device.slice_index)(grid)
+    assert np.array_equal(of[:2], np.zeros((2, 2, 1, 2)))
+    assert np.array_equal(of[2:], np.ones((2, 2, 1, 2)))
+    assert sorted(device.id for device in grid.flat) == list(range(16))
+    with pytest.raises(UserError, match=r"mesh.data: 1 is not a multiple of the 2 slices.*use mesh.data=2"):
+        _arranged(slices(2, 8), (1, 16, 1, 1))
+
+
+@pytest.mark.smoke
+def test_sizes_that_do_not_fit_are_named():
+    with pytest.raises(UserError, match=r"data 3 × fsdp 1 × sequence 1 × tensor 1 needs 3 devices, 8 are here"):
+        make_mesh(3, 1)
+    assert make_mesh(2, -1, 2, 1).shape == {"data": 2, "fsdp": 2, "sequence": 2, "tensor": 1}
