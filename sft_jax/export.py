@@ -216,7 +216,8 @@ def _file_shape(path: LeafPath, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _as_in_file(run: Run, name: str, path: LeafPath, layer: np.ndarray) -> np.ndarray:
-    return (layer.T if is_transposed(path) else layer).astype(run.dtype(name))
+    # Contiguous, because the safetensors library writes an array's memory as it lies.
+    return np.ascontiguousarray((layer.T if is_transposed(path) else layer).astype(run.dtype(name)))
 
 
 def _updates(run: Run, num_layers: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
