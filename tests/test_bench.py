@@ -15,7 +15,8 @@ from benchmark import kit, train  # noqa: E402
 
 
 def test_shapes_are_those_of_the_models():
-    assert {name: sum(kit.SHAPES[name][:1]) for name in kit.SHAPES} == {"50m": 12, "135m": 30, "1b": 16, "2b": 24, "8b": 32}
+    depths = {"50m": 12, "135m": 30, "1b": 16, "2b": 24, "8b": 32}
+    assert {name: shape[0] for name, shape in kit.SHAPES.items()} == depths
     config = kit.model_config("8b", "bfloat16")
     assert (config["hidden_size"], config["num_key_value_heads"], config["tie_word_embeddings"]) == (4096, 8, False)
 

@@ -1,9 +1,13 @@
-"""The fused head and loss against the plain formula: time by the share of targets, and how far gradients differ."""
+"""The fused head and loss against the plain formula: time by the share of targets, gradients, and memory.
+
+With ``--topology v5e:1x1`` both are compiled for a chip that need not be there, in bfloat16, for their memory only.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import time
 from typing import Any
@@ -14,30 +18,78 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vocab", type=int, default=32_000)
     parser.add_argument("--dim", type=int, default=576)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--topology", help="of one chip: memory ahead of time")
     parser.add_argument("--json", action="store_true")
     parser.set_defaults(run=bench_loss)
 
 
 def bench_loss(options: argparse.Namespace) -> None:
+    if options.topology:
+        _ahead(options)
+    else:
+        _measured(options)
+
+
+def _functions(targets: Any) -> tuple[Any, Any]:
+    """Ours and the plain formula, as functions of hidden states, head and mask."""
     import jax
     import jax.numpy as jnp
 
     from sft_jax.models.head import Head
     from sft_jax.training.cross_entropy import masked_cross_entropy
 
-    keys = jax.random.split(jax.random.key(0), 4)
-    n, v, d = options.tokens, options.vocab, options.dim
-    hidden = jax.random.normal(keys[0], (1, n, d))
-    weight = 0.05 * jax.random.normal(keys[1], (d, v))
-    targets = jax.random.randint(keys[2], (1, n), 0, v)
-
     def plain(hidden: Any, weight: Any, mask: Any) -> Any:
-        log_probs = jax.nn.log_softmax(hidden @ weight)
+        log_probs = jax.nn.log_softmax(jnp.dot(hidden, weight, preferred_element_type=jnp.float32))
         return -jnp.sum(mask * jnp.take_along_axis(log_probs, targets[..., None], -1)[..., 0])
 
     def fused(hidden: Any, weight: Any, mask: Any) -> Any:
         return masked_cross_entropy(hidden, Head(weight, 1, hidden.dtype), targets, mask)[0]
 
+    return fused, plain
+
+
+def _ahead(options: argparse.Namespace) -> None:
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import SingleDeviceSharding
+
+    from sft_jax.planning.topology import devices_of, parse_topology
+
+    sharding = SingleDeviceSharding(devices_of(parse_topology(options.topology))[0])
+    n, v, d = options.tokens, options.vocab, options.dim
+
+    def array(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    arguments = array(1, n, d), array(d, v), array(1, n, dtype=jnp.float32), array(1, n, dtype=jnp.int32)
+    found = {}
+    for trained in (False, True):
+        for i, name in enumerate(("fused", "plain")):
+
+            def loss(hidden: Any, weight: Any, mask: Any, targets: Any, i: int = i) -> Any:
+                return _functions(targets)[i](hidden, weight, mask)
+
+            program = jax.jit(jax.value_and_grad(loss, (0, 1) if trained else 0)).lower(*arguments).compile()
+            memory: Any = program.memory_analysis()
+            found[f"{name}, head {'trained' if trained else 'frozen'}"] = memory.temp_size_in_bytes
+    if options.json:
+        print(json.dumps(found))
+        return
+    print(f"{n} tokens, {d} dimensions, vocabulary {v}, bfloat16, {options.topology}, temporary MiB:")
+    for name, size in found.items():
+        print(f"{name:20} {size / 2**20:8,.0f}")
+
+
+def _measured(options: argparse.Namespace) -> None:
+    import jax
+    import jax.numpy as jnp
+
+    keys = jax.random.split(jax.random.key(0), 4)
+    n, v, d = options.tokens, options.vocab, options.dim
+    hidden = jax.random.normal(keys[0], (1, n, d))
+    weight = 0.05 * jax.random.normal(keys[1], (d, v))
+    fused, plain = _functions(jax.random.randint(keys[2], (1, n), 0, v))
     rows = []
     for trained in (False, True):
         for share in (1.0, 0.5, 0.25):
