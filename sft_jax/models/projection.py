@@ -115,6 +115,9 @@ def _backward(x: Array, kernels: Any, adapters: Any, low: Any, wanted: _Wanted, 
                 d_a_i, d_b_i = d_a[:, at : at + rank], _outer(low[i], d_out[i])
                 d_adapters[i] = Adapter(d_a_i.astype(adapters[i].a.dtype), d_b_i.astype(adapters[i].b.dtype))
                 at += rank
+    if wanted.x and wanted.adapters and present:
+        # What reads the input comes first, so that the input is free when its gradient is used.
+        d_x, d_adapters = lax.optimization_barrier((d_x, d_adapters))
     return (d_x if wanted.x else None), d_kernels, d_adapters
 
 
