@@ -7,7 +7,7 @@ import os
 import sys
 
 from sft_jax import __version__
-from sft_jax.errors import AGAIN, USER_MISTAKE, Preempted, Unreachable, UserError
+from sft_jax.errors import Preempted, Unreachable, UserError, exit_code
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -16,15 +16,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         return options.command(options)
-    except UserError as error:
-        print(f"sft-jax: {error}", file=sys.stderr)
-        return USER_MISTAKE
-    except (Preempted, Unreachable) as error:
-        print(f"sft-jax: {error}", file=sys.stderr)
-        return AGAIN
-    except KeyboardInterrupt:
-        print("sft-jax: interrupted", file=sys.stderr)
-        return 130
+    except (UserError, Preempted, Unreachable, KeyboardInterrupt) as error:
+        print(f"sft-jax: {str(error) or 'interrupted'}", file=sys.stderr)
+        return exit_code(error)
 
 
 def _train(options: argparse.Namespace) -> int:

@@ -23,6 +23,15 @@ class Unreachable(RuntimeError):
     """Another process of the run did not come."""
 
 
+def exit_code(error: BaseException) -> int:
+    """Of a command that ends by ``error``."""
+    if isinstance(error, UserError):
+        return USER_MISTAKE
+    if isinstance(error, (Preempted, Unreachable)):
+        return AGAIN
+    return 130 if isinstance(error, KeyboardInterrupt) else 1
+
+
 def one_line(text: str) -> str:
     """A text that may quote anything, as one line: what cannot be printed is written as an escape."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,14 +15,15 @@ from sft_jax.data.packing import row_lengths
 from sft_jax.evaluation.compare import Comparison, Networks, compare, prepare
 from sft_jax.hf.config import read_architecture, stop_ids
 from sft_jax.metrics import read_metrics
-from sft_jax.models.attention.kernel import check_kernel, choose_kernel
+from sft_jax.models.attention.kernel import check_kernel
 from sft_jax.models.lora import is_adapter
 from sft_jax.report import table
 from sft_jax.report.write import write_report
 from sft_jax.runs import open_run
 from sft_jax.sharding import check_batch, check_heads, check_lengths, make_mesh
+from sft_jax.training.assembly import kernel_of, network_of
 from sft_jax.training.compilation import keep_programs
-from sft_jax.training.weights import build, load_weights
+from sft_jax.training.weights import load_weights
 from sft_jax.tree import flatten, unflatten
 
 
@@ -48,8 +48,7 @@ def evaluate(
     config = dataclasses.replace(config, model=trained.model, lora=trained.lora)
     mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
     check_batch(config.training.batch_size, config.training.gradient_accumulation_steps, mesh)
-    lengths = row_lengths(config.data)
-    check_lengths(lengths, mesh)
+    check_lengths(row_lengths(config.data), mesh)
     say.mesh(mesh)
     keep_programs(mesh.devices.flat[0])
     arch = read_architecture(run.base)
@@ -59,19 +58,9 @@ def evaluate(
     task = prepare(config, arch, run.tokenizer, stop_ids(run.base))
     say.task(task)
     token_table = config.lora is not None and not all(map(is_adapter, run.trained))
-    kernel = choose_kernel(config.model.attention, mesh, arch, config.model.dtype, math.gcd(*lengths))
+    kernel = kernel_of(config, arch, mesh)
     check_kernel(kernel, mesh, arch)
-    split = build(
-        arch,
-        mesh,
-        config.lora,
-        config.model.dtype,
-        "none",
-        token_table,
-        kernel=kernel,
-        quantization=config.model.quantization,
-        weights=config.model.weights,
-    )
+    split = network_of(config, arch, mesh, kernel, token_table, remat="none")
     say.model(config, arch.family, split, kernel)
     base, frozen = load_weights(split, arch, run.reader, None, old_vocab_size, trained.training.seed)
     tuned = unflatten(run.restore(flatten(split.trainable)))

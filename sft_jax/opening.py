@@ -71,8 +71,8 @@ def open_model(
     folder = Path(name).expanduser()
     mesh = make_mesh(devices=devices)
     keep_programs(mesh.devices.flat[0])
-    if RunFolder(name).is_run():
-        return _open_run(name, step, dtype, mesh)
+    if (run := RunFolder(name)).is_run():
+        return _open_run(run, step, dtype, mesh)
     if step is not None:
         raise UserError(f"{name}: only run folders have steps, and this is none")
     if (folder / "adapter_config.json").is_file():
@@ -91,7 +91,7 @@ def open_model(
     return Opened(f"{name}, {arch.family}, {dtype}", arch, tokenizer, mesh, split, {}, frozen, stops)
 
 
-def _open_run(folder: str, step: int | None, dtype: str | None, mesh: Mesh) -> Opened:
+def _open_run(folder: RunFolder, step: int | None, dtype: str | None, mesh: Mesh) -> Opened:
     run = open_run(folder, step)
     arch = read_architecture(run.base)
     old_vocab_size = arch.vocab_size

@@ -25,7 +25,7 @@ import numpy as np
 from jax._src import distributed  # the service's client has no public name
 from jax.experimental import multihost_utils
 
-from sft_jax.errors import AGAIN, USER_MISTAKE, Preempted, Unreachable, UserError, one_line
+from sft_jax.errors import AGAIN, Preempted, Unreachable, UserError, exit_code, one_line
 
 _PREFIX = "sft_jax"
 _POLL_SECONDS = 1.0
@@ -209,7 +209,7 @@ class _Watch:
             # What broke may be the connection to one that failed: then the thread finds out, and ends this process.
             time.sleep(self._silence + 3 * _POLL_SECONDS)
         with self._ending:
-            code, text = _code(error), f"{type(error).__name__}: {error}"
+            code, text = exit_code(error), f"{type(error).__name__}: {error}"
             if isinstance(error, (UserError, Unreachable)):
                 text = str(error)
                 print(f"sft-jax: process {self._me}: {error}", file=sys.stderr)
@@ -230,7 +230,7 @@ class _Watch:
             beat += 1
             try:
                 self._client.key_value_set(f"{_PREFIX}/alive/{self._me}", str(beat), allow_overwrite=True)
-                alive, failed = self._read("alive"), self._failed()
+                alive, failed = self._read("alive"), self._read("failed")
             except jax.errors.JaxRuntimeError as error:
                 self._end(f"process 0, which holds the run together, is gone ({str(error).splitlines()[0]})", AGAIN)
             if failed:
@@ -244,9 +244,6 @@ class _Watch:
             silent = [i for i, (since, _) in heard.items() if now - since > self._silence]
             if silent:
                 self._end(f"nothing was heard of {_names(silent)} for {self._silence:.0f} s", AGAIN)
-
-    def _failed(self) -> dict[int, str]:
-        return self._read("failed")
 
     def _read(self, what: str) -> dict[int, str]:
         folder = f"{_PREFIX}/{what}/"
@@ -267,14 +264,6 @@ def _leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def _code(error: BaseException) -> int:
-    if isinstance(error, UserError):
-        return USER_MISTAKE
-    if isinstance(error, Unreachable):
-        return AGAIN
-    return 130 if isinstance(error, KeyboardInterrupt) else 1
 
 
 def _names(processes: list[int]) -> str:

@@ -113,7 +113,9 @@ class RunFolder:
             self._pushed[file] = seen
 
     def _pull(self) -> None:
-        for path in self._fs.find(self._root) if self._fs.exists(self._root) else []:
+        if not self._fs.exists(f"{self._root}/config.yaml"):  # no run: a model, perhaps, whose weights are large
+            return
+        for path in self._fs.find(self._root):
             name = path.removeprefix(self._root).lstrip("/")
             if name.startswith("checkpoints/"):
                 continue

@@ -50,17 +50,17 @@ class Run:
         return restore_leaves(self.folder.checkpoints, self.step, abstract)
 
 
-def open_run(name: str | Path, step: int | None = None) -> Run:
+def open_run(name: str | Path | RunFolder, step: int | None = None) -> Run:
     """Read a run folder.
 
     Args:
-        name: its folder, or the URL of one in a bucket.
+        name: its folder, the URL of one in a bucket, or either as it was opened.
         step: a checkpoint; by default the last.
 
     Raises:
         UserError: not a run folder, no (such) checkpoint, or the base model is missing or has changed.
     """
-    folder = RunFolder(str(name))
+    folder = name if isinstance(name, RunFolder) else RunFolder(str(name))
     if not folder.is_run():
         raise UserError(f"{folder}: not a run folder; it has no config.yaml and checkpoints")
     config = configs.load(folder.local / "config.yaml")

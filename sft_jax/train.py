@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -34,7 +33,7 @@ from sft_jax.hf.reader import TensorReader
 from sft_jax.hf.tokenizer import load_tokenizer
 from sft_jax.inference.generator import Generator
 from sft_jax.metrics import MetricsWriter, Progress, read_metrics
-from sft_jax.models.attention.kernel import check_kernel, choose_kernel
+from sft_jax.models.attention.kernel import check_kernel
 from sft_jax.models.lora import Split
 from sft_jax.preemption import Preemption
 from sft_jax.processes import gather, of_first
@@ -43,7 +42,7 @@ from sft_jax.report.loss import plot_loss
 from sft_jax.report.write import write_report
 from sft_jax.run_folder import RunFolder
 from sft_jax.sharding import check_batch, check_heads, check_lengths, make_mesh
-from sft_jax.training.assembly import network_of, step_of
+from sft_jax.training.assembly import kernel_of, network_of, step_of
 from sft_jax.training.compilation import Steps, keep_programs
 from sft_jax.training.optimizer import labels_of, make_optimizer
 from sft_jax.training.state import TrainState, abstract_state, make_state, state_shardings
@@ -67,8 +66,7 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
     is_main = jax.process_index() == 0
     say = Announcer(is_main)
     check_batch(config.training.batch_size, config.training.gradient_accumulation_steps, mesh)
-    lengths = row_lengths(config.data)
-    check_lengths(lengths, mesh)
+    check_lengths(row_lengths(config.data), mesh)
     folder = RunFolder(config.training.output_dir)
     folder.check()
     run = folder.local
@@ -106,7 +104,7 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
     arch = dataclasses.replace(arch, vocab_size=max(arch.vocab_size, len(tokenizer)))
     check_heads(arch.num_heads, mesh)
     model, training = config.model, config.training
-    kernel = choose_kernel(model.attention, mesh, arch, model.dtype, math.gcd(*lengths))
+    kernel = kernel_of(config, arch, mesh)
     check_kernel(kernel, mesh, arch)
     network = partial(network_of, config, arch, mesh, kernel, num_added > 0)
     split = network(remat="full")

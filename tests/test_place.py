@@ -38,7 +38,7 @@ def base(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (8, 1, 1), (2, 2, 2), (1, 4, 2)])
 @pytest.mark.parametrize("chunk", [64 * 2**20, 5000])
 def test_each_byte_is_read_once_and_lands_where_it_belongs(base, monkeypatch, sizes, chunk):
-    monkeypatch.setattr(place, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(reader, "CHUNK_BYTES", chunk)
     sizes_read = []
     original = TensorReader.read
     monkeypatch.setattr(

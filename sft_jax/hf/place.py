@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from sft_jax.hf.reader import CHUNK_BYTES, TensorReader
+from sft_jax.hf.reader import TensorReader, chunks
 from sft_jax.typing import Array
 
 
@@ -100,15 +100,16 @@ def _by_rows(reader: TensorReader, name: str, mesh: Mesh) -> Array:
 def _on_device(reader: TensorReader, name: str, first: int, last: int, size: int, device: Any) -> Array:
     """The rows ``first … last`` of a tensor, and zeros up to ``size``, on one device."""
     rest, dtype = reader.shape(name)[1:], reader.dtype(name)
-    step = max(1, CHUNK_BYTES // max(1, int(np.prod(rest)) * dtype.itemsize))
-    if last - first == size <= step:
-        return jax.device_put(_narrow(reader.read(name, first, last)), device)
-    buffer = _zeros((size, *rest), np.float32 if dtype == np.float64 else dtype, device)
-    for start in range(first, last, step):
-        rows = jax.device_put(_narrow(reader.read(name, start, min(start + step, last))), device)
-        buffer = _write(buffer, rows, np.int32(start - first))
+    buffer = None
+    for start, rows in chunks(reader, name, first, last):
+        part = jax.device_put(_narrow(rows), device)
+        if len(rows) == size:  # all of it at once
+            return part
+        buffer = _zeros((size, *rest), part.dtype, device) if buffer is None else buffer
+        buffer = _write(buffer, part, np.int32(start - first))
         buffer.block_until_ready()
-    return buffer
+    # Devices beyond the last row of the file have none.
+    return _zeros((size, *rest), _narrow(np.empty(0, dtype)).dtype, device) if buffer is None else buffer
 
 
 def _narrow(rows: np.ndarray) -> np.ndarray:

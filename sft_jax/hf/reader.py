@@ -32,12 +32,19 @@ class _Entry:
     stop: int
 
 
-def chunks(reader: TensorReader, name: str) -> Iterator[tuple[int, np.ndarray]]:
-    """A tensor in parts of at most :data:`CHUNK_BYTES`, or a row: the number of each part's first row, and its rows."""
+def chunks(
+    reader: TensorReader, name: str, first: int = 0, last: int | None = None
+) -> Iterator[tuple[int, np.ndarray]]:
+    """The rows ``first … last`` of a tensor, by default all, in parts of at most :data:`CHUNK_BYTES`, or a row.
+
+    Yields:
+        the number of each part's first row, and its rows.
+    """
     num_rows, *rest = reader.shape(name)
+    last = num_rows if last is None else last
     step = max(1, CHUNK_BYTES // max(1, math.prod(rest) * reader.dtype(name).itemsize))
-    for start in range(0, num_rows, step):
-        yield start, reader.read(name, start, start + step)
+    for start in range(first, last, step):
+        yield start, reader.read(name, start, min(start + step, last))
 
 
 class TensorReader:

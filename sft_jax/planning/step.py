@@ -21,7 +21,7 @@ from sft_jax.data.packing import row_lengths
 from sft_jax.errors import UserError
 from sft_jax.hf.config import read_architecture
 from sft_jax.hf.tokenizer import load_tokenizer
-from sft_jax.models.attention.kernel import Kernel, choose_kernel
+from sft_jax.models.attention.kernel import Kernel
 from sft_jax.models.lora import Split
 from sft_jax.planning.collectives import Collective, count_collectives
 from sft_jax.planning.flops import Work
@@ -36,7 +36,7 @@ from sft_jax.sharding import (
     named_sharding,
     num_parts,
 )
-from sft_jax.training.assembly import network_of, step_of
+from sft_jax.training.assembly import kernel_of, network_of, step_of
 from sft_jax.training.compilation import CANDIDATES, SHARE, temp_bytes
 from sft_jax.training.cross_entropy import chunk_size
 from sft_jax.training.optimizer import labels_of, make_optimizer
@@ -193,9 +193,8 @@ def abstract_step(config: Config, base: Base, devices: Sequence[Any]) -> Abstrac
     mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
     check_batch(config.training.batch_size, config.training.gradient_accumulation_steps, mesh)
     check_heads(base.arch.num_heads, mesh)
-    lengths = row_lengths(config.data)
-    check_lengths(lengths, mesh)
-    kernel = choose_kernel(config.model.attention, mesh, base.arch, config.model.dtype, math.gcd(*lengths))
+    check_lengths(row_lengths(config.data), mesh)
+    kernel = kernel_of(config, base.arch, mesh)
     split = network_of(config, base.arch, mesh, kernel, base.token_table)
     state = abstract_state(split.trainable, _optimizer(config, split), mesh)
     shape = (config.training.batch_size, config.data.max_length)

@@ -1,7 +1,8 @@
-"""The network and the step that a config describes: the same ones for a run and for a plan of it."""
+"""The kernel, the network and the step that a config describes: the same ones for a run and for a plan of it."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -10,12 +11,23 @@ from jax.sharding import Mesh
 
 from sft_jax.architecture import Architecture
 from sft_jax.config import Config
-from sft_jax.models.attention.kernel import Kernel
+from sft_jax.data.packing import row_lengths
+from sft_jax.models.attention.kernel import Kernel, choose_kernel
 from sft_jax.models.lora import Split
 from sft_jax.training.cross_entropy import Terms
 from sft_jax.training.optimizer import make_schedule
 from sft_jax.training.step import TrainStep, make_train_step
 from sft_jax.training.weights import build
+
+
+def kernel_of(config: Config, arch: Architecture, mesh: Mesh) -> Kernel:
+    """The attention kernel for rows of every length that comes; see :func:`choose_kernel`.
+
+    Raises:
+        UserError: the kernel that was asked for cannot compute this.
+    """
+    row_length = math.gcd(*row_lengths(config.data))
+    return choose_kernel(config.model.attention, mesh, arch, config.model.dtype, row_length)
 
 
 def network_of(
