@@ -7,7 +7,19 @@ import dataclasses
 import json
 import statistics
 import time
-from typing import Any
+from typing import Any, NamedTuple
+
+# A step is handed over after the host did something else for as long as steps take: right after a step that took a
+# millisecond its caches are still warm, after one of a second they are not, and that alone doubles the time.
+REST_SECONDS = 0.03
+
+
+class Compiled(NamedTuple):
+    program: Any
+    arguments: list[Any]
+    num_arrays: int
+    trace_seconds: float
+    compile_seconds: float
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +31,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def bench_depth(options: argparse.Namespace) -> None:
-    rows = [measure(layers, options) for layers in options.layers]
+    steps = [compiled(layers, options.mode) for layers in options.layers]
+    seconds = hand_over(steps, options.steps)
+    rows = [
+        {
+            "layers": layers,
+            "leaves": step.num_arrays,
+            "trace_seconds": step.trace_seconds,
+            "compile_seconds": step.compile_seconds,
+            "host_seconds": host,
+        }
+        for layers, step, host in zip(options.layers, steps, seconds, strict=True)
+    ]
     if options.json:
         print(json.dumps(rows))
         return
@@ -30,8 +53,23 @@ def bench_depth(options: argparse.Namespace) -> None:
         )
 
 
-def measure(layers: int, options: argparse.Namespace) -> dict[str, Any]:
-    """A narrow network, so that the device is soon done: what is left is the host's share."""
+def hand_over(steps: list[Compiled], num_steps: int) -> list[float]:
+    """Median seconds to hand over a step of each, taken in turns."""
+    import jax
+
+    seconds: list[list[float]] = [[] for _ in steps]
+    for _ in range(num_steps):
+        for step, taken in zip(steps, seconds, strict=True):
+            time.sleep(REST_SECONDS)
+            at = time.perf_counter()
+            step.arguments[0], metrics = step.program(*step.arguments)
+            taken.append(time.perf_counter() - at)
+            jax.block_until_ready((step.arguments[0], metrics))
+    return [statistics.median(taken) for taken in seconds]
+
+
+def compiled(layers: int, mode: str) -> Compiled:
+    """The step of a narrow network, so that the device is soon done: what is left is the host's share."""
     import jax
     import jax.numpy as jnp
 
@@ -46,7 +84,7 @@ def measure(layers: int, options: argparse.Namespace) -> dict[str, Any]:
 
     arch = Architecture("llama", 256, 32, 64, 12, 2, 1, 16, 1e-5, Rope(1e4), True)
     arch = dataclasses.replace(arch, num_layers=layers)
-    lora = LoraConfig(rank=4, alpha=8.0) if options.mode == "lora" else None
+    lora = LoraConfig(rank=4, alpha=8.0) if mode == "lora" else None
     mesh = make_mesh()
     split = build(arch, mesh, lora, "float32")
     params, frozen = load_weights(split, arch, None, lora)
@@ -67,16 +105,5 @@ def measure(layers: int, options: argparse.Namespace) -> dict[str, Any]:
         traced = time.perf_counter()
         program = lowered.compile()
         done = time.perf_counter()
-        seconds = []
-        for _ in range(options.steps):
-            at = time.perf_counter()
-            state, metrics = program(state, frozen, batch)
-            seconds.append(time.perf_counter() - at)
-            jax.block_until_ready((state, metrics))
-    return {
-        "layers": layers,
-        "leaves": len(jax.tree.leaves((state, frozen))),
-        "trace_seconds": traced - began,
-        "compile_seconds": done - traced,
-        "host_seconds": statistics.median(seconds),
-    }
+    arguments = [state, frozen, batch]
+    return Compiled(program, arguments, len(jax.tree.leaves((state, frozen))), traced - began, done - traced)
