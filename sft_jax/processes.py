@@ -80,15 +80,15 @@ def gather(meeting: str, value: str = "", wait: float | None = None) -> list[str
     Raises:
         Unreachable: a process did not come; named.
     """
-    if jax.process_count() == 1:
+    if count() == 1:
         return [value]
     client, wait = _client(), WAIT_SECONDS if wait is None else wait
     _calls[meeting] += 1
     place = f"{_PREFIX}/meeting/{meeting} {_calls[meeting]}"
-    client.key_value_set(f"{place}/{jax.process_index()}", value or "-")
+    client.key_value_set(f"{place}/{index()}", value or "-")
     until = time.monotonic() + wait
     said, missing = [], []
-    for i in range(jax.process_count()):
+    for i in range(count()):
         try:
             left = max(0.001, until - time.monotonic())
             said.append(client.blocking_key_value_get(f"{place}/{i}", int(left * 1000)))
@@ -99,6 +99,29 @@ def gather(meeting: str, value: str = "", wait: float | None = None) -> list[str
     if missing:
         raise Unreachable(f"{_names(missing)} did not come to {meeting!r} within {wait:.0f} s")
     return ["" if one == "-" else one for one in said]
+
+
+def count() -> int:
+    """How many processes this run has; unlike jax's, this asks for no devices."""
+    return distributed.global_state.num_processes or 1
+
+
+def index() -> int:
+    """Which of them this one is, counted as the devices' runtime counts them."""
+    return jax.process_index() if count() > 1 else 0
+
+
+def exchange(data: bytes) -> list[bytes]:
+    """What each process gives, in their order, over the devices' network; all have to give something."""
+    if count() == 1:
+        return [data]
+    sizes = multihost_utils.process_allgather(np.int32(len(data)))
+    if not sizes.max():
+        return [b""] * len(sizes)
+    padded = np.zeros(1 << int(sizes.max() - 1).bit_length(), np.uint8)  # few sizes, so that few programs are compiled
+    padded[: len(data)] = np.frombuffer(data, np.uint8)
+    found = multihost_utils.process_allgather(padded)
+    return [row[:size].tobytes() for row, size in zip(found, sizes, strict=True)]
 
 
 def of_first(meeting: str, value: str) -> str:
@@ -153,7 +176,7 @@ def _connect(coordinator: str | None, num_processes: int | None, process_id: int
             f"the processes of this run did not find each other: {str(error).splitlines()[0]}; name them with "
             "--coordinator, --num-processes and --process-id, or use --num-processes 1"
         ) from error
-    return jax.process_count() > 1
+    return count() > 1
 
 
 def _is_cluster() -> bool:
@@ -188,7 +211,7 @@ class _Watch:
 
     def __init__(self, silence: float):
         self._silence = silence
-        self._client, self._me, self._count = _client(), jax.process_index(), jax.process_count()
+        self._client, self._me, self._count = _client(), index(), count()
         self._stopped = threading.Event()
         self._ending = threading.Lock()  # one says why
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)

@@ -15,11 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from kit import losses, run_config, sft_jax
+from kit import conversations, losses, make_tokenizer, run_config, sft_jax, write_jsonl
 from safetensors.numpy import load_file
 
 from sft_jax.checkpoint import Checkpoints
-from sft_jax.config import to_dict
+from sft_jax.config import SourceConfig, to_dict
+from sft_jax.data.chat import Encoder
+from sft_jax.data.sources import open_sources
+from sft_jax.data.tokenise import tokenise
 from sft_jax.hf.reader import TensorReader
 from sft_jax.preemption import watch_notices
 
@@ -219,6 +222,59 @@ def test_an_error_of_one_process_ends_all(config, tmp_path):
     assert "process 1: data.train: no such file on this host" in group.said[1]
     assert "process 0: process 1 failed: data.train: no such file on this host" in group.said[0]
     assert not (tmp_path / "run").exists()
+
+
+_TOKENISE = """
+import json, sys
+from pathlib import Path
+from sft_jax import processes
+from sft_jax.config import SourceConfig
+from sft_jax.data.chat import Encoder
+from sft_jax.data.sources import Source, open_sources
+from sft_jax.data.tokenise import tokenise
+from kit import make_tokenizer
+read, original = [], Source.read
+def counting(self, start, stop, *rest):
+    for row in original(self, start, stop, *rest):
+        read.append(row)
+        yield row
+Source.read = counting
+with processes.joined(sys.argv[-5], int(sys.argv[-3]), int(sys.argv[-1])):
+    me = processes.index()
+    path = Path(sys.argv[1].replace("PROCESS", str(me)))
+    (source,), done = open_sources([SourceConfig(path=str(path))]), []
+    for _ in range(2):
+        found, origin = tokenise(source, Encoder(make_tokenizer()), 1, True, progress=done.append)
+        said = [len(read), sum(done), found.digest, found.num_rows, found.num_refused, origin.cached]
+        print(*processes.gather("found", json.dumps(said)), sep=";", file=sys.stderr)
+"""
+
+
+def test_each_process_tokenises_its_share(tmp_path, monkeypatch):
+    """All have what one alone would have, and nobody reads twice what is kept."""
+    rows = conversations(250)
+    rows[7]["messages"][-1]["weight"], rows[9]["messages"][-1]["weight"] = 0.75, 0.25
+    rows[240]["messages"] = []
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    (source,) = open_sources([SourceConfig(path=str(path))])
+    alone, _ = tokenise(source, Encoder(make_tokenizer()))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+    monkeypatch.setenv("SFT_JAX_CACHE", str(tmp_path / "cache"))
+    group = Group(3, path, python=_TOKENISE)
+    assert group.wait(120) == [0] * 3, group.said
+    first, second = ([json.loads(one) for one in line.split(";")] for line in group.said[0].splitlines()[-2:])
+    for said, share in zip(first, (83, 83, 84), strict=True):
+        assert said == [share, 250, alone.digest, 250, 1, False]
+    assert second == [[share, 500, alone.digest, 250, 1, True] for share in (83, 83, 84)]
+
+
+def test_rows_that_differ_between_hosts(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+    for i in range(2):
+        write_jsonl(tmp_path / f"{i}.jsonl", conversations(20, seed=i))
+    group = Group(2, tmp_path / "PROCESS.jsonl", python=_TOKENISE)
+    assert group.wait(60) == [2, 2]
+    assert "jsonl: process 1 does not have the rows, tokenizer and package versions of process 0" in group.said[0]
 
 
 def test_one_that_does_not_come_is_named():

@@ -29,6 +29,7 @@ def path(tmp_path):
     rows = conversations(200)
     rows[7]["messages"][-1]["weight"] = 0.25
     rows[150]["messages"][-1]["weight"] = 0.75
+    rows[40]["messages"][-1]["weight"] = 0.125  # after a heavier one of the same worker
     return write_jsonl(tmp_path / "rows.jsonl", rows)
 
 
@@ -56,8 +57,8 @@ def test_processes_give_what_one_gives(path):
     assert (origin.num_workers, several_origin.num_workers) == (1, 3)
     assert sum(done) == one.num_rows == 201
     assert one.num_refused == 1
-    assert one.weights.tolist() == [0.0, 1.0, 0.25, 0.75]
-    assert set(np.unique(one.codes)) == {0, 1, 2, 3}
+    assert one.weights.tolist() == [0.0, 1.0, 0.25, 0.125, 0.75]  # as they come, however the rows are cut
+    assert set(np.unique(one.codes)) == {0, 1, 2, 3, 4}
 
 
 def test_the_second_start_reads_what_the_first_kept(path, cache, monkeypatch):

@@ -1,4 +1,4 @@
-"""Tokenising a source: in this process or in several, and once only, because the result is kept.
+"""Tokenising a source: here, in several processes or on several hosts, and once only, because the result is kept.
 
 The cache is addressed by contents: rows, template, tokenizer, options and the versions of what computes. A result is
 written beside and takes its name when it is whole, so a start that is broken off leaves nothing that could be taken for
@@ -24,15 +24,16 @@ import jinja2
 import tokenizers
 import transformers
 
-from sft_jax import __version__
+from sft_jax import __version__, processes
 from sft_jax.data.chat import Encoder
 from sft_jax.data.scratch import scratch_folder
+from sft_jax.data.shares import exchange_parts, share_of
 from sft_jax.data.sources import Source
 from sft_jax.data.tokenised import Tokenised, Writer, read_tokenised
 from sft_jax.data.workers import encode_in_processes, encode_into, options, tokenizer_digest
 from sft_jax.errors import UserError
 
-_REVISION = 1  # of the encoding; raise it where the same rows give other ids or masks
+_REVISION = 2  # of the encoding; raise it where the same rows give other ids or masks
 _ROWS_PER_WORKER = 20_000  # fewer are done before another process has started
 _MAX_WORKERS = 32
 _STALE_SECONDS = 24 * 3600
@@ -43,7 +44,7 @@ class Origin:
     """How a result came to be."""
 
     cached: bool
-    num_workers: int
+    num_workers: int  # on all hosts
     seconds: float
 
 
@@ -55,10 +56,10 @@ def tokenise(
     stop_at_refusal: bool = False,
     progress: Callable[[int], object] = lambda rows: None,
 ) -> tuple[Tokenised, Origin]:
-    """The rows of a source as ids and masks.
+    """The rows of a source as ids and masks. All processes of a run have to ask; each encodes its share of the rows.
 
     Args:
-        num_workers: processes; None chooses by the number of rows and cores.
+        num_workers: processes on this host; None chooses by the number of rows and cores.
         cache: look for the result of an earlier start, and keep this one.
         stop_at_refusal: end at the first batch with a refused row; the result then lacks the rest, and is not kept.
         progress: called with the number of rows done since the last call.
@@ -67,31 +68,57 @@ def tokenise(
         UserError: the tokenizer lacks what the rows need.
     """
     began = time.perf_counter()
-    rows = len(source)
-    kept = cache_folder() / "tokens" / _key(source, encoder) if cache else None
-    if kept is not None and kept.is_dir():
-        found = read_tokenised(kept)
-        if found is not None:
-            progress(rows)
-            return found, Origin(True, 0, time.perf_counter() - began)
-        shutil.rmtree(kept, ignore_errors=True)  # damaged: made anew
+    rows, is_alone = len(source), processes.count() == 1
+    key = _key(source, encoder) if cache or not is_alone else ""
+    kept = cache_folder() / "tokens" / key if cache else None
+    found = _find(kept)
+    share = share_of(key, found is not None, rows, source.name)
+    if found is not None and share.is_kept:
+        progress(rows)
+        return found, Origin(True, 0, time.perf_counter() - began)
     if num_workers is None:
-        num_workers = max(1, min(_cores(), _MAX_WORKERS, rows // _ROWS_PER_WORKER))
-    with _partial(kept) as folder:
+        num_workers = max(1, min(_cores(), _MAX_WORKERS, share.size // _ROWS_PER_WORKER))
+
+    def encode(folder: Path) -> None:
         with Writer(folder) as writer:
-            if num_workers == 1:
-                encode_into(writer, source, encoder, 0, rows, stop_at_refusal, progress)
+            if num_workers == 1 or not share.size:
+                encode_into(writer, source, encoder, share.start, share.stop, stop_at_refusal, progress)
             else:
-                encode_in_processes(writer, source, encoder, num_workers, stop_at_refusal, progress)
+                encode_in_processes(
+                    writer, source, encoder, share.start, share.stop, num_workers, stop_at_refusal, progress
+                )
             writer.finish()
-        is_whole = writer.num_rows == rows
-        if kept is not None and is_whole:
+
+    with _partial(kept) as folder:
+        if is_alone:
+            encode(folder)
+        else:
+            with tempfile.TemporaryDirectory(dir=folder) as work, Writer(folder) as writer:
+                mine = Path(work) / "mine"
+                mine.mkdir()
+                encode(mine)
+                for part in exchange_parts(mine, Path(work), time.perf_counter() - began):
+                    writer.add_part(part)
+                writer.finish()
+            progress(rows - share.size)
+        written = read_tokenised(folder)
+        assert written is not None
+        if kept is not None and written.num_rows == rows:
             with contextlib.suppress(FileExistsError, OSError):  # another start was quicker: the contents are the same
                 os.rename(folder, kept)
-                folder = kept
-        found = read_tokenised(folder)
-    assert found is not None
-    return found, Origin(False, num_workers, time.perf_counter() - began)
+                written = read_tokenised(kept)
+    assert written is not None
+    return written, Origin(False, num_workers * processes.count(), time.perf_counter() - began)
+
+
+def _find(kept: Path | None) -> Tokenised | None:
+    """The result of an earlier start."""
+    if kept is None or not kept.is_dir():
+        return None
+    found = read_tokenised(kept)
+    if found is None:
+        shutil.rmtree(kept, ignore_errors=True)  # damaged: made anew
+    return found
 
 
 def cache_folder() -> Path:

@@ -17,6 +17,7 @@ from sft_jax.data.rows import RowError
 
 _META = "meta.json"
 _ARRAYS = {"ids": np.int32, "codes": np.uint8, "lengths": np.int32, "rows": np.int64, "targets": np.int32}
+FILES = (*(f"{name}.bin" for name in _ARRAYS), _META)  # of a folder
 _MAX_WEIGHTS = 256
 _COPIED = 1 << 20  # ids at a time
 _KEPT_REASONS = 1000  # refused rows whose reason is kept; more are only counted
@@ -142,12 +143,12 @@ class Writer:
             self.refused.append(one)
 
     def _codes(self, weights: np.ndarray) -> np.ndarray:
-        """Where in the table each weight is; new ones are added to it."""
+        """Where in the table each weight is; new ones are added to it in the order they come, however they are cut."""
         known = np.asarray(self.weights, np.float32)
         if ((weights == 0) | (weights == 1)).all():
             return weights.astype(np.uint8)
-        for weight in np.setdiff1d(weights, known):
-            self.weights.append(float(weight))
+        found, first = np.unique(weights, return_index=True)
+        self.weights += [float(weight) for weight in found[np.argsort(first)] if weight not in known]
         assert len(self.weights) <= _MAX_WEIGHTS, "more than 256 different loss weights in one source"
         known = np.asarray(self.weights, np.float32)
         order = np.argsort(known)

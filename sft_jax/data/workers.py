@@ -62,11 +62,13 @@ def encode_in_processes(
     writer: Writer,
     source: Source,
     encoder: Encoder,
+    start: int,
+    stop: int,
     num_workers: int,
     stop_at_refusal: bool,
     progress: Callable[[int], object],
 ) -> None:
-    """Encode all rows of a source in several processes; the result is that of one.
+    """Encode rows ``start … stop`` of a source in several processes; the result is that of one.
 
     Raises:
         UserError: what a process says of the user's mistake.
@@ -78,9 +80,9 @@ def encode_in_processes(
     with tempfile.TemporaryDirectory(dir=writer.folder) as name:
         work = Path(name)
         encoder.tokenizer.save_pretrained(work / "tokenizer")
-        edges = [round(i * len(source) / num_workers) for i in range(num_workers + 1)]
+        edges = [start + i * (stop - start) // num_workers for i in range(num_workers + 1)]
         parts = []
-        for i, (start, stop) in enumerate(pairwise(edges)):
+        for i, (first, last) in enumerate(pairwise(edges)):
             part = work / f"part{i}"
             part.mkdir()
             job = {
@@ -88,8 +90,8 @@ def encode_in_processes(
                 "name": source.name,
                 "format": source.format,
                 "columns": source.columns,
-                "start": start,
-                "stop": stop,
+                "start": first,
+                "stop": last,
                 "stop_at_refusal": stop_at_refusal,
                 "tokenizer": str(work / "tokenizer"),
                 "tokenizer_digest": tokenizer_digest(encoder.tokenizer),
