@@ -221,7 +221,8 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
         progress.update(step, row["loss"], row["real_tokens_per_second"])
         if not values["finite"]:
             rows = None if plan is None else [examples.describe(int(i)) for row in plan.rows_of(step - 1) for i in row]
-            _stop_not_finite(run, step, values, rows, positions[step - 1], checkpoints, state, identity)
+            position = loader.whole_state(positions[step - 1])
+            _stop_not_finite(run, step, values, rows, position, checkpoints, state, identity)
         return now
 
     with jax.set_mesh(mesh), Preemption() as preemption:
@@ -263,9 +264,8 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
                         if writes:
                             write_samples(step, state)
                         if saves:
-                            checkpoints.save(
-                                step, state, positions[step], identity, last.get("eval_loss") if evaluates else None
-                            )
+                            position, score = loader.whole_state(positions[step]), last.get("eval_loss")
+                            checkpoints.save(step, state, position, identity, score if evaluates else None)
                         if is_main:
                             folder.push()
                         if asked:
@@ -273,7 +273,7 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
                             raise Preempted(f"asked to stop; step {step} is saved; the same command goes on from it")
                         since = time.perf_counter()
             elif latest is None:  # nothing to do: the base model itself is the result
-                checkpoints.save(0, state, positions[0], identity)
+                checkpoints.save(0, state, loader.whole_state(positions[0]), identity)
         finally:
             checkpoints.close()
             writer.close()

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -266,6 +267,21 @@ def test_each_process_tokenises_its_share(tmp_path, monkeypatch):
     for said, share in zip(first, (83, 83, 84), strict=True):
         assert said == [share, 250, alone.digest, 250, 1, False]
     assert second == [[share, 500, alone.digest, 250, 1, True] for share in (83, 83, 84)]
+
+
+def test_a_stream_of_two_processes_goes_on_in_one(config, tmp_path):
+    """The batches and losses of one process, whose position each of the two had a half of."""
+    keys = ["data.streaming=true", "training.max_steps=8", "training.save_every=4", "training.eval_every=100"]
+    alone, run = tmp_path / "alone", tmp_path / "run"
+    done = sft_jax("train", config, *keys, f"training.output_dir={alone}")
+    assert done.returncode == 0, done.stderr
+    group = Group(2, "train", config, *keys, f"training.output_dir={run}")
+    assert group.wait() == [0, 0], group.said
+    assert_same_run(alone, run)
+    shutil.rmtree(run / "checkpoints" / "8")
+    done = sft_jax("train", config, *keys, f"training.output_dir={run}")
+    assert done.returncode == 0, done.stderr
+    assert_same_run(alone, run)
 
 
 def test_rows_that_differ_between_hosts(tmp_path, monkeypatch):

@@ -11,9 +11,10 @@ import pytest
 from kit import conversations, losses, make_tokenizer, one_device, run_config, write_jsonl
 
 from sft_jax.config import SourceConfig
+from sft_jax.data import streaming
 from sft_jax.data.chat import Encoder
 from sft_jax.data.examples import encode_sources
-from sft_jax.data.sources import open_sources
+from sft_jax.data.sources import Source, open_sources
 from sft_jax.data.streaming import stream
 from sft_jax.errors import UserError
 from sft_jax.sharding import make_mesh
@@ -71,6 +72,28 @@ def test_from_any_position_on_and_on_any_mesh(config):
     again, _ = batches(config, 4, make_mesh(2, 1, 2, 1, jax.devices()[:4]), json.loads(json.dumps(states[7])))
     for one, other in zip(found[8:], again, strict=True):
         jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_a_process_reads_only_what_its_rows_need(config, tmp_path, monkeypatch):
+    """The first row of four and the others, as two processes have them: the same rows, and nothing is read by both."""
+    write_jsonl(tmp_path / "many.jsonl", conversations(4000))
+    data = dataclasses.replace(config.data, train=[SourceConfig(path=str(tmp_path / "many.jsonl"))])
+    config = dataclasses.replace(config, data=data)
+    whole, _ = batches(config, 12)
+    original, read = Source.read, {}
+    monkeypatch.setattr(streaming, "to_mesh", lambda batch, *_: batch)
+    for rows in (slice(0, 1), slice(1, 4)):
+        seen = read[rows.start] = set()
+        monkeypatch.setattr(streaming, "local_rows", lambda *_, rows=rows: rows)
+        monkeypatch.setattr(
+            Source, "read", lambda self, start, *rest, seen=seen: seen.add(start) or original(self, start, *rest)
+        )
+        found, states = batches(config, 12)
+        for one, other in zip(found, whole, strict=True):
+            jax.tree.map(lambda a, b, rows=rows: np.testing.assert_array_equal(a, b[rows]), one, other)
+        assert set(states[-1]) == {str(row) for row in range(rows.start, rows.stop)}
+    assert read[0]
+    assert not read[0] & read[1]
 
 
 def test_one_example_a_row_in_order(config):

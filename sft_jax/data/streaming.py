@@ -1,13 +1,16 @@
 """Rows that are read, tokenised and packed while training, for data that are not to be tokenised beforehand.
 
-Every process reads the same stream and takes its rows of each batch, so batches do not depend on the number of hosts.
-The position in the stream is small, and going on from it reads again only what the open rows were filled from.
+The stream of examples is dealt out to as many lanes as a batch has rows, and each lane packs its own row. A process
+runs the lanes of its rows only: it reads and tokenises its share, and batches do not depend on the number of hosts. The
+position in a lane is small, and going on from it reads again only what the open rows were filled from.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grain
@@ -20,10 +23,13 @@ from sft_jax.data.loader import local_rows, to_mesh
 from sft_jax.data.rows import RowError
 from sft_jax.data.sources import Source, open_sources
 from sft_jax.errors import UserError
+from sft_jax.processes import gather
 from sft_jax.typing import Batch
 
 _FIRST_ROWS = 1000
-_OPEN_BINS = 4  # rows that are filled at the same time, as a multiple of the batch
+_OPEN_BINS = 8  # rows that a lane fills at the same time
+_THREADS = 4  # that fill the lanes
+_AHEAD = 2  # batches
 _MAX_EXAMPLES = 1024  # that one row may give
 Example = dict[str, np.ndarray]
 
@@ -46,7 +52,7 @@ def stream(config: Config, encoder: Encoder, groups: Sequence[str], mesh: Mesh, 
 
 
 class StreamLoader:
-    """Iterates over batches without an end; its state is a position in the stream.
+    """Iterates over batches without an end; its state is a position in each lane of this process.
 
     Args:
         groups: which of the sources whose losses are told apart each source belongs to.
@@ -67,7 +73,6 @@ class StreamLoader:
         self._rows = local_rows(mesh, batch_size)
         self._mesh, self._batch_size = mesh, batch_size
         self._has_groups = len(set(groups)) > 1
-        length = config.max_length
         streams = []
         for source, group in zip(sources, groups, strict=True):
             examples = _Examples(source, encoder, config, group, max_positions)
@@ -75,35 +80,82 @@ class StreamLoader:
             streams.append((stream.shuffle() if config.shuffle else stream).repeat())
         weights = [len(source) * source.weight for source in sources]
         mixed = grain.MapDataset.mix(streams, weights) if len(streams) > 1 else streams[0]
-        options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=64)
-        split = grain.experimental.FlatMapIterDataset(mixed.to_iter_dataset(options), _Split())
-        packed = grain.experimental.FirstFitPackIterDataset(
-            split,
-            length_struct=dict.fromkeys(("inputs", "targets", "loss_mask", "sources"), length),
-            num_packing_bins=_OPEN_BINS * batch_size,
-            seed=seed,
-            shuffle_bins=config.shuffle,
-            max_sequences_per_bin=None if config.packing else 1,
-        )
-        self._iterator = iter(packed.batch(batch_size, drop_remainder=True))
+        lanes = {
+            row: _lane(
+                mixed[row::batch_size], config, seed=int(np.random.SeedSequence([seed, row]).generate_state(1)[0])
+            )
+            for row in range(*self._rows.indices(batch_size))
+        }
+        self._iterator = iter(grain.experimental.ThreadPrefetchIterDataset(_Lanes(lanes), prefetch_buffer_size=_AHEAD))
 
     def __iter__(self) -> Iterator[Batch]:
         for rows in self._iterator:
             yield to_mesh(self._batch(rows), self._mesh, self._batch_size, self._rows)
 
-    def _batch(self, rows: dict[str, np.ndarray]) -> Batch:
+    def _batch(self, rows: list[Example]) -> Batch:
         names = ("inputs", "targets", "loss_mask", "inputs_segment_ids", "inputs_positions", "sources")
-        fields: list[Any] = [rows[name][self._rows] for name in names]
+        fields: list[Any] = [np.stack([row[name] for row in rows]) for name in names]
         inputs, targets, loss_mask, segment_ids, positions, sources = fields
         return Batch(inputs, targets, loss_mask, segment_ids, positions, sources if self._has_groups else None)
 
     def get_state(self) -> dict[str, Any]:
-        """The position in the stream, as plain JSON."""
+        """The position in this process's lanes, as plain JSON."""
         return self._iterator.get_state()
 
+    def whole_state(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The position in all lanes, of a :meth:`get_state` of each process; all have to ask."""
+        return {
+            row: lane
+            for said in gather("the position in the stream", json.dumps(state))
+            for row, lane in json.loads(said).items()
+        }
+
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continue from a position that :meth:`get_state` gave."""
+        """Continue from a position in all lanes."""
         self._iterator.set_state(state)
+
+
+def _lane(examples: grain.MapDataset, config: DataConfig, seed: int) -> grain.IterDataset:
+    """The rows that some examples fill, one after the other."""
+    split = grain.experimental.FlatMapIterDataset(
+        examples.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)), _Split()
+    )
+    return grain.experimental.FirstFitPackIterDataset(
+        split,
+        length_struct=dict.fromkeys(("inputs", "targets", "loss_mask", "sources"), config.max_length),
+        num_packing_bins=_OPEN_BINS,
+        seed=seed,
+        shuffle_bins=config.shuffle,
+        max_sequences_per_bin=None if config.packing else 1,
+    )
+
+
+class _Lanes(grain.IterDataset):
+    """A row of each lane at a time; its state has the lanes' by their number, as text."""
+
+    def __init__(self, lanes: dict[int, grain.IterDataset]):
+        super().__init__()
+        self._lanes = lanes
+
+    def __iter__(self) -> _LanesIterator:
+        return _LanesIterator({str(row): iter(lane) for row, lane in self._lanes.items()})
+
+
+class _LanesIterator(grain.DatasetIterator):
+    def __init__(self, lanes: dict[str, grain.DatasetIterator]):
+        super().__init__(list(lanes.values()))
+        self._lanes = lanes
+        self._threads = ThreadPoolExecutor(_THREADS, "lane")
+
+    def __next__(self) -> list[Example]:
+        return list(self._threads.map(next, self._lanes.values()))
+
+    def get_state(self) -> dict[str, Any]:
+        return {row: lane.get_state() for row, lane in self._lanes.items()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        for row, lane in self._lanes.items():
+            lane.set_state(state[row])
 
 
 class _Examples:
