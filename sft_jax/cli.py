@@ -220,7 +220,7 @@ def _parser() -> argparse.ArgumentParser:
 
     export = commands.add_parser("export", help="write a run as a PEFT adapter or a Hugging Face model")
     export.add_argument("run", metavar="RUN", help="the run folder (training.output_dir)")
-    export.add_argument("out", metavar="OUT", help="a folder that does not exist yet or is empty")
+    export.add_argument("out", metavar="OUT", help="a folder that does not exist yet or is empty, or gs://…")
     export.add_argument(
         "--format", choices=("adapter", "merged"), help="default: adapter for LoRA, merged for full fine-tuning"
     )

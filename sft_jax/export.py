@@ -8,17 +8,14 @@ holds its part of one trained leaf at a time, and one tensor.
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 
 import jax
 import numpy as np
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from tqdm import tqdm
 
 from sft_jax import builtin
 from sft_jax.errors import UserError
@@ -29,17 +26,17 @@ from sft_jax.hf.peft import save_adapter
 from sft_jax.hf.reader import chunks
 from sft_jax.hf.save import Tensor, TensorWriter
 from sft_jax.metrics import read_metrics
+from sft_jax.model_folder import new_folder, num_bytes
 from sft_jax.models.lora import is_adapter
-from sft_jax.processes import gather, of_first
 from sft_jax.runs import Run, open_run
 from sft_jax.tree import Path as LeafPath
 
 
-def export(run: str | Path, out: str | Path, form: str | None = None, step: int | None = None) -> Path:
+def export(run: str | Path, out: str | Path, form: str | None = None, step: int | None = None) -> None:
     """Write a run's result to ``out``, which must not exist yet or be empty; it appears whole or not at all.
 
     Args:
-        run: a run folder.
+        run: a run folder; it and ``out`` may be in a bucket.
         form: ``adapter`` or ``merged``; by default what was trained.
         step: a checkpoint; by default the last.
 
@@ -47,12 +44,11 @@ def export(run: str | Path, out: str | Path, form: str | None = None, step: int 
         UserError: no such run or step, a folder that is not empty, or an adapter asked of full fine-tuning.
     """
     opened = open_run(run, step)
-    out = Path(out)
     is_main = jax.process_index() == 0
     form = form or ("merged" if opened.config.lora is None else "adapter")
     if form == "adapter" and opened.config.lora is None:
         raise UserError(f"{run}: was fully fine-tuned, so there is no adapter; use --format merged")
-    with _new_folder(out) as folder:
+    with new_folder(str(out)) as folder:
         if form == "adapter":
             _write_adapter(opened, folder)
         else:
@@ -64,45 +60,7 @@ def export(run: str | Path, out: str | Path, form: str | None = None, step: int 
             card = model_card(opened.config, form, opened.step, losses, opened.dtype("model.embed_tokens.weight"))
             (folder / "README.md").write_text(card, encoding="utf-8")
     if is_main:
-        print(f"{out}: {form} of step {opened.step}, {sum(f.stat().st_size for f in out.iterdir()) / 1e6:.1f} MB")
-    return out
-
-
-@contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """A folder beside ``out`` that takes its name at the end; removed if anything fails before.
-
-    Process 0 makes and names it; the others write into it.
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: exists and is not an empty folder; name another one")
-    gather("the export")
-    is_main = jax.process_index() == 0
-    name = ""
-    if is_main:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        name = tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent)
-    partial = Path(of_first("the export's folder", name))
-    try:
-        if not partial.is_dir():
-            raise UserError(f"{out.parent}: is not the folder that process 0 sees; all need the same one")
-        yield partial
-        gather("the end of the export")
-        if is_main:
-            partial.chmod(0o777 & ~_umask())  # temporary folders are made for the owner alone
-            for file in partial.iterdir():
-                file.chmod(0o666 & ~_umask())
-            os.replace(partial, out)
-    except BaseException:
-        if is_main:
-            shutil.rmtree(partial)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        print(f"{out}: {form} of step {opened.step}, {num_bytes(str(out)) / 1e6:.1f} MB")
 
 
 def _write_adapter(run: Run, folder: Path) -> None:
@@ -144,18 +102,26 @@ def _write_merged(run: Run, folder: Path) -> None:
         tensors |= {name: Tensor(reader.shape(name), reader.dtype(name)) for name in untrained}
     updates = _updates(run, arch.num_layers)
     tensors = dict(sorted(tensors.items()))
-    with TensorWriter(folder, tensors, process=jax.process_index(), num_processes=jax.process_count()) as writer:
+    with (
+        TensorWriter(folder, tensors, process=jax.process_index(), num_processes=jax.process_count()) as writer,
+        tqdm(total=writer.num_bytes, unit="B", unit_scale=True, desc="writing", leave=False, disable=None) as bar,
+    ):
+
+        def write(name: str, rows: np.ndarray, start: int = 0) -> None:
+            writer.write(name, rows, start)
+            bar.update(rows.nbytes)
+
         for name in filter(writer.owns, sorted(untrained)):
             assert reader is not None
             if name in updates:
-                writer.write(name, _merged(run, reader.read(name), *updates[name]))
+                write(name, _merged(run, reader.read(name), *updates[name]))
             else:
                 for start, rows in chunks(reader, name):
-                    writer.write(name, rows, start)
+                    write(name, rows, start)
         for path, leaf in trained.items():
             for name, layer in zip(names[path], layers(run, path, leaf), strict=True):
                 if writer.owns(name):
-                    writer.write(name, _as_in_file(run, name, path, jax.device_get(layer)))
+                    write(name, _as_in_file(run, name, path, jax.device_get(layer)))
     if jax.process_index() == 0:
         config = read_config(run.base) | {"vocab_size": run.vocab_size}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -9,10 +9,10 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-import fsspec
 from etils import epath
 
-from sft_jax.errors import UserError, one_line
+from sft_jax.buckets import connect, is_url, reason
+from sft_jax.errors import UserError
 
 
 class RunFolder:
@@ -33,20 +33,16 @@ class RunFolder:
         self.name = name.rstrip("/")
         self._fs: Any = None
         self._pushed: dict[Path, tuple[int, int]] = {}
-        if "://" not in name:
+        if not is_url(name):
             self.local = Path(name)
             return
+        self._fs, self._root = connect(self.name)
+        self.local = Path(tempfile.mkdtemp(prefix="sft-jax-run-"))
+        weakref.finalize(self, shutil.rmtree, self.local, ignore_errors=True)
         try:
-            self._fs, self._root = fsspec.url_to_fs(self.name)
-            self.local = Path(tempfile.mkdtemp(prefix="sft-jax-run-"))
-            weakref.finalize(self, shutil.rmtree, self.local, ignore_errors=True)
             self._pull()
-        except ImportError as error:
-            raise UserError(f"{name}: {one_line(str(error))}") from error
-        except ValueError as error:
-            raise UserError(f"{name}: not a kind of address that is known here: {error}") from error
         except OSError as error:
-            raise UserError(f"{name}: cannot be read: {one_line(str(error)) or type(error).__name__}") from error
+            raise UserError(f"{name}: cannot be read: {reason(error)}") from error
 
     def __str__(self) -> str:
         return self.name
@@ -105,7 +101,7 @@ class RunFolder:
             try:
                 self._fs.put_file(str(file), to)
             except OSError as error:
-                problem = f"{to}: could not be written: {one_line(str(error)) or type(error).__name__}"
+                problem = f"{to}: could not be written: {reason(error)}"
                 if last:
                     raise UserError(f"{problem}; the checkpoints are in {self.checkpoints}") from error
                 print(f"sft-jax: {problem}; it is tried again later", file=sys.stderr, flush=True)

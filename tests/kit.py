@@ -3,14 +3,18 @@
 import dataclasses
 import json
 import os
+import socket
 import subprocess
 import sys
+import threading
+import time
 from functools import cache
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from sft_jax.config import (
     Config,
@@ -210,3 +214,56 @@ def run_model(run: Path):
 
     opened = open_model(str(run), devices=one_device())
     return opened.split.merge(opened.adapter, opened.frozen)
+
+
+class Group:
+    """Processes of one run, all on this machine."""
+
+    def __init__(self, count: int, *arguments: object, python: str | None = None):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        environment = os.environ | {"XLA_FLAGS": "", "PYTHONWARNINGS": "default", "PYTHONUNBUFFERED": "1"}
+        start = ["-m", "sft_jax"] if python is None else ["-c", python]
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, *start, *map(str, arguments), "--coordinator", f"127.0.0.1:{port}",
+                 "--num-processes", str(count), "--process-id", str(i)],
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+            )
+            for i in range(count)
+        ]  # fmt: skip
+        self.said = [""] * count
+        self._readers = [threading.Thread(target=self._read, args=(i,), daemon=True) for i in range(count)]
+        for reader in self._readers:
+            reader.start()
+
+    def _read(self, i: int) -> None:
+        stream = self.processes[i].stderr
+        assert stream is not None
+        for line in stream:
+            self.said[i] += line
+
+    def wait(self, timeout: float = 240) -> list[int]:
+        """Exit codes; all are ended if they do not end in time."""
+        until = time.monotonic() + timeout
+        try:
+            codes = [process.wait(max(0.1, until - time.monotonic())) for process in self.processes]
+        finally:
+            for process in self.processes:
+                process.kill()
+        for reader in self._readers:
+            reader.join()
+        for process in self.processes:
+            process.communicate()
+        return codes
+
+    def wait_for(self, run: Path, step: int, timeout: float = 240) -> None:
+        """Until a step is written down."""
+        until = time.monotonic() + timeout
+        while time.monotonic() < until and all(process.poll() is None for process in self.processes):
+            if len(losses(run) if (run / "metrics.jsonl").is_file() else []) >= step:
+                return
+            time.sleep(0.05)
+        self.wait(1)
+        pytest.fail(f"step {step} never came: {self.said}")

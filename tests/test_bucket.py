@@ -1,6 +1,7 @@
 """A run whose model, data, checkpoints and files are in a bucket; the bucket is served on this machine."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -8,8 +9,8 @@ import numpy as np
 import pytest
 import yaml
 from fake_gcs import Bucket
-from kit import run_config
-from safetensors.numpy import load_file
+from kit import Group, run_config
+from safetensors.numpy import load, load_file
 
 from sft_jax.config import to_dict
 
@@ -39,7 +40,7 @@ def metrics(lines: str) -> list[dict]:
     return [{key: row[key] for key in ("step", "loss", "grad_norm")} for row in rows if "loss" in row]
 
 
-def test_everything_in_a_bucket(bucket, tiny, chats, tmp_path):
+def test_everything_in_a_bucket(bucket, tiny, chats, tmp_path, monkeypatch):
     """The same as on a disk, to the bit: started, continued, exported, and the weights read by ranges."""
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(to_dict(run_config(tiny, chats, "unset", training__save_every=2))))
@@ -67,6 +68,38 @@ def test_everything_in_a_bucket(bucket, tiny, chats, tmp_path):
         assert done.returncode == 0, done.stderr
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("there", "here"))
     assert all(np.array_equal(one[name], tensor) for name, tensor in other.items())
+
+    export_into_the_bucket(bucket, tmp_path / "here", monkeypatch)
+
+
+def export_into_the_bucket(bucket, here, monkeypatch):
+    """The files that are written on a disk; the same tensors by two processes, of which a config makes a model last."""
+    run, out = "gs://bucket/runs/a", "gs://bucket/out/one"
+    done = sft_jax(bucket, "export", run, out, "--format", "merged")
+    assert done.returncode == 0, done.stderr
+    assert "gs://bucket/out/one: merged of step 6" in done.stdout
+    there = {name.removeprefix("out/one/"): body for name, (body, _) in bucket.objects.items() if "out/one/" in name}
+    assert there.keys() == {file.name for file in here.iterdir()}
+    for name in there.keys() - {"README.md"}:
+        assert there[name] == (here / name).read_bytes(), name
+    assert list(bucket.objects)[-1] == "out/one/config.json"
+    again = sft_jax(bucket, "export", run, out)
+    assert (again.returncode, "out/one: is there already" in again.stderr) == (2, True)
+
+    for name, value in bucket.environment().items():
+        monkeypatch.setenv(name, value)
+    group = Group(2, "export", run, "gs://bucket/out/two", "--format", "merged")
+    assert group.wait() == [0, 0], group.said
+    assert list(bucket.objects)[-1] == "out/two/config.json"
+    shards = [load(body) for name, (body, _) in bucket.objects.items() if re.match("out/two/.*safetensors$", name)]
+    assert len(shards) >= 2  # files of each process
+    one = load(there["model.safetensors"])
+    two = {name: tensor for shard in shards for name, tensor in shard.items()}
+    assert sum(map(len, shards)) == len(two)
+    assert one.keys() == two.keys()
+    assert all(np.array_equal(one[name], two[name]) for name in one)
+    written = sft_jax(bucket, "generate", "gs://bucket/out/two", "--prompt", "river bread", "--max-new-tokens", 4)
+    assert written.returncode == 0, written.stderr
 
 
 @pytest.mark.parametrize(

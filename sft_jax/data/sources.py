@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_jax import builtin
+from sft_jax.buckets import is_url
 from sft_jax.config import SourceConfig
 from sft_jax.data.formats import COLUMNS, FORMATS, detect, missing_column, parse
 from sft_jax.data.rows import Row, RowError
@@ -79,7 +80,7 @@ def open_sources(sources: Sequence[SourceConfig]) -> list[Source]:
 def _open(source: SourceConfig) -> list[tuple[str, Table]]:
     if source.path.startswith(builtin.PREFIX):
         return [(source.path, open_file(builtin.locate(source.path, "data"), source.path))]
-    if "://" in source.path:
+    if is_url(source.path):
         return _open_remote(source)
     path = Path(source.path).expanduser()
     if path.is_file():

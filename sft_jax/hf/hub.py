@@ -12,6 +12,7 @@ from pathlib import Path
 import fsspec
 
 from sft_jax import builtin
+from sft_jax.buckets import is_url
 from sft_jax.errors import UserError, one_line
 
 # No pickle (.bin, .pt), no code (.py): what is not named here is not downloaded.
@@ -74,7 +75,7 @@ def _folder_of(path: str, asked_by: str) -> Path | None:
     """The folder of a built-in name, a URL or a local path; None for a Hugging Face id."""
     if path.startswith(builtin.PREFIX):
         return builtin.locate(path, asked_by)
-    if "://" in path:
+    if is_url(path):
         return _from_url(path, asked_by)
     folder = Path(path).expanduser()
     if folder.is_dir():

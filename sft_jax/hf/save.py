@@ -66,6 +66,11 @@ class TensorWriter:
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all tensors that are written by this process."""
+        return sum(self._tensors[name].num_bytes for name in self._files)
+
     def owns(self, name: str) -> bool:
         """Whether a tensor is written by this process."""
         return name in self._files

@@ -1,0 +1,33 @@
+"""Storage that is told by a URL, such as ``gs://bucket/folder``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import fsspec
+
+from sft_jax.errors import UserError, one_line
+
+
+def is_url(name: str) -> bool:
+    """Whether a name is that of something in a bucket, and not a path."""
+    return "://" in name
+
+
+def connect(url: str) -> tuple[Any, str]:
+    """The fsspec file system of a URL, and the path in it.
+
+    Raises:
+        UserError: a kind of URL that is not known here, or whose package is missing.
+    """
+    try:
+        return fsspec.url_to_fs(url)
+    except ImportError as error:
+        raise UserError(f"{url}: {one_line(str(error))}") from error
+    except ValueError as error:
+        raise UserError(f"{url}: not a kind of address that is known here: {error}") from error
+
+
+def reason(error: OSError) -> str:
+    """What went wrong there, in one line."""
+    return one_line(str(error)) or type(error).__name__
