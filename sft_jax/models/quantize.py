@@ -9,8 +9,12 @@ A block of four values in nf4, and what is read back::
     values            0.30 -1.50 0.75 0.05       absmax 1.50
     quotients         0.20 -1.00 0.50 0.03
     nearest level     0.161 -1.0 0.441 0.0       codes 9 0 12 7
-    packed            9 | 0 << 4 = 9, 12 | 7 << 4 = 124
+    packed            9 | 12 << 4 = 201, 0 | 7 << 4 = 112
     read back         0.24 -1.50 0.66 0.00
+
+A byte has codes of both halves of a block, not of neighbours: halves that are multiples of a tile are unpacked in
+place, where an interleaving would go through copies of the whole matrix in float32 (2,259 instead of 1,600 MiB a chip
+for Llama-3-8B on 16 TPU v5e).
 
 A scale of 32 bits for every 64 values would add half a bit to each, so nf4's scales are kept in 8 bits themselves
 ("double quantisation"): 256 scales share a float32 offset and step. They are neighbours along the output dimension,
@@ -145,10 +149,10 @@ def dequantize(arrays: Arrays, fmt: Format, dtype: jnp.dtype | type) -> Float[Ar
     """The matrix, or stack of them, computed in float32 and rounded once to ``dtype``."""
     if fmt.method == "int8":
         return _scaled(arrays["codes"].astype(jnp.float32), arrays["scales"], fmt.block).astype(dtype)
-    packed = arrays["codes"]
-    codes = (packed[..., None, :] >> jnp.asarray([[0], [4]], jnp.uint8)) & jnp.uint8(15)
-    levels = _nf4_level(codes).reshape(fmt.weight_shape(packed.shape))
-    return _scaled(levels, _scales(arrays, fmt), fmt.block).astype(dtype)
+    packed = _halved(arrays["codes"], fmt)  # [*L, in/block, 1, block/2, out]
+    codes = (packed >> jnp.asarray([0, 4], jnp.uint8).reshape(2, 1, 1)) & jnp.uint8(15)
+    values = _nf4_level(codes) * _scales(arrays, fmt)[..., None, None, :]
+    return values.astype(dtype).reshape(fmt.weight_shape(arrays["codes"].shape))
 
 
 def _quantize_int8(weight: Float[Array, "in out"], fmt: Format) -> Arrays:
@@ -169,12 +173,19 @@ def _quantize_nf4(weight: Float[Array, "in out"], fmt: Format) -> Arrays:
     offset = grouped.min(axis=-1)
     step = (grouped.max(axis=-1) - offset) / 255
     numbers = jnp.round((grouped - offset[..., None]) * _reciprocal(step)[..., None])
+    low, high = jnp.moveaxis(codes.reshape(-1, 2, fmt.block[0] // 2, codes.shape[1]), 1, 0)
     return {
-        "codes": codes[0::2] | (codes[1::2] << jnp.uint8(4)),
+        "codes": (low | (high << jnp.uint8(4))).reshape(-1, codes.shape[1]),
         "scales": jnp.clip(numbers, 0, 255).astype(jnp.uint8).reshape(absmax.shape),
         "scale_step": step,
         "scale_offset": offset,
     }
+
+
+def _halved(packed: Int[Array, "*L in/2 out"], fmt: Format) -> Int[Array, "*L blocks 1 half out"]:
+    *stack, rows, columns = packed.shape
+    half = fmt.block[0] // 2
+    return packed.reshape(*stack, rows // half, 1, half, columns)
 
 
 def _scales(arrays: Arrays, fmt: Format) -> Float[Array, "*L blocks out"]:
