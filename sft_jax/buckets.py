@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import fsspec
@@ -28,6 +29,15 @@ def connect(url: str) -> tuple[Any, str]:
         raise UserError(f"{url}: not a kind of address that is known here: {error}") from error
 
 
-def reason(error: OSError) -> str:
+def failures() -> tuple[type[Exception], ...]:
+    """What the packages that are in use raise where storage cannot be read or written, for ``except``."""
+    found: list[type[Exception]] = [OSError]
+    for module, name in (("gcsfs.retry", "HttpError"), ("aiohttp", "ClientError")):
+        if module in sys.modules:
+            found.append(getattr(sys.modules[module], name))
+    return tuple(found)
+
+
+def reason(error: Exception) -> str:
     """What went wrong there, in one line."""
     return one_line(str(error)) or type(error).__name__

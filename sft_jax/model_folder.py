@@ -6,27 +6,28 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
 from tqdm import tqdm
 
-from sft_jax.buckets import connect, is_url, reason
+from sft_jax.buckets import connect, failures, is_url, reason
 from sft_jax.errors import UserError
-from sft_jax.processes import gather, of_first
+from sft_jax.processes import gather, of_first, passing
 
+_UNFINISHED = "export.unfinished"  # is in a bucket's folder until an export is done
 _LAST = ("config.json", "adapter_config.json")  # without one of these a folder is not a model
 
 
 @contextmanager
 def new_folder(name: str) -> Iterator[Path]:
-    """A folder to write into, whose files ``name`` has when the block ends; nothing is left if anything fails before.
+    """A folder to write into, whose files ``name`` has when the block ends, and no model if anything fails before.
 
     On a disk all processes get the same folder, beside ``name``, which process 0 makes and gives its name at the end.
     For a bucket each gets a temporary one of its own, whose files it sends; the config, which makes a model of them,
-    comes last.
+    comes last, and what an export has left there that was broken off is removed by the next.
 
     Raises:
         UserError: ``name`` holds something, is not seen by all processes, or cannot be written.
@@ -71,43 +72,44 @@ def _on_disk(out: Path) -> Iterator[Path]:
 @contextmanager
 def _in_bucket(url: str) -> Iterator[Path]:
     bucket, root = connect(url)
+    mark = f"{root}/{_UNFINISHED}"
+    is_main = jax.process_index() == 0
     try:
-        is_taken = bucket.exists(root)
-    except OSError as error:
-        raise UserError(f"{url}: cannot be looked at: {reason(error)}") from error
-    if is_taken:
-        raise UserError(f"{url}: is there already; name another folder, or remove it")
+        if is_main:
+            if bucket.exists(mark):  # left by an export that was broken off
+                bucket.rm(root, recursive=True)
+            elif bucket.exists(root):
+                raise UserError(f"{url}: is there already; name another folder, or remove it")
+            bucket.pipe_file(mark, b"")
+    except failures() as error:
+        raise UserError(f"{url}: cannot be written: {reason(error)}") from error
     gather("the export")
-    with tempfile.TemporaryDirectory(prefix="sft-jax-export-") as folder:
-        yield Path(folder)
-        _send(sorted(Path(folder).iterdir()), bucket, root, url)
-
-
-def _send(files: list[Path], bucket: Any, root: str, url: str) -> None:
-    sent: list[str] = []
-    size = sum(file.stat().st_size for file in files)
+    folder = Path(tempfile.mkdtemp(prefix="sft-jax-export-"))
+    passing.add(folder)
     try:
-        with tqdm(total=size, unit="B", unit_scale=True, desc="sending", leave=False, disable=None) as bar:
+        yield folder
+        try:
+            _send(sorted(folder.iterdir()), bucket, root)
+            if is_main:
+                bucket.rm_file(mark)
+        except failures() as error:
+            raise UserError(f"{url}: cannot be written: {reason(error)}; the same command tries it again") from error
+    finally:
+        passing.discard(folder)
+        shutil.rmtree(folder)
 
-            def send(file: Path) -> None:
-                sent.append(f"{root}/{file.name}")
-                bucket.put_file(str(file), sent[-1])
-                bar.update(file.stat().st_size)
 
+def _send(files: list[Path], bucket: Any, root: str) -> None:
+    """All files of this process; process 0 sends what makes a model of them when the others have sent theirs."""
+    size = sum(file.stat().st_size for file in files)
+    with tqdm(total=size, unit="B", unit_scale=True, desc="sending", leave=False, disable=None) as bar:
+        for is_last in (False, True):
             for file in files:
-                if file.name not in _LAST:
-                    send(file)
-            gather("the end of the export")
-            for file in files:
-                if file.name in _LAST:
-                    send(file)
-    except BaseException as error:
-        for path in sent:
-            with suppress(OSError):
-                bucket.rm_file(path)
-        if isinstance(error, OSError):
-            raise UserError(f"{url}: cannot be written: {reason(error)}") from error
-        raise
+                if (file.name in _LAST) == is_last:
+                    bucket.put_file(str(file), f"{root}/{file.name}")
+                    bar.update(file.stat().st_size)
+            if not is_last:
+                gather("the end of the export")
 
 
 def _umask() -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import sys
 import threading
 import time
@@ -24,6 +25,7 @@ import jax
 import numpy as np
 from jax._src import distributed  # the service's client has no public name
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sft_jax.errors import AGAIN, Preempted, Unreachable, UserError, exit_code, one_line
 
@@ -34,6 +36,7 @@ _LAST_WORDS_SECONDS = 10.0  # that process 0, which holds the service, waits for
 SILENCE_SECONDS = 60.0  # after which a process that says nothing is taken to be gone
 WAIT_SECONDS = 600.0  # for the others, where they differ in how long they take
 
+passing: set[Path] = set()  # folders that are removed even if this process has to end at once
 _calls: Counter[str] = Counter()  # how often each meeting took place; the same everywhere
 
 
@@ -115,13 +118,27 @@ def exchange(data: bytes) -> list[bytes]:
     """What each process gives, in their order, over the devices' network; all have to give something."""
     if count() == 1:
         return [data]
-    sizes = multihost_utils.process_allgather(np.int32(len(data)))
+    sizes = _rows_of_all(np.asarray([len(data)], np.int32))[:, 0]
     if not sizes.max():
         return [b""] * len(sizes)
     padded = np.zeros(1 << int(sizes.max() - 1).bit_length(), np.uint8)  # few sizes, so that few programs are compiled
     padded[: len(data)] = np.frombuffer(data, np.uint8)
-    found = multihost_utils.process_allgather(padded)
-    return [row[:size].tobytes() for row, size in zip(found, sizes, strict=True)]
+    return [row[:size].tobytes() for row, size in zip(_rows_of_all(padded), sizes, strict=True)]
+
+
+def _rows_of_all(row: np.ndarray) -> np.ndarray:
+    """A row ``[N]`` of each process, as ``[processes, N]``; they may differ in how many devices they have."""
+    devices = jax.devices()
+    mesh = Mesh(np.asarray(devices), ("all",))
+    shape, split = (len(devices), *row.shape), NamedSharding(mesh, PartitionSpec("all"))
+    mine = jax.make_array_from_callback(shape, split, lambda _: row[None])
+    whole = jax.jit(_same, out_shardings=NamedSharding(mesh, PartitionSpec()))(mine)
+    of = [device.process_index for device in devices]
+    return np.asarray(whole.addressable_data(0))[[of.index(i) for i in range(count())]]
+
+
+def _same(x: jax.Array) -> jax.Array:
+    return x
 
 
 def of_first(meeting: str, value: str) -> str:
@@ -284,6 +301,8 @@ class _Watch:
 
 def _leave(code: int) -> NoReturn:
     """End at once: an orderly end would wait for those that are waiting for this process."""
+    for folder in passing:
+        shutil.rmtree(folder, ignore_errors=True)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -11,7 +11,7 @@ from typing import Any
 
 from etils import epath
 
-from sft_jax.buckets import connect, is_url, reason
+from sft_jax.buckets import connect, failures, is_url, reason
 from sft_jax.errors import UserError
 
 
@@ -41,7 +41,7 @@ class RunFolder:
         weakref.finalize(self, shutil.rmtree, self.local, ignore_errors=True)
         try:
             self._pull()
-        except OSError as error:
+        except failures() as error:
             raise UserError(f"{name}: cannot be read: {reason(error)}") from error
 
     def __str__(self) -> str:
@@ -100,7 +100,7 @@ class RunFolder:
             to = f"{self._root}/{file.relative_to(self.local).as_posix()}"
             try:
                 self._fs.put_file(str(file), to)
-            except OSError as error:
+            except failures() as error:
                 problem = f"{to}: could not be written: {reason(error)}"
                 if last:
                     raise UserError(f"{problem}; the checkpoints are in {self.checkpoints}") from error

@@ -83,6 +83,8 @@ def export_into_the_bucket(bucket, here, monkeypatch):
     for name in there.keys() - {"README.md"}:
         assert there[name] == (here / name).read_bytes(), name
     assert list(bucket.objects)[-1] == "out/one/config.json"
+    bucket.objects["out/two/export.unfinished"] = (b"", 1)  # another attempt was broken off
+    bucket.objects["out/two/model-00001-of-00009.safetensors"] = (b"half", 1)
     again = sft_jax(bucket, "export", run, out)
     assert (again.returncode, "out/one: is there already" in again.stderr) == (2, True)
 
@@ -91,6 +93,7 @@ def export_into_the_bucket(bucket, here, monkeypatch):
     group = Group(2, "export", run, "gs://bucket/out/two", "--format", "merged")
     assert group.wait() == [0, 0], group.said
     assert list(bucket.objects)[-1] == "out/two/config.json"
+    assert "out/two/export.unfinished" not in bucket.objects
     shards = [load(body) for name, (body, _) in bucket.objects.items() if re.match("out/two/.*safetensors$", name)]
     assert len(shards) >= 2  # files of each process
     one = load(there["model.safetensors"])

@@ -230,6 +230,21 @@ def test_a_stream_of_two_processes_goes_on_in_one(config, tmp_path):
     assert_same_run(alone, run)
 
 
+def test_exchange_between_processes_with_other_numbers_of_devices():
+    python = (
+        "import os, sys; me = int(sys.argv[-1])\n"
+        "os.environ['XLA_FLAGS'] = f'--xla_force_host_platform_device_count={me + 1}'\n"
+        "from sft_jax import processes\n"
+        "with processes.joined(sys.argv[2], 3, me):\n"
+        "    for data in (bytes(range(5 * me)), b''):\n"
+        "        print([list(one) for one in processes.exchange(data)], file=sys.stderr)\n"
+    )
+    group = Group(3, python=python)
+    assert group.wait(90) == [0] * 3, group.said
+    expected = f"{[[], list(range(5)), list(range(10))]}\n{[[], [], []]}\n"
+    assert all(said.endswith(expected) for said in group.said), group.said
+
+
 def test_rows_that_differ_between_hosts(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
     for i in range(2):

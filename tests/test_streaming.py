@@ -7,6 +7,8 @@ from collections import Counter
 
 import jax
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from kit import conversations, losses, make_tokenizer, one_device, run_config, write_jsonl
 
@@ -94,6 +96,51 @@ def test_a_process_reads_only_what_its_rows_need(config, tmp_path, monkeypatch):
         assert set(states[-1]) == {str(row) for row in range(rows.start, rows.stop)}
     assert read[0]
     assert not read[0] & read[1]
+
+
+def test_each_row_of_the_batches_has_the_mixture(config, tmp_path):
+    """Two sources of one size, and an even number of rows."""
+    given = [SourceConfig(path=str(write_jsonl(tmp_path / f"{i}.jsonl", conversations(200, seed=i)))) for i in range(2)]
+    found, _ = batches(dataclasses.replace(config, data=dataclasses.replace(config.data, train=given)), 30)
+    for row in range(4):
+        seen = Counter(source for batch in found for r, source in sources_of(batch) if r == row)
+        assert abs(seen[0] - seen[1]) <= 10  # of about 150
+
+
+def sources_of(batch):
+    for r in range(len(batch.inputs)):
+        for segment in range(1, batch.segment_ids[r].max() + 1):
+            yield r, int(batch.sources[r][batch.segment_ids[r] == segment][0])
+
+
+def test_threads_share_a_parquet_file(config, tmp_path):
+    rows = conversations(800)
+    found = []
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet", row_group_size=20)
+    for name in ("rows.jsonl", "rows.parquet"):
+        data = dataclasses.replace(config.data, train=[SourceConfig(path=str(tmp_path / name))])
+        found.append(batches(dataclasses.replace(config, data=data), 30)[0])
+    for one, other in zip(*found, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_a_row_of_the_batches_without_examples(config, tmp_path):
+    """In the order of the file, every fourth conversation is too long."""
+    rows = conversations(8)
+    for row in rows[2::4]:
+        row["messages"][-1]["content"] *= 60
+    given = [SourceConfig(path=str(write_jsonl(tmp_path / "long.jsonl", rows)))]
+    data = dataclasses.replace(config.data, train=given, shuffle=False)
+    with pytest.raises(UserError, match=r"8 rows in turn, up to .*, gave row 2 of the batches nothing to train on"):
+        batches(dataclasses.replace(config, data=data), 1)
+    found, _ = batches(dataclasses.replace(config, data=dataclasses.replace(data, shuffle=True)), 4)
+    assert len(found) == 4
+
+
+def test_a_position_of_an_older_version(config):
+    with pytest.raises(UserError, match=r"an older version has written this run's position"):
+        batches(config, 1, state={"parent": {}, "next_row": 0})
 
 
 def test_one_example_a_row_in_order(config):

@@ -15,7 +15,10 @@ from sft_jax import processes
 from sft_jax.data.tokenised import FILES
 from sft_jax.errors import UserError
 
-_ROUND_BYTES = 64 * 2**20  # of all processes together, that each holds at a time
+_ROUND_BYTES = 16 * 2**20  # of all processes together, that each device holds at a time
+_LONGEST_SECONDS = (
+    24 * 3600.0
+)  # one share may take far longer than another; one that dies meanwhile is found out anyway
 
 
 class Share(NamedTuple):
@@ -52,15 +55,14 @@ def share_of(key: str, is_kept: bool, num_rows: int, name: str) -> Share:
     return Share(me * num_rows // count, (me + 1) * num_rows // count, all(theirs for _, theirs in said))
 
 
-def exchange_parts(mine: Path, into: Path, seconds: float) -> list[Path]:
+def exchange_parts(mine: Path, into: Path) -> list[Path]:
     """The parts of all processes, in the order of their rows, as folders; all processes have to ask.
 
     Args:
         mine: what a :class:`~sft_jax.data.tokenised.Writer` has written here.
         into: where the others' parts are written.
-        seconds: how long this process took for its part; the others may take a few times as long.
     """
-    processes.gather("the tokens", wait=processes.WAIT_SECONDS + 4 * seconds)
+    processes.gather("the tokens", wait=_LONGEST_SECONDS)
     me, count = processes.index(), processes.count()
     parts = [mine if i == me else into / f"process{i}" for i in range(count)]
     for i, part in enumerate(parts):

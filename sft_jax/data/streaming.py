@@ -1,7 +1,7 @@
 """Rows that are read, tokenised and packed while training, for data that are not to be tokenised beforehand.
 
-The stream of examples is dealt out to as many lanes as a batch has rows, and each lane packs its own row. A process
-runs the lanes of its rows only: it reads and tokenises its share, and batches do not depend on the number of hosts. The
+Each source is dealt out to as many lanes as a batch has rows, and each lane mixes and packs its own row. A process runs
+the lanes of its rows only: it reads and tokenises its share, and batches do not depend on the number of hosts. The
 position in a lane is small, and going on from it reads again only what the open rows were filled from.
 """
 
@@ -29,7 +29,7 @@ from sft_jax.typing import Batch
 _FIRST_ROWS = 1000
 _OPEN_BINS = 8  # rows that a lane fills at the same time
 _THREADS = 4  # that fill the lanes
-_AHEAD = 2  # batches
+_AHEAD = _OPEN_BINS  # batches: a lane fills its rows together, and then has that many
 _MAX_EXAMPLES = 1024  # that one row may give
 Example = dict[str, np.ndarray]
 
@@ -73,19 +73,17 @@ class StreamLoader:
         self._rows = local_rows(mesh, batch_size)
         self._mesh, self._batch_size = mesh, batch_size
         self._has_groups = len(set(groups)) > 1
-        streams = []
-        for source, group in zip(sources, groups, strict=True):
-            examples = _Examples(source, encoder, config, group, max_positions)
-            stream = grain.MapDataset.source(examples).seed(seed)  # type: ignore[arg-type]
-            streams.append((stream.shuffle() if config.shuffle else stream).repeat())
         weights = [len(source) * source.weight for source in sources]
-        mixed = grain.MapDataset.mix(streams, weights) if len(streams) > 1 else streams[0]
-        lanes = {
-            row: _lane(
-                mixed[row::batch_size], config, seed=int(np.random.SeedSequence([seed, row]).generate_state(1)[0])
-            )
-            for row in range(*self._rows.indices(batch_size))
-        }
+        lanes = {}
+        for row in range(*self._rows.indices(batch_size)):
+            patience = _Patience(row, sum(map(len, sources)))
+            streams = []
+            for source, group in zip(sources, groups, strict=True):
+                examples = _Examples(source, encoder, config, group, max_positions, patience)
+                stream = grain.MapDataset.source(examples).seed(seed)  # type: ignore[arg-type]
+                streams.append((stream.shuffle() if config.shuffle else stream).repeat()[row::batch_size])
+            mixed = grain.MapDataset.mix(streams, weights) if len(streams) > 1 else streams[0]
+            lanes[row] = _lane(mixed, config, int(np.random.SeedSequence([seed, row]).generate_state(1)[0]))
         self._iterator = iter(grain.experimental.ThreadPrefetchIterDataset(_Lanes(lanes), prefetch_buffer_size=_AHEAD))
 
     def __iter__(self) -> Iterator[Batch]:
@@ -111,7 +109,13 @@ class StreamLoader:
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continue from a position in all lanes."""
+        """Continue from a position in all lanes.
+
+        Raises:
+            UserError: a position that an older version has written.
+        """
+        if not self._iterator.get_state().keys() <= state.keys():
+            raise UserError("data.streaming: an older version has written this run's position in the data; start anew")
         self._iterator.set_state(state)
 
 
@@ -158,12 +162,36 @@ class _LanesIterator(grain.DatasetIterator):
             lane.set_state(state[row])
 
 
+class _Patience:
+    """Ends a lane that finds nothing: it would look for ever."""
+
+    def __init__(self, row: int, most: int):
+        self._row, self._most, self._in_vain = row, most, 0
+
+    def saw(self, num_examples: int, where: str) -> None:
+        """How many examples a row of data gave."""
+        self._in_vain = 0 if num_examples else self._in_vain + 1
+        if self._in_vain > self._most:
+            raise UserError(
+                f"data.streaming: {self._most:,} rows in turn, up to {where}, gave row {self._row} of the batches "
+                "nothing to train on; raise data.max_length, set data.shuffle=true, or see what sft-jax inspect says"
+            )
+
+
 class _Examples:
     """Random access to what each row of a source gives: some examples, shifted and fit to be packed."""
 
-    def __init__(self, source: Source, encoder: Encoder, config: DataConfig, group: int, max_positions: int):
+    def __init__(
+        self,
+        source: Source,
+        encoder: Encoder,
+        config: DataConfig,
+        group: int,
+        max_positions: int,
+        patience: _Patience,
+    ):
         self._source, self._encoder, self._config = source, encoder, config
-        self._group, self._max_positions = group, max_positions
+        self._group, self._max_positions, self._patience = group, max_positions, patience
 
     def __len__(self) -> int:
         return len(self._source)
@@ -174,8 +202,8 @@ class _Examples:
         if isinstance(found, RowError):
             if self._config.on_bad_row == "error":
                 raise UserError(found.at(self._source.name, row))
-            return []
-        fitting = []
+            found = []
+        fitting: list[Example] = []
         for one in found:
             ids, mask, longest = one.ids, one.mask, self._config.max_length
             if len(ids) > longest:
@@ -194,6 +222,7 @@ class _Examples:
             if mask[1:].any():
                 sources = np.full(len(ids) - 1, self._group, np.int32)
                 fitting.append({"inputs": ids[:-1], "targets": ids[1:], "loss_mask": mask[1:], "sources": sources})
+        self._patience.saw(len(fitting), f"{self._source.name} row {row}")
         return fitting
 
 

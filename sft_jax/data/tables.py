@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Lock
 from typing import Any, Protocol
 
 import numpy as np
@@ -62,7 +63,7 @@ def kind_of(name: str) -> str:
 
 
 class Parquet:
-    """A Parquet file; the last row group read is kept."""
+    """A Parquet file; the last row group read is kept. Threads may share it, the reader of pyarrow may not be."""
 
     def __init__(self, path: Path, name: str):
         import pyarrow as pa
@@ -77,6 +78,7 @@ class Parquet:
         sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
         self._offsets = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).astype(np.int64)
         self._held: tuple[int, Any] = (-1, None)
+        self._lock = Lock()
 
     def __len__(self) -> int:
         return int(self._offsets[-1])
@@ -86,10 +88,12 @@ class Parquet:
         start, stop = start, min(stop, len(self))
         while start < stop:
             group = int(np.searchsorted(self._offsets, start, side="right")) - 1
-            if self._held[0] != group:
-                self._held = (group, self._file.read_row_group(group))
+            with self._lock:
+                if self._held[0] != group:
+                    self._held = (group, self._file.read_row_group(group))
+                held = self._held[1]
             first, end = int(self._offsets[group]), min(stop, int(self._offsets[group + 1]))
-            yield from _arrow_rows(self._held[1].slice(start - first, end - start))
+            yield from _arrow_rows(held.slice(start - first, end - start))
             start = end
 
     def digest(self) -> str:

@@ -97,7 +97,7 @@ def tokenise(
                 mine = Path(work) / "mine"
                 mine.mkdir()
                 encode(mine)
-                for part in exchange_parts(mine, Path(work), time.perf_counter() - began):
+                for part in exchange_parts(mine, Path(work)):
                     writer.add_part(part)
                 writer.finish()
             progress(rows - share.size)
@@ -106,7 +106,7 @@ def tokenise(
         if kept is not None and written.num_rows == rows:
             with contextlib.suppress(FileExistsError, OSError):  # another start was quicker: the contents are the same
                 os.rename(folder, kept)
-                written = read_tokenised(kept)
+            written = read_tokenised(kept) or written  # and let go of the files that are removed now
     assert written is not None
     return written, Origin(False, num_workers * processes.count(), time.perf_counter() - began)
 
@@ -153,7 +153,7 @@ def _partial(kept: Path | None) -> Iterator[Path]:
         raise UserError(f"{folder.parent}: cannot be written: {error.strerror or error}") from error
     finally:
         if kept is not None and folder.is_dir():
-            shutil.rmtree(folder)  # what is mapped stays readable until it is let go
+            shutil.rmtree(folder, ignore_errors=True)  # what is mapped stays readable until it is let go
 
 
 def _key(source: Source, encoder: Encoder) -> str:
