@@ -16,7 +16,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -258,9 +258,7 @@ class _Watch:
             said = json.dumps({"code": code, "error": one_line(text)[:2000]})
             with suppress(jax.errors.JaxRuntimeError):  # the service may be gone; the others know by its silence
                 self._client.key_value_set(f"{_PREFIX}/failed/{self._me}", said)
-                until = time.monotonic() + _LAST_WORDS_SECONDS
-                while self._me == 0 and time.monotonic() < until and len(self._read("ended")) < self._count - 1:
-                    time.sleep(_POLL_SECONDS / 4)
+                self._outlast()
             _leave(code)
 
     def _run(self) -> None:
@@ -283,20 +281,29 @@ class _Watch:
                     heard[i] = (now, alive[i])
             silent = [i for i, (since, _) in heard.items() if now - since > self._silence]
             if silent:
-                self._end(f"nothing was heard of {_names(silent)} for {self._silence:.0f} s", AGAIN)
+                self._end(f"nothing was heard of {_names(silent)} for {self._silence:.0f} s", AGAIN, silent)
 
     def _read(self, what: str) -> dict[int, str]:
         folder = f"{_PREFIX}/{what}/"
         return {int(key.rpartition("/")[2]): value for key, value in self._client.key_value_dir_get(folder)}
 
-    def _end(self, why: str, code: int) -> NoReturn:
+    def _end(self, why: str, code: int, gone: Sequence[int] = ()) -> NoReturn:
         with self._ending:
             if self._stopped.is_set():
                 sys.exit()  # of this thread
             print(f"sft-jax: process {self._me}: {why}", file=sys.stderr, flush=True)
             with suppress(jax.errors.JaxRuntimeError):  # the service may be gone; then nobody waits for this
                 self._client.key_value_set(f"{_PREFIX}/ended/{self._me}", "1", allow_overwrite=True)
+                self._outlast(gone)
             _leave(code)
+
+    def _outlast(self, gone: Sequence[int] = ()) -> None:
+        """Process 0 holds the service: it waits until the others, but those that are gone, know why the run ends."""
+        until = time.monotonic() + _LAST_WORDS_SECONDS
+        while self._me == 0 and time.monotonic() < until:
+            if len({0, *gone} | self._read("ended").keys() | self._read("failed").keys()) == self._count:
+                return
+            time.sleep(_POLL_SECONDS / 4)
 
 
 def _leave(code: int) -> NoReturn:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -71,8 +72,14 @@ class Stubs:
         )
 
     def start(self, *words: object, **env: str) -> subprocess.Popen:
-        """The same, without waiting for its end."""
-        return subprocess.Popen(self._command(*words), env=self.env | env, cwd=self.home, stdin=subprocess.DEVNULL)
+        """The same, without waiting for its end; it gets SIGINT even if this process was started to ignore it."""
+        return subprocess.Popen(
+            self._command(*words),
+            env=self.env | env,
+            cwd=self.home,
+            stdin=subprocess.DEVNULL,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
 
     def _command(self, *words: object) -> list[str]:
         script, *others = map(str, words)
