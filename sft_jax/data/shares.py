@@ -16,9 +16,8 @@ from sft_jax.data.tokenised import FILES
 from sft_jax.errors import UserError
 
 _ROUND_BYTES = 16 * 2**20  # of all processes together, that each device holds at a time
-_LONGEST_SECONDS = (
-    24 * 3600.0
-)  # one share may take far longer than another; one that dies meanwhile is found out anyway
+# One share may take far longer than another; a process that dies meanwhile is found out anyway.
+_LONGEST_SECONDS = 24 * 3600.0
 
 
 class Share(NamedTuple):

@@ -12,8 +12,8 @@ from pathlib import Path
 import fsspec
 
 from sft_jax import builtin
-from sft_jax.buckets import is_url
-from sft_jax.errors import UserError, one_line
+from sft_jax.buckets import is_url, reason
+from sft_jax.errors import UserError
 
 # No pickle (.bin, .pt), no code (.py): what is not named here is not downloaded.
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "LICENSE*"]
@@ -102,6 +102,6 @@ def _from_url(url: str, asked_by: str) -> Path:
     except (ImportError, ValueError, OSError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{asked_by}: {url} cannot be read: {one_line(str(error)) or type(error).__name__}") from error
+        raise UserError(f"{asked_by}: {url} cannot be read: {reason(error)}") from error
     (folder / _POINTER).write_text(url.rstrip("/"), encoding="utf-8")
     return folder
