@@ -73,13 +73,13 @@ class Stubs:
 
     def start(self, *words: object, **env: str) -> subprocess.Popen:
         """The same, without waiting for its end; it gets SIGINT even if this process was started to ignore it."""
-        return subprocess.Popen(
-            self._command(*words),
-            env=self.env | env,
-            cwd=self.home,
-            stdin=subprocess.DEVNULL,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
+        # What is ignored here stays ignored in the started program, what is handled does not. Not by preexec_fn: that
+        # forks in Python, about which jax warns once another test of this process has imported it.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            return subprocess.Popen(self._command(*words), env=self.env | env, cwd=self.home, stdin=subprocess.DEVNULL)
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def _command(self, *words: object) -> list[str]:
         script, *others = map(str, words)
