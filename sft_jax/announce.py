@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import Counter
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -128,7 +131,17 @@ class Announcer:
             blocks = sorted({leaf.fmt.block[0] for path, leaf in split.quantized.items() if path[0] == "layers"})
             blocks = f"{config.model.quantization} in blocks of {' and '.join(map(str, blocks))} inputs"
             self("base", f"{blocks}, {kept}: {_bytes(size)}, {size / (2 * num_frozen):.2f} of bfloat16")
+        held, share = _held_bytes(split)
+        if held > 1.5 * share:
+            self(
+                "",
+                f"each device holds {_bytes(held)} of weights, where its share would be {_bytes(share)}: their "
+                "dimensions do not divide by mesh.fsdp or mesh.tensor; use sizes that do, and mesh.data for the rest",
+            )
         self("compute", f"{config.model.dtype}, attention {kernel}")
+        precision: str | None = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+        if config.model.dtype == "float32" and jax.default_backend() != "cpu" and precision is None:
+            self("", "products of float32 take fewer bits on this device; JAX_DEFAULT_MATMUL_PRECISION=highest: all")
 
 
 def _dtypes(split: Split) -> str:
@@ -137,6 +150,16 @@ def _dtypes(split: Split) -> str:
     for leaf in flatten(split.trainable).values():
         sizes[str(leaf.dtype)] += leaf.size
     return ", ".join(f"{size:,} {dtype}" if len(sizes) > 1 else dtype for dtype, size in sorted(sizes.items()))
+
+
+def _held_bytes(split: Split) -> tuple[int, int]:
+    """Bytes of the weights that a device holds, and that it would hold if all were split over fsdp and tensor."""
+    held = share = 0
+    for leaf in (flatten(split.trainable) | flatten(split.frozen)).values():
+        placed: Any = leaf.sharding
+        held += math.prod(placed.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        share += leaf.size * leaf.dtype.itemsize // (placed.mesh.shape["fsdp"] * placed.mesh.shape["tensor"])
+    return held, share
 
 
 def _bytes(size: int) -> str:

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import math
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,13 @@ class SourceConfig:
         _require(self.max_rows is None or self.max_rows >= 1, "data.*.max_rows", f"{self.max_rows} is not at least 1")
 
 
+def _is_day(text: str) -> bool:
+    try:
+        return datetime.fromisoformat(text).date().isoformat() == text
+    except ValueError:
+        return False
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """What is trained on, and which of its tokens carry loss."""
@@ -125,6 +133,7 @@ class DataConfig:
     chat_template: str | None = None  # a Jinja file; default the tokenizer's own
     added_tokens: list[str] = field(default_factory=list)  # special tokens the tokenizer does not have yet
     stop_token: str | None = None  # ends a completion or a document; default the tokenizer's eos token
+    date: str | None = None  # the day that templates tell which tell one, YYYY-MM-DD; null: on which the run began
 
     def __post_init__(self) -> None:
         _require(self.max_length >= 2, "data.max_length", f"{self.max_length} is not at least 2")
@@ -132,6 +141,7 @@ class DataConfig:
         _one_of(self.train_on, "data.train_on", ("assistant", "last_assistant", "all"))
         _one_of(self.reasoning, "data.reasoning", ("include", "exclude"))
         _one_of(self.on_bad_row, "data.on_bad_row", ("error", "skip"))
+        _require(self.date is None or _is_day(self.date), "data.date", f"{self.date!r} is not a day as YYYY-MM-DD")
         _require(
             self.num_workers is None or self.num_workers >= 1,
             "data.num_workers",
@@ -298,6 +308,12 @@ class Config:
             self.training.keep_best == 0 or len(self.data.eval) > 0,
             "training.keep_best",
             "no checkpoint is better than another without a held-out loss; name held-out data in data.eval",
+        )
+        _require(
+            self.training.keep_best == 0 or self.training.save_every % self.training.eval_every == 0,
+            "training.keep_best",
+            f"only a step that is evaluated has a held-out loss, and save_every {self.training.save_every} is not a "
+            f"multiple of eval_every {self.training.eval_every}",
         )
         _require(
             not self.evaluation.at_end or len(self.data.eval) > 0,

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from sft_jax.buckets import connect, failures, is_url, reason
 from sft_jax.errors import UserError
-from sft_jax.processes import gather, of_first, passing
+from sft_jax.processes import LONG_WAIT_SECONDS, gather, of_first, passing
 
 _UNFINISHED = "export.unfinished"  # is in a bucket's folder until an export is done
 _LAST = ("config.json", "adapter_config.json")  # without one of these a folder is not a model
@@ -57,7 +57,7 @@ def _on_disk(out: Path) -> Iterator[Path]:
         if not partial.is_dir():
             raise UserError(f"{out.parent}: is not the folder that process 0 sees; all need the same one")
         yield partial
-        gather("the end of the export")
+        gather("the end of the export", wait=LONG_WAIT_SECONDS)
         if is_main:
             partial.chmod(0o777 & ~_umask())  # temporary folders are made for the owner alone
             for file in partial.iterdir():
@@ -109,7 +109,7 @@ def _send(files: list[Path], bucket: Any, root: str) -> None:
                     bucket.put_file(str(file), f"{root}/{file.name}")
                     bar.update(file.stat().st_size)
             if not is_last:
-                gather("the end of the export")
+                gather("the end of the export", wait=LONG_WAIT_SECONDS)
 
 
 def _umask() -> int:

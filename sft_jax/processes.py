@@ -35,6 +35,8 @@ _BROKEN = ("gloo", "nccl", "connection", "unavailable", "socket", "aborted", "co
 _LAST_WORDS_SECONDS = 10.0  # that process 0, which holds the service, waits for the others to read why it ends
 SILENCE_SECONDS = 60.0  # after which a process that says nothing is taken to be gone
 WAIT_SECONDS = 600.0  # for the others, where they differ in how long they take
+# Where they download, read or tokenise: one host may have it all already. Who dies meanwhile is found out anyway.
+LONG_WAIT_SECONDS = 24 * 3600.0
 
 passing: set[Path] = set()  # folders that are removed even if this process has to end at once
 _calls: Counter[str] = Counter()  # how often each meeting took place; the same everywhere
@@ -141,9 +143,9 @@ def _same(x: jax.Array) -> jax.Array:
     return x
 
 
-def of_first(meeting: str, value: str) -> str:
+def of_first(meeting: str, value: str, wait: float | None = None) -> str:
     """What process 0 says; the others' ``value`` is not looked at."""
-    return gather(meeting, value)[0]
+    return gather(meeting, value, wait)[0]
 
 
 def fetch(tree: Any) -> Any:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Sequence
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from sft_jax.data.loader import Loader
 from sft_jax.data.packing import plan_of, plan_run, row_lengths
 from sft_jax.data.prepare import prepare_data
 from sft_jax.data.streaming import StreamLoader, first_rows, stream
+from sft_jax.data.template import ChatTemplate
 from sft_jax.errors import Preempted, UserError
 from sft_jax.evaluation.compare import Networks, compare, prepare
 from sft_jax.hf.config import read_architecture, stop_ids
@@ -36,7 +38,7 @@ from sft_jax.metrics import MetricsWriter, Progress, read_metrics
 from sft_jax.models.attention.kernel import check_kernel
 from sft_jax.models.lora import Split
 from sft_jax.preemption import Preemption
-from sft_jax.processes import gather, of_first
+from sft_jax.processes import LONG_WAIT_SECONDS, gather, of_first
 from sft_jax.report import table
 from sft_jax.report.loss import plot_loss
 from sft_jax.report.write import write_report
@@ -78,6 +80,7 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
     base = find_model(config.model.path, config.model.revision)
     arch = read_architecture(base)
     tokenizer, num_added = load_tokenizer(base, config.data.chat_template, config.data.added_tokens)
+    config = _dated(config, tokenizer, run, latest)
     base_stops = stop_ids(base)
     is_stream = config.data.streaming
     given = first_rows(config.data.train) if is_stream else config.data.train
@@ -138,7 +141,7 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
             configs.save(config, run / "config.yaml")
             tokenizer.save_pretrained(run / "tokenizer")
         folder.push()
-    gather("the run folder")
+    gather("the run folder", wait=LONG_WAIT_SECONDS)
     if not folder.is_shared():
         raise UserError(f"training.output_dir: {folder} is not the folder that process 0 sees; all need the same one")
     checkpoints = Checkpoints(folder.checkpoints, training.keep_checkpoints, training.keep_best, training.keep_every)
@@ -222,17 +225,16 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
         if not values["finite"]:
             rows = None if plan is None else [examples.describe(int(i)) for row in plan.rows_of(step - 1) for i in row]
             position = loader.whole_state(positions[step - 1])
-            _stop_not_finite(run, step, values, rows, position, checkpoints, state, identity)
+            _stop_not_finite(folder, step, values, rows, position, checkpoints, state, identity)
         return now
 
     with jax.set_mesh(mesh), Preemption() as preemption:
         batches = iter(loader)
         try:
             # What is due at the first step, and what a run that was asked to stop left for this one.
-            if latest is None or (latest % training.eval_every == 0 and not _is_written(run, latest, "eval_loss")):
+            if _is_due(run, latest, training.eval_every, "eval_loss"):
                 evaluate(first_step, state)
-            samples_due = latest is None or latest % config.evaluation.samples_every == 0
-            if prompts and samples_due and not _is_written(run, first_step, "samples"):
+            if prompts and _is_due(run, latest, config.evaluation.samples_every, "samples"):
                 write_samples(first_step, state)
             if first_step < total_steps:
                 batch = next(batches)
@@ -309,9 +311,31 @@ def _latest_step(folder: RunFolder) -> int | None:
     return int(said) if said else None
 
 
-def _is_written(run: Path, step: int, key: str) -> bool:
-    """Whether the metrics of a step have a key."""
-    return any(row["step"] == step and key in row for row in read_metrics(run / "metrics.jsonl"))
+def _dated(config: Config, tokenizer: Any, run: Path, latest: int | None) -> Config:
+    """With the day that the template tells: the one on which the run began, by process 0's calendar.
+
+    Else the rows of a run that goes on another day, or of a host on the other side of midnight, would be others.
+    """
+    if config.data.date is not None or not ChatTemplate(tokenizer.chat_template or "").tells_the_day:
+        return config
+    day = None
+    if jax.process_index() == 0:
+        day = date.today().isoformat() if latest is None else configs.load(run / "config.yaml").data.date
+    day = of_first("the day", day or "", LONG_WAIT_SECONDS) or None  # the model may still be downloading elsewhere
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, date=day))
+
+
+def _is_due(run: Path, latest: int | None, every: int, key: str) -> bool:
+    """Whether the metrics of the step that a run goes on from lack a key that they should have.
+
+    Process 0 decides: the others may hold a copy of the folder that is older or newer than its own.
+    """
+    if latest is None:
+        return True
+    due = latest % every == 0 and not any(
+        row["step"] == latest and key in row for row in read_metrics(run / "metrics.jsonl")
+    )
+    return of_first(f"what step {latest} lacks", "yes" if due else "no") == "yes"
 
 
 class _Evaluator:
@@ -351,7 +375,7 @@ def source_losses(examples: Examples, by_source: np.ndarray) -> dict[str, float]
 
 
 def _stop_not_finite(
-    run: Path,
+    folder: RunFolder,
     step: int,
     values: dict[str, float],
     rows: list[str] | None,
@@ -364,14 +388,17 @@ def _stop_not_finite(
     good = dataclasses.replace(state, halted=jnp.zeros_like(state.halted))
     checkpoints.save(step - 1, good, position, identity)
     checkpoints.wait()
-    path = run / "report" / f"not_finite_step_{step}.json"
+    name = f"report/not_finite_step_{step}.json"
+    path = folder.local / name
     if jax.process_index() == 0:
         path.parent.mkdir(exist_ok=True)
         found = {key: repr(values[key]) for key in ("loss", "grad_norm")}
         path.write_text(json.dumps({"step": step, **found, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     shown = "rows of a stream, which are not kept apart"
     if rows is not None:
-        shown = ", ".join(rows[:4]) + (f" and {len(rows) - 4} more" if len(rows) > 4 else "") + f" (all in {path})"
+        shown = (
+            ", ".join(rows[:4]) + (f" and {len(rows) - 4} more" if len(rows) > 4 else "") + f" (all in {folder}/{name})"
+        )
     raise UserError(
         f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; the batch holds {shown}; the state "
         f"before it is saved as step {step - 1}"

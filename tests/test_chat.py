@@ -1,5 +1,8 @@
 """Ids and masks: what is trained is the assistant's words and the stop token, whatever the template."""
 
+import dataclasses
+from datetime import date
+
 import numpy as np
 import pytest
 from kit import CHATML, CHATML_UNMARKED, conversations, make_tokenizer, write_jsonl
@@ -11,6 +14,7 @@ from sft_jax.data.formats import parse
 from sft_jax.data.loader import make_batch
 from sft_jax.data.rows import RowError
 from sft_jax.data.sources import open_sources
+from sft_jax.data.template import ChatTemplate
 from sft_jax.errors import UserError
 
 pytestmark = pytest.mark.smoke
@@ -239,3 +243,29 @@ def test_batch_docstring_example():
     assert batch.positions[0].tolist() == [0, 1, 0, 0, 0]
     assert not batch.segment_ids[1].any()
     assert not batch.loss_mask[1].any()
+
+
+@pytest.mark.parametrize("start", ["", "\n", "\n\n ", "{#- a comment -#}\n"])
+def test_the_day_that_a_template_tells(start):
+    """Without a day the text is transformers' own of today, with one only the day differs."""
+    tokenizer = make_tokenizer()
+    dated = "{%- if strftime_now is defined %}{%- set day = strftime_now('%d %b %Y, %-m') %}{%- endif %}"
+    tokenizer.chat_template = start + dated + "\n{{ 'day ' + day + ' ' }}" + CHATML
+    messages = conversations(1)[0]["messages"]
+    today = date.today()
+    expected = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert date.today() == today, "midnight; run this again"
+    template = ChatTemplate(tokenizer.chat_template)
+    assert template.tells_the_day
+    assert template.render(messages)[0] == expected
+    assert dataclasses.replace(template, today=today.isoformat()).render(messages)[0] == expected
+    other = dataclasses.replace(template, today="2024-02-09")
+    told = f"{today:%d %b %Y}, {today.month}"
+    assert other.render(messages)[0] == expected.replace(told, "09 Feb 2024, 2")
+    assert [expected[a:b] for a, b in template.render(messages)[1]] == [
+        other.render(messages)[0][a:b] for a, b in other.render(messages)[1]
+    ]
+    ((one,),) = Encoder(tokenizer, today="2024-02-09").encode([parse("messages", conversations(1)[0])])
+    assert "09 Feb 2024, 2" in tokenizer.decode(one.ids)
+    tokenizer.chat_template = CHATML
+    assert Encoder(tokenizer, today="2024-02-09").today is None  # no part of what is kept

@@ -40,6 +40,13 @@ def test_saved_config_reads_back_equal(smallest, tmp_path):
     assert config.load(tmp_path / "resolved.yaml") == loaded
 
 
+def test_what_goes_together(smallest):
+    keys = ["data.eval=[{path: x.jsonl}]", "training.keep_best=1", "training.eval_every=100"]
+    assert config.load(smallest, [*keys, "training.save_every=200", "data.date=2024-02-29"]).data.date == "2024-02-29"
+    with pytest.raises(UserError, match="save_every 250 is not a multiple of eval_every 100"):
+        config.load(smallest, [*keys, "training.save_every=250"])
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -56,6 +63,7 @@ def test_saved_config_reads_back_equal(smallest, tmp_path):
         ("model.attention=flash", "model.attention: 'flash' is not one of"),
         ("training.gradient_accumulation_steps=3", "3 does not divide batch_size 16"),
         ("data.train=[]", "data.train: names no source"),
+        ("data.date=2023-02-29", "data.date: '2023-02-29' is not a day as YYYY-MM-DD"),
         ("mesh.data=-1", "mesh: only one axis may be -1"),
         ("model.init=random", "set lora: null"),
         ("optimizer", "key=value"),

@@ -13,8 +13,9 @@ from kit import one_device
 from sft_jax.architecture import Architecture, Rope
 from sft_jax.config import OptimizerConfig
 from sft_jax.errors import UserError
-from sft_jax.models.decoder import Decoder
+from sft_jax.models.decoder import Decoder, _everywhere
 from sft_jax.models.lora import FROZEN, attach_lora, init_adapter, split_params
+from sft_jax.models.projection import Adapter, project
 from sft_jax.sharding import make_mesh
 from sft_jax.training.optimizer import labels_of, make_optimizer
 from sft_jax.training.state import make_state, state_shardings
@@ -213,6 +214,24 @@ def test_dropout_is_on_the_adapter_input_only_and_differs_by_step():
     state, first = step(state, frozen, data)
     _, second = step(state, frozen, data)
     assert float(first["loss"]) != float(second["loss"])
+
+
+def test_gradients_of_thin_leaves_are_added_up_in_float32():
+    """Of norms, biases, and adapters with dropout, over so many positions that bfloat16 sums would stand still."""
+    rng = np.random.default_rng(0)
+    x, d_out = (jnp.asarray(rng.normal(size=(2, 8192, 12)) + 1.0, jnp.bfloat16) for _ in range(2))
+    exact = lambda a: np.asarray(a, np.float64).reshape(-1, 12)  # noqa: E731
+    _, pullback = jax.vjp(lambda vector: _everywhere(vector, x), jnp.ones(12))
+    np.testing.assert_allclose(pullback(d_out)[0], exact(d_out).sum(0), rtol=1e-5)
+
+    adapter = Adapter(*(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((12, 3), (3, 12))))
+    out, pullback = jax.vjp(lambda adapter: project(x, [None], [adapter], [2.0])[0], adapter)
+    (gradient,) = pullback(d_out)
+    low = jnp.dot(x, adapter.a.astype(x.dtype)) * 2
+    d_low = jnp.dot(d_out, adapter.b.astype(x.dtype).T) * 2
+    assert np.array_equal(out, jnp.dot(low, adapter.b.astype(x.dtype)))
+    np.testing.assert_allclose(gradient.b, np.asarray(low, np.float64).reshape(-1, 3).T @ exact(d_out), rtol=1e-5)
+    np.testing.assert_allclose(gradient.a, exact(x).T @ np.asarray(d_low, np.float64).reshape(-1, 3), rtol=1e-4)
 
 
 @pytest.mark.parametrize("full", [False, True])

@@ -254,6 +254,23 @@ def test_rows_that_differ_between_hosts(tmp_path, monkeypatch):
     assert "jsonl: process 1 does not have the rows, tokenizer and package versions of process 0" in group.said[0]
 
 
+def test_process_0_says_what_a_run_that_goes_on_lacks(tmp_path):
+    """Where hosts hold copies of the run folder, those of the others may have rows that its own no longer has."""
+    for i, row in enumerate(({"step": 8, "loss": 1.0}, {"step": 8, "samples": []})):
+        (tmp_path / str(i)).mkdir()
+        write_jsonl(tmp_path / str(i) / "metrics.jsonl", [row])
+    python = (
+        "import sys; from pathlib import Path; from sft_jax import processes; from sft_jax.train import _is_due\n"
+        "with processes.joined(sys.argv[3], 2, int(sys.argv[7])):\n"
+        "    run = Path(sys.argv[1].replace('PROCESS', sys.argv[7]))\n"
+        "    print(_is_due(run, 8, 4, 'samples'), _is_due(run, 8, 3, 'samples'), _is_due(run, None, 3, 'samples'),"
+        " _is_due(run, 8, 4, 'loss'), file=sys.stderr)\n"
+    )
+    group = Group(2, tmp_path / "PROCESS", python=python)
+    assert group.wait(60) == [0, 0], group.said
+    assert all(said.endswith("True False True False\n") for said in group.said), group.said
+
+
 def test_one_that_does_not_come_is_named():
     """A meeting that one process misses."""
     python = (

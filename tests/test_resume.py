@@ -1,15 +1,19 @@
 """A run that was killed and started again is bit for bit the run that was not."""
 
+import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from datetime import date
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from kit import conversations, losses, one_device, run_config, trained_leaves, write_jsonl
+from kit import CHATML, conversations, losses, one_device, run_config, trained_leaves, write_jsonl
 
 from sft_jax import config as configs
 from sft_jax.config import SourceConfig
@@ -89,6 +93,25 @@ def test_killed_while_the_first_checkpoint_was_written(tiny, chats, tmp_path):
     assert train(config, one_device())["step"] == 3
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 3]
+
+
+def test_a_template_that_tells_the_day_tells_the_first(tiny, chats, tmp_path, monkeypatch):
+    """Llama 3.2's writes today's date into each conversation; a run that goes on tomorrow has the rows of today."""
+    template = tmp_path / "dated.jinja"
+    template.write_text("{{ '<s>system' + strftime_now('%d %b %Y') + '</s>' }}" + CHATML)
+    config = config_of(tiny, chats, tmp_path / "run", training__max_steps=4, data__chat_template=str(template))
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, save_every=2))
+
+    def on(day):
+        monkeypatch.setattr("sft_jax.train.date", SimpleNamespace(today=lambda: date.fromisoformat(day)))
+        train(config, one_device())
+        return configs.load(tmp_path / "run" / "config.yaml").data.date
+
+    assert on("2024-02-29") == "2024-02-29"
+    whole = losses(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
+    assert on("2024-03-01") == "2024-02-29"
+    assert losses(tmp_path / "run") == whole
 
 
 def test_another_config_data_or_model_is_refused(tiny, tmp_path):

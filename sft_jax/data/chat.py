@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,8 @@ class Encoder:
             with what the template writes.
         stop_ids: what generation stops at already, such as the ids in ``generation_config.json``.
         keep_reasoning: whether rows are read with what an assistant thought before it answered.
+        today: the day that the template may tell, YYYY-MM-DD; default the one on which the encoder was made, so that
+            all its rows have the same. None for a template that does not.
     """
 
     tokenizer: Any
@@ -66,6 +69,7 @@ class Encoder:
     stop_token: str | None = None
     stop_ids: Sequence[int] = ()
     keep_reasoning: bool = True
+    today: str | None = None
     tally: Tally = field(default_factory=Tally)
 
     def __post_init__(self) -> None:
@@ -86,10 +90,12 @@ class Encoder:
         tokenizer.backend_tokenizer.no_padding()
         self._template = self._finder = self._segments = None
         if tokenizer.chat_template:
-            self._template = ChatTemplate(tokenizer.chat_template, dict(tokenizer.special_tokens_map))
+            given = self.today or date.today().isoformat()
+            self._template = ChatTemplate(tokenizer.chat_template, dict(tokenizer.special_tokens_map), given)
             self._segments = SegmentEncoder(tokenizer, tokenizer.chat_template)
             texts = [text for text in tokenizer.convert_ids_to_tokens(sorted(self._special)) if text]
             self._finder = TurnFinder(self._template, texts)
+        self.today = self._template.today if self._template and self._template.tells_the_day else None
 
     @property
     def mask_source(self) -> str:

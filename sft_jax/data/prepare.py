@@ -63,7 +63,12 @@ def look_at_data(
     """
     sources = open_sources(given)
     encoder = Encoder(
-        tokenizer, train_on or config.train_on, config.stop_token, tuple(stop_ids), config.reasoning == "include"
+        tokenizer,
+        train_on or config.train_on,
+        config.stop_token,
+        tuple(stop_ids),
+        keep_reasoning=config.reasoning == "include",
+        today=config.date,
     )
     num_rows = sum(map(len, sources))
     with tqdm(total=num_rows, unit="row", desc="tokenising", leave=False, disable=None) as bar:

@@ -16,8 +16,6 @@ from sft_jax.data.tokenised import FILES
 from sft_jax.errors import UserError
 
 _ROUND_BYTES = 16 * 2**20  # of all processes together, that each device holds at a time
-# One share may take far longer than another; a process that dies meanwhile is found out anyway.
-_LONGEST_SECONDS = 24 * 3600.0
 
 
 class Share(NamedTuple):
@@ -43,7 +41,8 @@ def share_of(key: str, is_kept: bool, num_rows: int, name: str) -> Share:
     Raises:
         UserError: processes that do not see the same.
     """
-    said = [json.loads(one) for one in processes.gather("the rows", json.dumps([key, is_kept]))]
+    mine = json.dumps([key, is_kept])
+    said = [json.loads(one) for one in processes.gather("the rows", mine, processes.LONG_WAIT_SECONDS)]
     for i, (theirs, _) in enumerate(said):
         if theirs != said[0][0]:
             raise UserError(
@@ -61,7 +60,7 @@ def exchange_parts(mine: Path, into: Path) -> list[Path]:
         mine: what a :class:`~sft_jax.data.tokenised.Writer` has written here.
         into: where the others' parts are written.
     """
-    processes.gather("the tokens", wait=_LONGEST_SECONDS)
+    processes.gather("the tokens", wait=processes.LONG_WAIT_SECONDS)
     me, count = processes.index(), processes.count()
     parts = [mine if i == me else into / f"process{i}" for i in range(count)]
     for i, part in enumerate(parts):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import cached_property
 from typing import Any
 
@@ -31,15 +33,34 @@ class ChatTemplate:
     Args:
         source: Jinja.
         special_tokens: what the template knows as ``bos_token``, ``eos_token``, …
+        today: what ``strftime_now`` tells, YYYY-MM-DD; default the day it is.
     """
 
     source: str
     special_tokens: dict[str, Any] = field(default_factory=dict)
+    today: str | None = None
+
+    @cached_property
+    def tells_the_day(self) -> bool:
+        """Whether what it writes depends on the day, by ``strftime_now`` (Llama 3.2's does)."""
+        return "strftime_now" in self.source
 
     @cached_property
     def is_marked(self) -> bool:
         """Whether the template says itself what an assistant generates, with ``{% generation %}``."""
         return re.search(r"\{%-?\s*generation\s*-?%\}", self.source) is not None
+
+    @cached_property
+    def _dated(self) -> str:
+        """With a ``strftime_now`` of its own, which tells ``today``: transformers lets nobody pass a function."""
+        if self.today is None or not self.tells_the_day:
+            return self.source
+        day = datetime.fromisoformat(self.today)
+        told = "format"
+        for directive in sorted(set(re.findall("%-?[a-zA-Z]", self.source))):
+            told += f" | replace({json.dumps(directive)}, {json.dumps(day.strftime(directive))})"
+        # The empty text keeps jinja from taking the template's first line break for the macro's last.
+        return f"{{% macro strftime_now(format) %}}{{{{ {told} }}}}{{% endmacro %}}{{{{ '' }}}}{self.source}"
 
     def render(
         self, messages: list[Message], tools: list[dict[str, Any]] | None = None, prompt: bool = False
@@ -61,7 +82,7 @@ class ChatTemplate:
                 texts, marks = render(
                     [messages],
                     tools=tools,
-                    chat_template=self.source,
+                    chat_template=self._dated,
                     return_assistant_tokens_mask=self.is_marked,
                     add_generation_prompt=prompt,
                     **self.special_tokens,

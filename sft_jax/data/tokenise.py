@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 
 import jinja2
@@ -163,8 +162,6 @@ def _key(source: Source, encoder: Encoder) -> str:
         "options": options(encoder),
         "versions": [_REVISION, __version__, transformers.__version__, tokenizers.__version__, jinja2.__version__],
     }
-    if "strftime_now" in (encoder.tokenizer.chat_template or ""):
-        parts["date"] = date.today().isoformat()
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=20).hexdigest()
 
 

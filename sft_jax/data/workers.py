@@ -179,6 +179,7 @@ def options(encoder: Encoder) -> dict[str, Any]:
         "stop_token": encoder.stop_token,
         "stop_ids": sorted(encoder.stop_ids),
         "keep_reasoning": encoder.keep_reasoning,
+        "today": encoder.today,
     }
 
 

@@ -20,7 +20,7 @@ from sft_jax.models.attention.cached import cached_attention
 from sft_jax.models.attention.kernel import XLA, Kernel, attention
 from sft_jax.models.cache import KeyValues
 from sft_jax.models.head import Head
-from sft_jax.models.projection import Adapter, low_rank, project
+from sft_jax.models.projection import Adapter, project
 from sft_jax.models.quantized import Weight, gathered_matrix, matrix_of, rows_of
 from sft_jax.models.remat import PRODUCT, keep, rematerialised
 from sft_jax.models.rope import rotate, sin_cos
@@ -91,11 +91,17 @@ def linear(x: Float[Array, "*B in"], layers: list[Linear], dropout_key: Array | 
             adapter, rate = adapters[i], layers[i].lora_dropout
             if adapter is not None:
                 kept = jax.random.bernoulli(key, 1.0 - rate, x.shape)
-                outs[i] += low_rank(jnp.where(kept, x / (1.0 - rate), jnp.zeros_like(x)), adapter, scales[i])
+                dropped_x = jnp.where(kept, x / (1.0 - rate), jnp.zeros_like(x))
+                outs[i] += project(dropped_x, [None], [adapter], [scales[i]])[0]
     return [
-        out if layer.bias is None else out + layer.bias[...].astype(x.dtype)
+        out if layer.bias is None else out + _everywhere(layer.bias[...], out)
         for out, layer in zip(outs, layers, strict=True)
     ]
+
+
+def _everywhere(vector: Float[Array, "D"], x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    """A vector at every position, in the dtype of ``x``; in this order its gradient is added up in float32."""
+    return jnp.broadcast_to(vector.astype(jnp.float32), x.shape).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -108,7 +114,7 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         wide = x.astype(jnp.float32)
         wide = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return wide.astype(x.dtype) * self.scale[...].astype(x.dtype)
+        return wide.astype(x.dtype) * _everywhere(self.scale[...], x)
 
 
 class Embedding(nnx.Module):

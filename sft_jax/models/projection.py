@@ -41,12 +41,13 @@ class _Wanted:
 
 def project(
     x: Float[Array, "*B in"],
-    kernels: Sequence[Matrix],
+    kernels: Sequence[Matrix | None],
     adapters: Sequence[Adapter | None],
     scales: Sequence[float],
 ) -> list[Float[Array, "*B out"]]:
     """``x·kernel + scale · (x·a)·b`` for each kernel ``[in, out]``, computed in the dtype of ``x``.
 
+    Without a kernel, only what its adapter adds: one whose input is not the kernel's, because of dropout.
     The gradient of a weight has the weight's dtype, and is computed only if it is asked for. Quantised kernels are read
     back once more for the backward pass: keeping what was read would keep the weights of all layers.
     """
@@ -72,14 +73,9 @@ def project(
     return run(x, list(kernels), list(adapters))
 
 
-def low_rank(x: Float[Array, "*B in"], adapter: Adapter, scale: float) -> Float[Array, "*B out"]:
-    """``scale · (x·a)·b``: an adapter whose input is not that of its kernel."""
-    return _times(_times(x, adapter.a) * jnp.asarray(scale, x.dtype), adapter.b)
-
-
 def _forward(x: Array, kernels: Any, adapters: Any, scales: Sequence[float]) -> tuple[list[Array], list[Array | None]]:
     """Products, and ``scale · x·a`` of each adapter."""
-    out = [_times(x, kernel) for kernel in kernels]
+    out: list[Any] = [0 if kernel is None else _times(x, kernel) for kernel in kernels]
     low: list[Array | None] = [None] * len(kernels)
     present = [i for i, adapter in enumerate(adapters) if adapter is not None]
     if present:
@@ -99,7 +95,8 @@ def _backward(x: Array, kernels: Any, adapters: Any, low: Any, wanted: _Wanted, 
         _outer(x, dy).astype(kernel.dtype) if asked else None
         for kernel, dy, asked in zip(kernels, d_out, wanted.kernels, strict=True)
     ]
-    d_x = sum(_times(dy, kernel, transposed=True) for kernel, dy in zip(kernels, d_out, strict=True))
+    given = [(kernel, dy) for kernel, dy in zip(kernels, d_out, strict=True) if kernel is not None]
+    d_x = sum(_times(dy, kernel, transposed=True) for kernel, dy in given)
     d_adapters: list[Adapter | None] = [None] * len(kernels)
     present = [i for i, adapter in enumerate(adapters) if adapter is not None]
     if present:

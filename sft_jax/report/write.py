@@ -72,7 +72,9 @@ def _facts(config: Config, step: int) -> dict[str, str]:
 def _trained_rows(config: Config, tokenizer: Any) -> list[list[tuple[str, bool]]]:
     """The first rows of the training data as pieces of text with whether they are trained."""
     data = config.data
-    encoder = Encoder(tokenizer, data.train_on, data.stop_token, keep_reasoning=data.reasoning == "include")
+    encoder = Encoder(
+        tokenizer, data.train_on, data.stop_token, keep_reasoning=data.reasoning == "include", today=data.date
+    )
     rows = list(open_sources(data.train)[0].read(0, _SHOWN_ROWS, encoder.keep_reasoning))
     shown = [one for row in encoder.encode(rows) if not isinstance(row, RowError) for one in row]
     return [

@@ -85,8 +85,8 @@ class Steps:
         wants = "" if needed is None else f": it needs {needed / 2**30:.1f} GiB, {(free or 0) / 2**30:.1f} are free"
         raise UserError(
             f"model.remat: the step does not fit on {self._device.device_kind} with {' or '.join(self._candidates)}"
-            f"{wants}; use a smaller training.batch_size, more training.gradient_accumulation_steps or a smaller "
-            "data.max_length"
+            f"{wants}; use a smaller training.batch_size, more training.gradient_accumulation_steps, a smaller "
+            "data.max_length, mesh.sequence, or model.attention=xla where another kernel holds a mask of T² entries"
         )
 
 
