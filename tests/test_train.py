@@ -1,9 +1,11 @@
 """What a run leaves behind, and the run as a whole on several devices and in bfloat16."""
 
 import json
+import re
 import sys
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -77,6 +79,19 @@ def test_held_out_loss_does_not_depend_on_batch_or_packing(tiny, chats, tmp_path
     reference = first("a")
     assert first("b", training__batch_size=7) == pytest.approx(reference, rel=1e-6)
     assert first("c", data__packing=False) == pytest.approx(reference, rel=1e-6)
+
+
+def test_weights_that_do_not_divide_over_the_devices_are_announced(tiny, chats, tmp_path, capsys):
+    """Five devices would each hold a fifth, but the model dimension is 48."""
+    for fsdp, whole in ((5, True), (2, False)):
+        config = run_config(tiny, chats, tmp_path / str(fsdp), training__max_steps=0, training__batch_size=fsdp)
+        train(config, jax.devices()[:fsdp])
+        told = re.search(
+            r"each device holds ([\d.]+) MB of weights, where its share would be ([\d.]+)", capsys.readouterr().err
+        )
+        assert (told is not None) == whole
+        if told:
+            assert 4.5 < float(told[1]) / float(told[2]) < 5.5  # two places are shown
 
 
 def test_eight_devices_and_back(tiny, chats, tmp_path):
