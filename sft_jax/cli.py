@@ -13,7 +13,13 @@ from sft_jax.errors import Preempted, Unreachable, UserError, exit_code
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; 0 on success, 2 on a mistake of the user's, told in one line, 75 where it goes on if run again."""
     parser = _parser()
-    options = parser.parse_args(arguments)
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes no more of key=value once an option has come between, and that is where people append them.
+    given = hasattr(options, "overrides")
+    if unknown := [one for one in rest if not given or one.startswith("-") or "=" not in one]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        options.overrides += rest
     try:
         return options.command(options)
     except (UserError, Preempted, Unreachable, KeyboardInterrupt) as error:

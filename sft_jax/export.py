@@ -8,6 +8,7 @@ holds its part of one trained leaf at a time, and one tensor.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -79,7 +80,9 @@ def _write_adapter(run: Run, folder: Path) -> None:
         lora.rank,
         lora.alpha,
         lora.dropout,
-        str(run.base) if run.config.model.path.startswith(builtin.PREFIX) else run.config.model.path,
+        str(run.base)
+        if run.config.model.path.startswith(builtin.PREFIX)
+        else os.path.expanduser(run.config.model.path),
         run.config.model.revision,
     )
 
@@ -123,7 +126,8 @@ def _write_merged(run: Run, folder: Path) -> None:
                 if writer.owns(name):
                     write(name, _as_in_file(run, name, path, jax.device_get(layer)))
     if jax.process_index() == 0:
-        config = read_config(run.base) | {"vocab_size": run.vocab_size}
+        # What the file has: a tokenizer may have tokens that the base's table never had rows for.
+        config = read_config(run.base) | {"vocab_size": tensors["model.embed_tokens.weight"].shape[0]}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

@@ -199,13 +199,22 @@ def _connect(coordinator: str | None, num_processes: int | None, process_id: int
 
 
 def _is_cluster() -> bool:
-    """Whether a launcher that jax knows has started several processes, or this is a Cloud TPU VM."""
+    """Whether a launcher that jax knows has started several processes, or this is a Cloud TPU VM.
+
+    Raises:
+        UserError: one that it does not know has; each would take itself for the only one.
+    """
     for tasks, others in (
         ("SLURM_NTASKS", ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID")),
         ("OMPI_COMM_WORLD_SIZE", ("OMPI_MCA_orte_hnp_uri",)),
     ):
         if int(os.environ.get(tasks, "1")) > 1 and all(name in os.environ for name in others):
             return True
+    if int(os.environ.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "mpirun has started several processes, but jax finds the first only by what Open MPI 4 tells; give "
+            "--coordinator, --num-processes and --process-id (or --num-processes 1 for runs of their own)"
+        )
     if importlib.util.find_spec("libtpu") is None or os.environ.get("JAX_PLATFORMS") == "cpu":
         return False
     return any(Path("/dev").glob("accel[0-9]*")) or any(Path("/dev/vfio").glob("[0-9]*"))

@@ -101,6 +101,12 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
     assert total_steps is not None
     longest = config.data.max_length if plan is None else int(plan.lengths.max(initial=1))
     say.plan(config, examples, plan)
+    if len(tokenizer) > arch.vocab_size and not num_added and config.lora is not None:
+        say(
+            "",
+            f"the tokenizer has {len(tokenizer):,} tokens, the model's table {arch.vocab_size:,} rows: the others' "
+            "rows are made up and not trained",
+        )
 
     # -- model --------------------------------------------------------------------------------------------------------
     old_vocab_size = arch.vocab_size

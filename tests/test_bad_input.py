@@ -152,3 +152,6 @@ def test_adapter_to_continue_from(tiny, chats, tmp_path):
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text()) | {"use_dora": True}
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
     refused(run_config(tiny, chats, out, lora__init_from=start), "use_dora=True is not supported")
+    config = config | {"use_dora": False, "init_lora_weights": "pissa"}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    refused(run_config(tiny, chats, out, lora__init_from=start), "init_lora_weights='pissa' has changed the base model")

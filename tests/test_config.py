@@ -10,6 +10,7 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from sft_jax import config
+from sft_jax.cli import main
 from sft_jax.errors import UserError
 
 pytestmark = pytest.mark.smoke
@@ -38,6 +39,15 @@ def test_saved_config_reads_back_equal(smallest, tmp_path):
     loaded = config.load(smallest, ["lora.target_modules=[q_proj, v_proj]"])
     config.save(loaded, tmp_path / "resolved.yaml")
     assert config.load(tmp_path / "resolved.yaml") == loaded
+
+
+def test_overrides_may_follow_options(smallest, capsys):
+    assert main(["plan", str(smallest), "lora.rank=8", "--topology", "v5e:4x4", "lora.rnk=3"]) == 2
+    assert "lora.rnk" in capsys.readouterr().err
+    for more in ("--bogus", "--bogus=3", "word"):
+        with pytest.raises(SystemExit):
+            main(["plan", str(smallest), "--topology", "v5e:4x4", more])
+        assert f"unrecognized arguments: {more}" in capsys.readouterr().err
 
 
 def test_what_goes_together(smallest):

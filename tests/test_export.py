@@ -155,6 +155,22 @@ def test_added_tokens_resize_and_load(base, chats, tmp_path, full):
     assert not np.array_equal(rows[0], rows[1])
 
 
+def test_a_tokenizer_with_more_tokens_than_the_table(tmp_path, chats, capsys):
+    """The table stays as it is, and the config says what the table has."""
+    base = make_model(tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    size = len(tokenizer)
+    tokenizer.add_tokens(["<|never|>"], special_tokens=True)
+    tokenizer.save_pretrained(base)
+    train(run_config(base, chats, tmp_path / "run", training__max_steps=2), one_device())
+    assert f"{size + 1:,} tokens, the model's table {size:,} rows" in capsys.readouterr().err
+    export(tmp_path / "run", tmp_path / "merged", "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert merged.config.vocab_size == size
+    ours = logits(run_model(tmp_path / "run"), IDS)[..., :size]
+    np.testing.assert_allclose(torch_logits(merged), ours, atol=1e-4, rtol=0)
+
+
 def test_a_tied_model_that_carries_a_copy_of_its_table(tmp_path, chats):
     base = make_model(tmp_path / "base")
     tensors = load_file(base / "model.safetensors")

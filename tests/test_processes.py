@@ -18,11 +18,13 @@ import yaml
 from kit import Group, conversations, losses, make_tokenizer, run_config, sft_jax, write_jsonl
 from safetensors.numpy import load_file
 
+from sft_jax import processes
 from sft_jax.checkpoint import Checkpoints
 from sft_jax.config import SourceConfig, to_dict
 from sft_jax.data.chat import Encoder
 from sft_jax.data.sources import open_sources
 from sft_jax.data.tokenise import tokenise
+from sft_jax.errors import UserError
 from sft_jax.hf.reader import TensorReader
 from sft_jax.preemption import watch_notices
 
@@ -304,6 +306,15 @@ def test_bad_arguments(config, arguments, said):
     assert done.returncode == 2
     assert said in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_launcher_that_jax_does_not_know(monkeypatch):
+    """Open MPI 5's mpirun: each of its processes would take itself for the only one."""
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
+    with pytest.raises(UserError, match="give --coordinator, --num-processes and --process-id"), processes.joined():
+        pass
+    with processes.joined(num_processes=1):
+        assert processes.count() == 1
 
 
 def test_kept_checkpoints(config, tmp_path):

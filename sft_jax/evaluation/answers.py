@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import string
 from collections.abc import Callable
+from decimal import Decimal
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -42,7 +43,7 @@ def _number(text: str) -> str | None:
 
 def _gsm8k(text: str) -> str | None:
     """The number after ``####``, where GSM8K puts the final answer (Cobbe et al. 2021)."""
-    found = re.search(r"####\s*\$?\s*(-?[\d.,]*\d)", text)
+    found = re.search(rf"####\s*\$?\s*({_NUMBER.pattern})", text)
     return _canonical(found.group(1)) if found else None
 
 
@@ -53,8 +54,8 @@ def _choice(text: str) -> str | None:
 
 
 def _canonical(number: str) -> str:
-    number = number.replace(",", "")
-    return f"{float(number):.10g}"
+    value = Decimal(number.replace(",", "")).normalize()
+    return f"{value:f}" if value else "0"  # minus nought is nought
 
 
 NORMALIZERS: dict[str, Callable[[str], str | None]] = {

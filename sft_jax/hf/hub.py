@@ -17,6 +17,7 @@ from sft_jax.errors import UserError
 
 # No pickle (.bin, .pt), no code (.py): what is not named here is not downloaded.
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "LICENSE*"]
+_NOT = ["consolidated*"]  # the same weights once more, by other names
 _POINTER = "weights.url"  # in a folder without weights: where they are
 
 
@@ -38,7 +39,7 @@ def find_model(path: str, revision: str | None = None, asked_by: str = "model.pa
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=_FILES))
+        return Path(snapshot_download(path, revision=revision, allow_patterns=_FILES, ignore_patterns=_NOT))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{asked_by}: {path!r} is no local folder and could not be fetched: {reason}") from error

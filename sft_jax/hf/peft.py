@@ -32,7 +32,13 @@ _UNSUPPORTED = {
     "layers_to_transform": None,
     "trainable_token_indices": None,
     "lora_bias": False,
+    "alora_invocation_tokens": None,
+    "layer_replication": None,
+    "use_qalora": False,
+    "target_parameters": None,
 }
+# Of the ways in which an adapter may begin, those that leave the base model as it is.
+_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,10 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     for key, off in _UNSUPPORTED.items():
         if config.get(key, off) not in (off, None):
             raise UserError(f"{path}: {key}={config[key]!r} is not supported")
+    if (init := config.get("init_lora_weights")) not in _INITS:
+        raise UserError(
+            f"{path}: init_lora_weights={init!r} has changed the base model as well, which is not supported"
+        )
     for key in ("r", "lora_alpha", "target_modules", "base_model_name_or_path"):
         if not config.get(key):
             raise UserError(f"{path}: {key} is missing")

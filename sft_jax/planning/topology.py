@@ -47,10 +47,10 @@ class Topology:
         return self.chip.link_bandwidth
 
     def larger(self) -> Topology | None:
-        """The next one that is rented, with twice the chips."""
+        """The next one that is rented, with up to twice the chips."""
         if self.chip.platform == "cuda":
             hosts, gpus = self.shape
-            shape = (hosts, gpus * 2) if gpus < self.chip.most else (hosts * 2, gpus)
+            shape = (hosts, min(gpus * 2, self.chip.most)) if gpus < self.chip.most else (hosts * 2, gpus)
             return Topology(self.chip, shape)
         return next(
             (
