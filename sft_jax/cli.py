@@ -246,7 +246,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_processes(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("several processes", "found by themselves on Cloud TPU, SLURM and Open MPI")
+    group = parser.add_argument_group("several processes", "found by themselves on Cloud TPU, SLURM and Open MPI 4")
     group.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, with a port that is free there")
     group.add_argument("--num-processes", type=int, metavar="N", help="1: this one alone, whatever is around it")
     group.add_argument("--process-id", type=int, metavar="I", help="of this one, from 0")
