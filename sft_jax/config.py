@@ -96,7 +96,7 @@ class SourceConfig:
     path: str = "???"
     format: str = "auto"
     weight: float = 1.0  # how often an epoch sees each of its rows; a fraction takes a new random share each epoch
-    max_rows: int | None = None  # of each file, the first so many only
+    max_rows: int | None = None  # of each file, the first so many
     columns: dict[str, str] = field(default_factory=dict)  # our name of a column to the file's: {question: problem}
     split: str = "train"  # of a Hugging Face dataset id
     revision: str | None = None

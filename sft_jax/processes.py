@@ -51,7 +51,7 @@ def joined(
 ) -> Iterator[None]:
     """Be one of the processes of a run while the block runs.
 
-    Without arguments the others are found by what Cloud TPU, SLURM and Open MPI 4 tell; where there is nothing of these,
+    Without arguments the others are found by what Cloud TPU, SLURM and Open MPI 4 tell; with nothing of these,
     or ``num_processes`` is 1, this process is alone. A process that fails ends all, its own error first; so does one
     that is not heard of for ``silence`` seconds.
 
