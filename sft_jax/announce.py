@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections import Counter
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +17,7 @@ from sft_jax.data.prepare import Prepared
 from sft_jax.evaluation.compare import Task
 from sft_jax.models.attention.kernel import Kernel
 from sft_jax.models.lora import Split
+from sft_jax.sharding import bytes_per_device
 from sft_jax.training.compilation import Compiled
 from sft_jax.tree import Params, flatten
 
@@ -131,7 +130,10 @@ class Announcer:
             blocks = sorted({leaf.fmt.block[0] for path, leaf in split.quantized.items() if path[0] == "layers"})
             blocks = f"{config.model.quantization} in blocks of {' and '.join(map(str, blocks))} inputs"
             self("base", f"{blocks}, {kept}: {_bytes(size)}, {size / (2 * num_frozen):.2f} of bfloat16")
-        held, share = _held_bytes(split)
+        weights = jax.tree.leaves((split.trainable, split.frozen))
+        mesh = weights[0].sharding.mesh
+        held, whole = bytes_per_device(weights), sum(leaf.size * leaf.dtype.itemsize for leaf in weights)
+        share = whole // (mesh.shape["fsdp"] * mesh.shape["tensor"])
         if held > 1.5 * share:
             self(
                 "",
@@ -150,16 +152,6 @@ def _dtypes(split: Split) -> str:
     for leaf in flatten(split.trainable).values():
         sizes[str(leaf.dtype)] += leaf.size
     return ", ".join(f"{size:,} {dtype}" if len(sizes) > 1 else dtype for dtype, size in sorted(sizes.items()))
-
-
-def _held_bytes(split: Split) -> tuple[int, int]:
-    """Bytes of the weights that a device holds, and that it would hold if all were split over fsdp and tensor."""
-    held = share = 0
-    for leaf in (flatten(split.trainable) | flatten(split.frozen)).values():
-        placed: Any = leaf.sharding
-        held += math.prod(placed.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        share += leaf.size * leaf.dtype.itemsize // (placed.mesh.shape["fsdp"] * placed.mesh.shape["tensor"])
-    return held, share
 
 
 def _bytes(size: int) -> str:

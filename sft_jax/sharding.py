@@ -156,6 +156,11 @@ def named_sharding(mesh: Mesh, axes: Sequence[str], shape: Sequence[int]) -> Nam
     return NamedSharding(mesh, partition_spec(axes, shape, mesh))
 
 
+def bytes_per_device(tree: Any) -> int:
+    """What a device holds of some leaves, abstract or not, that have shardings."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())

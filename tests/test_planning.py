@@ -78,8 +78,8 @@ def test_topologies_that_are_none_are_refused(text, said):
 
 
 def test_the_next_larger_topology():
-    assert [str(parse_topology(text).larger()) for text in ("v5e:4x4", "h100:6", "h100:8", "v5e:16x16")] == [
-        "v5e:4x8", "h100:8", "h100:2x8", "None",
+    assert [str(parse_topology(text).larger()) for text in ("v5e:4x4", "h100:4", "h100:6", "h100:8", "v5e:16x16")] == [
+        "v5e:4x8", "h100:8", "h100:8", "h100:2x8", "None",
     ]  # fmt: skip
     assert parse_topology("h100:8").network_bandwidth > parse_topology("h100:2x8").network_bandwidth
 

@@ -1,6 +1,5 @@
 """A run that was killed and started again is bit for bit the run that was not."""
 
-import dataclasses
 import json
 import os
 import shutil
@@ -99,8 +98,8 @@ def test_a_template_that_tells_the_day_tells_the_first(tiny, chats, tmp_path, mo
     """Llama 3.2's writes today's date into each conversation; a run that goes on tomorrow has the rows of today."""
     template = tmp_path / "dated.jinja"
     template.write_text("{{ '<s>system' + strftime_now('%d %b %Y') + '</s>' }}" + CHATML)
-    config = config_of(tiny, chats, tmp_path / "run", training__max_steps=4, data__chat_template=str(template))
-    config = dataclasses.replace(config, training=dataclasses.replace(config.training, save_every=2))
+    changes = {"training__max_steps": 4, "training__save_every": 2, "data__chat_template": str(template)}
+    config = config_of(tiny, chats, tmp_path / "run", **changes)
 
     def on(day):
         monkeypatch.setattr("sft_jax.train.date", SimpleNamespace(today=lambda: date.fromisoformat(day)))

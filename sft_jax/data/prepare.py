@@ -25,6 +25,20 @@ class Prepared:
     encoder: Encoder
 
 
+def encoder_of(
+    config: DataConfig, tokenizer: Any, stop_ids: Sequence[int] = (), train_on: str | None = None
+) -> Encoder:
+    """The encoder that a config asks for; ``train_on`` is by default the config's."""
+    return Encoder(
+        tokenizer,
+        train_on or config.train_on,
+        config.stop_token,
+        tuple(stop_ids),
+        keep_reasoning=config.reasoning == "include",
+        today=config.date,
+    )
+
+
 def prepare_data(
     config: DataConfig,
     given: Sequence[SourceConfig],
@@ -62,14 +76,7 @@ def look_at_data(
         UserError: a source that cannot be read at all.
     """
     sources = open_sources(given)
-    encoder = Encoder(
-        tokenizer,
-        train_on or config.train_on,
-        config.stop_token,
-        tuple(stop_ids),
-        keep_reasoning=config.reasoning == "include",
-        today=config.date,
-    )
+    encoder = encoder_of(config, tokenizer, stop_ids, train_on)
     num_rows = sum(map(len, sources))
     with tqdm(total=num_rows, unit="row", desc="tokenising", leave=False, disable=None) as bar:
         examples, report = encode_sources(

@@ -29,6 +29,7 @@ from sft_jax.planning.program_text import compile_with_text
 from sft_jax.planning.topology import GPU_COMPILER
 from sft_jax.sharding import (
     axis_names,
+    bytes_per_device,
     check_batch,
     check_heads,
     check_lengths,
@@ -42,7 +43,6 @@ from sft_jax.training.cross_entropy import chunk_size
 from sft_jax.training.optimizer import labels_of, make_optimizer
 from sft_jax.training.state import TrainState, abstract_state, state_shardings
 from sft_jax.training.step import TrainStep
-from sft_jax.tree import Params
 from sft_jax.typing import Batch
 
 _STEPS = 1000  # of a schedule whose length depends on data that are not read; a number in the program, no more
@@ -90,7 +90,7 @@ class AbstractStep:
 
     def sizes(self) -> dict[str, int]:
         """Bytes of a device by what they are, before and besides the step's temporaries."""
-        trained = _bytes_per_device(self.state.params)
+        trained = bytes_per_device(self.state.params)
         accumulates = self.config.training.gradient_accumulation_steps > 1
         gradients = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(
@@ -99,11 +99,11 @@ class AbstractStep:
             self.state.params,
         )
         return {
-            "frozen": _bytes_per_device(self.split.frozen),
+            "frozen": bytes_per_device(self.split.frozen),
             "trained": trained,
-            "optimizer": _bytes_per_device(self.state.opt_state),
-            "batch": _bytes_per_device(self.batch),
-            "gradients": _bytes_per_device(gradients),
+            "optimizer": bytes_per_device(self.state.opt_state),
+            "batch": bytes_per_device(self.batch),
+            "gradients": bytes_per_device(gradients),
         }
 
     def kept_bytes(self, remat: str) -> int:
@@ -281,7 +281,3 @@ def _size_in(message: str) -> int | None:
 
 def _optimizer(config: Config, split: Split) -> Any:
     return make_optimizer(config.optimizer, labels_of(split.trainable, split.labels), config.training.seed)
-
-
-def _bytes_per_device(tree: Params | Any) -> int:
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

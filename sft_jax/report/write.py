@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from sft_jax.config import Config
-from sft_jax.data.chat import Encoder
 from sft_jax.data.pieces import pieces
+from sft_jax.data.prepare import encoder_of
 from sft_jax.data.rows import RowError
 from sft_jax.data.sources import open_sources
 from sft_jax.evaluation.compare import Comparison
@@ -72,9 +72,7 @@ def _facts(config: Config, step: int) -> dict[str, str]:
 def _trained_rows(config: Config, tokenizer: Any) -> list[list[tuple[str, bool]]]:
     """The first rows of the training data as pieces of text with whether they are trained."""
     data = config.data
-    encoder = Encoder(
-        tokenizer, data.train_on, data.stop_token, keep_reasoning=data.reasoning == "include", today=data.date
-    )
+    encoder = encoder_of(data, tokenizer)
     rows = list(open_sources(data.train)[0].read(0, _SHOWN_ROWS, encoder.keep_reasoning))
     shown = [one for row in encoder.encode(rows) if not isinstance(row, RowError) for one in row]
     return [
