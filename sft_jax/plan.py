@@ -18,6 +18,7 @@ from sft_jax.errors import UserError
 from sft_jax.hf.hub import find_config
 from sft_jax.planning.advice import Advice, Outcome, advise
 from sft_jax.planning.changes import as_text
+from sft_jax.planning.network import Sent
 from sft_jax.planning.roofline import Roofline, roofline
 from sft_jax.planning.search import Candidate, Choice, candidates, choose
 from sft_jax.planning.step import AbstractStep, Base, Compiled, abstract_step, compile_step, read_base
@@ -96,9 +97,9 @@ class _Planner:
         return step, self._compiled(step, where, name)
 
     def bounds(self, step: AbstractStep, compiled: Compiled, where: Topology) -> Roofline:
-        sent = None if compiled.collectives is None else sum(one.bytes for one in compiled.collectives)
+        sent = None if compiled.collectives is None else sum((one.sent for one in compiled.collectives), Sent())
         if step.mesh.size == 1:
-            sent = 0.0
+            sent = Sent()
         return self._roofline(step, compiled.remat, where, sent)
 
     def advise(self, config: Config, where: Topology, step: AbstractStep, compiled: Compiled) -> Advice:
@@ -118,7 +119,6 @@ class _Planner:
             lambda changed: abstract_step(changed, self._base, devices),
             where.num_devices,
             where.chip,
-            where.network_bandwidth,
             self._assumed.target_share,
             self._assumed.length(config),
         )
@@ -142,9 +142,9 @@ class _Planner:
         self._say(f"{verdict}: remat {compiled.remat}{size}, {compiled.seconds:.1f} s")
         return compiled
 
-    def _roofline(self, step: AbstractStep, remat: str, where: Topology, sent: float | None) -> Roofline:
+    def _roofline(self, step: AbstractStep, remat: str, where: Topology, sent: Sent | None) -> Roofline:
         length = self._assumed.length(step.config)
-        return roofline(step, remat, where.chip, where.network_bandwidth, sent, self._assumed.target_share, length)
+        return roofline(step, remat, where.chip, sent, self._assumed.target_share, length)
 
 
 def figures(
@@ -156,7 +156,9 @@ def figures(
     tokens = config.training.batch_size * config.data.max_length
     collectives = None
     if compiled.collectives is not None:
-        collectives = [dataclasses.asdict(one) for one in compiled.collectives]
+        collectives = [
+            {"kind": one.kind, "count": one.count} | dataclasses.asdict(one.sent) for one in compiled.collectives
+        ]
     return {
         "topology": str(where),
         "num_devices": where.num_devices,
@@ -165,6 +167,7 @@ def figures(
         "peak_bytes": compiled.peak_bytes,
         "argument_bytes": compiled.argument_bytes,
         "temp_bytes": compiled.temp_bytes,
+        "room_bytes": compiled.room_bytes,
         "hbm_bytes": where.chip.hbm_bytes,
         "usable_bytes": usable_bytes(where.chip),
         "part_bytes": sizes,

@@ -1,5 +1,7 @@
 """Collectives of compiled programs, counted by hand."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,9 @@ import pytest
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from sft_jax.planning.chips import CHIPS
 from sft_jax.planning.collectives import Collective, count_collectives
+from sft_jax.planning.network import Sent
 
 
 def compiled_text(function, *shapes, in_specs, out_specs):
@@ -21,7 +25,7 @@ def compiled_text(function, *shapes, in_specs, out_specs):
 
 
 def by_kind(found: list[Collective]) -> dict[str, tuple[float, float]]:
-    return {one.kind: (one.count, one.bytes) for one in found}
+    return {one.kind: (one.count, one.sent.bytes) for one in found}
 
 
 def test_each_collective_by_hand():
@@ -36,7 +40,7 @@ def test_each_collective_by_hand():
 
     spec = PartitionSpec(("x", "y"))
     text = compiled_text(function, (8, 16), in_specs=(spec,), out_specs=spec)
-    assert by_kind(count_collectives(text, 8, unknown_trips=0)) == {
+    assert by_kind(count_collectives(text, [0] * 8, unknown_trips=0)) == {
         "all-gather": (1, 192), "all-reduce": (1, 256), "reduce-scatter": (1, 192), "collective-permute": (1, 64),
     }  # fmt: skip
 
@@ -58,9 +62,40 @@ def test_a_loop_counts_as_often_as_it_turns():
 
     spec = PartitionSpec(("x", "y"))
     text = compiled_text(function, (8, 16), (8, 1), in_specs=(spec, spec), out_specs=spec)
-    assert by_kind(count_collectives(text, 8, unknown_trips=7)) == {
+    assert by_kind(count_collectives(text, [0] * 8, unknown_trips=7)) == {
         "all-reduce": (15, 15 * 96), "all-gather": (5, 5 * 64), "collective-permute": (7, 7 * 64),
     }  # fmt: skip
+
+
+def test_what_crosses_from_host_to_host_by_hand():
+    """Eight devices as 2 × 4: ``y`` lies within a host of four and ``x`` between the two, or both of hosts of two."""
+
+    def function(a):
+        gathered = lax.all_gather(a, ("x", "y"), tiled=True)  # [8, 16]: 512 bytes
+        summed = lax.psum(gathered, "x")  # 512 bytes over two
+        scattered = lax.psum_scatter(summed * 2, "y", tiled=True)  # [2, 16] of 512 bytes over four
+        return lax.all_to_all(scattered[:1].reshape(4, 4), "y", 0, 0, tiled=True).reshape(1, 16)  # 64 bytes
+
+    spec = PartitionSpec(("x", "y"))
+    text = compiled_text(function, (8, 16), in_specs=(spec,), out_specs=spec)
+    fours = {one.kind: one.sent for one in count_collectives(text, [0] * 4 + [1] * 4, unknown_trips=0)}
+    assert fours == {
+        "all-gather": Sent(512 * 7 / 8, 512 / 8), "all-reduce": Sent(512, 512), "reduce-scatter": Sent(384, 0),
+        "all-to-all": Sent(48, 0),
+    }  # fmt: skip
+    twos = {one.kind: one.sent for one in count_collectives(text, [0, 0, 1, 1, 2, 2, 3, 3], unknown_trips=0)}
+    assert twos == {
+        "all-gather": Sent(512 * 7 / 8, 512 * 3 / 8), "all-reduce": Sent(512, 512),
+        "reduce-scatter": Sent(384, 512 / 4), "all-to-all": Sent(48, 32),
+    }  # fmt: skip
+
+
+def test_seconds_are_those_of_the_slower_network():
+    chip = dataclasses.replace(CHIPS["h100"], link_bandwidth=100.0, host_bandwidth=10.0)
+    assert Sent(1000.0).seconds(chip) == 10
+    assert Sent(1000.0, 50.0).seconds(chip) == 9.5
+    assert Sent(1000.0, 500.0).seconds(chip) == 50
+    assert Sent(1000.0).seconds(dataclasses.replace(chip, host_bandwidth=None)) == 10
 
 
 ASYNCHRONOUS = """HloModule step, is_scheduled=true
@@ -112,7 +147,7 @@ ENTRY %main (a: bf16[4,8], b: f32[64,8]) -> f32[16,8] {
 
 def test_forms_that_only_accelerators_have():
     """Started and awaited apart, wrapped, hidden behind a fusion; a reduce-scatter as an all-reduce that is cut."""
-    found = by_kind(count_collectives(ASYNCHRONOUS, 8, unknown_trips=0))
+    found = by_kind(count_collectives(ASYNCHRONOUS, [0] * 8, unknown_trips=0))
     assert found["reduce-scatter"] == (1, 64 * 8 * 4 * 3 / 4)
     assert found["all-gather"] == (3, pytest.approx(16 * 8 * 2 * 3 / 4 + 2 * 128 * 4 * 7 / 8))
     assert found["collective-permute"] == (1, pytest.approx(4 * 8 * 2, abs=8))
@@ -157,4 +192,6 @@ ENTRY %main (a: bf16[8]) -> bf16[8] {
 
 def test_turns_are_read_from_the_condition_where_there_is_no_note():
     """0, 2, … below 15 are eight turns; the other loop's bound comes from the data."""
-    assert by_kind(count_collectives(COUNTED, 2, unknown_trips=3)) == {"collective-permute": (8 + 3, (8 + 3) * 16)}
+    assert by_kind(count_collectives(COUNTED, [0] * 2, unknown_trips=3)) == {
+        "collective-permute": (8 + 3, (8 + 3) * 16)
+    }

@@ -225,7 +225,7 @@ def test_gradients_of_thin_leaves_are_added_up_in_float32():
     np.testing.assert_allclose(pullback(d_out)[0], exact(d_out).sum(0), rtol=1e-5)
 
     adapter = Adapter(*(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((12, 3), (3, 12))))
-    out, pullback = jax.vjp(lambda adapter: project(x, [None], [adapter], [2.0])[0], adapter)
+    out, pullback = jax.vjp(lambda adapter: project(x, [None], [adapter], [2.0], jnp.float32(0))[0], adapter)
     (gradient,) = pullback(d_out)
     low = jnp.dot(x, adapter.a.astype(x.dtype)) * 2
     d_low = jnp.dot(d_out, adapter.b.astype(x.dtype).T) * 2

@@ -84,7 +84,8 @@ def test_what_does_not_fit_is_told_with_its_size(tiny, tmp_path):
 
 PLAN = {
     "topology": "v5e:4x4", "num_devices": 16, "mesh": {"data": 1, "fsdp": 16}, "fits": False, "peak_bytes": 20 * 2**30,
-    "argument_bytes": 12 * 2**30, "temp_bytes": 8 * 2**30, "hbm_bytes": 16 * 2**30, "usable_bytes": 16 * 2**30,
+    "argument_bytes": 12 * 2**30, "temp_bytes": 8 * 2**30, "room_bytes": -5 * 2**30,
+    "hbm_bytes": 16 * 2**30, "usable_bytes": 16 * 2**30,
     "part_bytes": {"frozen": 10 * 2**30, "trained": 2**30, "optimizer": 2**29, "batch": 0, "gradients": 2**30},
     "remat": "dots", "attention": "splash", "rows_at_a_time": 2, "tokens_per_step": 65536, "target_share": 0.5,
     "document_length": 2048, "collectives": None, "model_flops_per_step": 1e15, "flops_per_step": 1.25e15,
@@ -106,14 +107,17 @@ def test_the_text_says_what_was_found():
     ]  # fmt: skip
     lines = plan_text(PLAN | {"advice": advice, "search": found}).splitlines()
     shown = {" ".join(line.split()) for line in lines}
-    assert {"padding of these 512", "gradients 1,024", "activations and the like 7,168", "room left -4,096"} <= shown
+    assert {"padding of these 512", "gradients 1,024", "activations and the like 7,168", "room left -5,120"} <= shown
+    assert any("a step is to spare 1,024 MiB" in line for line in lines)
     assert "does not fit; it does with model.remat=full --topology v5e:4x8; peak 15,360 MiB" in shown
     assert any("163,840 tokens/s" in line and line.endswith("mesh.fsdp=16") for line in lines)
     assert any("network not counted" in line for line in lines)
     assert any("25% more" in line for line in lines)
     nothing = plan_text(PLAN | {"advice": advice | {"changes": None}})
     assert nothing.endswith("nor does anything that was tried: model.remat=full on v5e:4x4")
-    assert "too large" in plan_text(PLAN | {"peak_bytes": None, "argument_bytes": None, "temp_bytes": None})
+    assert "too large" in plan_text(
+        PLAN | {"peak_bytes": None, "argument_bytes": None, "temp_bytes": None, "room_bytes": None}
+    )
 
 
 @pytest.mark.parametrize(

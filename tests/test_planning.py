@@ -14,11 +14,12 @@ from sft_jax.hf.config import read_architecture
 from sft_jax.planning.changes import changed
 from sft_jax.planning.chips import CHIPS
 from sft_jax.planning.flops import Work, model_flops, products, repeated_flops
-from sft_jax.planning.roofline import expected_network_bytes, roofline
+from sft_jax.planning.network import Sent, hosts_of
+from sft_jax.planning.roofline import expected_sent, roofline
 from sft_jax.planning.step import Base, abstract_step, compile_step
 from sft_jax.planning.topology import parse_topology, usable_bytes
 from sft_jax.sharding import make_mesh
-from sft_jax.training.compilation import CANDIDATES
+from sft_jax.training.compilation import CANDIDATES, SHARE
 from sft_jax.training.cross_entropy import chunk_size
 from sft_jax.training.weights import build
 from sft_jax.tree import flatten
@@ -81,16 +82,15 @@ def test_the_next_larger_topology():
     assert [str(parse_topology(text).larger()) for text in ("v5e:4x4", "h100:4", "h100:6", "h100:8", "v5e:16x16")] == [
         "v5e:4x8", "h100:8", "h100:8", "h100:2x8", "None",
     ]  # fmt: skip
-    assert parse_topology("h100:8").network_bandwidth > parse_topology("h100:2x8").network_bandwidth
 
 
 def test_a_process_has_three_quarters_of_a_gpu(monkeypatch):
     for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
         monkeypatch.delenv(name, raising=False)
     assert usable_bytes(CHIPS["v5e"]) == CHIPS["v5e"].hbm_bytes
-    assert usable_bytes(CHIPS["h100"]) == 60 * 2**30
+    assert usable_bytes(CHIPS["h100"]) == int(0.75 * CHIPS["h100"].hbm_bytes)
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
-    assert usable_bytes(CHIPS["h100"]) == 72 * 2**30
+    assert usable_bytes(CHIPS["h100"]) == int(0.9 * CHIPS["h100"].hbm_bytes)
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "most")
     with pytest.raises(UserError, match="'most' is not a number"):
         usable_bytes(CHIPS["h100"])
@@ -192,13 +192,14 @@ def test_the_step_on_eight_devices(tiny, base):
     assert step.resident_bytes() == resident
     assert resident <= compiled.argument_bytes <= resident + 4096
     assert compiled.argument_bytes < compiled.peak_bytes
-    assert sum(one.bytes for one in compiled.collectives) > 0
+    assert sum(one.sent.bytes for one in compiled.collectives) > 0
     assert not compile_step(step, usable_bytes=compiled.peak_bytes - 1).fits
 
     auto = dataclasses.replace(step, config=changed(config, {"model.remat": "auto"}))
     assert compile_step(auto, usable_bytes=2**30).remat == CANDIDATES[0]
     nothing = compile_step(auto, usable_bytes=compiled.argument_bytes + 1000)
     assert (nothing.fits, nothing.remat) == (False, CANDIDATES[-1])
+    assert nothing.room_bytes == int(SHARE * 1000 - nothing.temp_bytes)
 
 
 def test_parts_of_the_memory_are_split_as_the_mesh_says(tiny, base):
@@ -226,9 +227,9 @@ def test_chunks_of_the_loss(tiny, base):
 
 def test_roofline_by_hand(tiny, base):
     """Compute and network by definition; memory of full fine-tuning on one device, product by product."""
-    chip = dataclasses.replace(CHIPS["v5e"], flops=1e9, hbm_bandwidth=1e9)
+    chip = dataclasses.replace(CHIPS["v5e"], flops=1e9, hbm_bandwidth=1e9, link_bandwidth=1e6)
     step = abstract_step(config_of(tiny, lora=None), base, jax.devices()[:1])
-    bounds = roofline(step, "full", chip, 1e6, 5e5, target_share=0.5, document_length=16)
+    bounds = roofline(step, "full", chip, Sent(5e5), target_share=0.5, document_length=16)
     work = Work(8 * 64, 8 * 32, 8 * 64 * 16)
     assert step.work(0.5, 16) == work
     flops = model_flops(base.arch, work, None) + repeated_flops(base.arch, work, None, "full")
@@ -243,13 +244,26 @@ def test_roofline_by_hand(tiny, base):
     state = 2 * (sizes["trained"] + sizes["optimizer"]) + sizes["gradients"]
     assert bounds.memory_bytes == pytest.approx(layers + head + state)
     assert bounds.seconds == max(bounds.compute_seconds, bounds.memory_seconds, 0.5)
-    assert roofline(step, "full", chip, 1e6, 1e9, 0.5, 16).bound == "network"
-    assert roofline(step, "full", dataclasses.replace(chip, flops=1.0), 1e6, None, 0.5, 16).bound == "compute"
+    assert roofline(step, "full", chip, Sent(1e9), 0.5, 16).bound == "network"
+    assert roofline(step, "full", dataclasses.replace(chip, flops=1.0), None, 0.5, 16).bound == "compute"
 
 
 def test_what_is_expected_to_be_sent(tiny, base):
     """By formula within a factor of three of what the compiled program sends, on meshes of each kind."""
     for mesh in ({"mesh__fsdp": 8}, {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}):
         step = abstract_step(config_of(tiny, lora=None, **mesh), base, jax.devices())
-        counted = sum(one.bytes for one in compile_step(step, 2**30, 0.5).collectives)
-        assert 1 / 3 < expected_network_bytes(step, "full", step.work(0.5, 64)) / counted < 3
+        counted = sum(one.sent.bytes for one in compile_step(step, 2**30, 0.5).collectives)
+        expected = expected_sent(step, "full", step.work(0.5, 64), hosts_of(step.mesh))
+        assert 1 / 3 < expected.bytes / counted < 3
+        assert expected.bytes_between_hosts == 0
+
+
+def test_what_goes_between_hosts_is_a_part_of_what_is_sent(tiny, base):
+    """Two hosts of four: with ``data`` between them, only gradients cross; with ``fsdp`` across both, weights do."""
+    hosts, crossing = [0] * 4 + [1] * 4, {}
+    for name, mesh in {"data": {"mesh__data": 2, "mesh__fsdp": 4}, "fsdp": {"mesh__fsdp": 8}}.items():
+        step = abstract_step(config_of(tiny, lora=None, **mesh), base, jax.devices())
+        expected = expected_sent(step, "full", step.work(0.5, 64), hosts)
+        assert 0 < expected.bytes_between_hosts < expected.bytes
+        crossing[name] = expected.bytes_between_hosts / expected.bytes
+    assert crossing["data"] < crossing["fsdp"] < 1 / 4  # of eight chips on two hosts, 1/7 of what is gathered

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,18 @@ from sft_jax.sharding import constrain
 from sft_jax.typing import Array, Float, Int
 
 Attend = Callable[[Array, Array, Array], Array]  # q, k, v of the tokens at hand -> what each of them sees
+
+
+class Place(NamedTuple):
+    """Where in the network something is computed."""
+
+    layer: Float[Array, ""]  # the number of the decoder layer
+    dropout_key: Array | None  # None: no dropout
+
+    def split(self, num: int) -> list[Place]:
+        """The same layer, with a dropout key for each of ``num`` users."""
+        keys = [None] * num if self.dropout_key is None else jax.random.split(self.dropout_key, num)
+        return [Place(self.layer, key) for key in keys]
 
 
 class Initializer:
@@ -67,9 +79,9 @@ class Linear(nnx.Module):
         self.lora_scale = 0.0
         self.lora_dropout = 0.0
 
-    def __call__(self, x: Float[Array, "*B in"], dropout_key: Array | None = None) -> Float[Array, "*B out"]:
-        """Computed in the dtype of ``x``; an adapter without a ``dropout_key`` has no dropout."""
-        return linear(x, [self], dropout_key)[0]
+    def __call__(self, x: Float[Array, "*B in"], place: Place) -> Float[Array, "*B out"]:
+        """Computed in the dtype of ``x``."""
+        return linear(x, [self], place)[0]
 
     def adapter(self) -> Adapter | None:
         """Its two matrices, where it has one."""
@@ -78,21 +90,22 @@ class Linear(nnx.Module):
         return Adapter(self.lora_a[...], self.lora_b[...])
 
 
-def linear(x: Float[Array, "*B in"], layers: list[Linear], dropout_key: Array | None = None) -> list[Array]:
+def linear(x: Float[Array, "*B in"], layers: list[Linear], place: Place) -> list[Array]:
     """Several layers of one input, which share its products with their adapters."""
+    number, dropout_key = place
     adapters = [layer.adapter() for layer in layers]
     kernels, scales = [gathered_matrix(layer.kernel) for layer in layers], [layer.lora_scale for layer in layers]
     dropped = [dropout_key is not None and layer.lora_dropout > 0 and layer.adapter() is not None for layer in layers]
     if dropout_key is None or not any(dropped):
-        outs = project(x, kernels, adapters, scales)
+        outs = project(x, kernels, adapters, scales, number)
     else:  # each adapter has an input of its own
-        outs = project(x, kernels, [None] * len(layers), scales)
+        outs = project(x, kernels, [None] * len(layers), scales, number)
         for i, key in enumerate(jax.random.split(dropout_key, len(layers))):
             adapter, rate = adapters[i], layers[i].lora_dropout
             if adapter is not None:
                 kept = jax.random.bernoulli(key, 1.0 - rate, x.shape)
                 dropped_x = jnp.where(kept, x / (1.0 - rate), jnp.zeros_like(x))
-                outs[i] += project(dropped_x, [None], [adapter], [scales[i]])[0]
+                outs[i] += project(dropped_x, [None], [adapter], [scales[i]], number)[0]
     return [
         out if layer.bias is None else out + _everywhere(layer.bias[...], out)
         for out, layer in zip(outs, layers, strict=True)
@@ -144,16 +157,16 @@ class SelfAttention(nnx.Module):
         self.q_norm: RMSNorm | None = nnx.data(RMSNorm(h, arch.norm_eps, make, stack) if arch.qk_norm else None)
         self.k_norm: RMSNorm | None = nnx.data(RMSNorm(h, arch.norm_eps, make, stack) if arch.qk_norm else None)
 
-    def __call__(self, x, sin, cos, attend: Attend, dropout_key) -> tuple[Float[Array, "B T D"], KeyValues]:
-        keys = _split(dropout_key, 2)
-        q, k, v = linear(x, [self.q_proj, self.k_proj, self.v_proj], keys[0])
+    def __call__(self, x, sin, cos, attend: Attend, place: Place) -> tuple[Float[Array, "B T D"], KeyValues]:
+        of_inputs, of_output = place.split(2)
+        q, k, v = linear(x, [self.q_proj, self.k_proj, self.v_proj], of_inputs)
         q = self._heads(q, self.num_heads, "heads")
         k, v = (self._heads(one, self.num_kv_heads, "kv_heads") for one in (k, v))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (keep(one, PRODUCT) for one in (rotate(q, sin, cos), rotate(k, sin, cos), v))
         out = attend(q, k, v)
-        return keep(self.o_proj(out.reshape(*x.shape[:2], -1), keys[1]), PRODUCT), KeyValues(k, v)
+        return keep(self.o_proj(out.reshape(*x.shape[:2], -1), of_output), PRODUCT), KeyValues(k, v)
 
     def _heads(self, x: Float[Array, "B T NH"], num_heads: int, axis: str) -> Float[Array, "B T N H"]:
         return constrain(x.reshape(*x.shape[:2], num_heads, self.head_dim), "batch", "length", axis, "head_dim")
@@ -168,10 +181,10 @@ class MLP(nnx.Module):
         self.up_proj = Linear(d, f, ("embed", "mlp"), make, stack, arch.mlp_bias)
         self.down_proj = Linear(f, d, ("mlp", "embed"), make, stack, arch.mlp_bias)
 
-    def __call__(self, x: Float[Array, "B T D"], dropout_key: Array | None) -> Float[Array, "B T D"]:
-        keys = _split(dropout_key, 2)
-        gate, up = (keep(one, PRODUCT) for one in linear(x, [self.gate_proj, self.up_proj], keys[0]))
-        return self.down_proj(jax.nn.silu(gate) * up, keys[1])
+    def __call__(self, x: Float[Array, "B T D"], place: Place) -> Float[Array, "B T D"]:
+        of_inputs, of_output = place.split(2)
+        gate, up = (keep(one, PRODUCT) for one in linear(x, [self.gate_proj, self.up_proj], of_inputs))
+        return self.down_proj(jax.nn.silu(gate) * up, of_output)
 
 
 class DecoderLayer(nnx.Module):
@@ -181,11 +194,11 @@ class DecoderLayer(nnx.Module):
         self.post_attention_layernorm = RMSNorm(arch.hidden_size, arch.norm_eps, make, stack)
         self.mlp = MLP(arch, make, stack)
 
-    def __call__(self, x, sin, cos, attend: Attend, dropout_key) -> tuple[Float[Array, "B T D"], KeyValues]:
-        keys = _split(dropout_key, 2)
-        attended, seen = self.self_attn(self.input_layernorm(x), sin, cos, attend, keys[0])
+    def __call__(self, x, sin, cos, attend: Attend, place: Place) -> tuple[Float[Array, "B T D"], KeyValues]:
+        of_attention, of_mlp = place.split(2)
+        attended, seen = self.self_attn(self.input_layernorm(x), sin, cos, attend, of_attention)
         x = constrain(x + attended, "batch", "length", "activation")
-        x = x + self.mlp(self.post_attention_layernorm(x), keys[1])
+        x = x + self.mlp(self.post_attention_layernorm(x), of_mlp)
         return constrain(x, "batch", "length", "activation"), seen
 
 
@@ -261,17 +274,18 @@ class Decoder(nnx.Module):
         windows, which = _windows(self.arch)
 
         def layer(x, scanned):
-            params, index, key, layer_cache = scanned
+            params, place, index, layer_cache = scanned
             branches = [attend(window, layer_cache) for window in windows]
 
             def attend_here(q: Array, k: Array, v: Array) -> Array:
                 return branches[0](q, k, v) if index is None else lax.switch(index, branches, q, k, v)
 
-            x, seen = nnx.merge(graphdef, params)(x, sin, cos, attend_here, key)
+            x, seen = nnx.merge(graphdef, params)(x, sin, cos, attend_here, place)
             return x, seen if keep else None
 
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.arch.num_layers)
-        x, seen = lax.scan(rematerialised(layer, self.remat), x, (layers, which, keys, cache))
+        places = Place(jnp.arange(self.arch.num_layers, dtype=jnp.float32), keys)
+        x, seen = lax.scan(rematerialised(layer, self.remat), x, (layers, places, which, cache))
         return self.norm(x), seen
 
     def head(self) -> Head:
@@ -287,10 +301,6 @@ class Decoder(nnx.Module):
 
 def _within(segment_ids: Int[Array, "B T"], kernel: Kernel) -> Callable[[int | None, Any], Attend]:
     return lambda window, _: lambda q, k, v: attention(q, k, v, segment_ids, window, kernel=kernel)
-
-
-def _split(key: Array | None, num: int) -> Any:
-    return [None] * num if key is None else jax.random.split(key, num)
 
 
 def _windows(arch: Architecture) -> tuple[list[int | None], Array | None]:

@@ -9,7 +9,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Chip:
-    """Rates are peaks that no program reaches. Sources: ``source``, and for ``hbm_bytes`` of TPUs their compiler."""
+    """Rates are peaks that no program reaches. Sources: ``source``, and for ``hbm_bytes`` compiler and driver."""
 
     name: str
     platform: str  # of jax: tpu | cuda
@@ -41,8 +41,9 @@ _CLOUD = "cloud.google.com/tpu/docs"
 _HOPPER = {"shared_per_core": 233_472, "shared_per_block_optin": 232_448}
 _AMPERE = {"shared_per_core": 167_936, "shared_per_block_optin": 166_912}
 
-# HBM of TPUs is what their compiler says is available when it refuses a program. There is no v4: its compiler plans for
-# single cores where jax has both cores of a chip as one device.
+# HBM of TPUs is what their compiler says is available when it refuses a program, of GPUs the total that CUDA reports,
+# of which jax takes a share. There is no v4: its compiler plans for single cores where jax has both cores of a chip as
+# one device.
 # Google counts both directions of a TPU's links from 2024 on (v5e: 400 GB/s) and one before (1,600 Gbit/s); NVIDIA
 # counts both. Here it is one.
 CHIPS = {
@@ -61,29 +62,29 @@ CHIPS = {
             f"{_CLOUD}/v6e: 918 TFLOPs, 32 GB at 1,638 GBps, interconnect 800 GBps both ways", dims=2, most=256,
         ),
         Chip(
-            "a100-40g", "cuda", 312e12, 40 * GIB, 1.555e12, 300e9, 25e9,
+            "a100-40g", "cuda", 312e12, int(39.4 * GIB), 1.555e12, 300e9, 25e9,
             "NVIDIA A100 datasheet: 312 TFLOPS, 40 GB at 1,555 GB/s, NVLink 600 GB/s both ways; DGX A100: 8 × 200 Gb/s",
             most=8, gpu=Gpu("NVIDIA A100-SXM4-40GB", (8, 0), 108, 1.41, 40 * 2**20, **_AMPERE),
         ),
         Chip(
-            "a100-80g", "cuda", 312e12, 80 * GIB, 2.039e12, 300e9, 25e9,
+            "a100-80g", "cuda", 312e12, int(79.1 * GIB), 2.039e12, 300e9, 25e9,
             "NVIDIA A100 datasheet: 312 TFLOPS, 80 GB at 2,039 GB/s, NVLink 600 GB/s both ways; DGX A100: 8 × 200 Gb/s",
             most=8, gpu=Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 108, 1.41, 40 * 2**20, **_AMPERE),
         ),
         Chip(
-            "h100", "cuda", 989e12, 80 * GIB, 3.35e12, 450e9, 50e9,
+            "h100", "cuda", 989e12, int(79.1 * GIB), 3.35e12, 450e9, 50e9,
             "NVIDIA H100 SXM datasheet: 989 TFLOPS dense, 80 GB at 3.35 TB/s, NVLink 900 GB/s both ways; "
             "DGX H100: 8 × 400 Gb/s",
             most=8, gpu=Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132, 1.98, 50 * 2**20, **_HOPPER),
         ),
         Chip(
-            "h200", "cuda", 989e12, 141 * 10**9, 4.8e12, 450e9, 50e9,
+            "h200", "cuda", 989e12, int(139.8 * GIB), 4.8e12, 450e9, 50e9,
             "NVIDIA H200 SXM datasheet: 989 TFLOPS dense, 141 GB at 4.8 TB/s, NVLink 900 GB/s both ways; "
             "DGX H200: 8 × 400 Gb/s",
             most=8, gpu=Gpu("NVIDIA H200", (9, 0), 132, 1.98, 50 * 2**20, **_HOPPER),
         ),
         Chip(
-            "b200", "cuda", 2.25e15, 180 * 10**9, 8.0e12, 900e9, 50e9,
+            "b200", "cuda", 2.25e15, int(178.4 * GIB), 8.0e12, 900e9, 50e9,
             "NVIDIA DGX B200 datasheet, an eighth of it: 18 PFLOPS dense bfloat16, 1,440 GB at 64 TB/s, "
             "NVLink 14.4 TB/s both ways, 8 × 400 Gb/s",
             most=8, gpu=Gpu("NVIDIA B200", (10, 0), 148, 1.965, 126 * 2**20, **_HOPPER),

@@ -1,12 +1,7 @@
 """Collectives of a compiled program: which, how often a step, and what each chip sends for them.
 
 They are read from the compiler's text. An operation inside a loop counts as often as the loop turns, an operation of a
-branch as if the branch were taken. What a chip sends is what the best known algorithms need on any network: of a group
-of n chips and an array of S bytes (the whole one, where chips hold parts)
-
-    all-gather, reduce-scatter, all-to-all    S · (n - 1) / n
-    all-reduce                                S · (n - 1) / n · 2
-    collective-permute                        S
+branch as if the branch were taken. For what a chip sends, see :mod:`sft_jax.planning.network`.
 """
 
 from __future__ import annotations
@@ -17,7 +12,9 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+import numpy as np
+
+from sft_jax.planning.network import KINDS, Hosts, Sent, sent
 
 _Computation = dict[str, str]  # instructions: name and what stands right of it
 
@@ -41,36 +38,31 @@ class Collective:
 
     kind: str
     count: float  # a step
-    bytes: float  # sent by a chip, a step
+    sent: Sent  # by a chip, a step
 
 
-@dataclass(frozen=True)
-class _Found:
-    kind: str
-    sent: float
-
-
-def count_collectives(text: str, num_devices: int, unknown_trips: float) -> list[Collective]:
+def count_collectives(text: str, hosts: Hosts, unknown_trips: float) -> list[Collective]:
     """The collectives of a compiled program, by kind, those that send most first.
 
     Args:
         text: of the optimised program.
-        num_devices: of the program; a collective that names no groups spans them all.
+        hosts: of the program's devices; a collective that names no groups spans them all.
         unknown_trips: turns of a loop whose number depends on the data (that over chunks of targets).
     """
     bodies, entry = _computations(text)
     counts: defaultdict[str, float] = defaultdict(float)
-    sizes: defaultdict[str, float] = defaultdict(float)
+    sizes: defaultdict[str, Sent] = defaultdict(Sent)
 
     def visit(name: str, times: float) -> None:
         for instruction, line in bodies.get(name, {}).items():
             opcode, shape = _opcode(line)
             if opcode is None or opcode.endswith(("-done", "-update")) or instruction.startswith(_DONE):
                 continue
-            found = _collective(opcode, shape, line, name, num_devices)
+            found = _collective(opcode, shape, line, name, hosts)
             if found is not None:
-                counts[found.kind] += times
-                sizes[found.kind] += times * found.sent
+                kind, each = found
+                counts[kind] += times
+                sizes[kind] += each.times(times)
                 continue
             turns = 1.0
             if opcode == "while":
@@ -83,7 +75,7 @@ def count_collectives(text: str, num_devices: int, unknown_trips: float) -> list
     assert entry is not None, "a program without an entry computation"
     visit(entry, 1.0)
     found = [Collective(kind, counts[kind], sizes[kind]) for kind in counts]
-    return sorted(found, key=lambda one: -one.bytes)
+    return sorted(found, key=lambda one: -one.sent.bytes)
 
 
 def _computations(text: str) -> tuple[dict[str, _Computation], str | None]:
@@ -116,25 +108,23 @@ def _opcode(line: str) -> tuple[str | None, str]:
     return (match[1] if match else None), line[:at]
 
 
-def _collective(opcode: str, shape: str, line: str, computation: str, num_devices: int) -> _Found | None:
+def _collective(opcode: str, shape: str, line: str, computation: str, hosts: Hosts) -> tuple[str, Sent] | None:
     kind = next((kind for kind in KINDS if opcode in (kind, f"{kind}-start", f"ragged-{kind}")), None)
     if kind is None:
         return None
     sizes = [_bytes(*array) for array in _ARRAY.findall(shape)]
     if not sizes:
         return None
-    group = _group_size(line, num_devices)
-    share = (group - 1) / group
+    groups, whole = _groups(line, len(hosts)), sum(sizes)
+    group = groups.shape[1]
     if kind == "all-reduce" and "all-reduce-scatter" in computation:
-        return _Found("reduce-scatter", sum(sizes) * share)  # the TPU compiler's form of it: each keeps its part
-    whole = sum(sizes)
+        kind = "reduce-scatter"  # the TPU compiler's form of it: each keeps its part
+        return kind, sent(kind, whole, groups, hosts)
     if opcode.endswith("-start") and kind != "all-reduce":  # operands and results side by side
         whole *= group / (group + 1) if kind in ("all-gather", "reduce-scatter") else 1 / 2
     elif kind == "reduce-scatter":
         whole *= group
-    if kind == "collective-permute":
-        return _Found(kind, whole)
-    return _Found(kind, whole * share * (2 if kind == "all-reduce" else 1))
+    return kind, sent(kind, whole, groups, hosts)
 
 
 def _turns(line: str, bodies: dict[str, _Computation]) -> float | None:
@@ -184,19 +174,25 @@ def _called(line: str) -> Iterator[str]:
         yield from (name.strip().lstrip("%") for name in names.split(","))
 
 
-def _group_size(line: str, num_devices: int) -> int:
-    """How many chips meet in a collective.
+def _groups(line: str, num_devices: int) -> np.ndarray:
+    """The chips that meet in a collective, ``[groups, n]``; of a permutation, the pairs.
 
-    >>> _group_size("replica_groups={{0,1},{2,3}}, use_global_device_ids=true", 4)
-    2
-    >>> _group_size("replica_groups=[2,4]<=[8]", 8)  # two groups of four
-    4
+    >>> _groups("replica_groups={{0,1},{2,3}}, use_global_device_ids=true", 4).tolist()
+    [[0, 1], [2, 3]]
+    >>> _groups("replica_groups=[2,2]<=[4]", 4).tolist()
+    [[0, 1], [2, 3]]
+    >>> _groups("replica_groups=[2,2]<=[2,2]T(1,0)", 4).tolist()  # 0 to 3 as 2 × 2, transposed
+    [[0, 2], [1, 3]]
+    >>> _groups("source_target_pairs={{0,1},{1,0}}", 4).tolist()
+    [[0, 1], [1, 0]]
     """
-    if match := re.search(r"replica_groups=\[([\d,]+)\]<=", line):
-        return int(match[1].split(",")[-1])
-    if match := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
-        return len(match[1].split(","))
-    return num_devices
+    if match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
+        shape, dims, order = ([int(one) for one in found.split(",")] if found else [] for found in match.groups())
+        ids = np.arange(math.prod(dims)).reshape(dims)
+        return (ids.transpose(order) if order else ids).reshape(shape)
+    if match := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]+\})\}", line):
+        return np.asarray([[int(one) for one in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", match[1])])
+    return np.arange(num_devices)[None]
 
 
 def _bytes(dtype: str, dims: str) -> float:

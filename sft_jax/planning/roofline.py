@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from sft_jax.planning.chips import Chip
 from sft_jax.planning.flops import Product, Work, model_flops, products, repeated_flops
+from sft_jax.planning.network import Hosts, Sent, groups_along, sent
 from sft_jax.planning.step import AbstractStep
 
 _WIDE = 4  # bytes of float32
@@ -24,7 +25,7 @@ class Roofline:
     model_flops: float  # of a step, all devices
     flops: float  # the same with what is computed twice
     memory_bytes: float  # of a device
-    network_bytes: float | None  # of a device
+    sent: Sent | None  # by a device
     compute_seconds: float
     memory_seconds: float
     network_seconds: float | None
@@ -53,16 +54,14 @@ def roofline(
     step: AbstractStep,
     remat: str,
     chip: Chip,
-    network_bandwidth: float,
-    network_bytes: float | None,
+    sent: Sent | None,
     target_share: float,
     document_length: int,
 ) -> Roofline:
     """The bounds of a step.
 
     Args:
-        network_bandwidth: bytes a second that a device sends.
-        network_bytes: what a device sends in a step; None if that is not known.
+        sent: by a device in a step; None if that is not known.
         target_share: of positions that carry loss.
         document_length: slots of each document.
     """
@@ -75,10 +74,10 @@ def roofline(
         model_flops=needed,
         flops=flops,
         memory_bytes=moved,
-        network_bytes=network_bytes,
+        sent=sent,
         compute_seconds=flops / step.mesh.size / chip.flops,
         memory_seconds=moved / chip.hbm_bandwidth,
-        network_seconds=None if network_bytes is None else network_bytes / network_bandwidth,
+        network_seconds=None if sent is None else sent.seconds(chip),
     )
 
 
@@ -124,7 +123,7 @@ def _ends(product: Product, tensor: int) -> float:
     return split / tensor + whole
 
 
-def expected_network_bytes(step: AbstractStep, remat: str, work: Work) -> float:
+def expected_sent(step: AbstractStep, remat: str, work: Work, hosts: Hosts) -> Sent:
     """What a device sends in a step, by formula: an estimate, for choosing what to compile.
 
     Weights of layers are gathered over ``fsdp`` and ``sequence`` for each pass, gradients of trained ones are summed
@@ -135,7 +134,7 @@ def expected_network_bytes(step: AbstractStep, remat: str, work: Work) -> float:
     parts = config.training.gradient_accumulation_steps
     width = 2 if config.model.dtype == "bfloat16" else _WIDE
     kept = {"int8": 1.03, "nf4": 0.52}.get(config.model.quantization or "", width)
-    data, sequence, tensor = shape["data"], shape["sequence"], shape["tensor"]
+    sequence, tensor = shape["sequence"], shape["tensor"]
     split = shape["fsdp"] * sequence
     layers = products(arch, config.lora)
     passes = 2 + (remat in ("full", "attention"))
@@ -143,9 +142,15 @@ def expected_network_bytes(step: AbstractStep, remat: str, work: Work) -> float:
     trained = weights if config.lora is None else arch.num_layers * sum(one.adapter_size for one in layers) / tensor
     tokens = work.tokens / step.shards / sequence
     keys_and_values = 2 * arch.num_kv_heads * arch.head_dim / tensor
-    sent = parts * passes * weights * kept * (split - 1) / split
-    sent += parts * trained * _WIDE * ((split - 1) / split + 2 * (data - 1) / data / split)
-    sent += 2 * passes * arch.num_layers * tokens * arch.hidden_size * width * 2 * (tensor - 1) / tensor
-    sent += passes * arch.num_layers * tokens * keys_and_values * width * (sequence - 1)
-    targets = work.targets / data
-    return sent + targets * arch.hidden_size * (width + _WIDE) * (split - 1) / split
+    targets = work.targets / shape["data"]
+    along_split = ("fsdp", "sequence")
+    collectives = (
+        ("all-gather", parts * passes * weights * kept, along_split),
+        ("reduce-scatter", parts * trained * _WIDE, along_split),
+        ("all-reduce", parts * trained * _WIDE / split, ("data",)),
+        ("all-reduce", 2 * passes * arch.num_layers * tokens * arch.hidden_size * width, ("tensor",)),
+        ("all-gather", passes * arch.num_layers * tokens * sequence * keys_and_values * width, ("sequence",)),
+        ("all-gather", targets * arch.hidden_size * (width + _WIDE), along_split),
+    )
+    found = (sent(kind, whole, groups_along(axes, step.mesh), hosts) for kind, whole, axes in collectives)
+    return sum(found, Sent())

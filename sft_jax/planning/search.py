@@ -17,7 +17,8 @@ from sft_jax.config import Config
 from sft_jax.errors import UserError
 from sft_jax.planning.changes import Changes, changed
 from sft_jax.planning.chips import Chip
-from sft_jax.planning.roofline import Roofline, expected_network_bytes, roofline
+from sft_jax.planning.network import hosts_of
+from sft_jax.planning.roofline import Roofline, expected_sent, roofline
 from sft_jax.planning.step import AbstractStep, Compiled
 from sft_jax.training.compilation import CANDIDATES
 
@@ -58,7 +59,6 @@ def candidates(
     build: Callable[[Config], AbstractStep],
     num_devices: int,
     chip: Chip,
-    network_bandwidth: float,
     target_share: float,
     document_length: int,
 ) -> list[Candidate]:
@@ -76,8 +76,9 @@ def candidates(
             for remat in CANDIDATES:
                 changes = base | {"training.gradient_accumulation_steps": parts, "model.remat": remat}
                 there = dataclasses.replace(step, config=changed(config, changes))
-                sent = expected_network_bytes(there, remat, there.work(target_share, document_length))
-                bounds = roofline(there, remat, chip, network_bandwidth, sent, target_share, document_length)
+                work = there.work(target_share, document_length)
+                sent = expected_sent(there, remat, work, hosts_of(there.mesh))
+                bounds = roofline(there, remat, chip, sent, target_share, document_length)
                 found.append(Candidate(changes, there, remat, bounds))
     return sorted(found, key=lambda one: (-one.tokens_per_second, one.expected.in_turn))
 

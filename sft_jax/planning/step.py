@@ -25,6 +25,7 @@ from sft_jax.models.attention.kernel import Kernel
 from sft_jax.models.lora import Split
 from sft_jax.planning.collectives import Collective, count_collectives
 from sft_jax.planning.flops import Work
+from sft_jax.planning.network import hosts_of
 from sft_jax.planning.program_text import compile_with_text
 from sft_jax.planning.topology import GPU_COMPILER
 from sft_jax.sharding import (
@@ -163,6 +164,7 @@ class Compiled:
     peak_bytes: int | None  # None: too large, and the compiler did not say by how much
     argument_bytes: int | None
     temp_bytes: int | None  # beyond the arguments
+    room_bytes: int | None  # that a step may take and this one does not; negative where it does not fit
     seconds: float  # tracing and compiling
     cpu_seconds: float  # the same, of all cores together
     collectives: list[Collective] | None  # None: not counted
@@ -252,16 +254,18 @@ def _compile(step: AbstractStep, remat: str, usable_bytes: int, target_share: fl
                 raise UserError(f"attention by cuDNN is compiled with cuDNN, but no GPU: {GPU_COMPILER}") from error
             if "RESOURCE_EXHAUSTED" not in str(error):  # the compiler's word for a program that does not fit
                 raise
-            return Compiled(remat, False, _size_in(str(error)), None, None, *spent(), None)
+            return Compiled(remat, False, _size_in(str(error)), None, None, None, *spent(), None)
     seconds = spent()
     memory = program.memory_analysis()
     arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     # The peak knows what is alive when; not every compiler tells it.
     peak = memory.peak_memory_in_bytes or arguments + temporary
     needed = temp_bytes(program) if share < 1 else peak - arguments  # what train compares
-    fits = needed <= share * (usable_bytes - arguments)
-    collectives = None if text is None else count_collectives(text, step.mesh.size, step.loss_chunks(target_share))
-    return Compiled(remat, fits, peak, arguments, temporary, *seconds, collectives)
+    room = int(share * (usable_bytes - arguments) - needed)
+    collectives = None
+    if text is not None:
+        collectives = count_collectives(text, hosts_of(step.mesh), step.loss_chunks(target_share))
+    return Compiled(remat, room >= 0, peak, arguments, temporary, room, *seconds, collectives)
 
 
 def _size_in(message: str) -> int | None:

@@ -42,10 +42,13 @@ def _memory(plan: dict[str, Any]) -> list[str]:
     peak, usable = plan["peak_bytes"], plan["usable_bytes"]
     if peak is None:
         return [*lines, _row("peak", "too large")]
-    lines += [_row("peak", f"{peak / 2**20:,.0f}"), _row("room left", f"{(usable - peak) / 2**20:,.0f}")]
+    room = usable - peak if plan["room_bytes"] is None else plan["room_bytes"]
+    lines += [_row("peak", f"{peak / 2**20:,.0f}"), _row("room left", f"{room / 2**20:,.0f}")]
     share = usable / plan["hbm_bytes"]
     of = "" if share == 1 else f", {share:.0%} of its {plan['hbm_bytes'] / 2**30:.1f} GiB"
-    return [*lines, f"  of {usable / 2**30:.2f} GiB that a process has{of}"]
+    spared = (usable - peak - room) / 2**20
+    spare = f"; of what weights and state leave, a step is to spare {spared:,.0f} MiB" if spared >= 1 else ""
+    return [*lines, f"  of {usable / 2**30:.2f} GiB that a process has{of}{spare}"]
 
 
 def _network(plan: dict[str, Any]) -> list[str]:
@@ -54,9 +57,16 @@ def _network(plan: dict[str, Any]) -> list[str]:
     if plan["collectives"] is None:
         why = _NOT_COUNTED if plan["fits"] else "not counted: no program"
         return [f"collectives: {why}"]
-    lines = [f"{'collectives a step':26} {'count':>10} {'MiB sent by a chip':>20}"]
+    between = any(one["bytes_between_hosts"] for one in plan["collectives"])
+    lines = [
+        f"{'collectives a step':26} {'count':>10} {'MiB sent by a chip':>20}"
+        + (f" {'to other hosts':>16}" if between else "")
+    ]
     for one in plan["collectives"]:
-        lines.append(f"  {one['kind']:24} {one['count']:>10,.0f} {one['bytes'] / 2**20:>20,.0f}")
+        lines.append(
+            f"  {one['kind']:24} {one['count']:>10,.0f} {one['bytes'] / 2**20:>20,.0f}"
+            + (f" {one['bytes_between_hosts'] / 2**20:>16,.0f}" if between else "")
+        )
     return lines
 
 

@@ -39,13 +39,6 @@ class Topology:
     def num_devices(self) -> int:
         return math.prod(self.shape)
 
-    @property
-    def network_bandwidth(self) -> float:
-        """Bytes a second that a chip can send: between hosts, where there are several hosts of GPUs."""
-        if self.chip.host_bandwidth is not None and self.shape[0] > 1:
-            return self.chip.host_bandwidth
-        return self.chip.link_bandwidth
-
     def larger(self) -> Topology | None:
         """The next one that is rented, with up to twice the chips."""
         if self.chip.platform == "cuda":

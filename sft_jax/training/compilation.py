@@ -82,7 +82,9 @@ class Steps:
                 self._programs[length] = program
                 self._tell(Compiled(program, length, policy, time.perf_counter() - began, needed))
                 return
-        wants = "" if needed is None else f": it needs {needed / 2**30:.1f} GiB, {(free or 0) / 2**30:.1f} are free"
+        wants = ""
+        if needed is not None and free is not None:
+            wants = f": it needs {needed / 2**30:.2f} GiB, {SHARE:.0%} of the {free / 2**30:.2f} GiB free may be taken"
         raise UserError(
             f"model.remat: the step does not fit on {self._device.device_kind} with {' or '.join(self._candidates)}"
             f"{wants}; use a smaller training.batch_size, more training.gradient_accumulation_steps, a smaller "
