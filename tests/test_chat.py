@@ -8,7 +8,7 @@ import pytest
 from kit import CHATML, CHATML_UNMARKED, conversations, make_tokenizer, write_jsonl
 
 from sft_jax.config import SourceConfig
-from sft_jax.data.chat import STRADDLING, Encoded, Encoder
+from sft_jax.data.chat import JOINED, STRADDLING, Encoded, Encoder
 from sft_jax.data.examples import encode_sources, join
 from sft_jax.data.formats import parse
 from sft_jax.data.loader import make_batch
@@ -108,6 +108,39 @@ def test_a_token_across_the_edge_is_counted_and_not_trained(tokenizer):
     (encoded,) = encode(encoder, [{"prompt": "the riv", "completion": "er market"}], "prompt-completion")
     assert encoder.tally.notes[STRADDLING] > 0
     assert trained_text(tokenizer, encoded) == " market<|im_end|>"
+
+
+def test_a_blank_at_the_end_of_a_prompt_is_the_next_words(tokenizer):
+    """The tokenizer joins the two; without that word, only the stop token would be trained."""
+    encoder = Encoder(tokenizer)
+    (encoded,) = encode(encoder, [{"prompt": "the ", "completion": "market"}], "prompt-completion")
+    assert trained_text(tokenizer, encoded) == " market<|im_end|>"
+    assert (encoder.tally.notes[JOINED], encoder.tally.notes[STRADDLING]) == (1, 0)
+    with pytest.raises(RowError, match="nothing but the stop token"):
+        encode(encoder, [{"prompt": "the mark", "completion": "et"}], "prompt-completion")
+
+    tokenizer.chat_template = CHATML_UNMARKED.replace("+ '\n' }}{% if", "+ ': ' }}{% if").replace(
+        "assistant\n", "assistant: "
+    )
+    chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "market"}]}
+    encoder = Encoder(tokenizer)
+    (encoded,) = encode(encoder, [chat])
+    assert trained_text(tokenizer, encoded) == " market<|im_end|>"
+    assert encoder.tally.notes[JOINED] == 1
+
+
+def test_a_mark_around_the_header_is_noted(tokenizer):
+    note = "trained turns with their header, because the template's mark encloses it"
+    header, rows = "{{ '<|im_start|>' + m['role'] + '\n' }}", conversations(2)
+    enclosing = CHATML.replace(header, "").replace("{% generation %}", f"{{% generation %}}{header}")
+    enclosing = enclosing.replace("{% else %}", f"{{% else %}}{header}")
+    assert enclosing != CHATML
+    for template, is_noted in ((CHATML, False), (enclosing, True)):
+        tokenizer.chat_template = template
+        encoder = Encoder(tokenizer)
+        encode(encoder, rows)
+        turns = sum(message["role"] == "assistant" for row in rows for message in row["messages"])
+        assert encoder.tally.notes[note] == (turns if is_noted else 0)
 
 
 def test_text_is_all_targets_and_ends_once(tokenizer):

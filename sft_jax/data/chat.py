@@ -21,7 +21,11 @@ from sft_jax.data.turns import Rendered, TurnFinder
 from sft_jax.errors import UserError
 
 STRADDLING = "tokens across the edge of a trained turn, not trained"
+JOINED = "tokens across the edge of a trained turn, trained because of the prompt they have only blanks"
 MARKED_STRADDLING = "tokens across the edge of a trained turn, trained because the template's mark touches them"
+
+
+_ONLY_THE_STOP = "its only token has characters of the prompt too, so that nothing but the stop token could be trained"
 
 
 @dataclass(frozen=True)
@@ -186,7 +190,11 @@ class Encoder:
             raise RowError(f"the chat template writes the token {self.tokenizer.bos_token!r} twice at the start")
         num_targets = 0
         for i, (begin, end) in text.turns.items():
-            first, last = self._token_span(encoding, begin, end, tally)
+            first, last, is_cut = self._token_span(encoding, text.text, begin, end, tally)
+            if is_cut and ids[first] in self._special:
+                raise RowError(
+                    f"message {i}: {_ONLY_THE_STOP}; end the template's generation prompt with a whole token"
+                )
             last = self._find_stop(ids, first, last, i, tally)
             mask[first:last] = weights[i]
             num_targets += last - first
@@ -202,11 +210,11 @@ class Encoder:
             tally.targets = tally.tokens.copy()
         return Encoded(np.asarray(ids, np.int32), mask)
 
-    def _token_span(self, encoding: Any, begin: int, end: int, tally: Tally) -> tuple[int, int]:
+    def _token_span(self, encoding: Any, text: str, begin: int, end: int, tally: Tally) -> tuple[int, int, bool]:
         """Tokens of the characters ``begin … end``: as transformers counts them where the template marks its turns,
-        else only those that are wholly inside."""
+        else only those that have nothing but blanks from before; and whether one was left out for that."""
         if end <= begin:
-            return 0, 0
+            return 0, 0, False
         first, last = encoding.char_to_token(begin), encoding.char_to_token(end - 1)
         while first is None and begin < end - 1:  # characters that belong to no token, such as some blanks
             begin += 1
@@ -217,13 +225,17 @@ class Encoder:
         if first is None or last is None:
             raise RowError("the tokenizer does not keep the text of a trained turn, so its tokens cannot be told")
         assert self._template is not None
-        is_cut = encoding.token_to_chars(first)[0] < begin
-        if is_cut and self._template.is_marked:
+        before = text[encoding.token_to_chars(first)[0] : begin]
+        if not before:
+            return first, last + 1, False
+        if self._template.is_marked:
             tally.notes[MARKED_STRADDLING] += 1
-        elif is_cut:
-            tally.notes[STRADDLING] += 1
-            first += 1
-        return first, last + 1
+            return first, last + 1, False
+        if _is_joined(before):
+            tally.notes[JOINED] += 1
+            return first, last + 1, False
+        tally.notes[STRADDLING] += 1
+        return first + 1, last + 1, True
 
     def _find_stop(self, ids: list[int], first: int, end: int, i: int, tally: Tally) -> int:
         """Where a turn ends for training: after its stop token, or where the template's mark does.
@@ -271,9 +283,15 @@ class Encoder:
         if self.train_on == "all" or edge == 0:
             mask = np.ones(len(ids), np.float32)
         else:
-            offsets = encoding.offsets
-            mask = np.asarray([float(start >= edge and end > start) for start, end in offsets], np.float32)
-            tally.notes[STRADDLING] += sum(start < edge < end for start, end in offsets)
+            mask = np.asarray([float(start >= edge and end > start) for start, end in encoding.offsets], np.float32)
+            for at, (start, end) in enumerate(encoding.offsets):
+                if start < edge < end and _is_joined(row.prompt[start:]):
+                    mask[at] = 1.0
+                    tally.notes[JOINED] += 1
+                elif start < edge < end:
+                    tally.notes[STRADDLING] += 1
+            if row.completion.strip() and not mask.any():
+                raise RowError(f"{_ONLY_THE_STOP}; end the prompt with a whole word")
         if len(ids) > 1 and ids[0] == ids[1] == self.tokenizer.bos_token_id:  # the text has one of its own
             ids, mask = ids[1:], mask[1:]
         if ids and ids[-1] == self._stop_id:
@@ -302,6 +320,11 @@ class Encoder:
         tally.tokens.update({"completion": len(trained), "prompt": len(row.ids) - len(trained)})
         tally.targets["completion"] += len(trained)
         return Encoded(np.asarray(row.ids, np.int32), mask)
+
+
+def _is_joined(before: str) -> bool:
+    """Whether a token with these characters of a prompt is the answer's: a blank before a word is the word's."""
+    return not before.strip(" ")
 
 
 def prompt_ids(tokenizer: Any, messages: list[Message]) -> list[int]:

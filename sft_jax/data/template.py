@@ -51,6 +51,16 @@ class ChatTemplate:
         return re.search(r"\{%-?\s*generation\s*-?%\}", self.source) is not None
 
     @cached_property
+    def generation_prompt(self) -> str:
+        """What it writes to make the assistant answer; empty where that cannot be told by itself."""
+        asked: list[Message] = [{"role": "user", "content": "\u2603"}]
+        try:
+            (text, _), (prompted, _) = self.render(asked), self.render(asked, prompt=True)
+        except RowError:
+            return ""
+        return prompted[len(text) :] if prompted.startswith(text) else ""
+
+    @cached_property
     def _dated(self) -> str:
         """With a ``strftime_now`` of its own, which tells ``today``: transformers lets nobody pass a function."""
         if self.today is None or not self.tells_the_day:

@@ -32,7 +32,7 @@ from sft_jax.data.tokenised import Tokenised, Writer, read_tokenised
 from sft_jax.data.workers import encode_in_processes, encode_into, options, tokenizer_digest
 from sft_jax.errors import UserError
 
-_REVISION = 2  # of the encoding; raise it where the same rows give other ids or masks
+_REVISION = 3  # of the encoding; raise it where the same rows give other ids or masks
 _ROWS_PER_WORKER = 20_000  # fewer are done before another process has started
 _MAX_WORKERS = 32
 _STALE_SECONDS = 24 * 3600

@@ -101,7 +101,11 @@ class _View:
         if end is None:
             return None
         if self._template.is_marked:
-            return self._marked(i, marks, size)
+            begin, end = self._marked(i, marks, size)
+            prompt = self._template.generation_prompt
+            if prompt and text.startswith(prompt, begin):
+                self.notes["trained turns with their header, because the template's mark encloses it"] += 1
+            return begin, end
         if i not in self._begins:
             self._begins[i] = self._begin(i, alone)
         return self._begins[i], end
