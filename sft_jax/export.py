@@ -19,6 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from sft_jax import builtin
+from sft_jax.buckets import is_url
 from sft_jax.errors import UserError
 from sft_jax.hf.card import model_card
 from sft_jax.hf.config import read_architecture, read_config, stop_ids
@@ -62,6 +63,11 @@ def export(run: str | Path, out: str | Path, form: str | None = None, step: int 
             (folder / "README.md").write_text(card, encoding="utf-8")
     if is_main:
         print(f"{out}: {form} of step {opened.step}, {num_bytes(str(out)) / 1e6:.1f} MB")
+        base = opened.config.model.path
+        if form == "adapter" and is_url(base):
+            print(
+                f"its base is {base}, which PEFT does not open: name a copy in adapter_config.json, or --format merged"
+            )
 
 
 def _write_adapter(run: Run, folder: Path) -> None:

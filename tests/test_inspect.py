@@ -1,5 +1,6 @@
 """What ``sft-jax inspect`` shows is what is trained, and it refuses what ``train`` refuses."""
 
+import dataclasses
 import json
 from html.parser import HTMLParser
 
@@ -56,6 +57,21 @@ def test_json_is_what_is_trained(config, tiny, capsys):
     # of all 50: the overlong one was encoded too
     assert summary["tokens_by_role"]["assistant"] == summary["targets_by_role"]["assistant"]
     assert set(summary["tokens_by_role"]) == {"assistant", "user", "system", "template"}
+
+
+def test_an_epoch_sees_rows_as_often_as_their_weight_says(config, capsys):
+    """Twice the rows of a source are twice the rows of an epoch."""
+
+    def summary_of(weight):
+        source = dataclasses.replace(config.data.train[0], weight=weight)
+        data = dataclasses.replace(config.data, train=[source], packing=False)
+        inspect(dataclasses.replace(config, data=data), as_json=True)
+        return json.loads(capsys.readouterr().out.splitlines()[0])["summary"]
+
+    once, twice = summary_of(1.0), summary_of(2.0)
+    assert (once["packed_rows"], twice["packed_rows"]) == (49, 98)
+    assert (once["steps_per_epoch"], twice["steps_per_epoch"]) == (13, 25)
+    assert 0 < twice["packing_efficiency"] <= 1
 
 
 def test_text_shows_the_mask(config, capsys, monkeypatch):

@@ -3,6 +3,7 @@
 import json
 
 import datasets
+import fsspec
 import pytest
 from kit import conversations, write_jsonl
 
@@ -43,6 +44,17 @@ def test_format_by_columns_and_by_name(tmp_path):
     assert rows(both, format="text")[0][1] == "text"
     with pytest.raises(UserError, match="format 'messages' needs the column 'messages'; this file has completion"):
         rows(both, format="messages")
+
+
+def test_a_remote_file_is_fetched_once_a_version(monkeypatch):
+    fs, fetched = fsspec.filesystem("memory"), []
+    get_file = type(fs).get_file
+    monkeypatch.setattr(type(fs), "get_file", lambda fs, path, to: (fetched.append(path), get_file(fs, path, to)))
+    for text in ("first", "another"):
+        fs.pipe_file("/data/a.jsonl", json.dumps({"text": text}).encode())
+        for options in ({"max_rows": 1}, {}):
+            assert rows("memory://data/*.jsonl", **options)[0][3] == [{"text": text}]
+    assert fetched == ["/data/a.jsonl"] * 2
 
 
 def test_what_is_not_there(tmp_path):

@@ -20,6 +20,7 @@ from sft_jax.errors import UserError
 
 _KINDS = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
 _TRIED = 100  # rows that are looked at to tell the format
+_fetched: dict[tuple[str, str], Path] = {}  # remote files by address and version, copied by this process
 
 
 @dataclass(frozen=True)
@@ -114,10 +115,13 @@ def _open_remote(source: SourceConfig) -> list[tuple[str, Table]]:
             raise UserError(f"data: nothing there: {source.path}")
         opened = []
         for one in found:
-            target = scratch_folder() / Path(one).name
-            fs.get_file(one, str(target))
             name = fs.unstrip_protocol(one)
-            opened.append((name, open_file(target, name)))
+            version = (name, fs.ukey(one))
+            if version not in _fetched:  # a stream opens its sources twice: their first rows before all of them
+                target = scratch_folder() / Path(one).name
+                fs.get_file(one, str(target))
+                _fetched[version] = target
+            opened.append((name, open_file(_fetched[version], name)))
         return opened
     except UserError:
         raise

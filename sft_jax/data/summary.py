@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from sft_jax.config import DataConfig, TrainingConfig
-from sft_jax.data.packing import plan_of, plan_run
+from sft_jax.data.packing import plan_of
 from sft_jax.data.prepare import Prepared
 
 _BARS = 16  # of the histogram
@@ -56,19 +57,10 @@ def summarise(data: DataConfig, training: TrainingConfig, prepared: Prepared) ->
         "max_length": data.max_length,
     }
     if len(examples):
-        epoch = plan_run(
-            examples.slots,
-            data.max_length,
-            training.batch_size,
-            num_epochs=1,
-            seed=training.seed,
-            packing=data.packing,
-            shuffle=data.shuffle,
-        )
-        num_rows = len(epoch.rows) - 1
+        epoch = plan_of(data, replace(training, num_train_epochs=1, max_steps=None), examples)
         summary |= {
-            "packing_efficiency": int(examples.slots.sum()) / epoch.num_slots,
-            "packed_rows": num_rows,
+            "packing_efficiency": int(examples.slots[epoch.items].sum()) / epoch.num_slots,
+            "packed_rows": len(epoch.rows) - 1,
             "steps_per_epoch": epoch.num_steps,
             "steps": plan_of(data, training, examples).num_steps,
         }
