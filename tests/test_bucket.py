@@ -69,6 +69,10 @@ def test_everything_in_a_bucket(bucket, tiny, chats, tmp_path, monkeypatch):
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("there", "here"))
     assert all(np.array_equal(one[name], tensor) for name, tensor in other.items())
 
+    adapter = sft_jax(bucket, "export", "gs://bucket/runs/a", tmp_path / "adapter")
+    assert adapter.returncode == 0, adapter.stderr
+    assert "its base is gs://bucket/model, which PEFT does not open" in adapter.stdout
+
     export_into_the_bucket(bucket, tmp_path / "here", monkeypatch)
 
 
