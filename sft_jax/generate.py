@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from sft_jax.data.chat import prompt_ids
+from sft_jax.data.chat import context_ids, prompt_ids
 from sft_jax.data.lines import read_json_lines
 from sft_jax.errors import UserError
 from sft_jax.inference.generator import Generated
@@ -148,7 +148,7 @@ def _open(name: str, base: str | None, step: int | None, dtype: str | None) -> O
 
 def _encode(tokenizer: Any, prompt: str, raw: bool, system: str | None) -> list[int]:
     if raw:
-        return tokenizer(prompt)["input_ids"]
+        return context_ids(tokenizer, prompt)
     start = [{"role": "system", "content": system}] if system else []
     return prompt_ids(tokenizer, [*start, {"role": "user", "content": prompt}])
 

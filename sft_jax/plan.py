@@ -167,6 +167,7 @@ def figures(
         "peak_bytes": compiled.peak_bytes,
         "argument_bytes": compiled.argument_bytes,
         "temp_bytes": compiled.temp_bytes,
+        "spare_bytes": compiled.spare_bytes,
         "room_bytes": compiled.room_bytes,
         "hbm_bytes": where.chip.hbm_bytes,
         "usable_bytes": usable_bytes(where.chip),

@@ -71,6 +71,9 @@ def make_mesh(
 
 def _arranged(devices: Sequence[Any], sizes: Sequence[int]) -> np.ndarray:
     """Devices as an array of the mesh's shape."""
+    if devices[0].platform == "gpu":  # whose runtime calls each host a slice; the outer axes are to cross hosts
+        devices = sorted(devices, key=lambda device: (device.process_index, device.id))
+        return np.asarray(devices).reshape(sizes)
     num_slices = len({getattr(device, "slice_index", 0) for device in devices})
     if num_slices == 1:
         return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)

@@ -8,7 +8,7 @@ import pytest
 from kit import CHATML, CHATML_UNMARKED, conversations, make_tokenizer, write_jsonl
 
 from sft_jax.config import SourceConfig
-from sft_jax.data.chat import JOINED, STRADDLING, Encoded, Encoder
+from sft_jax.data.chat import JOINED, STRADDLING, Encoded, Encoder, context_ids, prompt_ids
 from sft_jax.data.examples import encode_sources, join
 from sft_jax.data.formats import parse
 from sft_jax.data.loader import make_batch
@@ -116,8 +116,12 @@ def test_a_blank_at_the_end_of_a_prompt_is_the_next_words(tokenizer):
     (encoded,) = encode(encoder, [{"prompt": "the ", "completion": "market"}], "prompt-completion")
     assert trained_text(tokenizer, encoded) == " market<|im_end|>"
     assert (encoder.tally.notes[JOINED], encoder.tally.notes[STRADDLING]) == (1, 0)
-    with pytest.raises(RowError, match="nothing but the stop token"):
-        encode(encoder, [{"prompt": "the mark", "completion": "et"}], "prompt-completion")
+    for completion in ("et", "et<|im_end|>", "et "):
+        row = {"prompt": "the mark", "completion": completion}
+        with pytest.raises(RowError, match="nothing but the stop token"):
+            encode(encoder, [row], "prompt-completion")
+        encode(Encoder(tokenizer, "all"), [row], "prompt-completion")
+    assert trained_text(tokenizer, *encode(encoder, [{"prompt": "a", "completion": " "}], "prompt-completion"))
 
     tokenizer.chat_template = CHATML_UNMARKED.replace("+ '\n' }}{% if", "+ ': ' }}{% if").replace(
         "assistant\n", "assistant: "
@@ -127,6 +131,21 @@ def test_a_blank_at_the_end_of_a_prompt_is_the_next_words(tokenizer):
     (encoded,) = encode(encoder, [chat])
     assert trained_text(tokenizer, encoded) == " market<|im_end|>"
     assert encoder.tally.notes[JOINED] == 1
+    before = encoded.ids.tolist()[: int(np.flatnonzero(encoded.mask)[0])]
+    assert prompt_ids(tokenizer, chat["messages"][:1]) == before  # generation goes on from what was trained
+    assert context_ids(tokenizer, "the ") == context_ids(tokenizer, "the")
+    assert context_ids(tokenizer, "the\n") != context_ids(tokenizer, "the")
+
+    tokenizer.chat_template = CHATML_UNMARKED.replace("+ '\n' }}{% if", "+ ' the mark' }}{% if").replace(
+        "assistant\n", "assistant the mark"
+    )
+    chat["messages"][1]["content"] = "et"
+    with pytest.raises(RowError, match="message 1: its only token has characters of the prompt"):
+        encode(Encoder(tokenizer), [chat])
+    encode(Encoder(tokenizer, "all"), [chat])
+    chat["messages"][1]["content"] = "et river"
+    (encoded,) = encode(Encoder(tokenizer), [chat])
+    assert trained_text(tokenizer, encoded) == " river<|im_end|>"
 
 
 def test_a_mark_around_the_header_is_noted(tokenizer):

@@ -74,19 +74,20 @@ def test_what_crosses_from_host_to_host_by_hand():
         gathered = lax.all_gather(a, ("x", "y"), tiled=True)  # [8, 16]: 512 bytes
         summed = lax.psum(gathered, "x")  # 512 bytes over two
         scattered = lax.psum_scatter(summed * 2, "y", tiled=True)  # [2, 16] of 512 bytes over four
-        return lax.all_to_all(scattered[:1].reshape(4, 4), "y", 0, 0, tiled=True).reshape(1, 16)  # 64 bytes
+        traded = lax.all_to_all(scattered[:1].reshape(4, 4), "y", 0, 0, tiled=True).reshape(1, 16)  # 64 bytes
+        return lax.ppermute(traded, ("x", "y"), [(i, (i + 1) % 8) for i in range(8)])  # 64 bytes, round all eight
 
     spec = PartitionSpec(("x", "y"))
     text = compiled_text(function, (8, 16), in_specs=(spec,), out_specs=spec)
     fours = {one.kind: one.sent for one in count_collectives(text, [0] * 4 + [1] * 4, unknown_trips=0)}
     assert fours == {
         "all-gather": Sent(512 * 7 / 8, 512 / 8), "all-reduce": Sent(512, 512), "reduce-scatter": Sent(384, 0),
-        "all-to-all": Sent(48, 0),
+        "all-to-all": Sent(48, 0), "collective-permute": Sent(64, 64 / 4),
     }  # fmt: skip
     twos = {one.kind: one.sent for one in count_collectives(text, [0, 0, 1, 1, 2, 2, 3, 3], unknown_trips=0)}
     assert twos == {
         "all-gather": Sent(512 * 7 / 8, 512 * 3 / 8), "all-reduce": Sent(512, 512),
-        "reduce-scatter": Sent(384, 512 / 4), "all-to-all": Sent(48, 32),
+        "reduce-scatter": Sent(384, 512 / 4), "all-to-all": Sent(48, 32), "collective-permute": Sent(64, 64 / 2),
     }  # fmt: skip
 
 
@@ -133,7 +134,7 @@ ENTRY %main (a: bf16[4,8], b: f32[64,8]) -> f32[16,8] {
   %b = f32[64,8]{1,0:T(8,128)S(1)} parameter(1)
   %ag = (bf16[4,8]{1,0:T(8,128)(2,1)}, bf16[16,8]{1,0:T(8,128)(2,1)}) all-gather-start(%a), replica_groups=[2,4]<=[8]
   %agd = bf16[16,8]{1,0:T(8,128)(2,1)} all-gather-done(%ag)
-  %cp = (bf16[4,8]{1,0}, bf16[4,8]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%a), pairs={{0,1},{1,0}}
+  %cp = (bf16[4,8]{1,0}, bf16[4,8]{1,0}, u32[], u32[]) collective-permute-start(%a), source_target_pairs={{0,1},{1,0}}
   %cpd = bf16[4,8]{1,0} collective-permute-done(%cp)
   %as = ((f32[16]{0}), f32[128]{0}, u32[]) async-start(%c), calls=%wrapped
   %ad = f32[128]{0} async-done(%as), calls=%wrapped

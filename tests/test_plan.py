@@ -84,7 +84,7 @@ def test_what_does_not_fit_is_told_with_its_size(tiny, tmp_path):
 
 PLAN = {
     "topology": "v5e:4x4", "num_devices": 16, "mesh": {"data": 1, "fsdp": 16}, "fits": False, "peak_bytes": 20 * 2**30,
-    "argument_bytes": 12 * 2**30, "temp_bytes": 8 * 2**30, "room_bytes": -5 * 2**30,
+    "argument_bytes": 12 * 2**30, "temp_bytes": 8 * 2**30, "spare_bytes": 2**30, "room_bytes": -5 * 2**30,
     "hbm_bytes": 16 * 2**30, "usable_bytes": 16 * 2**30,
     "part_bytes": {"frozen": 10 * 2**30, "trained": 2**30, "optimizer": 2**29, "batch": 0, "gradients": 2**30},
     "remat": "dots", "attention": "splash", "rows_at_a_time": 2, "tokens_per_step": 65536, "target_share": 0.5,
@@ -108,15 +108,19 @@ def test_the_text_says_what_was_found():
     lines = plan_text(PLAN | {"advice": advice, "search": found}).splitlines()
     shown = {" ".join(line.split()) for line in lines}
     assert {"padding of these 512", "gradients 1,024", "activations and the like 7,168", "room left -5,120"} <= shown
-    assert any("a step is to spare 1,024 MiB" in line for line in lines)
+    assert any("a step being to spare 1,024 MiB" in line for line in lines)
     assert "does not fit; it does with model.remat=full --topology v5e:4x8; peak 15,360 MiB" in shown
     assert any("163,840 tokens/s" in line and line.endswith("mesh.fsdp=16") for line in lines)
     assert any("network not counted" in line for line in lines)
     assert any("25% more" in line for line in lines)
+    sent = {"kind": "all-gather", "count": 3.0, "bytes": 8 * 2**20, "bytes_between_hosts": 0.0}
+    within, across = (plan_text(PLAN | {"collectives": [sent | more]}) for more in ({}, {"bytes_between_hosts": 2**20}))
+    assert "to other hosts" not in within
+    assert any(line.split() == ["all-gather", "3", "8", "1"] for line in across.splitlines())
     nothing = plan_text(PLAN | {"advice": advice | {"changes": None}})
     assert nothing.endswith("nor does anything that was tried: model.remat=full on v5e:4x4")
     assert "too large" in plan_text(
-        PLAN | {"peak_bytes": None, "argument_bytes": None, "temp_bytes": None, "room_bytes": None}
+        PLAN | {"peak_bytes": None, "argument_bytes": None, "temp_bytes": None, "spare_bytes": None, "room_bytes": None}
     )
 
 

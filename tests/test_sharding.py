@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 from sft_jax.errors import UserError
+from sft_jax.planning.network import hosts_of
 from sft_jax.sharding import _arranged, make_mesh
 
 
-def slices(num: int, each: int) -> list:
+def slices(num: int, each: int, platform: str = "cpu") -> list:
     """Devices of several slices, out of order."""
     devices = [
-        SimpleNamespace(id=i, slice_index=i // each, process_index=i // 4, platform="cpu", device_kind="cpu")
+        SimpleNamespace(id=i, slice_index=i // each, process_index=i // each, platform=platform, device_kind="any")
         for i in range(num * each)
     ]
     return devices[::2] + devices[1::2]
@@ -28,6 +29,17 @@ def test_slices_meet_along_data_only():
     assert sorted(device.id for device in grid.flat) == list(range(16))
     with pytest.raises(UserError, match=r"mesh.data: 1 is not a multiple of the 2 slices.*use mesh.data=2"):
         _arranged(slices(2, 8), (1, 16, 1, 1))
+
+
+@pytest.mark.smoke
+def test_gpus_of_several_hosts_are_one_network():
+    """Any axis may cross hosts, and the outer ones do; for plan, TPUs of a slice are on one."""
+    gpus = _arranged(slices(2, 4, "gpu"), (1, 4, 1, 2))
+    assert [device.id for device in gpus.flat] == list(range(8))
+    mesh = SimpleNamespace(devices=gpus)
+    assert hosts_of(mesh) == [0] * 4 + [1] * 4
+    mesh.devices = np.asarray(slices(2, 4, "tpu"))
+    assert hosts_of(mesh) == [0] * 8
 
 
 @pytest.mark.smoke

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import date
+from string import ascii_lowercase
 from typing import Any
 
 import numpy as np
@@ -190,12 +191,12 @@ class Encoder:
             raise RowError(f"the chat template writes the token {self.tokenizer.bos_token!r} twice at the start")
         num_targets = 0
         for i, (begin, end) in text.turns.items():
-            first, last, is_cut = self._token_span(encoding, text.text, begin, end, tally)
-            if is_cut and ids[first] in self._special:
+            first, last, lost = self._token_span(encoding, text.text, begin, end, tally)
+            last = self._find_stop(ids, first, last, i, tally)
+            if lost.strip() and self.train_on != "all" and self._says_nothing(ids[first:last]):
                 raise RowError(
                     f"message {i}: {_ONLY_THE_STOP}; end the template's generation prompt with a whole token"
                 )
-            last = self._find_stop(ids, first, last, i, tally)
             mask[first:last] = weights[i]
             num_targets += last - first
         tally.targets["assistant"] += num_targets
@@ -210,11 +211,11 @@ class Encoder:
             tally.targets = tally.tokens.copy()
         return Encoded(np.asarray(ids, np.int32), mask)
 
-    def _token_span(self, encoding: Any, text: str, begin: int, end: int, tally: Tally) -> tuple[int, int, bool]:
+    def _token_span(self, encoding: Any, text: str, begin: int, end: int, tally: Tally) -> tuple[int, int, str]:
         """Tokens of the characters ``begin … end``: as transformers counts them where the template marks its turns,
-        else only those that have nothing but blanks from before; and whether one was left out for that."""
+        else only those that have nothing but blanks from before; and the characters that are lost with another."""
         if end <= begin:
-            return 0, 0, False
+            return 0, 0, ""
         first, last = encoding.char_to_token(begin), encoding.char_to_token(end - 1)
         while first is None and begin < end - 1:  # characters that belong to no token, such as some blanks
             begin += 1
@@ -225,17 +226,17 @@ class Encoder:
         if first is None or last is None:
             raise RowError("the tokenizer does not keep the text of a trained turn, so its tokens cannot be told")
         assert self._template is not None
-        before = text[encoding.token_to_chars(first)[0] : begin]
-        if not before:
-            return first, last + 1, False
+        token = encoding.token_to_chars(first)
+        if token[0] >= begin:
+            return first, last + 1, ""
         if self._template.is_marked:
             tally.notes[MARKED_STRADDLING] += 1
-            return first, last + 1, False
-        if _is_joined(before):
+        elif _is_joined(text[token[0] : begin]):
             tally.notes[JOINED] += 1
-            return first, last + 1, False
-        tally.notes[STRADDLING] += 1
-        return first + 1, last + 1, True
+        else:
+            tally.notes[STRADDLING] += 1
+            return first + 1, last + 1, text[begin : token[1]]
+        return first, last + 1, ""
 
     def _find_stop(self, ids: list[int], first: int, end: int, i: int, tally: Tally) -> int:
         """Where a turn ends for training: after its stop token, or where the template's mark does.
@@ -266,6 +267,10 @@ class Encoder:
         tally.stops[ids[stop]] += 1
         return end if self._template.is_marked else run[0] + 1
 
+    def _says_nothing(self, ids: Sequence[int]) -> bool:
+        """Whether there is nothing to learn but when to stop."""
+        return all(token in self._stops or self._is_blank(token) for token in ids)
+
     def _is_blank(self, token: int) -> bool:
         if token not in self._blank:
             self._blank[token] = not self.tokenizer.decode([token]).strip()
@@ -279,7 +284,7 @@ class Encoder:
         """
         if self._stop_id is None:
             raise UserError("data.stop_token: the tokenizer has no eos token to end a document with; name a token")
-        ids, edge = encoding.ids, len(row.prompt)
+        ids, edge, lost = encoding.ids, len(row.prompt), ""
         if self.train_on == "all" or edge == 0:
             mask = np.ones(len(ids), np.float32)
         else:
@@ -290,7 +295,8 @@ class Encoder:
                     tally.notes[JOINED] += 1
                 elif start < edge < end:
                     tally.notes[STRADDLING] += 1
-            if row.completion.strip() and not mask.any():
+                    lost += row.completion[: end - edge]
+            if lost.strip() and self._says_nothing([ids[at] for at in np.flatnonzero(mask)]):
                 raise RowError(f"{_ONLY_THE_STOP}; end the prompt with a whole word")
         if len(ids) > 1 and ids[0] == ids[1] == self.tokenizer.bos_token_id:  # the text has one of its own
             ids, mask = ids[1:], mask[1:]
@@ -341,4 +347,14 @@ def prompt_ids(tokenizer: Any, messages: list[Message]) -> list[int]:
             text, _ = template.render(messages, prompt=True)
     except RowError as error:
         raise UserError(str(error)) from error
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return context_ids(tokenizer, text, add_special_tokens=False)
+
+
+def context_ids(tokenizer: Any, text: str, add_special_tokens: bool = True) -> list[int]:
+    """A text to be continued, as in training: without a last blank that the tokenizer joins to the next word."""
+    if text.endswith(" ") and text.strip():
+        continued = [text + letter for letter in ascii_lowercase]  # small vocabularies do not join all of them
+        offsets = tokenizer(continued, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
+        if any(start < len(text) < end for one in offsets["offset_mapping"] for start, end in one):
+            text = text[:-1]
+    return tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]

@@ -148,6 +148,8 @@ def group_by_length(slots: np.ndarray, order: np.ndarray, batch_size: int, rng: 
     Examples are sorted within ``SIMILAR_STEPS`` steps of the given order, so that which of them meet is still random.
     """
     window = SIMILAR_STEPS * batch_size
+    if not len(order):  # sources of so little weight that an epoch may have none of their examples
+        return order
     parts = [order[start : start + window] for start in range(0, len(order), window)]
     grouped = np.concatenate([part[np.argsort(-slots[part], kind="stable")] for part in parts])
     full = len(grouped) // batch_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -107,6 +108,7 @@ def _open_remote(source: SourceConfig) -> list[tuple[str, Table]]:
 
     try:
         fs, path = fsspec.core.url_to_fs(source.path)
+        fs.invalidate_cache()
         if fs.isdir(path):
             found = sorted(one for one in fs.ls(path, detail=False) if kind_of(one) in _KINDS)
         else:
@@ -116,7 +118,7 @@ def _open_remote(source: SourceConfig) -> list[tuple[str, Table]]:
         opened = []
         for one in found:
             name = fs.unstrip_protocol(one)
-            version = (name, fs.ukey(one))
+            version = (name, json.dumps(fs.info(one), sort_keys=True, default=str))
             if version not in _fetched:  # a stream opens its sources twice: their first rows before all of them
                 target = scratch_folder() / Path(one).name
                 fs.get_file(one, str(target))

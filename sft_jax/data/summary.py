@@ -59,7 +59,7 @@ def summarise(data: DataConfig, training: TrainingConfig, prepared: Prepared) ->
     if len(examples):
         epoch = plan_of(data, replace(training, num_train_epochs=1, max_steps=None), examples)
         summary |= {
-            "packing_efficiency": int(examples.slots[epoch.items].sum()) / epoch.num_slots,
+            "packing_efficiency": int(examples.slots[epoch.items].sum()) / max(1, epoch.num_slots),
             "packed_rows": len(epoch.rows) - 1,
             "steps_per_epoch": epoch.num_steps,
             "steps": plan_of(data, training, examples).num_steps,

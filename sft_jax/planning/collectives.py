@@ -116,7 +116,7 @@ def _collective(opcode: str, shape: str, line: str, computation: str, hosts: Hos
     if not sizes:
         return None
     groups, whole = _groups(line, len(hosts)), sum(sizes)
-    group = groups.shape[1]
+    group = max(map(len, groups))
     if kind == "all-reduce" and "all-reduce-scatter" in computation:
         kind = "reduce-scatter"  # the TPU compiler's form of it: each keeps its part
         return kind, sent(kind, whole, groups, hosts)
@@ -174,25 +174,27 @@ def _called(line: str) -> Iterator[str]:
         yield from (name.strip().lstrip("%") for name in names.split(","))
 
 
-def _groups(line: str, num_devices: int) -> np.ndarray:
-    """The chips that meet in a collective, ``[groups, n]``; of a permutation, the pairs.
+def _groups(line: str, num_devices: int) -> list[list[int]]:
+    """The chips that meet in a collective; of a permutation, from where to where.
 
-    >>> _groups("replica_groups={{0,1},{2,3}}, use_global_device_ids=true", 4).tolist()
+    >>> _groups("replica_groups={{0,1},{2,3}}, use_global_device_ids=true", 4)
     [[0, 1], [2, 3]]
-    >>> _groups("replica_groups=[2,2]<=[4]", 4).tolist()
+    >>> _groups("replica_groups=[2,2]<=[4]", 4)
     [[0, 1], [2, 3]]
-    >>> _groups("replica_groups=[2,2]<=[2,2]T(1,0)", 4).tolist()  # 0 to 3 as 2 × 2, transposed
+    >>> _groups("replica_groups=[2,2]<=[2,2]T(1,0)", 4)  # 0 to 3 as 2 × 2, transposed
     [[0, 2], [1, 3]]
-    >>> _groups("source_target_pairs={{0,1},{1,0}}", 4).tolist()
+    >>> _groups("source_target_pairs={{0,1},{1,0}}", 4)
     [[0, 1], [1, 0]]
+    >>> _groups("replica_groups={}", 4)
+    [[0, 1, 2, 3]]
     """
     if match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
         shape, dims, order = ([int(one) for one in found.split(",")] if found else [] for found in match.groups())
         ids = np.arange(math.prod(dims)).reshape(dims)
-        return (ids.transpose(order) if order else ids).reshape(shape)
-    if match := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]+\})\}", line):
-        return np.asarray([[int(one) for one in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", match[1])])
-    return np.arange(num_devices)[None]
+        return (ids.transpose(order) if order else ids).reshape(shape).tolist()
+    if match := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]+\})\}", line):
+        return [[int(one) for one in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", match[1])]
+    return [list(range(num_devices))]
 
 
 def _bytes(dtype: str, dims: str) -> float:

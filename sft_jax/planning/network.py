@@ -7,14 +7,15 @@ whole one, where chips hold parts), a chip sends
     all-gather, reduce-scatter    S · (n - 1) / n      S · (h - 1) / n
     all-reduce                    twice that           twice that
     all-to-all                    S · (n - 1) / n      S · (h - 1) / h
-    collective-permute            S                    S, where a pair is of two hosts
+    collective-permute            S                    S · c, the share of a host's chips that send to another one
 
-To other hosts, gathering and adding up first happen within a host, each of whose chips then sends its part.
+To other hosts, gathering and adding up first happen within a host, and the chips of a host share what it sends.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -53,25 +54,26 @@ def hosts_of(mesh: Mesh) -> Hosts:
     return [0 if device.platform == "tpu" else device.process_index for device in devices]
 
 
-def groups_along(axes: Sequence[str], mesh: Mesh) -> np.ndarray:
-    """The devices that meet in a collective along axes of a mesh, ``[groups, n]``."""
+def groups_along(axes: Sequence[str], mesh: Mesh) -> list[list[int]]:
+    """The devices that meet in a collective along axes of a mesh."""
     at = [mesh.axis_names.index(axis) for axis in axes]
     places = np.arange(mesh.size).reshape(mesh.devices.shape)
-    return np.moveaxis(places, at, range(-len(at), 0)).reshape(-1, math.prod(mesh.devices.shape[i] for i in at))
+    size = math.prod(mesh.devices.shape[i] for i in at)
+    return np.moveaxis(places, at, range(-len(at), 0)).reshape(-1, size).tolist()
 
 
-def sent(kind: str, whole: float, groups: np.ndarray, hosts: Hosts) -> Sent:
+def sent(kind: str, whole: float, groups: Sequence[Sequence[int]], hosts: Hosts) -> Sent:
     """By a chip in a collective.
 
     Args:
         kind: of :data:`KINDS`.
         whole: S above, bytes.
-        groups: the devices that meet, ``[groups, n]``; of a permutation, the pairs.
+        groups: the devices that meet; of a permutation, from where to where.
     """
-    n = groups.shape[1]
-    h = max(len({hosts[device] for device in group}) for group in groups.tolist())
     if kind == "collective-permute":
-        return Sent(whole, whole if h > 1 else 0.0)
+        crossing, chips = Counter(hosts[a] for a, b in groups if hosts[a] != hosts[b]), Counter(hosts)
+        return Sent(whole, whole * max((number / chips[host] for host, number in crossing.items()), default=0.0))
+    n, h = max(map(len, groups)), max(len({hosts[device] for device in group}) for group in groups)
     if kind == "all-to-all":
         return Sent(whole * (n - 1) / n, whole * (h - 1) / h)
     return Sent(whole * (n - 1) / n, whole * (h - 1) / n).times(2 if kind == "all-reduce" else 1)

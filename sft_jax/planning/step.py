@@ -164,7 +164,8 @@ class Compiled:
     peak_bytes: int | None  # None: too large, and the compiler did not say by how much
     argument_bytes: int | None
     temp_bytes: int | None  # beyond the arguments
-    room_bytes: int | None  # that a step may take and this one does not; negative where it does not fit
+    spare_bytes: int | None  # of what the arguments leave, that a step is not to take
+    room_bytes: int | None  # that is left besides; negative where it does not fit
     seconds: float  # tracing and compiling
     cpu_seconds: float  # the same, of all cores together
     collectives: list[Collective] | None  # None: not counted
@@ -254,18 +255,19 @@ def _compile(step: AbstractStep, remat: str, usable_bytes: int, target_share: fl
                 raise UserError(f"attention by cuDNN is compiled with cuDNN, but no GPU: {GPU_COMPILER}") from error
             if "RESOURCE_EXHAUSTED" not in str(error):  # the compiler's word for a program that does not fit
                 raise
-            return Compiled(remat, False, _size_in(str(error)), None, None, None, *spent(), None)
+            return Compiled(remat, False, _size_in(str(error)), None, None, None, None, *spent(), None)
     seconds = spent()
     memory = program.memory_analysis()
     arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     # The peak knows what is alive when; not every compiler tells it.
     peak = memory.peak_memory_in_bytes or arguments + temporary
     needed = temp_bytes(program) if share < 1 else peak - arguments  # what train compares
-    room = int(share * (usable_bytes - arguments) - needed)
+    spare = int((1 - share) * (usable_bytes - arguments))
+    room = usable_bytes - arguments - spare - needed
     collectives = None
     if text is not None:
         collectives = count_collectives(text, hosts_of(step.mesh), step.loss_chunks(target_share))
-    return Compiled(remat, room >= 0, peak, arguments, temporary, room, *seconds, collectives)
+    return Compiled(remat, room >= 0, peak, arguments, temporary, spare, room, *seconds, collectives)
 
 
 def _size_in(message: str) -> int | None:

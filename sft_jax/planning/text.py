@@ -46,8 +46,7 @@ def _memory(plan: dict[str, Any]) -> list[str]:
     lines += [_row("peak", f"{peak / 2**20:,.0f}"), _row("room left", f"{room / 2**20:,.0f}")]
     share = usable / plan["hbm_bytes"]
     of = "" if share == 1 else f", {share:.0%} of its {plan['hbm_bytes'] / 2**30:.1f} GiB"
-    spared = (usable - peak - room) / 2**20
-    spare = f"; of what weights and state leave, a step is to spare {spared:,.0f} MiB" if spared >= 1 else ""
+    spare = "" if not plan["spare_bytes"] else f", a step being to spare {plan['spare_bytes'] / 2**20:,.0f} MiB"
     return [*lines, f"  of {usable / 2**30:.2f} GiB that a process has{of}{spare}"]
 
 
