@@ -16,7 +16,8 @@ _PROGRAMS += ["hostname", "mkdir", "mktemp", "mv", "nohup", "rm", "sed", "setsid
 
 _STUB = r"""#!/usr/bin/env bash
 name=${0##*/}
-[ "$name" = sleep ] || { printf '%s\x1f' "$name" "$@"; printf '\x1e'; } >>"$STUBS/calls"
+printf -v call '%s\x1f' "$name" "$@"
+[ "$name" = sleep ] || printf '%s\x1e' "$call" >>"$STUBS/calls" # at once: others may write at the same time
 take() { # the next line of a list of answers
     head -n 1 "$STUBS/$1"
     sed -i 1d "$STUBS/$1"
