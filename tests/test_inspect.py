@@ -72,7 +72,8 @@ def test_an_epoch_sees_rows_as_often_as_their_weight_says(config, capsys):
     assert (once["packed_rows"], twice["packed_rows"]) == (49, 98)
     assert (once["steps_per_epoch"], twice["steps_per_epoch"]) == (13, 25)
     assert 0 < twice["packing_efficiency"] <= 1
-    assert summary_of(0.001)["packed_rows"] in (0, 1)
+    rarely = summary_of(0.001)  # an epoch has none of its rows
+    assert (rarely["packed_rows"], rarely["steps_per_epoch"], rarely["packing_efficiency"]) == (0, 0, 0.0)
 
 
 def test_text_shows_the_mask(config, capsys, monkeypatch):

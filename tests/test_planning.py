@@ -88,9 +88,9 @@ def test_a_process_has_three_quarters_of_a_gpu(monkeypatch):
     for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
         monkeypatch.delenv(name, raising=False)
     assert usable_bytes(CHIPS["v5e"]) == CHIPS["v5e"].hbm_bytes
-    assert usable_bytes(CHIPS["h100"]) == int(0.75 * CHIPS["h100"].hbm_bytes)
+    assert usable_bytes(CHIPS["h100"]) == int(0.75 * 79.1 * 2**30)
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
-    assert usable_bytes(CHIPS["h100"]) == int(0.9 * CHIPS["h100"].hbm_bytes)
+    assert usable_bytes(CHIPS["h100"]) == int(0.9 * 79.1 * 2**30)
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "most")
     with pytest.raises(UserError, match="'most' is not a number"):
         usable_bytes(CHIPS["h100"])

@@ -24,8 +24,6 @@ from sft_jax.errors import UserError
 STRADDLING = "tokens across the edge of a trained turn, not trained"
 JOINED = "tokens across the edge of a trained turn, trained because of the prompt they have only blanks"
 MARKED_STRADDLING = "tokens across the edge of a trained turn, trained because the template's mark touches them"
-
-
 _ONLY_THE_STOP = "its only token has characters of the prompt too, so that nothing but the stop token could be trained"
 
 
@@ -231,10 +229,7 @@ class Encoder:
             return first, last + 1, ""
         if self._template.is_marked:
             tally.notes[MARKED_STRADDLING] += 1
-        elif _is_joined(text[token[0] : begin]):
-            tally.notes[JOINED] += 1
-        else:
-            tally.notes[STRADDLING] += 1
+        elif not _is_answers(text[token[0] : begin], tally):
             return first + 1, last + 1, text[begin : token[1]]
         return first, last + 1, ""
 
@@ -290,11 +285,11 @@ class Encoder:
         else:
             mask = np.asarray([float(start >= edge and end > start) for start, end in encoding.offsets], np.float32)
             for at, (start, end) in enumerate(encoding.offsets):
-                if start < edge < end and _is_joined(row.prompt[start:]):
+                if not start < edge < end:
+                    continue
+                if _is_answers(row.prompt[start:], tally):
                     mask[at] = 1.0
-                    tally.notes[JOINED] += 1
-                elif start < edge < end:
-                    tally.notes[STRADDLING] += 1
+                else:
                     lost += row.completion[: end - edge]
             if lost.strip() and self._says_nothing([ids[at] for at in np.flatnonzero(mask)]):
                 raise RowError(f"{_ONLY_THE_STOP}; end the prompt with a whole word")
@@ -328,9 +323,14 @@ class Encoder:
         return Encoded(np.asarray(row.ids, np.int32), mask)
 
 
-def _is_joined(before: str) -> bool:
-    """Whether a token with these characters of a prompt is the answer's: a blank before a word is the word's."""
-    return not before.strip(" ")
+def _is_answers(before: str, tally: Tally) -> bool:
+    """Whether a token across the edge, with these characters of the prompt, is trained with the answer; it is noted.
+
+    A blank before a word is the word's.
+    """
+    is_blank = not before.strip(" ")
+    tally.notes[JOINED if is_blank else STRADDLING] += 1
+    return is_blank
 
 
 def prompt_ids(tokenizer: Any, messages: list[Message]) -> list[int]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sft_jax.planning.network import KINDS, Hosts, Sent, sent
+from sft_jax.planning.network import KINDS, Hosts, Sent, sent_in
 
 _Computation = dict[str, str]  # instructions: name and what stands right of it
 
@@ -119,12 +119,12 @@ def _collective(opcode: str, shape: str, line: str, computation: str, hosts: Hos
     group = max(map(len, groups))
     if kind == "all-reduce" and "all-reduce-scatter" in computation:
         kind = "reduce-scatter"  # the TPU compiler's form of it: each keeps its part
-        return kind, sent(kind, whole, groups, hosts)
+        return kind, sent_in(kind, whole, groups, hosts)
     if opcode.endswith("-start") and kind != "all-reduce":  # operands and results side by side
         whole *= group / (group + 1) if kind in ("all-gather", "reduce-scatter") else 1 / 2
     elif kind == "reduce-scatter":
         whole *= group
-    return kind, sent(kind, whole, groups, hosts)
+    return kind, sent_in(kind, whole, groups, hosts)
 
 
 def _turns(line: str, bodies: dict[str, _Computation]) -> float | None:

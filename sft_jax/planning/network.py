@@ -62,7 +62,7 @@ def groups_along(axes: Sequence[str], mesh: Mesh) -> list[list[int]]:
     return np.moveaxis(places, at, range(-len(at), 0)).reshape(-1, size).tolist()
 
 
-def sent(kind: str, whole: float, groups: Sequence[Sequence[int]], hosts: Hosts) -> Sent:
+def sent_in(kind: str, whole: float, groups: Sequence[Sequence[int]], hosts: Hosts) -> Sent:
     """By a chip in a collective.
 
     Args:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from sft_jax.planning.chips import Chip
 from sft_jax.planning.flops import Product, Work, model_flops, products, repeated_flops
-from sft_jax.planning.network import Hosts, Sent, groups_along, sent
+from sft_jax.planning.network import Hosts, Sent, groups_along, sent_in
 from sft_jax.planning.step import AbstractStep
 
 _WIDE = 4  # bytes of float32
@@ -152,5 +152,5 @@ def expected_sent(step: AbstractStep, remat: str, work: Work, hosts: Hosts) -> S
         ("all-gather", passes * arch.num_layers * tokens * sequence * keys_and_values * width, ("sequence",)),
         ("all-gather", targets * arch.hidden_size * (width + _WIDE), along_split),
     )
-    found = (sent(kind, whole, groups_along(axes, step.mesh), hosts) for kind, whole, axes in collectives)
+    found = (sent_in(kind, whole, groups_along(axes, step.mesh), hosts) for kind, whole, axes in collectives)
     return sum(found, Sent())

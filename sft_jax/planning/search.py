@@ -72,12 +72,13 @@ def candidates(
             step = build(changed(config, base | {"training.gradient_accumulation_steps": 1}))
         except UserError:  # heads or slots that do not divide
             continue
+        hosts = hosts_of(step.mesh)
         for parts in _divisors(batch // shards):
             for remat in CANDIDATES:
                 changes = base | {"training.gradient_accumulation_steps": parts, "model.remat": remat}
                 there = dataclasses.replace(step, config=changed(config, changes))
                 work = there.work(target_share, document_length)
-                sent = expected_sent(there, remat, work, hosts_of(there.mesh))
+                sent = expected_sent(there, remat, work, hosts)
                 bounds = roofline(there, remat, chip, sent, target_share, document_length)
                 found.append(Candidate(changes, there, remat, bounds))
     return sorted(found, key=lambda one: (-one.tokens_per_second, one.expected.in_turn))
