@@ -1,6 +1,7 @@
 """The config at the door: what is read, what is refused, and with which words."""
 
 import dataclasses
+import os
 import re
 import subprocess
 import sys
@@ -129,3 +130,14 @@ def test_example_config_has_every_key_at_its_default():
     defaults = config.Config(data=loaded.data)
     for name in ("lora", "optimizer", "mesh"):
         assert getattr(loaded, name) == getattr(defaults, name)
+
+
+def test_a_command_leaves_torch_out_where_it_is_installed(tiny, chats, smallest, tmp_path):
+    fake = tmp_path / "packages" / "torch"
+    fake.mkdir(parents=True)
+    (fake / "__init__.py").write_text("raise AssertionError('torch was imported')\n")
+    program = "import sys; from sft_jax.__main__ import run; print(run(), sys.modules['torch'])"
+    given = ["-c", program, "inspect", str(smallest), f"model.path={tiny}", f"data.train.0.path={chats}"]
+    environment = os.environ | {"PYTHONPATH": str(fake.parent)}
+    done = subprocess.run([sys.executable, *given], capture_output=True, text=True, env=environment, check=False)
+    assert done.stdout.endswith("0 None\n"), done.stdout + done.stderr
