@@ -6,9 +6,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Sequence
-from datetime import date
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,15 +16,15 @@ from jax.sharding import Mesh
 
 from sft_jax import config as configs
 from sft_jax.announce import Announcer
-from sft_jax.checkpoint import Checkpoints, check_same_run, latest_step
+from sft_jax.checkpoint import Checkpoints, check_same_run
 from sft_jax.config import Config
+from sft_jax.continuation import dated, is_due, last_step
 from sft_jax.data.chat import prompt_ids
 from sft_jax.data.examples import Examples
 from sft_jax.data.loader import Loader
 from sft_jax.data.packing import plan_of, plan_run, row_lengths
 from sft_jax.data.prepare import prepare_data
 from sft_jax.data.streaming import StreamLoader, first_rows, stream
-from sft_jax.data.template import ChatTemplate
 from sft_jax.errors import Preempted, UserError
 from sft_jax.evaluation.compare import Networks, compare, prepare
 from sft_jax.hf.config import read_architecture, stop_ids
@@ -38,7 +36,7 @@ from sft_jax.metrics import MetricsWriter, Progress, read_metrics
 from sft_jax.models.attention.kernel import check_kernel
 from sft_jax.models.lora import Split
 from sft_jax.preemption import Preemption
-from sft_jax.processes import LONG_WAIT_SECONDS, gather, of_first
+from sft_jax.processes import LONG_WAIT_SECONDS, gather
 from sft_jax.report import table
 from sft_jax.report.loss import plot_loss
 from sft_jax.report.write import write_report
@@ -72,7 +70,7 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
     folder = RunFolder(config.training.output_dir)
     folder.check()
     run = folder.local
-    latest = _latest_step(folder)
+    latest = last_step(folder)
     say.mesh(mesh)
     keep_programs(mesh.devices.flat[0])
 
@@ -80,7 +78,7 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
     base = find_model(config.model.path, config.model.revision)
     arch = read_architecture(base)
     tokenizer, num_added = load_tokenizer(base, config.data.chat_template, config.data.added_tokens)
-    config = _dated(config, tokenizer, run, latest)
+    config = dated(config, tokenizer, run, latest)
     base_stops = stop_ids(base)
     is_stream = config.data.streaming
     given = first_rows(config.data.train) if is_stream else config.data.train
@@ -238,9 +236,9 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
         batches = iter(loader)
         try:
             # What is due at the first step, and what a run that was asked to stop left for this one.
-            if _is_due(run, latest, training.eval_every, "eval_loss"):
+            if is_due(run, latest, training.eval_every, "eval_loss"):
                 evaluate(first_step, state)
-            if prompts and _is_due(run, latest, config.evaluation.samples_every, "samples"):
+            if prompts and is_due(run, latest, config.evaluation.samples_every, "samples"):
                 write_samples(first_step, state)
             if first_step < total_steps:
                 batch = next(batches)
@@ -308,40 +306,6 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
         folder.push(last=True)
     say("next", f"sft-jax generate {folder} --chat, or sft-jax export {folder} OUT")
     return last
-
-
-def _latest_step(folder: RunFolder) -> int | None:
-    """The step to go on from, as process 0 sees it: another may see the folder change while it looks."""
-    here = latest_step(folder.checkpoints) if jax.process_index() == 0 else None
-    said = of_first("the last step", "" if here is None else str(here))
-    return int(said) if said else None
-
-
-def _dated(config: Config, tokenizer: Any, run: Path, latest: int | None) -> Config:
-    """With the day that the template tells: the one on which the run began, by process 0's calendar.
-
-    Else the rows of a run that goes on another day, or of a host on the other side of midnight, would be others.
-    """
-    if config.data.date is not None or not ChatTemplate(tokenizer.chat_template or "").tells_the_day:
-        return config
-    day = None
-    if jax.process_index() == 0:
-        day = date.today().isoformat() if latest is None else configs.load(run / "config.yaml").data.date
-    day = of_first("the day", day or "", LONG_WAIT_SECONDS) or None  # the model may still be downloading elsewhere
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, date=day))
-
-
-def _is_due(run: Path, latest: int | None, every: int, key: str) -> bool:
-    """Whether the metrics of the step that a run goes on from lack a key that they should have.
-
-    Process 0 decides: the others may hold a copy of the folder that is older or newer than its own.
-    """
-    if latest is None:
-        return True
-    due = latest % every == 0 and not any(
-        row["step"] == latest and key in row for row in read_metrics(run / "metrics.jsonl")
-    )
-    return of_first(f"what step {latest} lacks", "yes" if due else "no") == "yes"
 
 
 class _Evaluator:

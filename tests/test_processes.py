@@ -264,11 +264,11 @@ def test_process_0_says_what_a_run_that_goes_on_lacks(tmp_path):
         (tmp_path / str(i)).mkdir()
         write_jsonl(tmp_path / str(i) / "metrics.jsonl", [row])
     python = (
-        "import sys; from pathlib import Path; from sft_jax import processes; from sft_jax.train import _is_due\n"
+        "import sys; from pathlib import Path; from sft_jax import processes; from sft_jax.continuation import is_due\n"
         "with processes.joined(sys.argv[3], 2, int(sys.argv[7])):\n"
         "    run = Path(sys.argv[1].replace('PROCESS', sys.argv[7]))\n"
-        "    print(_is_due(run, 8, 4, 'samples'), _is_due(run, 8, 3, 'samples'), _is_due(run, None, 3, 'samples'),"
-        " _is_due(run, 8, 4, 'loss'), file=sys.stderr)\n"
+        "    print(is_due(run, 8, 4, 'samples'), is_due(run, 8, 3, 'samples'), is_due(run, None, 3, 'samples'),"
+        " is_due(run, 8, 4, 'loss'), file=sys.stderr)\n"
     )
     group = Group(2, tmp_path / "PROCESS", python=python)
     assert group.wait(60) == [0, 0], group.said

@@ -17,6 +17,10 @@ from typing import Any
 
 def run_sft_jax(options: dict[str, Any]) -> dict[str, Any]:
     """Train with :func:`sft_jax.train.train` as the command does; its own metrics give times and tokens."""
+    from sft_jax.without_torch import leave_out_torch
+
+    leave_out_torch()
+
     import jax
 
     from sft_jax.announce import Announcer
@@ -31,9 +35,6 @@ def run_sft_jax(options: dict[str, Any]) -> dict[str, Any]:
     )
     from sft_jax.metrics import MetricsWriter, read_metrics
     from sft_jax.train import train
-    from sft_jax.without_torch import leave_out_torch
-
-    leave_out_torch()
 
     first_row: list[float] = []
     compiled: list[Any] = []

@@ -1,0 +1,52 @@
+"""What a run that goes on goes on from; of several processes, process 0 says it."""
+
+from __future__ import annotations
+
+import dataclasses
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from sft_jax import config as configs
+from sft_jax.checkpoint import latest_step
+from sft_jax.config import Config
+from sft_jax.data.template import ChatTemplate
+from sft_jax.metrics import read_metrics
+from sft_jax.processes import LONG_WAIT_SECONDS, of_first
+from sft_jax.run_folder import RunFolder
+
+
+def last_step(folder: RunFolder) -> int | None:
+    """The step to go on from, as process 0 sees it: another may see the folder change while it looks."""
+    here = latest_step(folder.checkpoints) if jax.process_index() == 0 else None
+    said = of_first("the last step", "" if here is None else str(here))
+    return int(said) if said else None
+
+
+def dated(config: Config, tokenizer: Any, run: Path, latest: int | None) -> Config:
+    """With the day that the template tells: the one on which the run began, by process 0's calendar.
+
+    Else the rows of a run that goes on another day, or of a host on the other side of midnight, would be others.
+    """
+    if config.data.date is not None or not ChatTemplate(tokenizer.chat_template or "").tells_the_day:
+        return config
+    day = None
+    if jax.process_index() == 0:
+        day = date.today().isoformat() if latest is None else configs.load(run / "config.yaml").data.date
+    day = of_first("the day", day or "", LONG_WAIT_SECONDS) or None  # the model may still be downloading elsewhere
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, date=day))
+
+
+def is_due(run: Path, latest: int | None, every: int, key: str) -> bool:
+    """Whether the metrics of the step that a run goes on from lack a key that they should have.
+
+    Process 0 decides: the others may hold a copy of the folder that is older or newer than its own.
+    """
+    if latest is None:
+        return True
+    due = latest % every == 0 and not any(
+        row["step"] == latest and key in row for row in read_metrics(run / "metrics.jsonl")
+    )
+    return of_first(f"what step {latest} lacks", "yes" if due else "no") == "yes"
