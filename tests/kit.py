@@ -1,8 +1,6 @@
 """What tests are made of: tiny models, a tokenizer trained on the spot, conversations, configs."""
 
-import contextlib
 import dataclasses
-import io
 import json
 import os
 import socket
@@ -18,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sft_jax.cli import main
 from sft_jax.config import (
     Config,
     DataConfig,
@@ -189,14 +186,6 @@ def sft_jax(*arguments: str, timeout: float = 300) -> subprocess.CompletedProces
         env=environment,
         check=False,
     )
-
-
-def refused(*arguments: object) -> str:
-    """The last line of what a command says that is the user's mistake; run here, in a tenth of a process's time."""
-    with contextlib.redirect_stderr(io.StringIO()) as said:
-        code = main([*map(str, arguments)])
-    assert code == 2, said.getvalue()
-    return said.getvalue().splitlines()[-1]
 
 
 def load_model(folder: Path, dtype=jnp.float32):

@@ -8,9 +8,10 @@ from html.parser import HTMLParser
 import jax
 import numpy as np
 import pytest
-from kit import conversations, load_model, logits, make_model, one_device, refused, run_config, sft_jax, write_jsonl
+from kit import conversations, load_model, logits, make_model, one_device, run_config, sft_jax, write_jsonl
 
 from sft_jax import config as configs
+from sft_jax.cli import main
 from sft_jax.config import EvaluationConfig, SourceConfig
 from sft_jax.data.chat import Encoder
 from sft_jax.data.examples import encode_sources
@@ -370,24 +371,27 @@ def test_score_command(tiny, tmp_path):
     assert repr(best) in starred[0]
 
 
-def test_bad_input(tiny, chats, evaluated, tmp_path):
+def test_bad_input(tiny, chats, evaluated, tmp_path, capsys):
     folder, _config, _ = evaluated
     run, held_out = folder / "run", folder / "held_out.jsonl"
     missing = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a"}])
     (tmp_path / "empty.jsonl").write_text("")
+    evaluate = ["evaluate", folder / "config.yaml", "training.batch_size=8"]  # a row for each device of this process
     for arguments, words in (
-        (["evaluate", folder / "config.yaml", f"training.output_dir={tmp_path / 'gone'}"], "not a run folder"),
-        (["evaluate", folder / "config.yaml", "data.eval=[]", "evaluation.at_end=false"], "data.eval: names no source"),
-        (["evaluate", folder / "config.yaml", f"data.eval.0.path={tmp_path / 'empty.jsonl'}"], "has no rows"),
-        (["evaluate", folder / "config.yaml", "evaluation.shots=90"], "data.train has 40"),
-        (["evaluate", folder / "config.yaml", "evaluation.shots=30"], "the model has 512 positions; use fewer"),
-        (["evaluate", folder / "config.yaml", "--step", "3"], "no checkpoint of step 3"),
+        ([*evaluate, f"training.output_dir={tmp_path / 'gone'}"], "not a run folder"),
+        ([*evaluate, "data.eval=[]", "evaluation.at_end=false"], "data.eval: names no source"),
+        ([*evaluate, f"data.eval.0.path={tmp_path / 'empty.jsonl'}"], "has no rows"),
+        ([*evaluate, "evaluation.shots=90"], "data.train has 40"),
+        ([*evaluate, "evaluation.shots=30"], "the model has 512 positions; use fewer"),
+        ([*evaluate, "--step", "3"], "no checkpoint of step 3"),
         (["score", run, missing], "row 0: has neither 'responses'"),
         (["score", run, tmp_path / "empty.jsonl"], "has no rows"),
         (["score", run, held_out], "has neither"),
     ):
-        rows = ["training.batch_size=8"] if arguments[0] == "evaluate" else []  # one for each device here
-        assert words in refused(*arguments, *rows)
+        assert main([*map(str, arguments)]) == 2
+        said = capsys.readouterr().err
+        assert words in said.splitlines()[-1], said
+        assert "Traceback" not in said
     with pytest.raises(UserError, match=r"evaluation\.at_end: there is nothing to evaluate on"):
         run_config(tiny, chats, tmp_path / "run", evaluation=EvaluationConfig(at_end=True))
     with pytest.raises(UserError, match=r"evaluation\.samples_every: 0"):
