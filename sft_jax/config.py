@@ -35,7 +35,7 @@ class ModelConfig:
     dtype: str = "bfloat16"  # compute and frozen weights
     weights: str = "float32"  # base weights that are trained; adapters are always float32
     init: str = "pretrained"  # random: pretraining from config.json
-    attention: str = "auto"  # the fastest proven kernel for the mask here, or splash | cudnn | mosaic_gpu | xla
+    attention: str = "auto"  # the fastest proven kernel for the mask, or splash | triton | cudnn | mosaic_gpu | xla
     remat: str = "auto"  # what is kept for the backward pass: the fastest of dots | attention | full that fits, or none
     quantization: str | None = None  # of the frozen base under LoRA: int8 | nf4 (QLoRA)
 
@@ -43,7 +43,7 @@ class ModelConfig:
         _one_of(self.dtype, "model.dtype", ("bfloat16", "float32"))
         _one_of(self.weights, "model.weights", ("float32", "bfloat16"))
         _one_of(self.init, "model.init", ("pretrained", "random"))
-        _one_of(self.attention, "model.attention", ("auto", "splash", "cudnn", "mosaic_gpu", "xla"))
+        _one_of(self.attention, "model.attention", ("auto", "splash", "triton", "cudnn", "mosaic_gpu", "xla"))
         _one_of(self.remat, "model.remat", ("auto", "full", "attention", "dots", "none"))
         if self.quantization is not None:
             _one_of(self.quantization, "model.quantization", ("int8", "nf4"))

@@ -14,6 +14,7 @@ from sft_jax.models.attention.cudnn import cudnn_attention
 from sft_jax.models.attention.kernel import Kernel, attention, choose_kernel
 from sft_jax.models.attention.splash import splash_attention, splash_mask
 from sft_jax.models.attention.split import SplitRows
+from sft_jax.models.attention.triton import Tiles, Tuning, triton_attention
 from sft_jax.models.attention.xla import xla_attention
 from sft_jax.sharding import MESH_AXES, make_mesh
 
@@ -198,6 +199,41 @@ def test_blocks_that_see_nothing_are_not_computed():
     assert np.isfinite(xla_attention(q[:, places], spoiled, v, segments, block=8, places=places)).all()
 
 
+SCATTERED, ALIGNED = [[70, 130, 1, 55], [3, 190, 40]], [[256], [128, 64]]
+
+
+@pytest.mark.parametrize(
+    ("tiles", "rows", "window", "softcap"),
+    [
+        ((64, 64), SCATTERED, None, None),
+        ((64, 64), ALIGNED, 40, 2.0),
+        ((128, 64), ALIGNED, None, 2.0),
+        ((128, 64), SCATTERED, 1, None),
+        ((32, 128), SCATTERED, 40, None),
+        ((32, 128), ALIGNED, None, None),
+    ],
+)
+def test_triton_matches_dense(tiles, rows, window, softcap):
+    """The Pallas kernels, interpreted; documents within, across and at the edges of tiles, and padding."""
+    sizes = Tiles(*tiles, warps=4, stages=2)
+    ours = partial(triton_attention, tuning=Tuning(sizes, sizes, sizes), interpret=True)
+    assert_alike(ours, *random_inputs(rows, 4, 2, 16), window=window, softcap=softcap)
+
+
+def test_triton_computes_its_documents_only():
+    """What another document holds is not even read where no tile is shared: nothing of it comes out, not a nan."""
+    q, k, v, segments = random_inputs([[64, 128, 64]], 4, 2, 16)
+    spoiled = [x.at[:, :64].set(np.nan).at[:, 192:].set(np.nan) for x in (q, k, v)]
+    inside = jnp.zeros_like(q).at[:, 64:192].set(1.0)
+
+    def run(q, k, v):
+        out, pullback = jax.vjp(partial(triton_attention, segment_ids=segments, interpret=True), q, k, v)
+        return out, *pullback(inside)
+
+    for one, other in zip(jax.jit(run)(*spoiled), jax.jit(run)(q, k, v), strict=True):
+        np.testing.assert_array_equal(one[:, 64:192], other[:, 64:192])
+
+
 def device(platform, capability="9.0", sequence=1):
     devices = np.array([SimpleNamespace(platform=platform, compute_capability=capability)])
     return SimpleNamespace(devices=devices, shape=dict.fromkeys(MESH_AXES, 1) | {"sequence": sequence})
@@ -212,7 +248,9 @@ def llama(head_dim=64):
     [
         ("tpu", "bfloat16", 2048, 128, "splash"),
         ("tpu", "bfloat16", 2000, 128, "xla"),
-        ("gpu", "bfloat16", 2048, 128, "cudnn"),
+        ("gpu", "bfloat16", 2048, 128, "triton"),
+        ("gpu", "bfloat16", 2000, 128, "cudnn"),
+        ("gpu", "bfloat16", 2048, 96, "cudnn"),
         ("gpu", "float32", 2048, 128, "xla"),
         ("gpu", "bfloat16", 2048, 256, "xla"),
         ("cpu", "float32", 2048, 64, "xla"),

@@ -16,6 +16,7 @@ from sft_jax.models.attention.cudnn import cudnn_attention
 from sft_jax.models.attention.kernel import CHECKED, Kernel, _in_parts, check_kernel, choose_kernel
 from sft_jax.models.attention.mosaic_gpu import mosaic_gpu_attention
 from sft_jax.models.attention.parity import TOLERANCE, WINDOW, check_parity
+from sft_jax.models.attention.triton import triton_attention
 from sft_jax.models.attention.xla import xla_attention
 from sft_jax.sharding import make_mesh
 
@@ -100,11 +101,14 @@ def test_a_kernel_that_does_not_run_is_named():
 def test_which_kernels_are_checked(monkeypatch):
     """Those for GPUs, with the grouping, head dimension and windows of the model; the others compare nothing."""
     called = []
-    monkeypatch.setattr("sft_jax.models.attention.kernel.check_parity", lambda *arguments: called.append(arguments))
-    for name in ("splash", "cudnn", "mosaic_gpu", "xla"):
+    monkeypatch.setattr(
+        "sft_jax.models.attention.kernel.check_parity", lambda *one, instead: called.append((*one, instead))
+    )
+    for name in ("splash", "triton", "cudnn", "mosaic_gpu", "xla"):
         check_kernel(Kernel(name, 128), make_mesh(), llama(head_dim=128))
     assert [call[0] for call in called] == list(CHECKED)
-    assert all(call[2:] == (2, 128, [None]) for call in called)
+    assert all(call[2:5] == (2, 128, [None]) for call in called)
+    assert [call[5] for call in called] == ["cudnn", "xla", "xla"]
 
 
 def test_what_is_checked_is_what_parts_of_rows_need():
@@ -113,9 +117,40 @@ def test_what_is_checked_is_what_parts_of_rows_need():
     assert check_parity("parts", _rounded(compute), group=2, head_dim=64, windows=[None, WINDOW]) < TOLERANCE / 2
 
 
+def test_triton_is_lowered_for_gpus():
+    """Three kernels, forward and for the gradients; what is only there for others is refused by the lowering."""
+    q = jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.bfloat16)
+    k, segments = jax.ShapeDtypeStruct((2, 256, 2, 64), jnp.bfloat16), jax.ShapeDtypeStruct((2, 256), jnp.int32)
+
+    def run(q, k, v, segments):
+        out, pullback = jax.vjp(lambda *given: triton_attention(*given, segments, 100, 2.0), q, k, v)
+        return pullback(out)
+
+    lowered = jax.jit(run).trace(q, k, k, segments).lower(lowering_platforms=("cuda",))
+    for kernel in ("forward", "queries", "keys"):
+        assert lowered.as_text().count(f'name = "attention_{kernel}"') == 1
+
+
+@pytest.mark.parametrize(
+    ("mesh", "dtype", "row_length", "head_dim", "message"),
+    [
+        (device("cpu"), "bfloat16", 2048, 64, "needs an NVIDIA GPU"),
+        (device("gpu", "7.5"), "bfloat16", 2048, 64, "needs compute capability 8.0"),
+        (device("gpu", "gfx942"), "bfloat16", 2048, 64, "needs compute capability 8.0"),
+        (device("gpu"), "float32", 2048, 64, r"needs bfloat16 \(model.dtype\)"),
+        (device("gpu"), "bfloat16", 2000, 64, r"needs rows of a multiple of 64, not 2000 \(data.max_length\)"),
+        (device("gpu"), "bfloat16", 2048, 96, "needs a head dimension of 16, 32, 64 or 128, not 96"),
+        (device("gpu", sequence=2), "bfloat16", 2048, 64, "takes whole rows only, and mesh.sequence splits them"),
+    ],
+)
+def test_triton_is_refused(mesh, dtype, row_length, head_dim, message):
+    with pytest.raises(UserError, match=f"model.attention: triton {message}"):
+        choose_kernel("triton", mesh, llama(head_dim), dtype, row_length)
+
+
 def test_mosaic_gpu_only_where_asked_for():
     hopper = device("gpu")
-    assert choose_kernel("auto", hopper, llama(), "bfloat16", 2048).name == "cudnn"
+    assert choose_kernel("auto", hopper, llama(), "bfloat16", 2048).name == "triton"
     assert choose_kernel("mosaic_gpu", hopper, llama(), "bfloat16", 2048).name == "mosaic_gpu"
     assert choose_kernel("mosaic_gpu", hopper, llama(256), "bfloat16", 2048).name == "mosaic_gpu"
 

@@ -1,8 +1,6 @@
 """What the benchmark counts and how it sums up; that a side runs. No times are asserted."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +9,7 @@ import pytest
 
 TOOLS = Path(__file__).parent.parent / "tools"
 sys.path.insert(0, str(TOOLS))
-from benchmark import kit, train  # noqa: E402
+from benchmark import grid, kit, train  # noqa: E402
 
 
 def test_shapes_are_those_of_the_models():
@@ -51,8 +49,8 @@ def test_summary_and_text():
     assert "50.0%" in text
 
 
-def test_a_side_runs(tmp_path):
-    """Ours, in its process, on a small kit: real tokens, losses, times and memory come back as JSON."""
+def test_a_side_runs(tmp_path, monkeypatch):
+    """Ours, in its process, on a small kit: real tokens, losses, times and memory come back; and why a case failed."""
     rows = tmp_path / "rows.jsonl"
     rng = np.random.default_rng(0)
     words = [" ".join(str(n) for n in rng.integers(0, 100, 12)) for _ in range(40)]
@@ -62,15 +60,45 @@ def test_a_side_runs(tmp_path):
     options = {
         "kit": str(made.folder), "batch_size": 2, "mode": "lora", "dtype": "float32", "steps": 2, "warmup": 1,
         "row_length": 128, "remat": "auto", "attention": "auto", "quantization": None, "conversations": 4,
+        "weights": "float32", "moments": "float32",
     }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, str(TOOLS / "bench.py"), "one-train", "sft_jax", json.dumps(options)],
-        capture_output=True, text=True, check=True,
-        env=os.environ | train.HUGE_PAGES | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
-    )  # fmt: skip
-    found = json.loads(done.stdout.splitlines()[-1])
+    monkeypatch.setattr(sys, "argv", [str(TOOLS / "bench.py")])
+    monkeypatch.setenv("XLA_FLAGS", "")
+    server = grid.Server("sft_jax", tmp_path)
+    try:
+        found = server("sft_jax", options)
+        failed = server("sft_jax", options | {"kit": str(tmp_path / "nowhere")})
+    finally:
+        server.close()
+    assert "error" not in found, found
+    assert failed["error"].startswith("UserError: ")
     assert len(found["losses"]) == 3
     assert len(found["step_seconds"]) == 2
     assert all(0 < targets < real <= slots for real, targets, slots in zip(
         found["real_tokens"], found["target_tokens"], found["slots"], strict=True))  # fmt: skip
     assert found["host_peak_bytes"] > 0
+
+
+def test_grid_compares_like_with_like():
+    """What failed is left out of the ratios; all pairs of a shape, method and length are there, and no others."""
+
+    def case(who, how, speed, memory, length=2048):
+        run = {"device_peak_bytes": memory, "host_peak_bytes": 1} if memory else {"error": "too large"}
+        return {
+            "shape": "1b", "mode": "lora", "length": length, "who": who, "how": how, "tokens_per_second": speed,
+            "run": run,
+        }  # fmt: skip
+
+    lines = grid._ratios(
+        [
+            case("sft_jax", {"remat": "auto"}, 300.0, 6e9),
+            case("trl", {"checkpointing": True}, 100.0, 3e9),
+            case("sft_jax", {"remat": "full"}, 200.0, 2e9),
+            case("trl", {"checkpointing": False}, 0.0, 0),
+            case("trl", {"checkpointing": True}, 50.0, 3e9, length=8192),
+        ]
+    )
+    assert lines == [
+        "1b lora 2,048: sft_jax / trl, checkpointing: 3.00 × the real tokens/s, 2.00 × the peak memory",
+        "1b lora 2,048: sft_jax, recomputing / trl, checkpointing: 2.00 × the real tokens/s, 0.67 × the peak memory",
+    ]

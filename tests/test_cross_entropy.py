@@ -128,3 +128,6 @@ def test_chunks_are_bounded_by_memory_and_small_beside_the_batch():
     assert chunk_size(1280, 32_000) == 256
     assert chunk_size(10**6, 1000) == 512
     assert chunk_size(3, 1000) == 1
+    assert chunk_size(16_384, 128_256) == 256
+    assert chunk_size(16_384, 128_256, gradient_bytes=4 * 128_256 * 2048) == 512  # little beside the gradient
+    assert chunk_size(1280, 32_000, gradient_bytes=4 * 32_000 * 512) == 256

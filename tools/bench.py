@@ -5,6 +5,7 @@
 
 ``train``: a model of a given shape, trained on conversations by this library and by TRL with PEFT, each in processes of
 its own, and against the rate of this machine's matrix products. On the accelerator that is there, or the CPU.
+``grid``: the same for several shapes, methods and row lengths on a GPU, in minutes.
 ``loss``: the fused head and loss against the plain formula, in time and memory.
 ``ahead``: the train step of a shape compiled for hardware that need not be there, as ``sft-jax plan`` does.
 ``depth``: what more layers cost the host, in tracing, compiling and for each step.
@@ -25,13 +26,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 sys.path.insert(0, str(Path(__file__).parent))
 
-from benchmark import ahead, data, depth, host, loss, runners, train
+from benchmark import ahead, data, depth, grid, host, loss, runners, train
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     train.add_arguments(commands.add_parser("train"))
+    grid.add_arguments(commands.add_parser("grid"))
     loss.add_arguments(commands.add_parser("loss"))
     ahead.add_arguments(commands.add_parser("ahead"))
     depth.add_arguments(commands.add_parser("depth"))
@@ -44,6 +46,9 @@ def main() -> None:
     one.add_argument("who", choices=runners.RUNNERS)
     one.add_argument("options")
     one.set_defaults(run=lambda options: runners.run_one(options.who, options.options))
+    one = commands.add_parser("serve-train")
+    one.add_argument("who", choices=("sft_jax", "trl"))
+    one.set_defaults(run=lambda options: runners.serve(options.who))
     one = commands.add_parser("one-data")
     one.add_argument("who", choices=data.PREPARE)
     one.add_argument("file")

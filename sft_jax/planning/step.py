@@ -136,7 +136,9 @@ class AbstractStep:
         vocab = axis_names("head_vocab", self.mesh)
         tokens = axis_names("batch", self.mesh) + axis_names("length", self.mesh)
         gathered = math.prod(self.mesh.shape[name] for name in tokens if name in vocab)
-        chunk = chunk_size(self.slots, -(-self.arch.vocab_size // num_parts("head_vocab", self.mesh)) * gathered)
+        columns = -(-self.arch.vocab_size // num_parts("head_vocab", self.mesh))
+        trained = self.config.lora is None or self.base.token_table
+        chunk = chunk_size(self.slots, columns * gathered, 4 * self.arch.hidden_size * columns if trained else 0)
         return -(-round(self.slots * target_share) // chunk)
 
     def step(self, remat: str) -> TrainStep:

@@ -94,12 +94,17 @@ def masked_cross_entropy(
     return fused(hidden, head.weight, targets, loss_mask.astype(jnp.float32))
 
 
-def chunk_size(num_positions: int, logits_per_position: int) -> int:
+def chunk_size(num_positions: int, logits_per_position: int, gradient_bytes: int = 0) -> int:
     """Positions of a device in a chunk: a power of two, as many as ``LOGIT_BYTES`` allow and a fifth at most.
 
     The last chunk is half empty on average, and each reads the whole head: few are waste, and so are many.
+
+    Args:
+        gradient_bytes: of the head on this device, which each chunk reads and writes; 0 where the head is not trained.
+            Beside it, logits of a quarter of its size are little.
     """
-    fitting = max(1, min(MAX_CHUNK, num_positions // 5, LOGIT_BYTES // (4 * logits_per_position)))
+    logit_bytes = max(LOGIT_BYTES, gradient_bytes // 4)
+    fitting = max(1, min(MAX_CHUNK, num_positions // 5, logit_bytes // (4 * logits_per_position)))
     return 2 ** int(math.log2(fitting))
 
 
@@ -166,7 +171,8 @@ def _on_device(
         columns += lax.axis_index(axes.vocab) * local_vocab
     flat, flat_targets, flat_mask = hidden.reshape(-1, dim), targets.reshape(-1), mask.reshape(-1)
     size = flat.shape[0]
-    chunk = chunk or chunk_size(size, local_vocab * lax.axis_size(axes.gathered))
+    gradient_bytes = 4 * weight.size if wanted[1] else 0
+    chunk = chunk or chunk_size(size, local_vocab * lax.axis_size(axes.gathered), gradient_bytes)
     order = jnp.nonzero(flat_mask, size=size + -size % chunk, fill_value=size)[0]  # targets first
     num_chunks = (jnp.count_nonzero(flat_mask) + chunk - 1) // chunk
     if axes.all:

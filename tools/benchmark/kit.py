@@ -17,6 +17,7 @@ SHAPES = {
     "2b": (24, 2560, 20, 5, 128, 8192, 32_000, False),
     "8b": (32, 4096, 32, 8, 128, 14_336, 128_256, False),  # Llama-3.1-8B
 }
+_DRAWN = 2**24 - 3  # random numbers, which weights repeat: to draw eight billion takes minutes
 TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
     "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
@@ -123,13 +124,13 @@ def make_model(folder: Path, shape: str, dtype: str, texts: list[str], shard_byt
     (folder / "config.json").write_text(json.dumps(model_config(shape, dtype)))
     split = build(read_architecture(folder), make_mesh(), None, dtype)
     shapes = expected_shapes(split.base(), SHAPES[shape][0])
-    rng = np.random.default_rng(0)
     kept = jnp.dtype(dtype)
+    rng = np.random.default_rng(0)
+    drawn = (0.02 * rng.standard_normal(_DRAWN, dtype=np.float32)).astype(kept)
 
     def weight(name: str) -> np.ndarray:
         size = shapes[name]
-        one = np.ones(size) if len(size) == 1 else 0.02 * rng.standard_normal(size, dtype=np.float32)
-        return one.astype(kept)
+        return np.ones(size, kept) if len(size) == 1 else np.resize(np.roll(drawn, rng.integers(_DRAWN)), size)
 
     save_tensors(folder, {name: Tensor(shape, kept) for name, shape in shapes.items()}, weight, shard_bytes)
     return tokenizer

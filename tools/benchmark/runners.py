@@ -9,8 +9,10 @@ import json
 import os
 import resource
 import statistics
+import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ def run_sft_jax(options: dict[str, Any]) -> dict[str, Any]:
     import jax
 
     from sft_jax.announce import Announcer
+    from sft_jax.checkpoint import Checkpoints
     from sft_jax.config import (
         Config,
         DataConfig,
@@ -38,7 +41,8 @@ def run_sft_jax(options: dict[str, Any]) -> dict[str, Any]:
 
     first_row: list[float] = []
     compiled: list[Any] = []
-    write, tell = MetricsWriter.write, Announcer.compiled
+    kernels: list[str] = []
+    write, tell, tell_model = MetricsWriter.write, Announcer.compiled, Announcer.model
 
     def noting_write(self: MetricsWriter, row: dict[str, Any]) -> None:
         first_row.append(time.time())
@@ -48,7 +52,13 @@ def run_sft_jax(options: dict[str, Any]) -> dict[str, Any]:
         compiled.append(step)
         tell(self, step)
 
+    def noting_model(self: Announcer, *given: Any) -> None:
+        kernels.append(given[-1].name)
+        tell_model(self, *given)
+
     MetricsWriter.write, Announcer.compiled = noting_write, noting_tell  # type: ignore[method-assign]
+    Announcer.model = noting_model  # type: ignore[method-assign]
+    Checkpoints.save = lambda *_, **__: None  # type: ignore[method-assign]  # after the last step; tens of GB
     steps, warmup = options["steps"], options["warmup"]
     with tempfile.TemporaryDirectory() as out:
         config = Config(
@@ -58,12 +68,15 @@ def run_sft_jax(options: dict[str, Any]) -> dict[str, Any]:
                 remat=options["remat"],
                 attention=options["attention"],
                 quantization=options["quantization"],
+                weights=options["weights"],
             ),
             lora=LoraConfig(rank=16, alpha=32.0) if options["mode"] == "lora" else None,
             data=DataConfig(
                 train=[SourceConfig(path=f"{options['kit']}/train.jsonl")], max_length=options["row_length"]
             ),
-            optimizer=OptimizerConfig(learning_rate=1e-4, schedule="constant", warmup_ratio=0.0),
+            optimizer=OptimizerConfig(
+                learning_rate=1e-4, schedule="constant", warmup_ratio=0.0, moments=options["moments"]
+            ),
             training=TrainingConfig(
                 output_dir=f"{out}/run",
                 max_steps=warmup + steps,
@@ -86,6 +99,7 @@ def run_sft_jax(options: dict[str, Any]) -> dict[str, Any]:
         "first_step_at": first_row[0],
         "compile_seconds": sum(step.seconds for step in compiled),
         "remat": compiled[0].remat,
+        "attention": kernels[0],
         "device": jax.devices()[0].device_kind,
         "device_peak_bytes": stats.get("peak_bytes_in_use"),
         "host_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -103,13 +117,14 @@ def run_trl(options: dict[str, Any]) -> dict[str, Any]:
 
     steps, warmup, per_step = options["steps"], options["warmup"], options["conversations"]
     on_gpu = torch.cuda.is_available()
-    flash = on_gpu and _has_flash_attention()
+    attention = _fastest_attention() if on_gpu else "sdpa"
     tokenizer = AutoTokenizer.from_pretrained(options["kit"])
     model = AutoModelForCausalLM.from_pretrained(
         options["kit"],
         dtype=getattr(torch, options["dtype"]),
-        attn_implementation="flash_attention_2" if flash else "sdpa",
+        attn_implementation=attention,
     )
+    packs = attention != "sdpa"  # without a kernel for documents in a row, packing costs attention to all of it
     rows: Any = load_dataset("json", data_files=f"{options['kit']}/train.jsonl", split="train")
     times: list[float] = []
     began: list[float] = []
@@ -128,16 +143,16 @@ def run_trl(options: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as out:
         arguments = SFTConfig(
             output_dir=out,
-            per_device_train_batch_size=per_step,
+            per_device_train_batch_size=options["batch_size"] if packs else per_step,
             max_steps=warmup + steps,
             logging_steps=1,
             report_to="none",
-            bf16=False,
+            bf16=on_gpu and options["dtype"] == "bfloat16",
             use_cpu=not on_gpu,
             max_length=options["row_length"],
             assistant_only_loss=True,
             gradient_checkpointing=options["checkpointing"],
-            padding_free=flash,
+            packing=packs,
             learning_rate=1e-4,
             lr_scheduler_type="constant",
             save_strategy="no",
@@ -147,7 +162,7 @@ def run_trl(options: dict[str, Any]) -> dict[str, Any]:
         trainer = SFTTrainer(
             model=model,
             args=arguments,
-            train_dataset=rows.select(range(per_step * (warmup + steps))),
+            train_dataset=rows if packs else rows.select(range(per_step * (warmup + steps))),
             processing_class=tokenizer,
             peft_config=lora if options["mode"] == "lora" else None,
             callbacks=[Clock()],
@@ -171,17 +186,33 @@ def run_trl(options: dict[str, Any]) -> dict[str, Any]:
         "target_tokens": [targets for _, targets, _ in measured],
         "slots": [slots for _, _, slots in measured],
         "first_step_at": began[0] + times[0],
-        "attention": "flash_attention_2" if flash else "sdpa",
+        "attention": attention,
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
         "device_peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
         "host_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
 
 
-def _has_flash_attention() -> bool:
+def _fastest_attention() -> str:
+    """FlashAttention 2 for packed rows: of its package, or else as PyTorch has it."""
+    from transformers import AttentionInterface
     from transformers.utils.import_utils import is_flash_attn_2_available
 
-    return is_flash_attn_2_available()
+    if is_flash_attn_2_available():
+        return "flash_attention_2"
+    try:
+        from torch.nn.attention.varlen import varlen_attn  # type: ignore[import-not-found]
+    except ImportError:
+        return "sdpa"
+
+    def attend(module: Any, q: Any, k: Any, v: Any, mask: Any, scaling: float | None = None, **given: Any) -> Any:
+        q, k, v = (x.transpose(1, 2)[0] for x in (q, k, v))  # [1, heads, tokens, H]: TRL lays the rows end to end
+        starts, longest = given["cu_seq_lens_q"], int(given["max_length_q"])
+        out: Any = varlen_attn(q, k, v, starts, starts, longest, longest, scale=scaling, window_size=(-1, 0))
+        return out[None], None
+
+    AttentionInterface.register("torch_varlen", attend)
+    return "torch_varlen"
 
 
 def run_ceiling(options: dict[str, Any]) -> dict[str, Any]:
@@ -201,23 +232,71 @@ def run_ceiling(options: dict[str, Any]) -> dict[str, Any]:
     shapes = [(big, big, big), (m, d, f), (m, f, d), (m, d, d)]
     rates = {}
     for rows, inner, columns in shapes:
-        x = jnp.ones((rows, inner), options["dtype"])
-        y = jnp.full((inner, columns), 0.5, options["dtype"])
+        # Random numbers: the clock of a GPU falls with what its units draw, and zeros and ones draw little.
+        x, y = (
+            jax.random.normal(jax.random.key(i), size, options["dtype"])
+            for i, size in enumerate([(rows, inner), (inner, columns)])
+        )
         product = jax.jit(jnp.matmul).lower(x, y).compile()
         jax.block_until_ready(product(x, y))
         seconds = []
-        for _ in range(15):
+        for _ in range(5):  # several at a time, so that a fast device does not wait for the host
             began = time.perf_counter()
-            jax.block_until_ready(product(x, y))
-            seconds.append(time.perf_counter() - began)
+            jax.block_until_ready([product(x, y) for _ in range(4)])
+            seconds.append((time.perf_counter() - began) / 4)
         rates[f"{rows}×{inner}×{columns}"] = 2 * rows * inner * columns / statistics.median(seconds) / 1e9
     return {"gflops": max(rates.values()), "by_shape": rates, "device": jax.devices()[0].device_kind}
 
 
 RUNNERS = {"sft_jax": run_sft_jax, "trl": run_trl, "ceiling": run_ceiling}
+RESULT = "RESULT "  # what a line of :func:`serve` begins with that holds what a runner found
 
 
 def run_one(who: str, options: str) -> None:
     """What a process of a comparison does."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     print(json.dumps(RUNNERS[who](json.loads(options))))
+
+
+def serve(who: str) -> None:
+    """Import what a side needs, then run what each line of the standard input asks for, and print what was found.
+
+    A case of this library is run by a fork, since jax cannot forget the most memory it ever had; torch can.
+    """
+    if who == "trl":
+        import gc
+
+        import peft  # noqa: F401
+        import torch
+        import trl.trainer.sft_trainer  # noqa: F401
+
+        for line in sys.stdin:
+            found = _attempt(*json.loads(line))
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            print(RESULT + json.dumps(found), flush=True)
+        return
+    from sft_jax.without_torch import leave_out_torch
+
+    leave_out_torch()
+    import sft_jax.train  # noqa: F401
+
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            print(RESULT + json.dumps(_attempt(*json.loads(line))), flush=True)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if status:
+            print(RESULT + json.dumps({"error": f"ended with status {status}"}), flush=True)
+
+
+def _attempt(what: str, options: dict[str, Any]) -> dict[str, Any]:
+    """What a runner finds, or why it failed: a case that does not fit is a finding, and the next one follows."""
+    try:
+        return RUNNERS[what](options)
+    except Exception as error:  # noqa: BLE001
+        traceback.print_exc()
+        return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}

@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from benchmark.kit import SHAPES, Kit, make_kit
@@ -23,6 +24,13 @@ from benchmark.kit import SHAPES, Kit, make_kit
 NOT_MEASURED = "not measured"
 # For all sides: buffers that come and go with every step are taken from the kernel in pages of 2 MiB, not of 4 KiB.
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+# Of a GPU's memory; jax alone would leave a quarter of it.
+MOST_OF_IT = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}
+ENVIRONMENT = HUGE_PAGES | MOST_OF_IT | {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+}  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--remat", default="auto")
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--quantization", choices=("int8", "nf4"))
+    parser.add_argument("--weights", choices=("float32", "bfloat16"), default="float32", help="that --mode full trains")
+    parser.add_argument("--moments", choices=("float32", "bfloat16", "factored"), default="float32")
     parser.add_argument(
         "--peer-checkpointing", choices=("off", "on", "both"), default="both", help="TRL's gradient checkpointing"
     )
@@ -54,6 +64,7 @@ def bench_train(options: argparse.Namespace) -> None:
         if missing:
             sys.exit(f"bench: {', '.join(missing)} not installed; pip install -e '.[test]', or use --self-only")
     with tempfile.TemporaryDirectory() as scratch:
+        jax.config.update("jax_platforms", "cpu")  # the accelerator is for the processes that are measured
         kit = make_kit(options.kit or Path(scratch), options.shape, Path(options.rows), options.dtype)
         result = compare(options, kit)
     if options.out:
@@ -72,7 +83,7 @@ def compare(options: argparse.Namespace, kit: Kit) -> dict[str, Any]:
         **{
             name: getattr(options, name)
             for name in ("mode", "dtype", "steps", "warmup", "row_length", "remat", "attention", "quantization",
-                         "conversations")
+                         "weights", "moments", "conversations")
         },
     }  # fmt: skip
     sides = {"sft_jax": ("sft_jax", common)}
@@ -88,14 +99,14 @@ def compare(options: argparse.Namespace, kit: Kit) -> dict[str, Any]:
             found[name].append(run_process(*sides[name], options.json))
     result: dict[str, Any] = {
         "options": {key: str(value) for key, value in vars(options).items() if key != "run"},
-        "machine": _machine(ceilings[0]["device"]),
+        "machine": machine(ceilings[0]["device"]),
         "ceiling_gflops": statistics.median(one["gflops"] for one in ceilings),
         "ceiling_by_shape": ceilings[0]["by_shape"],
         "sides": {name: summarise(runs) for name, runs in found.items()},
         "runs": found,
     }
     ours = result["sides"]["sft_jax"]
-    result["model_gflops"] = _rate(options, kit, found["sft_jax"]) / 1e9
+    result["model_gflops"] = model_rate(kit, options.mode, found["sft_jax"]) / 1e9
     result["share_of_ceiling"] = result["model_gflops"] / result["ceiling_gflops"]
     result["ratios"] = {
         name: {
@@ -114,18 +125,9 @@ def compare(options: argparse.Namespace, kit: Kit) -> dict[str, Any]:
 def run_process(who: str, options: dict[str, Any], quiet: bool) -> dict[str, Any]:
     """A side in a process of its own; the JSON it prints, and how long its first step took from the very start."""
     began = time.time()
-    environment = (
-        HUGE_PAGES
-        | os.environ
-        | {
-            "HF_HUB_OFFLINE": "1",
-            "TRANSFORMERS_VERBOSITY": "error",
-            "TOKENIZERS_PARALLELISM": "false",
-        }
-    )
     done = subprocess.run(
         [sys.executable, sys.argv[0], "one-train", who, json.dumps(options)],
-        env=environment, capture_output=True, text=True, check=False,
+        env=ENVIRONMENT | os.environ, capture_output=True, text=True, check=False,
     )  # fmt: skip
     if done.returncode:
         sys.exit(f"bench: {who} failed:\n{done.stderr[-3000:]}")
@@ -159,8 +161,8 @@ def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _rate(options: argparse.Namespace, kit: Kit, runs: list[dict[str, Any]]) -> float:
-    """Model FLOPs a second; documents are as long as those of the whole file."""
+def model_rate(kit: Kit, mode: str, runs: list[dict[str, Any]]) -> float:
+    """Model FLOPs a second, the median of the runs; documents are as long as those of the whole file."""
     from sft_jax.config import LoraConfig
     from sft_jax.hf.config import read_architecture
     from sft_jax.planning.flops import Work, model_flops
@@ -171,12 +173,13 @@ def _rate(options: argparse.Namespace, kit: Kit, runs: list[dict[str, Any]]) -> 
     for run in runs:
         tokens = sum(run["real_tokens"])
         work = Work(tokens, sum(run["target_tokens"]), tokens * per_token)
-        lora = LoraConfig(rank=16) if options.mode == "lora" else None
+        lora = LoraConfig(rank=16) if mode == "lora" else None
         rates.append(model_flops(read_architecture(kit.folder), work, lora) / sum(run["step_seconds"]))
     return statistics.median(rates)
 
 
-def _machine(device: str) -> dict[str, Any]:
+def machine(device: str) -> dict[str, Any]:
+    """What it was measured on, and with which versions."""
     names = ("jax", "flax", "optax", "torch", "trl", "peft", "transformers")
     model = [
         line.split(":", 1)[1].strip()

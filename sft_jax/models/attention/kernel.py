@@ -19,14 +19,16 @@ from sft_jax.models.attention.mosaic_gpu import ROW_MULTIPLE, missing, mosaic_gp
 from sft_jax.models.attention.parity import WINDOW, check_parity
 from sft_jax.models.attention.splash import make_kernel, splash_attention
 from sft_jax.models.attention.split import SplitRows
+from sft_jax.models.attention.triton import ROW_MULTIPLE as TRITON_ROW_MULTIPLE
+from sft_jax.models.attention.triton import triton_attention
 from sft_jax.models.attention.xla import xla_attention
 from sft_jax.sharding import current_mesh, num_parts, partition_spec
 from sft_jax.typing import Array, Float, Int
 
-NAMES = ("splash", "cudnn", "mosaic_gpu", "xla")
+NAMES = ("splash", "triton", "cudnn", "mosaic_gpu", "xla")
 # The order in which auto tries them. mosaic_gpu only compiled for a GPU so far and never ran on one: who wants it asks.
-AUTO = ("splash", "cudnn", "xla")
-CHECKED = ("cudnn", "mosaic_gpu")  # are compared with the xla kernel before a run starts
+AUTO = ("splash", "triton", "cudnn", "xla")
+CHECKED = ("triton", "cudnn", "mosaic_gpu")  # are compared with the xla kernel before a run starts
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ def choose_kernel(
     device, parts = mesh.devices.flat[0], num_parts("length", mesh)
     obstacles = {
         "splash": _against_splash(device, row_length, parts),
+        "triton": _against_triton(device, arch, dtype, row_length, parts),
         "cudnn": _against_cudnn(device, arch, dtype, row_length, parts, softcap),
         "mosaic_gpu": _against_mosaic_gpu(device, arch, dtype, row_length, parts),
         "xla": None,
@@ -94,6 +97,7 @@ def _how_split(parts: int) -> list[str]:
 
 _HOW = {
     "splash": "blocks of up to {block}",
+    "triton": "blocks of documents only",
     "cudnn": "segments as a mask of T² bits",
     "mosaic_gpu": "segments as the first slot that each sees",
 }
@@ -110,7 +114,8 @@ def check_kernel(kernel: Kernel, mesh: Mesh, arch: Architecture) -> None:
     windows = {None if window is None else WINDOW for window in arch.sliding_windows or (None,)}
     compute = partial(_in_parts, kernel, num_parts("length", mesh))
     with jax.default_device(mesh.local_devices[0]):
-        check_parity(kernel.name, compute, arch.num_heads // arch.num_kv_heads, arch.head_dim, list(windows))
+        group, instead = arch.num_heads // arch.num_kv_heads, "cudnn" if kernel.name == "triton" else "xla"
+        check_parity(kernel.name, compute, group, arch.head_dim, list(windows), instead=instead)
 
 
 def _in_parts(
@@ -133,7 +138,7 @@ def _in_parts(
 
 
 def _is_for(name: str, device: Any) -> bool:
-    return {"splash": "tpu", "cudnn": "gpu"}.get(name) == device.platform
+    return {"splash": "tpu", "triton": "gpu", "cudnn": "gpu"}.get(name) == device.platform
 
 
 def _against_splash(device: Any, row_length: int, parts: int) -> str | None:
@@ -147,6 +152,20 @@ def _against_length(row_length: int, multiple: int, parts: int) -> str | None:
         return None
     where = "data.max_length" if parts == 1 else f"data.max_length, in {parts} parts by mesh.sequence"
     return f"needs rows of a multiple of {multiple * parts}, not {row_length} ({where})"
+
+
+def _against_triton(device: Any, arch: Architecture, dtype: str, row_length: int, parts: int) -> str | None:
+    if device.platform != "gpu":
+        return "needs an NVIDIA GPU"
+    if (capability := _capability(device)) is None or capability < 8.0:
+        return "needs compute capability 8.0"
+    if dtype != "bfloat16":
+        return "needs bfloat16 (model.dtype)"
+    if arch.head_dim not in (16, 32, 64, 128):
+        return f"needs a head dimension of 16, 32, 64 or 128, not {arch.head_dim}"
+    if parts > 1:
+        return "takes whole rows only, and mesh.sequence splits them"
+    return _against_length(row_length, TRITON_ROW_MULTIPLE, parts)
 
 
 def _against_cudnn(
@@ -251,6 +270,9 @@ def _compute(
     """On one device; of the queries in these ``places`` of each row, where they are not all of them."""
     if kernel.name == "splash":
         return splash_attention(q, k, v, segment_ids, window, softcap, kernel.block, kernel.interpret, places, mask)
+    if kernel.name == "triton":
+        assert places is None
+        return triton_attention(q, k, v, segment_ids, window, softcap)
     if kernel.name == "cudnn":
         assert softcap is None
         return cudnn_attention(q, k, v, segment_ids, window, places)

@@ -31,6 +31,7 @@ def check_parity(
     windows: Sequence[int | None] = (None,),
     softcap: float | None = None,
     dtype: Any = jnp.bfloat16,
+    instead: str = "xla",
 ) -> float:
     """Compare a kernel, its values and gradients, with the ``xla`` kernel in float32, on packed rows.
 
@@ -39,6 +40,7 @@ def check_parity(
         compute: from queries ``[B, T, N, H]``, keys, values ``[B, T, K, H]``, segments ``[B, T]``, window and soft cap.
         group: query heads that share a key/value head.
         windows: sliding windows to try; None for attention to the whole segment.
+        instead: the kernel that a user is pointed to where this one fails.
 
     Returns:
         the largest error: of a position, all its heads together, in units of the root mean square over positions.
@@ -62,7 +64,9 @@ def check_parity(
             found = jax.block_until_ready(results(compute, dtype))
         except (NotImplementedError, jax.errors.JaxRuntimeError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"model.attention: {name} does not run here: {reason}; use model.attention=xla") from error
+            raise UserError(
+                f"model.attention: {name} does not run here: {reason}; use model.attention={instead}"
+            ) from error
         expected = results(xla_attention, jnp.float32)
         for what, one, other in zip(("its output", "dq", "dk", "dv"), found, expected, strict=True):
             error = _error(one, other, real)
@@ -71,7 +75,7 @@ def check_parity(
                 raise UserError(
                     f"model.attention: {name} is wrong on {_kind(one)}: {what} differs from the xla kernel by "
                     f"{error:.2g} of its size{'' if window is None else f' with a window of {window}'}, "
-                    f"and rounding allows {TOLERANCE}; use model.attention=xla"
+                    f"and rounding allows {TOLERANCE}; use model.attention={instead}"
                 )
     return worst
 

@@ -1,0 +1,314 @@
+"""NVIDIA GPUs: fused attention that computes only the blocks of its documents, forward and backward, in Pallas Triton.
+
+FlashAttention-2 (Dao 2023) with bounds from the data: documents are contiguous, so that the keys of a query lie between
+the start of its document (or window) and itself, and the queries of a key between itself and the end of that. No mask
+is in memory, and a row costs what its documents cost.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from sft_jax.models.attention.segments import first_visible
+from sft_jax.models.remat import ATTENTION, keep
+from sft_jax.typing import Array, Float, Int
+
+ROW_MULTIPLE = 64  # slots that its tiles take
+_NEVER = -1e30  # finite, so that a query of which nothing is visible in a block still has a maximum
+_LOG2_E = math.log2(math.e)  # scores are kept in powers of two, which GPUs compute
+
+
+class Tiles(NamedTuple):
+    """What a program of a kernel takes, and how Triton lays it out."""
+
+    outer: int  # queries (of keys and values' gradients: keys) that it holds
+    inner: int  # keys (queries) that it goes through at a time
+    warps: int
+    stages: int
+
+
+class Tuning(NamedTuple):
+    """Tiles of the three kernels: the fastest of seven each on an H200, for heads of 64 and of 128."""
+
+    forward: Tiles = Tiles(64, 64, 4, 3)
+    keys: Tiles = Tiles(64, 64, 4, 2)  # gradients of keys and values
+    queries: Tiles = Tiles(64, 64, 4, 2)  # gradients of queries
+
+
+class _Static(NamedTuple):
+    scale: float  # of the products of queries and keys
+    softcap: float | None
+    tuning: Tuning
+    interpret: bool
+
+
+def triton_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    segment_ids: Int[Array, "B T"],
+    window: int | None = None,
+    softcap: float | None = None,
+    tuning: Tuning = Tuning(),  # noqa: B008
+    interpret: bool = False,
+) -> Float[Array, "B T N H"]:
+    """See :func:`sft_jax.models.attention.kernel.attention`; on one device, 16-bit.
+
+    T is a multiple of the tiles, H a power of two. Padding sees itself only.
+
+    Args:
+        interpret: run the kernels' operations one by one, on any device.
+    """
+    place = jnp.arange(q.shape[1], dtype=jnp.int32)
+    first = jnp.where(segment_ids == 0, place, first_visible(segment_ids, window))
+    until = jax.vmap(lambda row: jnp.searchsorted(row, place, side="right").astype(jnp.int32))(first)
+    static = _Static(q.shape[-1] ** -0.5, softcap, tuning, interpret)
+    return _attend(q, k, v, first, until, static)
+
+
+# ``first`` [B, T] is the first key that each query sees, ``until`` one more than the last query that sees each key: the
+# number of queries whose first is not behind it, since ``first`` never falls along a row.
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attend(q: Array, k: Array, v: Array, first: Array, until: Array, static: _Static) -> Array:
+    return _forward(q, k, v, first, static)[0]
+
+
+def _forward_and_residuals(q: Array, k: Array, v: Array, first: Array, until: Array, static: _Static):
+    out, log_total = (keep(x, ATTENTION) for x in _forward(q, k, v, first, static))
+    return out, (q, k, v, first, until, out, log_total)
+
+
+def _forward(
+    q: Array, k: Array, v: Array, first: Array, static: _Static
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+    """What attention gives, and the log of each query's sum, base two."""
+    num_rows, length, num_heads, head_dim = q.shape
+    tiles, group = static.tuning.forward, num_heads // k.shape[2]
+    of_queries, of_keys, of_slots, of_totals = _specs(length, head_dim, tiles.outer, group)
+    return pl.pallas_call(
+        partial(_forward_kernel, tiles=tiles, static=static),
+        grid=(length // tiles.outer, num_heads, num_rows),
+        in_specs=[of_queries, of_keys, of_keys, of_slots],
+        out_specs=[of_queries, of_totals],
+        out_shape=[
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct((num_rows, num_heads, length), jnp.float32),
+        ],
+        **_compiled_as(tiles, static, "attention_forward"),
+    )(q, k, v, first)
+
+
+def _backward(static: _Static, residuals: Any, d_out: Array):
+    q, k, v, first, until, out, log_total = residuals
+    num_rows, length, num_heads, head_dim = q.shape
+    num_kv_heads = k.shape[2]
+    group = num_heads // num_kv_heads
+    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+    delta = jnp.swapaxes(delta, 1, 2)
+
+    tiles = static.tuning.queries
+    of_queries, of_keys, of_slots, of_totals = _specs(length, head_dim, tiles.outer, group)
+    dq = pl.pallas_call(
+        partial(_queries_kernel, tiles=tiles, static=static),
+        grid=(length // tiles.outer, num_heads, num_rows),
+        in_specs=[of_queries, of_keys, of_keys, of_slots, of_queries, of_totals, of_totals],
+        out_specs=of_queries,
+        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        **_compiled_as(tiles, static, "attention_queries"),
+    )(q, k, v, first, d_out, log_total, delta)
+
+    tiles = static.tuning.keys
+    of_group = pl.BlockSpec((None, length, group, head_dim), lambda j, h, b: (b, 0, h, 0))
+    of_key_block = pl.BlockSpec((None, tiles.outer, None, head_dim), lambda j, h, b: (b, j, h, 0))
+    of_row = pl.BlockSpec((None, length), lambda j, h, b: (b, 0))
+    of_group_totals = pl.BlockSpec((None, group, length), lambda j, h, b: (b, h, 0))
+    dk, dv = pl.pallas_call(
+        partial(_keys_kernel, tiles=tiles, static=static),
+        grid=(length // tiles.outer, num_kv_heads, num_rows),
+        in_specs=[of_group, of_key_block, of_key_block, of_row, of_row, of_group, of_group_totals, of_group_totals],
+        out_specs=[of_key_block, of_key_block],
+        out_shape=[jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)],
+        **_compiled_as(tiles, static, "attention_keys"),
+    )(q, k, v, first, until, d_out, log_total, delta)
+    return dq, dk, dv, None, None
+
+
+_attend.defvjp(_forward_and_residuals, _backward)
+
+
+def _specs(length: int, head_dim: int, block: int, group: int) -> list[pl.BlockSpec]:
+    """Of one block of queries of one head: these, all keys of that head, the row's slots, and its sums."""
+    return [
+        pl.BlockSpec((None, block, None, head_dim), lambda i, n, b: (b, i, n, 0)),
+        pl.BlockSpec((None, length, None, head_dim), lambda i, n, b: (b, 0, n // group, 0)),
+        pl.BlockSpec((None, length), lambda i, n, b: (b, 0)),
+        pl.BlockSpec((None, None, block), lambda i, n, b: (b, n, i)),
+    ]
+
+
+def _compiled_as(tiles: Tiles, static: _Static, name: str) -> dict[str, Any]:
+    parameters = plt.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages)
+    return {"compiler_params": parameters, "interpret": static.interpret, "name": name}
+
+
+def _forward_kernel(q_ref, k_ref, v_ref, first_ref, out_ref, total_ref, *, tiles: Tiles, static: _Static):
+    i = pl.program_id(0)
+    q, sight = q_ref[...], _Sight.of_queries(i, first_ref, tiles)
+
+    def block(masked: bool, j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        top, total, out = carry
+        keys = pl.ds(j * tiles.inner, tiles.inner)
+        scores, _ = _scores(plt.dot(q, k_ref[keys, :], trans_b=True), static)
+        if masked:
+            scores = jnp.where(sight.visible(_places(j, tiles.inner)[None, :]), scores, _NEVER)
+        new_top = jnp.maximum(top, jnp.max(scores, axis=1))
+        weights = jnp.exp2(scores - new_top[:, None])
+        shrink = jnp.exp2(top - new_top)
+        total = total * shrink + jnp.sum(weights, axis=1)
+        out = out * shrink[:, None] + plt.dot(weights.astype(v_ref.dtype), v_ref[keys, :])
+        return new_top, total, out
+
+    start = (
+        jnp.full((tiles.outer,), _NEVER, jnp.float32),
+        jnp.zeros((tiles.outer,), jnp.float32),
+        jnp.zeros(q.shape, jnp.float32),
+    )
+    top, total, out = _over_blocks(block, sight.blocks, start)
+    out_ref[...] = (out / total[:, None]).astype(out_ref.dtype)
+    total_ref[...] = top + jnp.log2(total)
+
+
+def _queries_kernel(
+    q_ref, k_ref, v_ref, first_ref, d_out_ref, total_ref, delta_ref, dq_ref, *, tiles: Tiles, static: _Static
+):
+    i = pl.program_id(0)
+    q, d_out, total, delta = q_ref[...], d_out_ref[...], total_ref[...], delta_ref[...]
+    sight = _Sight.of_queries(i, first_ref, tiles)
+
+    def block(masked: bool, j: Array, dq: Array) -> Array:
+        keys = pl.ds(j * tiles.inner, tiles.inner)
+        k = k_ref[keys, :]
+        scores, slope = _scores(plt.dot(q, k, trans_b=True), static)
+        weights = jnp.exp2(scores - total[:, None])
+        if masked:
+            weights = jnp.where(sight.visible(_places(j, tiles.inner)[None, :]), weights, 0.0)
+        d_scores = weights * (plt.dot(d_out, v_ref[keys, :], trans_b=True) - delta[:, None])
+        d_scores = d_scores if slope is None else d_scores * slope
+        return dq + plt.dot(d_scores.astype(k.dtype), k)
+
+    dq = _over_blocks(block, sight.blocks, jnp.zeros(q.shape, jnp.float32))
+    dq_ref[...] = (dq * static.scale).astype(dq_ref.dtype)
+
+
+def _keys_kernel(
+    q_ref,
+    k_ref,
+    v_ref,
+    first_ref,
+    until_ref,
+    d_out_ref,
+    total_ref,
+    delta_ref,
+    dk_ref,
+    dv_ref,
+    *,
+    tiles: Tiles,
+    static: _Static,
+):
+    """The queries of all heads of the group, one head after the other; scores are keys × queries here."""
+    j = pl.program_id(0)
+    k, v, places = k_ref[...], v_ref[...], _places(j, tiles.outer)[:, None]
+    begin = j * tiles.outer
+    last = begin + tiles.outer - 1
+    blocks = _Blocks(
+        begin // tiles.inner,
+        (last + tiles.inner - 1) // tiles.inner,  # from here on, queries see the last key
+        until_ref[begin] // tiles.inner,  # and before here, they all see the first one
+        (until_ref[last] + tiles.inner - 1) // tiles.inner,
+    )
+
+    def head(g: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        def block(masked: bool, i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+            dk, dv = carry
+            queries = pl.ds(i * tiles.inner, tiles.inner)
+            q, d_out = q_ref[queries, g, :], d_out_ref[queries, g, :]
+            scores, slope = _scores(plt.dot(k, q, trans_b=True), static)
+            weights = jnp.exp2(scores - total_ref[g, queries][None, :])
+            if masked:
+                first = first_ref[queries][None, :]
+                visible = (places <= _places(i, tiles.inner)[None, :]) & (places >= first)
+                weights = jnp.where(visible, weights, 0.0)
+            dv += plt.dot(weights.astype(v.dtype), d_out)
+            d_scores = weights * (plt.dot(v, d_out, trans_b=True) - delta_ref[g, queries][None, :])
+            d_scores = d_scores if slope is None else d_scores * slope
+            return dk + plt.dot(d_scores.astype(k.dtype), q), dv
+
+        return _over_blocks(block, blocks, carry)
+
+    nothing = jnp.zeros(k.shape, jnp.float32)
+    dk, dv = lax.fori_loop(0, q_ref.shape[1], head, (nothing, nothing))
+    dk_ref[...] = (dk * static.scale).astype(dk_ref.dtype)
+    dv_ref[...] = dv.astype(dv_ref.dtype)
+
+
+class _Blocks(NamedTuple):
+    """Which blocks a program goes through: masked up to ``whole``, all visible up to ``rest``, masked up to ``end``."""
+
+    begin: Array
+    whole: Array
+    rest: Array
+    end: Array
+
+
+class _Sight(NamedTuple):
+    """What a block of queries sees."""
+
+    last: Int[Array, "q 1"]  # keys up to here: its own place
+    first: Int[Array, "q 1"]  # from here on
+    blocks: _Blocks  # of keys
+
+    @staticmethod
+    def of_queries(i: Array, first_ref: Any, tiles: Tiles) -> _Sight:
+        begin = i * tiles.outer
+        last = begin + tiles.outer - 1
+        blocks = _Blocks(
+            first_ref[begin] // tiles.inner,
+            (first_ref[last] + tiles.inner - 1) // tiles.inner,  # from here on, keys are seen by the last query
+            (begin + 1) // tiles.inner,  # and before here, by the first one
+            last // tiles.inner + 1,
+        )
+        first = first_ref[pl.ds(begin, tiles.outer)]
+        return _Sight(_places(i, tiles.outer)[:, None], first[:, None], blocks)
+
+    def visible(self, places: Int[Array, "1 k"]) -> Array:
+        return (places <= self.last) & (places >= self.first)
+
+
+def _places(block: Array, size: int) -> Int[Array, "size"]:
+    return block * size + jnp.arange(size, dtype=jnp.int32)
+
+
+def _over_blocks(block: Callable[[bool, Array, Any], Any], blocks: _Blocks, carry: Any) -> Any:
+    """All blocks one after the other; without a mask where none is needed."""
+    whole = jnp.clip(blocks.whole, blocks.begin, blocks.end)
+    rest = jnp.clip(blocks.rest, whole, blocks.end)
+    carry = lax.fori_loop(blocks.begin, whole, partial(block, True), carry)
+    carry = lax.fori_loop(whole, rest, partial(block, False), carry)
+    return lax.fori_loop(rest, blocks.end, partial(block, True), carry)
+
+
+def _scores(products: Float[Array, "a b"], static: _Static) -> tuple[Array, Array | None]:
+    """Scaled and capped scores, in powers of two, and the slope of the cap."""
+    if static.softcap is None:
+        return products * (static.scale * _LOG2_E), None
+    squashed = jnp.tanh(products * (static.scale / static.softcap))
+    return squashed * (static.softcap * _LOG2_E), 1.0 - squashed**2

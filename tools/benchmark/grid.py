@@ -1,0 +1,234 @@
+"""Training of several shapes, methods and row lengths on one accelerator, in little time.
+
+What :mod:`benchmark.train` does with one case at a time, each side starting from nothing, is done here by two processes
+that have imported everything already: one that forks for each case of this library, and one that trains case after case
+with TRL. Starting is not measured; steps and the device's memory are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import queue
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from benchmark.kit import SHAPES, Kit, make_kit
+from benchmark.runners import RESULT
+from benchmark.train import ENVIRONMENT, machine, model_rate
+
+CASE_SECONDS = 180  # after which a case is given up
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rows", required=True, help="a .jsonl with question and answer, such as GSM8K's train.jsonl")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["1b", "8b"])
+    parser.add_argument("--modes", nargs="+", choices=("lora", "full"), default=["lora", "full"])
+    parser.add_argument("--lengths", nargs="+", type=int, default=[2048, 8192], help="slots of a packed row")
+    parser.add_argument("--tokens", type=int, default=16_384, help="slots of a step")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="also of trained weights")
+    parser.add_argument("--steps", type=int, default=4, help="measured in each case")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before these")
+    parser.add_argument("--self-only", action="store_true")
+    parser.add_argument(
+        "--sparing", choices=("no", "also", "only"), default="no", help="with everything recomputed, TRL without that"
+    )
+    parser.add_argument("--minutes", type=float, help="start no case after so many")
+    parser.add_argument("--kit", type=Path, help="where models are made and kept; default a temporary folder")
+    parser.add_argument("--out", type=Path, help="a folder for grid.jsonl, a line as soon as a case is done")
+    parser.set_defaults(run=bench_grid)
+
+
+def bench_grid(options: argparse.Namespace) -> None:
+    missing = [name for name in ("torch", "trl", "peft") if importlib.util.find_spec(name) is None]
+    if missing and not options.self_only:
+        sys.exit(f"bench: {', '.join(missing)} not installed; pip install -e '.[test]', or use --self-only")
+    began = time.monotonic()
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        servers = {who: Server(who, Path(scratch)) for who in ("sft_jax", *(() if options.self_only else ("trl",)))}
+        jax.config.update("jax_platforms", "cpu")  # the accelerator is for the processes that are measured
+        folder = options.kit or Path(scratch)
+        kits = {shape: make_kit(folder, shape, Path(options.rows), options.dtype) for shape in options.shapes}
+        found = []
+        try:
+            ceiling = servers["sft_jax"]("ceiling", _options(options, kits[options.shapes[0]], "lora", 2048, {}))
+            if "error" in ceiling:
+                sys.exit(f"bench: {ceiling['error']}")
+            print(_heading(ceiling), flush=True)
+            for case in _cases(options):
+                if options.minutes is None or time.monotonic() - began < options.minutes * 60:
+                    found.append(_measure(options, kits[case["shape"]], servers, ceiling, case))
+        finally:
+            for server in servers.values():
+                server.close()
+    print("\n".join(["", *_ratios(found)]))
+
+
+def _cases(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """What is usual first; then what takes less memory here and more there."""
+    sides = [("sft_jax", {"remat": "auto"}), ("trl", {"checkpointing": True})]
+    rounds = [] if options.sparing == "only" else [sides]
+    if options.sparing != "no":
+        rounds.append([("sft_jax", {"remat": "full"}), ("trl", {"checkpointing": False})])
+    return [
+        {"shape": shape, "mode": mode, "length": length, "who": who, "how": how}
+        for round_ in rounds
+        for shape in options.shapes
+        for length in options.lengths
+        for mode in options.modes
+        for who, how in round_
+        if who == "sft_jax" or not options.self_only
+    ]
+
+
+def _options(options: argparse.Namespace, kit: Kit, mode: str, length: int, how: dict[str, Any]) -> dict[str, Any]:
+    kept = options.dtype if mode == "full" else "float32"
+    return {
+        "kit": str(kit.folder),
+        "mode": mode,
+        "dtype": options.dtype,
+        "steps": options.steps,
+        "warmup": options.warmup,
+        "row_length": length,
+        "batch_size": max(1, options.tokens // length),
+        "conversations": max(1, round(options.tokens / float(kit.lengths.mean()))),
+        "attention": "auto",
+        "quantization": None,
+        "weights": kept,
+        "moments": kept,
+        **how,
+    }
+
+
+def _measure(
+    options: argparse.Namespace, kit: Kit, servers: dict[str, Server], ceiling: dict[str, Any], case: dict[str, Any]
+) -> dict[str, Any]:
+    """Run a case; what was found is printed and written at once."""
+    run = servers[case["who"]](case["who"], _options(options, kit, case["mode"], case["length"], case["how"]))
+    result: dict[str, Any] = {**case, "device": ceiling["device"], "ceiling_gflops": ceiling["gflops"], "run": run}
+    if "error" not in run:
+        seconds = statistics.median(run["step_seconds"])
+        # Of the median step: a step that had to wait for anything else does not count.
+        result["tokens_per_second"] = sum(run["real_tokens"]) / len(run["real_tokens"]) / seconds
+        scale = sum(run["step_seconds"]) / (seconds * len(run["step_seconds"]))
+        result["share_of_ceiling"] = model_rate(kit, case["mode"], [run]) * scale / 1e9 / ceiling["gflops"]
+    if options.out:
+        with (options.out / "grid.jsonl").open("a", encoding="utf-8") as file:
+            print(json.dumps(result), file=file)
+    print(_line(result), flush=True)
+    return result
+
+
+def _heading(ceiling: dict[str, Any]) -> str:
+    about = machine(ceiling["device"])
+    versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
+    return (
+        f"{about['device']}, {about['cpu']}; {versions}\n"
+        f"matrix products alone: {ceiling['gflops'] / 1e3:,.1f} TFLOP/s\n"
+        f"{'':30}{'real tokens/s':>15}{'of products':>13}{'peak, GB':>10}"
+    )
+
+
+def _line(result: dict[str, Any]) -> str:
+    how = {"auto": "", "full": ", recomputing", True: ", checkpointing", False: ""}[next(iter(result["how"].values()))]
+    title = f"{result['shape']} {result['mode']} {result['length']:,}  {result['who']}{how}"
+    run = result["run"]
+    if "error" in run:
+        return f"{title:40}  {run['error']}"
+    peak = run["device_peak_bytes"] or run["host_peak_bytes"]
+    chosen = " ".join(str(run[key]) for key in ("attention", "remat") if key in run)
+    return (
+        f"{title:40}{result['tokens_per_second']:>10,.0f}{result['share_of_ceiling']:>12.1%}{peak / 1e9:>10.2f}"
+        f"  {chosen}"
+    )
+
+
+def _ratios(found: list[dict[str, Any]]) -> list[str]:
+    """Ours beside TRL's, where both recompute or neither does; and as both come."""
+
+    def peak(result: dict[str, Any]) -> float:
+        return result["run"]["device_peak_bytes"] or result["run"]["host_peak_bytes"]
+
+    lines = []
+    for ours in found:
+        for theirs in found:
+            alike = all(ours[key] == theirs[key] for key in ("shape", "mode", "length"))
+            if not alike or (ours["who"], theirs["who"]) != ("sft_jax", "trl"):
+                continue
+            if "error" in ours["run"] or "error" in theirs["run"]:
+                continue
+            checkpoints = ", checkpointing" if theirs["how"]["checkpointing"] else ""
+            recomputes = ", recomputing" if ours["how"]["remat"] == "full" else ""
+            lines.append(
+                f"{ours['shape']} {ours['mode']} {ours['length']:,}: sft_jax{recomputes} / trl{checkpoints}: "
+                f"{ours['tokens_per_second'] / theirs['tokens_per_second']:.2f} × the real tokens/s, "
+                f"{peak(ours) / peak(theirs):.2f} × the peak memory"
+            )
+    return lines
+
+
+class Server:
+    """A process that has imported what a side needs, and is given case after case."""
+
+    def __init__(self, who: str, scratch: Path):
+        self._who, self._log = who, scratch / f"{who}.log"
+        self._start()
+
+    def _start(self) -> None:
+        self._lines: queue.Queue[str | None] = queue.Queue()
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, sys.argv[0], "serve-train", self._who],
+                env=ENVIRONMENT | os.environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+            )  # fmt: skip
+        self._reader = threading.Thread(target=self._read, args=(self._process, self._lines), daemon=True)
+        self._reader.start()
+
+    @staticmethod
+    def _read(process: subprocess.Popen[str], lines: queue.Queue[str | None]) -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.put(line)
+        lines.put(None)
+
+    def __call__(self, what: str, options: dict[str, Any]) -> dict[str, Any]:
+        """What the runner of this name finds; ``{"error": …}`` if it fails, or takes longer than a case may."""
+        assert self._process.stdin is not None
+        until = time.monotonic() + CASE_SECONDS
+        try:
+            print(json.dumps([what, options]), file=self._process.stdin, flush=True)
+            while True:
+                line = self._lines.get(timeout=max(0.1, until - time.monotonic()))
+                if line is None:
+                    break
+                if line.startswith(RESULT):
+                    return json.loads(line.removeprefix(RESULT))
+            said = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it ended"]
+            error = said[-1][:200]
+        except queue.Empty:
+            error = f"took longer than {CASE_SECONDS} s"
+        except BrokenPipeError:
+            error = "ended before"
+        self.close()
+        self._start()
+        return {"error": error}
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._reader.join()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            pipe.close()
