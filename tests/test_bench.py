@@ -9,6 +9,7 @@ import pytest
 
 TOOLS = Path(__file__).parent.parent / "tools"
 sys.path.insert(0, str(TOOLS))
+import bench  # noqa: E402
 from benchmark import grid, kit, train  # noqa: E402
 
 
@@ -72,7 +73,7 @@ def test_a_side_runs(tmp_path, monkeypatch):
         server.close()
     assert "error" not in found, found
     assert failed["error"].startswith("UserError: ")
-    assert len(found["losses"]) == 3
+    assert len(found["losses"]) == 4
     assert len(found["step_seconds"]) == 2
     assert all(0 < targets < real <= slots for real, targets, slots in zip(
         found["real_tokens"], found["target_tokens"], found["slots"], strict=True))  # fmt: skip
@@ -102,3 +103,14 @@ def test_grid_compares_like_with_like():
         "1b lora 2,048: sft_jax / trl, checkpointing: 3.00 × the real tokens/s, 2.00 × the peak memory",
         "1b lora 2,048: sft_jax, recomputing / trl, checkpointing: 2.00 × the real tokens/s, 0.67 × the peak memory",
     ]
+
+
+def test_attention_of_this_device(monkeypatch, capsys):
+    """Here only the kernel that runs everywhere, in 16 bits against itself in 32."""
+    arguments = "attention --tokens 64 --lengths 64 --heads 2 --kv-heads 1 --head-dims 16 --repeats 1"
+    monkeypatch.setattr(sys, "argv", ["bench.py", *arguments.split(), "--json"])
+    bench.main()
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["kernel"] == "xla"
+    assert 0.001 < found["error"] < 0.03
+    assert all(seconds > 0 for kind in ("short", "whole") for seconds in found[kind])

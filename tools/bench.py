@@ -6,6 +6,7 @@
 ``train``: a model of a given shape, trained on conversations by this library and by TRL with PEFT, each in processes of
 its own, and against the rate of this machine's matrix products. On the accelerator that is there, or the CPU.
 ``grid``: the same for several shapes, methods and row lengths on a GPU, in minutes.
+``attention``: the kernels that this device has, against the reference and against each other.
 ``loss``: the fused head and loss against the plain formula, in time and memory.
 ``ahead``: the train step of a shape compiled for hardware that need not be there, as ``sft-jax plan`` does.
 ``depth``: what more layers cost the host, in tracing, compiling and for each step.
@@ -26,7 +27,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 sys.path.insert(0, str(Path(__file__).parent))
 
-from benchmark import ahead, data, depth, grid, host, loss, runners, train
+from benchmark import ahead, attention, data, depth, grid, host, loss, runners, train
 
 
 def main() -> None:
@@ -34,6 +35,7 @@ def main() -> None:
     commands = parser.add_subparsers(required=True)
     train.add_arguments(commands.add_parser("train"))
     grid.add_arguments(commands.add_parser("grid"))
+    attention.add_arguments(commands.add_parser("attention"))
     loss.add_arguments(commands.add_parser("loss"))
     ahead.add_arguments(commands.add_parser("ahead"))
     depth.add_arguments(commands.add_parser("depth"))

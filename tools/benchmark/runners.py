@@ -79,7 +79,8 @@ def run_sft_jax(options: dict[str, Any]) -> dict[str, Any]:
             ),
             training=TrainingConfig(
                 output_dir=f"{out}/run",
-                max_steps=warmup + steps,
+                # One more than is measured: the last one's metrics are waited for at once, which tells another time.
+                max_steps=warmup + steps + 1,
                 batch_size=options["batch_size"],
                 eval_every=10**6,
                 save_every=10**6,
@@ -88,7 +89,7 @@ def run_sft_jax(options: dict[str, Any]) -> dict[str, Any]:
         )
         train(config)
         rows = [row for row in read_metrics(Path(out) / "run" / "metrics.jsonl") if "loss" in row]
-    measured = rows[warmup:]
+    measured = rows[warmup : warmup + steps]
     stats = jax.devices()[0].memory_stats() or {}
     return {
         "losses": [row["loss"] for row in rows],

@@ -1,0 +1,122 @@
+"""Attention kernels on this device: against the reference, and how long they take."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sft_jax.architecture import Architecture, Rope
+from sft_jax.errors import UserError
+from sft_jax.models.attention.kernel import NAMES, Kernel, attention, choose_kernel
+from sft_jax.models.attention.parity import WINDOW, check_parity
+from sft_jax.sharding import make_mesh
+
+MEAN, DEVIATION = 210.0, 70.0  # of the lengths of short documents: about those of GSM8K
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tokens", type=int, default=16_384)
+    parser.add_argument("--lengths", nargs="+", type=int, default=[2048, 8192], help="slots of a row")
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--head-dims", nargs="+", type=int, default=[64, 128])
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", action="store_true")
+    parser.set_defaults(run=bench_attention)
+
+
+def bench_attention(options: argparse.Namespace) -> None:
+    found: list[dict[str, Any]] = []
+    say = partial(print, file=sys.stderr if options.json else sys.stdout, flush=True)
+    say(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {options.dtype}, {options.tokens:,} slots")
+    for head_dim in options.head_dims:
+        for length in options.lengths:
+            for kernel in _kernels(options, head_dim, length):
+                one: dict[str, Any] = {"kernel": kernel.name, "head_dim": head_dim, "length": length}
+                try:
+                    one["error"] = _error(options, kernel, head_dim)
+                    for kind in ("short", "whole"):
+                        one[kind] = _seconds(options, kernel, head_dim, length, kind)
+                except UserError as error:
+                    one["refused"] = str(error)
+                found.append(one)
+                say(_line(one))
+    if options.json:
+        print(json.dumps(found))
+
+
+def _kernels(options: argparse.Namespace, head_dim: int, length: int) -> list[Kernel]:
+    """Those that this device has for rows of this length."""
+    arch = Architecture(
+        "llama", 8, 8, 8, 1, options.heads, options.kv_heads, head_dim, 1e-5, Rope(1e4), tie_word_embeddings=True
+    )
+    kernels = []
+    for name in NAMES:
+        try:
+            kernels.append(choose_kernel(name, make_mesh(), arch, options.dtype, length))
+        except UserError:
+            continue
+    return kernels
+
+
+def _error(options: argparse.Namespace, kernel: Kernel, head_dim: int) -> float:
+    """The largest of values and gradients, in units of their size; see :func:`check_parity`."""
+
+    def compute(q: Any, k: Any, v: Any, segments: Any, window: int | None, softcap: float | None) -> Any:
+        return attention(q, k, v, segments, window, softcap, kernel)
+
+    group = options.heads // options.kv_heads
+    return check_parity(kernel.name, compute, group, head_dim, [None, WINDOW], dtype=options.dtype)
+
+
+def _seconds(options: argparse.Namespace, kernel: Kernel, head_dim: int, length: int, kind: str) -> list[float]:
+    """Of the forward pass, and of both passes together; medians."""
+    rows = max(1, options.tokens // length)
+    rng = np.random.default_rng(0)
+    segments = np.ones((rows, length), np.int32)
+    if kind == "short":
+        for row in segments:
+            edges = np.cumsum(np.clip(rng.normal(MEAN, DEVIATION, length), 16, None).astype(int))
+            row[:] = 1 + np.searchsorted(edges, np.arange(length), side="right")
+    sizes = [(rows, length, num, head_dim) for num in (options.heads, options.kv_heads, options.kv_heads)]
+    q, k, v = (jax.random.normal(jax.random.key(i), size, options.dtype) for i, size in enumerate(sizes))
+
+    def forward(q: Any, k: Any, v: Any, segments: Any) -> Any:
+        return attention(q, k, v, segments, kernel=kernel)
+
+    def both(q: Any, k: Any, v: Any, segments: Any) -> Any:
+        out, pullback = jax.vjp(lambda q, k, v: forward(q, k, v, segments), q, k, v)
+        return pullback(out)
+
+    return [_median(jax.jit(run), (q, k, v, jnp.asarray(segments)), options.repeats) for run in (forward, both)]
+
+
+def _median(run: Any, inputs: Any, repeats: int) -> float:
+    jax.block_until_ready(run(*inputs))
+    seconds = []
+    for _ in range(repeats):  # several at a time, so that a fast device does not wait for the host
+        began = time.perf_counter()
+        jax.block_until_ready([run(*inputs) for _ in range(4)])
+        seconds.append((time.perf_counter() - began) / 4)
+    return statistics.median(seconds)
+
+
+def _line(one: dict[str, Any]) -> str:
+    title = f"heads of {one['head_dim']}, rows of {one['length']:,}  {one['kernel']:>10}  "
+    if "refused" in one:
+        return title + one["refused"]
+    times = "; ".join(
+        f"{title} {one[kind][0] * 1e3:,.2f} ms, with gradients {one[kind][1] * 1e3:,.2f}"
+        for kind, title in (("short", "short documents"), ("whole", "one a row"))
+    )
+    return f"{title}error {one['error']:.4f}; {times}"
