@@ -62,7 +62,7 @@ def test_topologies_are_read(text, shape, number):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("v9:4x4", "known are v5e, v5p, v6e, a100-40g"),
+        ("v9:4x4", "known are v5e, v5p, v6e, rtx-3090, rtx-4090, l4, l40s, a100-40g"),
         ("v5e", "write v5e:4x4"),
         ("v5e:four", "write v5e:4x4"),
         ("v5e:0x4", "write v5e:4x4"),

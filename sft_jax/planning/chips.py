@@ -35,17 +35,20 @@ class Gpu:
     l2_bytes: int
     shared_per_core: int  # bytes
     shared_per_block_optin: int  # bytes
+    fpus_per_core: int = 128
+    threads_per_core: int = 2048
 
 
 _CLOUD = "cloud.google.com/tpu/docs"
 _HOPPER = {"shared_per_core": 233_472, "shared_per_block_optin": 232_448}
-_AMPERE = {"shared_per_core": 167_936, "shared_per_block_optin": 166_912}
+_AMPERE = {"shared_per_core": 167_936, "shared_per_block_optin": 166_912, "fpus_per_core": 64}
+_ADA = {"shared_per_core": 102_400, "shared_per_block_optin": 101_376, "threads_per_core": 1536}  # and small Ampere
 
 # HBM of TPUs is what their compiler says is available when it refuses a program, of GPUs the total that CUDA reports,
 # of which jax takes a share. There is no v4: its compiler plans for single cores where jax has both cores of a chip as
 # one device.
 # Google counts both directions of a TPU's links from 2024 on (v5e: 400 GB/s) and one before (1,600 Gbit/s); NVIDIA
-# counts both. Here it is one.
+# counts both. Here it is one. Rates of cards are those with sums in float32, which is half of the other on GeForce.
 CHIPS = {
     chip.name: chip
     for chip in (
@@ -60,6 +63,26 @@ CHIPS = {
         Chip(
             "v6e", "tpu", 918e12, int(31.24 * GIB), 1.638e12, 400e9, None,
             f"{_CLOUD}/v6e: 918 TFLOPs, 32 GB at 1,638 GBps, interconnect 800 GBps both ways", dims=2, most=256,
+        ),
+        Chip(
+            "rtx-3090", "cuda", 71e12, int(23.6 * GIB), 936e9, 32e9, 0.6e9,
+            "NVIDIA GA102 whitepaper: 71 TFLOPS, 24 GB at 936 GB/s, PCIe 4.0 x16; assumed between hosts: 5 Gb/s a card",
+            most=8, gpu=Gpu("NVIDIA GeForce RTX 3090", (8, 6), 82, 1.695, 6 * 2**20, **_ADA),
+        ),
+        Chip(
+            "rtx-4090", "cuda", 165e12, int(23.6 * GIB), 1.008e12, 32e9, 0.6e9,
+            "NVIDIA Ada whitepaper: 165 TFLOPS, 24 GB at 1,008 GB/s, PCIe 4.0 x16; assumed between hosts: 5 Gb/s a card",
+            most=8, gpu=Gpu("NVIDIA GeForce RTX 4090", (8, 9), 128, 2.52, 72 * 2**20, **_ADA),
+        ),
+        Chip(
+            "l4", "cuda", 121e12, int(22.0 * GIB), 300e9, 32e9, 1.5e9,
+            "NVIDIA L4 datasheet: 242 TFLOPS sparse, 24 GB at 300 GB/s, PCIe 4.0 x16; AWS g6.48xlarge: 100 Gb/s for 8",
+            most=8, gpu=Gpu("NVIDIA L4", (8, 9), 58, 2.04, 48 * 2**20, **_ADA),
+        ),
+        Chip(
+            "l40s", "cuda", 362e12, int(44.4 * GIB), 864e9, 32e9, 6.2e9,
+            "NVIDIA L40S datasheet: 362 TFLOPS dense, 48 GB at 864 GB/s, PCIe 4.0 x16; AWS g6e.48xlarge: 400 Gb/s for 8",
+            most=8, gpu=Gpu("NVIDIA L40S", (8, 9), 142, 2.52, 96 * 2**20, **_ADA),
         ),
         Chip(
             "a100-40g", "cuda", 312e12, int(39.4 * GIB), 1.555e12, 300e9, 25e9,

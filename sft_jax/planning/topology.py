@@ -158,9 +158,9 @@ gpu_device_info {{
   shared_memory_per_block: 49152
   shared_memory_per_core: {gpu.shared_per_core}
   shared_memory_per_block_optin: {gpu.shared_per_block_optin}
-  threads_per_core_limit: 2048
+  threads_per_core_limit: {gpu.threads_per_core}
   core_count: {gpu.cores}
-  fpus_per_core: {64 if major == 8 else 128}
+  fpus_per_core: {gpu.fpus_per_core}
   block_dim_limit_x: 2147483647
   block_dim_limit_y: 65535
   block_dim_limit_z: 65535

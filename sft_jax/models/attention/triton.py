@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from sft_jax.models.attention.segments import first_visible
+from sft_jax.models.attention.segments import first_visible, seen_until
 from sft_jax.models.remat import ATTENTION, keep
 from sft_jax.typing import Array, Float, Int
 
@@ -68,15 +68,15 @@ def triton_attention(
     Args:
         interpret: run the kernels' operations one by one, on any device.
     """
-    place = jnp.arange(q.shape[1], dtype=jnp.int32)
-    first = jnp.where(segment_ids == 0, place, first_visible(segment_ids, window))
-    until = jax.vmap(lambda row: jnp.searchsorted(row, place, side="right").astype(jnp.int32))(first)
+    place, is_padding = jnp.arange(q.shape[1], dtype=jnp.int32), segment_ids == 0
+    first = jnp.where(is_padding, place, first_visible(segment_ids, window))
+    until = jnp.where(is_padding, place + 1, seen_until(segment_ids, window))
     static = _Static(q.shape[-1] ** -0.5, softcap, tuning, interpret)
     return _attend(q, k, v, first, until, static)
 
 
-# ``first`` [B, T] is the first key that each query sees, ``until`` one more than the last query that sees each key: the
-# number of queries whose first is not behind it, since ``first`` never falls along a row.
+# ``first`` [B, T] is the first key that each query sees, ``until`` the query behind the last one that sees each key.
+# Neither ever falls along a row, so that those of the first and the last of a block bound it.
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _attend(q: Array, k: Array, v: Array, first: Array, until: Array, static: _Static) -> Array:
     return _forward(q, k, v, first, static)[0]
