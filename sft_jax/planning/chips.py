@@ -66,22 +66,22 @@ CHIPS = {
         ),
         Chip(
             "rtx-3090", "cuda", 71e12, int(23.6 * GIB), 936e9, 32e9, 0.6e9,
-            "NVIDIA GA102 whitepaper: 71 TFLOPS, 24 GB at 936 GB/s, PCIe 4.0 x16; assumed between hosts: 5 Gb/s a card",
+            "NVIDIA GA102 whitepaper: 71 TFLOPS, 24 GB at 936 GB/s, PCIe 4.0 x16; assumed 5 Gb/s to other hosts",
             most=8, gpu=Gpu("NVIDIA GeForce RTX 3090", (8, 6), 82, 1.695, 6 * 2**20, **_ADA),
         ),
         Chip(
             "rtx-4090", "cuda", 165e12, int(23.6 * GIB), 1.008e12, 32e9, 0.6e9,
-            "NVIDIA Ada whitepaper: 165 TFLOPS, 24 GB at 1,008 GB/s, PCIe 4.0 x16; assumed between hosts: 5 Gb/s a card",
+            "NVIDIA Ada whitepaper: 165 TFLOPS, 24 GB at 1,008 GB/s, PCIe 4.0 x16; assumed 5 Gb/s to other hosts",
             most=8, gpu=Gpu("NVIDIA GeForce RTX 4090", (8, 9), 128, 2.52, 72 * 2**20, **_ADA),
         ),
         Chip(
             "l4", "cuda", 121e12, int(22.0 * GIB), 300e9, 32e9, 1.5e9,
-            "NVIDIA L4 datasheet: 242 TFLOPS sparse, 24 GB at 300 GB/s, PCIe 4.0 x16; AWS g6.48xlarge: 100 Gb/s for 8",
+            "NVIDIA L4 datasheet: 242 TFLOPS sparse, 24 GB at 300 GB/s, PCIe 4.0 x16; AWS g6: 100 Gb/s for 8",
             most=8, gpu=Gpu("NVIDIA L4", (8, 9), 58, 2.04, 48 * 2**20, **_ADA),
         ),
         Chip(
             "l40s", "cuda", 362e12, int(44.4 * GIB), 864e9, 32e9, 6.2e9,
-            "NVIDIA L40S datasheet: 362 TFLOPS dense, 48 GB at 864 GB/s, PCIe 4.0 x16; AWS g6e.48xlarge: 400 Gb/s for 8",
+            "NVIDIA L40S datasheet: 362 TFLOPS dense, 48 GB at 864 GB/s, PCIe 4.0 x16; AWS g6e: 400 Gb/s for 8",
             most=8, gpu=Gpu("NVIDIA L40S", (8, 9), 142, 2.52, 96 * 2**20, **_ADA),
         ),
         Chip(
