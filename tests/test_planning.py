@@ -34,9 +34,9 @@ def test_chips_are_told_completely():
     for name, chip in CHIPS.items():
         assert chip.name == name
         assert chip.source
-        assert 1e14 < chip.flops < 1e16
+        assert 5e13 < chip.flops < 1e16
         assert 15 * 2**30 < chip.hbm_bytes < 200e9
-        assert 100 < chip.flops / chip.hbm_bandwidth < 700  # operations a byte: of all of them the same order
+        assert 50 < chip.flops / chip.hbm_bandwidth < 700  # operations a byte: of all of them the same order
         assert chip.link_bandwidth < chip.hbm_bandwidth
         assert (chip.gpu is None) == (chip.platform == "tpu") == (chip.host_bandwidth is None)
 
