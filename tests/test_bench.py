@@ -65,6 +65,7 @@ def test_a_side_runs(tmp_path, monkeypatch):
     }  # fmt: skip
     monkeypatch.setattr(sys, "argv", [str(TOOLS / "bench.py")])
     monkeypatch.setenv("XLA_FLAGS", "")
+    assert train.run_process("ceiling", options, quiet=True)["gflops"] > 0  # by a process of its own, as all of train's
     server = grid.Server("sft_jax", tmp_path)
     try:
         found = server("sft_jax", options)

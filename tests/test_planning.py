@@ -34,9 +34,12 @@ def test_chips_are_told_completely():
     for name, chip in CHIPS.items():
         assert chip.name == name
         assert chip.source
-        assert 5e13 < chip.flops < 1e16
+        card = name.startswith("rtx")  # for desktops: slower units, memory that is not as much faster
+        assert (5e13 if card else 1e14) < chip.flops < 1e16
         assert 15 * 2**30 < chip.hbm_bytes < 200e9
-        assert 50 < chip.flops / chip.hbm_bandwidth < 700  # operations a byte: of all of them the same order
+        assert (
+            (50 if card else 100) < chip.flops / chip.hbm_bandwidth < 700
+        )  # operations a byte: of all of them the same order
         assert chip.link_bandwidth < chip.hbm_bandwidth
         assert (chip.gpu is None) == (chip.platform == "tpu") == (chip.host_bandwidth is None)
 

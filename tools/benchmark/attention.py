@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
-import time
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmark.timing import median_seconds
 from sft_jax.architecture import Architecture, Rope
 from sft_jax.errors import UserError
 from sft_jax.models.attention.kernel import NAMES, Kernel, attention, choose_kernel
@@ -44,7 +43,7 @@ def bench_attention(options: argparse.Namespace) -> None:
             for kernel in _kernels(options, head_dim, length):
                 one: dict[str, Any] = {"kernel": kernel.name, "head_dim": head_dim, "length": length}
                 try:
-                    one["error"] = _error(options, kernel, head_dim)
+                    one["error"] = _error(kernel, options.heads // options.kv_heads, head_dim, options.dtype)
                     for kind in ("short", "whole"):
                         one[kind] = _seconds(options, kernel, head_dim, length, kind)
                 except UserError as error:
@@ -69,14 +68,10 @@ def _kernels(options: argparse.Namespace, head_dim: int, length: int) -> list[Ke
     return kernels
 
 
-def _error(options: argparse.Namespace, kernel: Kernel, head_dim: int) -> float:
+@cache  # it does not depend on the length of rows
+def _error(kernel: Kernel, group: int, head_dim: int, dtype: str) -> float:
     """The largest of values and gradients, in units of their size; see :func:`check_parity`."""
-
-    def compute(q: Any, k: Any, v: Any, segments: Any, window: int | None, softcap: float | None) -> Any:
-        return attention(q, k, v, segments, window, softcap, kernel)
-
-    group = options.heads // options.kv_heads
-    return check_parity(kernel.name, compute, group, head_dim, [None, WINDOW], dtype=options.dtype)
+    return check_parity(kernel.name, partial(attention, kernel=kernel), group, head_dim, [None, WINDOW], dtype=dtype)
 
 
 def _seconds(options: argparse.Namespace, kernel: Kernel, head_dim: int, length: int, kind: str) -> list[float]:
@@ -91,24 +86,13 @@ def _seconds(options: argparse.Namespace, kernel: Kernel, head_dim: int, length:
     sizes = [(rows, length, num, head_dim) for num in (options.heads, options.kv_heads, options.kv_heads)]
     q, k, v = (jax.random.normal(jax.random.key(i), size, options.dtype) for i, size in enumerate(sizes))
 
-    def forward(q: Any, k: Any, v: Any, segments: Any) -> Any:
-        return attention(q, k, v, segments, kernel=kernel)
+    forward = partial(attention, kernel=kernel)
 
     def both(q: Any, k: Any, v: Any, segments: Any) -> Any:
         out, pullback = jax.vjp(lambda q, k, v: forward(q, k, v, segments), q, k, v)
         return pullback(out)
 
-    return [_median(jax.jit(run), (q, k, v, jnp.asarray(segments)), options.repeats) for run in (forward, both)]
-
-
-def _median(run: Any, inputs: Any, repeats: int) -> float:
-    jax.block_until_ready(run(*inputs))
-    seconds = []
-    for _ in range(repeats):  # several at a time, so that a fast device does not wait for the host
-        began = time.perf_counter()
-        jax.block_until_ready([run(*inputs) for _ in range(4)])
-        seconds.append((time.perf_counter() - began) / 4)
-    return statistics.median(seconds)
+    return [median_seconds(jax.jit(run), (q, k, v, jnp.asarray(segments)), options.repeats) for run in (forward, both)]
 
 
 def _line(one: dict[str, Any]) -> str:

@@ -8,7 +8,6 @@ with TRL. Starting is not measured; steps and the device's memory are.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import queue
@@ -21,11 +20,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from benchmark.kit import SHAPES, Kit, make_kit
 from benchmark.runners import RESULT
-from benchmark.train import ENVIRONMENT, machine, model_rate
+from benchmark.train import ENVIRONMENT, check_peer, machine, model_rate
 
 CASE_SECONDS = 180  # after which a case is given up
 
@@ -50,15 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def bench_grid(options: argparse.Namespace) -> None:
-    missing = [name for name in ("torch", "trl", "peft") if importlib.util.find_spec(name) is None]
-    if missing and not options.self_only:
-        sys.exit(f"bench: {', '.join(missing)} not installed; pip install -e '.[test]', or use --self-only")
+    check_peer(options.self_only)
     began = time.monotonic()
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         servers = {who: Server(who, Path(scratch)) for who in ("sft_jax", *(() if options.self_only else ("trl",)))}
-        jax.config.update("jax_platforms", "cpu")  # the accelerator is for the processes that are measured
         folder = options.kit or Path(scratch)
         kits = {shape: make_kit(folder, shape, Path(options.rows), options.dtype) for shape in options.shapes}
         found = []
@@ -142,25 +136,29 @@ def _heading(ceiling: dict[str, Any]) -> str:
 
 
 def _line(result: dict[str, Any]) -> str:
-    how = {"auto": "", "full": ", recomputing", True: ", checkpointing", False: ""}[next(iter(result["how"].values()))]
-    title = f"{result['shape']} {result['mode']} {result['length']:,}  {result['who']}{how}"
+    title = f"{result['shape']} {result['mode']} {result['length']:,}  {_side(result)}"
     run = result["run"]
     if "error" in run:
         return f"{title:40}  {run['error']}"
-    peak = run["device_peak_bytes"] or run["host_peak_bytes"]
     chosen = " ".join(str(run[key]) for key in ("attention", "remat") if key in run)
-    return (
-        f"{title:40}{result['tokens_per_second']:>10,.0f}{result['share_of_ceiling']:>12.1%}{peak / 1e9:>10.2f}"
-        f"  {chosen}"
-    )
+    speed, share = result["tokens_per_second"], result["share_of_ceiling"]
+    return f"{title:40}{speed:>10,.0f}{share:>12.1%}{_peak(result) / 1e9:>10.2f}  {chosen}"
+
+
+def _side(result: dict[str, Any]) -> str:
+    """Who, and how they save memory."""
+    how = result["how"]
+    if how.get("checkpointing"):
+        return f"{result['who']}, checkpointing"
+    return f"{result['who']}, recomputing" if how.get("remat") == "full" else result["who"]
+
+
+def _peak(result: dict[str, Any]) -> float:
+    return result["run"]["device_peak_bytes"] or result["run"]["host_peak_bytes"]
 
 
 def _ratios(found: list[dict[str, Any]]) -> list[str]:
     """Ours beside TRL's, where both recompute or neither does; and as both come."""
-
-    def peak(result: dict[str, Any]) -> float:
-        return result["run"]["device_peak_bytes"] or result["run"]["host_peak_bytes"]
-
     lines = []
     for ours in found:
         for theirs in found:
@@ -169,12 +167,10 @@ def _ratios(found: list[dict[str, Any]]) -> list[str]:
                 continue
             if "error" in ours["run"] or "error" in theirs["run"]:
                 continue
-            checkpoints = ", checkpointing" if theirs["how"]["checkpointing"] else ""
-            recomputes = ", recomputing" if ours["how"]["remat"] == "full" else ""
             lines.append(
-                f"{ours['shape']} {ours['mode']} {ours['length']:,}: sft_jax{recomputes} / trl{checkpoints}: "
+                f"{ours['shape']} {ours['mode']} {ours['length']:,}: {_side(ours)} / {_side(theirs)}: "
                 f"{ours['tokens_per_second'] / theirs['tokens_per_second']:.2f} × the real tokens/s, "
-                f"{peak(ours) / peak(theirs):.2f} × the peak memory"
+                f"{_peak(ours) / _peak(theirs):.2f} × the peak memory"
             )
     return lines
 

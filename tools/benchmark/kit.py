@@ -36,7 +36,13 @@ class Kit:
 
 
 def make_kit(folder: Path, shape: str, rows: Path, dtype: str) -> Kit:
-    """The kit of a shape, made once: ``rows`` are questions and answers, written as conversations."""
+    """The kit of a shape, made once: ``rows`` are questions and answers, written as conversations.
+
+    This process computes on the CPU from then on: the accelerator is for the processes that are measured.
+    """
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
     folder = folder / f"{shape}-{dtype}"
     if not (folder / "lengths.npz").is_file():
         folder.mkdir(parents=True, exist_ok=True)

@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import os
 import resource
-import statistics
 import sys
 import tempfile
 import time
 import traceback
 from pathlib import Path
 from typing import Any
+
+from benchmark.timing import median_seconds
 
 
 def run_sft_jax(options: dict[str, Any]) -> dict[str, Any]:
@@ -239,13 +240,7 @@ def run_ceiling(options: dict[str, Any]) -> dict[str, Any]:
             for i, size in enumerate([(rows, inner), (inner, columns)])
         )
         product = jax.jit(jnp.matmul).lower(x, y).compile()
-        jax.block_until_ready(product(x, y))
-        seconds = []
-        for _ in range(5):  # several at a time, so that a fast device does not wait for the host
-            began = time.perf_counter()
-            jax.block_until_ready([product(x, y) for _ in range(4)])
-            seconds.append((time.perf_counter() - began) / 4)
-        rates[f"{rows}×{inner}×{columns}"] = 2 * rows * inner * columns / statistics.median(seconds) / 1e9
+        rates[f"{rows}×{inner}×{columns}"] = 2 * rows * inner * columns / median_seconds(product, (x, y)) / 1e9
     return {"gflops": max(rates.values()), "by_shape": rates, "device": jax.devices()[0].device_kind}
 
 

@@ -16,7 +16,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from benchmark.kit import SHAPES, Kit, make_kit
@@ -59,12 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def bench_train(options: argparse.Namespace) -> None:
-    if not options.self_only:
-        missing = [name for name in ("torch", "trl", "peft") if importlib.util.find_spec(name) is None]
-        if missing:
-            sys.exit(f"bench: {', '.join(missing)} not installed; pip install -e '.[test]', or use --self-only")
+    check_peer(options.self_only)
     with tempfile.TemporaryDirectory() as scratch:
-        jax.config.update("jax_platforms", "cpu")  # the accelerator is for the processes that are measured
         kit = make_kit(options.kit or Path(scratch), options.shape, Path(options.rows), options.dtype)
         result = compare(options, kit)
     if options.out:
@@ -72,6 +67,13 @@ def bench_train(options: argparse.Namespace) -> None:
         (options.out / "bench.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         plot(result, options.out / "bench.png")
     print(json.dumps(result) if options.json else as_text(result))
+
+
+def check_peer(self_only: bool) -> None:
+    """End the process where the other side is to run and is not installed."""
+    missing = [name for name in ("torch", "trl", "peft") if importlib.util.find_spec(name) is None]
+    if missing and not self_only:
+        sys.exit(f"bench: {', '.join(missing)} not installed; pip install -e '.[test]', or use --self-only")
 
 
 def compare(options: argparse.Namespace, kit: Kit) -> dict[str, Any]:

@@ -154,13 +154,18 @@ def _against_length(row_length: int, multiple: int, parts: int) -> str | None:
     return f"needs rows of a multiple of {multiple * parts}, not {row_length} ({where})"
 
 
-def _against_triton(device: Any, arch: Architecture, dtype: str, row_length: int, parts: int) -> str | None:
+def _against_16_bits(device: Any, dtype: str) -> str | None:
+    """Of kernels for NVIDIA GPUs that have 16-bit units."""
     if device.platform != "gpu":
         return "needs an NVIDIA GPU"
     if (capability := _capability(device)) is None or capability < 8.0:
         return "needs compute capability 8.0"
-    if dtype != "bfloat16":
-        return "needs bfloat16 (model.dtype)"
+    return None if dtype == "bfloat16" else "needs bfloat16 (model.dtype)"
+
+
+def _against_triton(device: Any, arch: Architecture, dtype: str, row_length: int, parts: int) -> str | None:
+    if obstacle := _against_16_bits(device, dtype):
+        return obstacle
     if arch.head_dim not in (16, 32, 64, 128):
         return f"needs a head dimension of 16, 32, 64 or 128, not {arch.head_dim}"
     if parts > 1:
@@ -171,12 +176,8 @@ def _against_triton(device: Any, arch: Architecture, dtype: str, row_length: int
 def _against_cudnn(
     device: Any, arch: Architecture, dtype: str, row_length: int, parts: int, softcap: float | None
 ) -> str | None:
-    if device.platform != "gpu":
-        return "needs an NVIDIA GPU"
-    if (capability := _capability(device)) is None or capability < 8.0:
-        return "needs compute capability 8.0"
-    if dtype != "bfloat16":
-        return "needs bfloat16 (model.dtype)"
+    if obstacle := _against_16_bits(device, dtype):
+        return obstacle
     if arch.head_dim % 8 or arch.head_dim > 128:
         return f"needs a head dimension up to 128, a multiple of 8, not {arch.head_dim}"
     return "has no soft cap" if softcap is not None else _against_length(row_length, 2, parts)
