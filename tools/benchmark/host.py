@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--mode", choices=("lora", "full"), default="lora")
     parser.add_argument("--shape", choices=SHAPES, default="2b", help="2b: 4.1 GB")
-    parser.add_argument("--folder", type=Path, help="where model and runs are made and kept; default a temporary one")
+    parser.add_argument("--folder", type=Path, help="where the model is made and kept; default a temporary one")
     parser.add_argument("--json", action="store_true")
     parser.set_defaults(run=bench_host)
 
@@ -38,7 +38,10 @@ def bench_host(options: argparse.Namespace) -> None:
             with ProcessPoolExecutor(1, get_context("spawn")) as elsewhere:
                 make = elsewhere.submit(make_model, base, options.shape, "bfloat16", list(ROW.values()), 10**9)
                 make.result()
-        rows = [measure(folder, base, count, options.mode) for count in options.processes]
+        rows = []
+        for count in options.processes:
+            with tempfile.TemporaryDirectory(dir=folder) as runs:  # on the same disk, which has room for a model
+                rows.append(measure(Path(runs), base, count, options.mode))
     if options.json:
         print(json.dumps(rows))
         return
