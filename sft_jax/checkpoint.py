@@ -69,7 +69,11 @@ class Checkpoints:
         if keep_every:
             policies.append(managers.EveryNSteps(keep_every))
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=managers.AnyPreservationPolicy(policies), create=True
+            preservation_policy=managers.AnyPreservationPolicy(policies),
+            # Which are kept is the policy's to say; without this, metrics are neither written nor read again.
+            best_fn=(lambda metrics: metrics["eval_loss"]) if keep_best else None,
+            best_mode="min",
+            create=True,
         )
         handlers = {name: handler() for name, handler in _HANDLERS.items()}
         self._manager = ocp.CheckpointManager(folder, options=options, item_handlers=handlers)

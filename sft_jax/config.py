@@ -98,7 +98,8 @@ class SourceConfig:
     weight: float = 1.0  # how often an epoch sees each of its rows; a fraction takes a new random share each epoch
     max_rows: int | None = None  # of each file, the first so many
     columns: dict[str, str] = field(default_factory=dict)  # our name of a column to the file's: {question: problem}
-    split: str = "train"  # of a Hugging Face dataset id
+    name: str | None = None  # of a Hugging Face dataset id, which of its configurations
+    split: str = "train"
     revision: str | None = None
 
     def __post_init__(self) -> None:
@@ -356,7 +357,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
         if missing:
             raise UserError(f"{path}: {missing[0]} is required and not set")
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, TypeError) as error:
         raise UserError(f"{path}: {_explain(error)}") from error
 
 
@@ -389,7 +390,7 @@ def _one_line(error: object) -> str:
 
 def _explain(error: Any) -> str:
     """One line for an OmegaConf error: the full key, what is wrong, and the nearest key that exists."""
-    from omegaconf.errors import ConfigKeyError
+    from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
     key = getattr(error, "full_key", None) or ""
     section = getattr(error, "object_type", None)
@@ -398,6 +399,9 @@ def _explain(error: Any) -> str:
         close = difflib.get_close_matches(str(error.key), known, n=1)
         way_out = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
         return f"unknown key {key!r}; {way_out}"
+    if isinstance(error, IndexError) or not isinstance(error, OmegaConfBaseException):  # data.eval.0.path=x
+        at = f"{key}: " if key else ""
+        return f"{at}no such entry of a list; give the list as a whole, such as 'data.eval=[{{path: heldout.jsonl}}]'"
     message = _one_line(getattr(error, "msg", None) or error)
     message = message.split(" full_key:")[0]
     return f"{key}: {message}" if key else message

@@ -45,7 +45,8 @@ def evaluate(
     say = Announcer(jax.process_index() == 0)
     run = open_run(config.training.output_dir, step)
     trained = run.config
-    config = dataclasses.replace(config, model=trained.model, lora=trained.lora)
+    data = dataclasses.replace(config.data, date=config.data.date or trained.data.date)
+    config = dataclasses.replace(config, model=trained.model, lora=trained.lora, data=data)
     mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
     check_batch(config.training.batch_size, config.training.gradient_accumulation_steps, mesh)
     check_lengths(row_lengths(config.data), mesh)

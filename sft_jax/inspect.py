@@ -27,7 +27,7 @@ from sft_jax.report.data_text import ShownRow, row_text, summary_text
 def inspect(
     config: Config, rows: int | None = None, as_json: bool = False, html: str | Path | None = None
 ) -> dict[str, Any]:
-    """Show what ``train`` would train on; returns the figures. No weights are read.
+    """Show what ``train`` would train on; returns the figures. No weights are read or fetched.
 
     Args:
         rows: how many examples to show; by default 3, and all as JSON.
@@ -37,7 +37,7 @@ def inspect(
     Raises:
         UserError: whatever ``train`` would say of these data; the figures are printed before.
     """
-    folder = find_model(config.model.path, config.model.revision)
+    folder = find_model(config.model.path, config.model.revision, weights=False)
     arch = read_architecture(folder)
     tokenizer, _ = load_tokenizer(folder, config.data.chat_template, config.data.added_tokens)
     stops = stop_ids(folder)

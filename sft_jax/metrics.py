@@ -9,9 +9,24 @@ import time
 from pathlib import Path
 from typing import Any
 
+from sft_jax.errors import UserError
 from sft_jax.tree import flatten
 
 _SECONDS_BETWEEN_LINES = 10.0
+
+
+def check_wandb(project: str | None) -> None:
+    """Refuse a project of Weights & Biases where its package is not installed.
+
+    Raises:
+        UserError: it is not.
+    """
+    if project is None:
+        return
+    try:
+        import wandb  # type: ignore[import-not-found]  # noqa: F401
+    except ImportError as error:
+        raise UserError("training.wandb_project: the package wandb is not installed (pip install wandb)") from error
 
 
 class MetricsWriter:

@@ -32,7 +32,7 @@ from sft_jax.hf.hub import find_model, weights_of
 from sft_jax.hf.reader import TensorReader
 from sft_jax.hf.tokenizer import load_tokenizer
 from sft_jax.inference.generator import Generator
-from sft_jax.metrics import MetricsWriter, Progress, read_metrics
+from sft_jax.metrics import MetricsWriter, Progress, check_wandb, read_metrics
 from sft_jax.models.attention.kernel import check_kernel
 from sft_jax.models.lora import Split
 from sft_jax.preemption import Preemption
@@ -67,6 +67,8 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
     say = Announcer(is_main)
     check_batch(config.training.batch_size, config.training.gradient_accumulation_steps, mesh)
     check_lengths(row_lengths(config.data), mesh)
+    if is_main:
+        check_wandb(config.training.wandb_project)
     folder = RunFolder(config.training.output_dir)
     folder.check()
     run = folder.local

@@ -77,6 +77,8 @@ def test_what_goes_together(smallest):
         ("data.date=2023-02-29", "data.date: '2023-02-29' is not a day as YYYY-MM-DD"),
         ("mesh.data=-1", "mesh: only one axis may be -1"),
         ("model.init=random", "set lora: null"),
+        ("data.eval.0.path=x", r"no such entry of a list; give the list as a whole, such as 'data\.eval=\["),
+        ("data.train.1.path=x", r"data\.train\[1\]: no such entry of a list"),
         ("optimizer", "key=value"),
         ("lora=[", "not valid YAML"),
     ],

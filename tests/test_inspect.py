@@ -15,6 +15,7 @@ from sft_jax.data.examples import encode_sources
 from sft_jax.data.packing import plan_run
 from sft_jax.data.sources import open_sources
 from sft_jax.errors import UserError
+from sft_jax.hf.hub import find_model
 from sft_jax.hf.tokenizer import load_tokenizer
 from sft_jax.inspect import inspect
 from sft_jax.train import train
@@ -26,6 +27,23 @@ def config(tiny, tmp_path):
     rows[3]["messages"][-1]["content"] = "market " * 300
     rows[4]["messages"][-1]["weight"] = 0.5
     return run_config(tiny, write_jsonl(tmp_path / "a.jsonl", rows), tmp_path / "run")
+
+
+def test_no_weights_are_fetched(config, tiny, monkeypatch, capsys):
+    """Of a Hugging Face id, against a stand-in of the one call that is made."""
+    asked = []
+
+    def snapshot_download(name, **options):
+        asked.append((name, options["ignore_patterns"]))
+        return tiny
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    inspect(dataclasses.replace(config, model=dataclasses.replace(config.model, path="some/model")), rows=1)
+    find_model("some/model")
+    assert [(name, "*.safetensors" in left_out) for name, left_out in asked] == [
+        ("some/model", True),
+        ("some/model", False),
+    ]
 
 
 def test_json_is_what_is_trained(config, tiny, capsys):

@@ -4,11 +4,12 @@
 """
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from kit import CHATML, run_config, sft_jax, write_jsonl
+from kit import run_config, sft_jax, write_jsonl
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -32,7 +33,6 @@ def material(data_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("real")
     write_jsonl(folder / "train.jsonl", gsm8k(data_dir / "gsm8k" / "train.jsonl"))
     write_jsonl(folder / "test.jsonl", gsm8k(data_dir / "gsm8k" / "test.jsonl"))
-    (folder / "chatml.jinja").write_text(CHATML)
     return folder
 
 
@@ -44,7 +44,7 @@ def run(material, data_dir, name, **changes):
         data__eval=[SourceConfig(path=str(material / "held_out.jsonl"))],
         model__remat="none",
         data__max_length=256,
-        data__chat_template=str(material / "chatml.jinja"),
+        data__chat_template=str(Path(__file__).parent.parent / "configs" / "chatml.jinja"),
         data__added_tokens=["<|im_start|>", "<|im_end|>"],
         training__batch_size=8,
         training__eval_every=1000,

@@ -1,5 +1,6 @@
 """A run that was killed and started again is bit for bit the run that was not."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -10,14 +11,19 @@ import time
 from datetime import date
 from types import SimpleNamespace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from kit import CHATML, conversations, losses, one_device, run_config, trained_leaves, write_jsonl
 
 from sft_jax import config as configs
+from sft_jax.checkpoint import Checkpoints
 from sft_jax.config import SourceConfig
 from sft_jax.errors import UserError
+from sft_jax.evaluate import evaluate
 from sft_jax.train import train
+from sft_jax.training.state import TrainState
 
 STEPS = 160
 
@@ -94,6 +100,18 @@ def test_killed_while_the_first_checkpoint_was_written(tiny, chats, tmp_path):
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 3]
 
 
+def test_the_best_is_kept_by_a_run_that_goes_on(tmp_path):
+    """It is known by the losses on disk, not by those that this process has seen."""
+    state = TrainState(jnp.zeros((), jnp.int32), {"a": jnp.ones(2)}, {"moment": jnp.ones(2)}, jnp.zeros((), bool))
+    for measured in ({10: 1.0, 20: 0.5, 30: 0.9}, {40: 0.8, 50: 0.7}, {60: None}):
+        checkpoints = Checkpoints(epath.Path(tmp_path / "checkpoints"), keep=1, keep_best=1)
+        for step, loss in measured.items():
+            checkpoints.save(step, state, data={}, run={}, eval_loss=loss)
+        checkpoints.wait()
+        assert checkpoints.steps() == [20, max(measured)]
+        checkpoints.close()
+
+
 def test_a_template_that_tells_the_day_tells_the_first(tiny, chats, tmp_path, monkeypatch):
     """Llama 3.2's writes today's date into each conversation; a run that goes on tomorrow has the rows of today."""
     template = tmp_path / "dated.jinja"
@@ -111,6 +129,18 @@ def test_a_template_that_tells_the_day_tells_the_first(tiny, chats, tmp_path, mo
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
     assert on("2024-03-01") == "2024-02-29"
     assert losses(tmp_path / "run") == whole
+
+    asked = []
+
+    def prepare(config, *_):
+        asked.append(config.data.date)
+        raise InterruptedError
+
+    monkeypatch.setattr("sft_jax.evaluate.prepare", prepare)
+    for day in (None, "2024-05-01"):
+        with pytest.raises(InterruptedError):
+            evaluate(dataclasses.replace(config, data=dataclasses.replace(config.data, date=day)), devices=one_device())
+    assert asked == ["2024-02-29", "2024-05-01"]
 
 
 def test_another_config_data_or_model_is_refused(tiny, tmp_path):

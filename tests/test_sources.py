@@ -63,5 +63,25 @@ def test_what_is_not_there(tmp_path):
         rows(tmp_path / "empty")
     with pytest.raises(UserError, match=r"no file, folder or glob .*nothing\*\.jsonl"):
         rows(tmp_path / "nothing*.jsonl")
-    with pytest.raises(UserError, match="'some/dataset' is no local file and could not be fetched"):
-        rows("some/dataset")
+    with pytest.raises(UserError, match=r"'some/dataset' \(name main, split train\) is no local file and could not be"):
+        rows("some/dataset", name="main")
+
+
+def test_a_configuration_of_a_dataset_on_the_hub(monkeypatch):
+    """Against a stand-in of the one call that is made."""
+    asked = []
+
+    def load_dataset(*given, **options):
+        asked.append((given, options))
+        return datasets.Dataset.from_list([{"question": "2+2?", "answer": "4"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    named = rows("openai/gsm8k", name="main", split="test")
+    assert [(name, kind, len(data)) for name, kind, _, data in named] == [
+        ("openai/gsm8k[main, test]", "question-answer", 1)
+    ]
+    assert rows("some/dataset")[0][0] == "some/dataset[train]"
+    assert asked == [
+        (("openai/gsm8k", "main"), {"split": "test", "revision": None}),
+        (("some/dataset", None), {"split": "train", "revision": None}),
+    ]

@@ -5,11 +5,13 @@ import re
 from pathlib import Path
 
 import pytest
+from kit import CHATML, conversations
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sft_jax.data.chat import STRADDLING, Encoder
 from sft_jax.data.formats import parse
 from sft_jax.data.rows import RowError
+from sft_jax.data.template import ChatTemplate
 
 TEMPLATES = ("qwen2_5", "qwen3", "llama3", "gemma", "phi3")
 TOKENIZERS = ("qwen2", "olmo_gpt_neox")
@@ -27,6 +29,17 @@ _TOOLS = [
         },
     }
 ]
+
+
+def test_the_chatml_that_comes_along_is_that_of_the_tests():
+    path = Path(__file__).parent.parent / "configs" / "chatml.jinja"
+    for row in conversations(6):
+        for prompt in (False, True):
+            ours, theirs = (
+                ChatTemplate(text).render(row["messages"], prompt=prompt)
+                for text in (path.read_text(encoding="utf-8"), CHATML)
+            )
+            assert ours == theirs
 
 
 def user(text):

@@ -13,6 +13,7 @@ from kit import conversations, losses, one_device, run_config, trained_leaves, w
 
 from sft_jax import config as configs
 from sft_jax.config import MeshConfig, SourceConfig
+from sft_jax.errors import UserError
 from sft_jax.train import train
 
 FIELDS = {
@@ -134,3 +135,12 @@ def test_weights_and_biases_gets_every_number(tiny, chats, tmp_path, monkeypatch
     assert logged["options"]["project"] == "trial"
     assert logged[2].keys() == FIELDS - {"step"}
     assert logged["finished"]
+
+
+def test_weights_and_biases_is_missed_before_anything_is_read(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"training\.wandb_project: .*pip install wandb"):
+        train(
+            run_config(tmp_path / "no-model", "no-data", tmp_path / "run", training__wandb_project="trial"),
+            one_device(),
+        )

@@ -98,7 +98,8 @@ def _open(source: SourceConfig) -> list[tuple[str, Table]]:
     if files:
         return [(str(file), open_file(file, str(file))) for file in files]
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source.path) and kind_of(path.name) not in _KINDS:
-        return [(f"{source.path}[{source.split}]", Dataset(_read_hub(source)))]
+        of_several = "" if source.name is None else f"{source.name}, "
+        return [(f"{source.path}[{of_several}{source.split}]", Dataset(_read_hub(source)))]
     raise UserError(f"data: no file, folder or glob {source.path!r}, and not a Hugging Face dataset id")
 
 
@@ -154,10 +155,13 @@ def _read_hub(source: SourceConfig) -> Any:
 
     with _quiet_datasets():
         try:
-            return datasets.load_dataset(source.path, split=source.split, revision=source.revision)
+            return datasets.load_dataset(source.path, source.name, split=source.split, revision=source.revision)
         except (DatasetsError, HfHubHTTPError, OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise UserError(f"data: {source.path!r} is no local file and could not be fetched: {reason}") from error
+            asked = f"(name {source.name or 'null'}, split {source.split})"
+            raise UserError(
+                f"data: {source.path!r} {asked} is no local file and could not be fetched: {reason}"
+            ) from error
 
 
 class _quiet_datasets:

@@ -21,7 +21,7 @@ _NOT = ["consolidated*"]  # the same weights once more, by other names
 _POINTER = "weights.url"  # in a folder without weights: where they are
 
 
-def find_model(path: str, revision: str | None = None, asked_by: str = "model.path") -> Path:
+def find_model(path: str, revision: str | None = None, asked_by: str = "model.path", weights: bool = True) -> Path:
     """The folder with ``config.json``, tokenizer and safetensors of a built-in name, path, URL or Hugging Face id.
 
     Of a URL such as ``gs://bucket/model`` it is a local folder with all but the weights; these are read from where they
@@ -29,6 +29,7 @@ def find_model(path: str, revision: str | None = None, asked_by: str = "model.pa
 
     Args:
         asked_by: the config key or file that names the model, for error messages.
+        weights: whether those of a Hugging Face id are fetched too; without, the folder may lack them.
 
     Raises:
         UserError: neither built in, nor a folder with a config.json, nor an id that can be fetched.
@@ -38,8 +39,9 @@ def find_model(path: str, revision: str | None = None, asked_by: str = "model.pa
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    left_out = _NOT if weights else [*_NOT, "*.safetensors"]
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=_FILES, ignore_patterns=_NOT))
+        return Path(snapshot_download(path, revision=revision, allow_patterns=_FILES, ignore_patterns=left_out))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{asked_by}: {path!r} is no local folder and could not be fetched: {reason}") from error
