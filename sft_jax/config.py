@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -379,9 +380,19 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def save(config: Config, path: Path) -> None:
     """Write the resolved config as YAML; :func:`load` reads it back to an equal object."""
-    import yaml
+    from omegaconf import OmegaConf
 
-    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+    written = OmegaConf.create(_escaped(to_dict(config)))  # its YAML quotes what it would read as a number
+    path.write_text(OmegaConf.to_yaml(written), encoding="utf-8")
+
+
+def _escaped(value: Any) -> Any:
+    """With ``${`` written so that it is read as these characters and not as a reference to another key."""
+    if isinstance(value, dict):
+        return {key: _escaped(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_escaped(one) for one in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 def _one_line(error: object) -> str:

@@ -53,6 +53,8 @@ def _on_disk(out: Path) -> Iterator[Path]:
         out.parent.mkdir(parents=True, exist_ok=True)
         name = tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent)
     partial = Path(of_first("the export's folder", name))
+    if is_main:
+        passing.add(partial)
     try:
         if not partial.is_dir():
             raise UserError(f"{out.parent}: is not the folder that process 0 sees; all need the same one")
@@ -67,6 +69,8 @@ def _on_disk(out: Path) -> Iterator[Path]:
         if is_main:
             shutil.rmtree(partial)
         raise
+    finally:
+        passing.discard(partial)
 
 
 @contextmanager

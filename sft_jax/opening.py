@@ -72,6 +72,8 @@ def open_model(
     mesh = make_mesh(devices=devices)
     keep_programs(mesh.devices.flat[0])
     if (run := RunFolder(name)).is_run():
+        if base is not None:
+            raise UserError(f"--base: {name} is a run, which is opened with the base that it was trained on")
         return _open_run(run, step, dtype, mesh)
     if step is not None:
         raise UserError(f"{name}: only run folders have steps, and this is none")

@@ -34,7 +34,7 @@ class RunFolder:
         self._fs: Any = None
         self._pushed: dict[Path, tuple[int, int]] = {}
         if not is_url(name):
-            self.local = Path(name)
+            self.local = Path(name).expanduser()
             return
         self._fs, self._root = connect(self.name)
         self.local = Path(tempfile.mkdtemp(prefix="sft-jax-run-"))
@@ -67,7 +67,7 @@ class RunFolder:
         empty = not self.local.is_dir() or not any(self.local.iterdir())
         if self._fs is not None and empty:
             empty = not self._fs.exists(self._root) or not self._fs.ls(self._root)
-        if not empty and not ((self.local / "config.yaml").is_file() or self.checkpoints.is_dir()):
+        if not empty and not ((self.local / "tokenizer").is_dir() or self.checkpoints.is_dir()):
             raise UserError(f"training.output_dir: {self} holds something that is not a run; name another folder")
 
     def begins(self) -> None:

@@ -95,7 +95,8 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
     if config.evaluation.at_end:
         task = prepare(config, arch, tokenizer, base_stops)
         say.task(task, names=("documents",))
-    prompts = [prompt_ids(tokenizer, [{"role": "user", "content": text}]) for text in config.evaluation.samples]
+    today, samples = config.data.date, config.evaluation.samples
+    prompts = [prompt_ids(tokenizer, [{"role": "user", "content": text}], today) for text in samples]
     plan = None if is_stream else plan_of(config.data, config.training, examples)
     total_steps = config.training.max_steps if plan is None else plan.num_steps
     assert total_steps is not None
@@ -144,8 +145,8 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
     if is_main:
         folder.begins()
         if latest is None:
-            configs.save(config, run / "config.yaml")
             tokenizer.save_pretrained(run / "tokenizer")
+            configs.save(config, run / "config.yaml")
         folder.push()
     gather("the run folder", wait=LONG_WAIT_SECONDS)
     if not folder.is_shared():
@@ -154,6 +155,7 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
     loader: Loader | StreamLoader
     if plan is None:
         loader = stream(config, data.encoder, examples.groups, mesh, arch.max_positions)
+        identity["data"] = f"{examples.fingerprint()}, {loader.sizes}"
     else:
         loader = Loader(examples, plan, mesh, training.batch_size)
     if latest is not None:
@@ -315,8 +317,8 @@ class _Evaluator:
 
     def __init__(self, config: Config, examples: Examples, mesh: Mesh, split: Split):
         rows = config.training.batch_size // config.training.gradient_accumulation_steps
-        length = config.data.max_length
-        plan = plan_run(examples.slots, length, rows, 1, packing=config.data.packing, shuffle=False)
+        length, packing = config.data.max_length, config.data.packing or config.data.streaming  # as row_lengths says
+        plan = plan_run(examples.slots, length, rows, 1, packing=packing, shuffle=False)
         self._examples = examples
         self._make_loader = lambda: Loader(examples, plan, mesh, rows)
         self._step = make_eval_step(split, num_groups(examples))

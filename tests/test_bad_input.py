@@ -138,6 +138,12 @@ def test_batch_mesh_and_folders(tiny, chats, tmp_path):
     with pytest.raises(UserError, match="holds something that is not a run"):
         train(run_config(tiny, chats, tmp_path / "mine"), one_device())
     assert [f.name for f in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+    (tmp_path / "experiment").mkdir()
+    own = tmp_path / "experiment" / "config.yaml"
+    own.write_text("{}  # mine")
+    with pytest.raises(UserError, match="holds something that is not a run"):
+        train(run_config(tiny, chats, tmp_path / "experiment"), one_device())
+    assert own.read_text() == "{}  # mine"
 
 
 def test_adapter_to_continue_from(tiny, chats, tmp_path):

@@ -198,6 +198,8 @@ def test_a_template_that_rewrites_history_gives_an_example_a_turn(tokenizer):
             seen = tokenizer.apply_chat_template(row["messages"][:i], add_generation_prompt=True, tokenize=False)
             assert tokenizer.decode(one.ids).startswith(seen)
         assert encoder.tally.notes["conversations split, because the template rewrites earlier turns"] == 1
+        with pytest.raises(RowError, match="train_on all would train some twice; use train_on=assistant"):
+            encode(Encoder(tokenizer, "all"), [row])
 
 
 def test_answers_that_no_prompt_comes_before(tokenizer):

@@ -42,6 +42,17 @@ def test_saved_config_reads_back_equal(smallest, tmp_path):
     assert config.load(tmp_path / "resolved.yaml") == loaded
 
 
+@pytest.mark.parametrize(
+    "text", ["what ${HOME} means", r"\${x}", r"a\\${b", "12e4567", "007", "yes", "~", "1:30", r"\d", ""]
+)
+def test_any_text_is_saved_as_it_is(smallest, tmp_path, text):
+    loaded = config.load(smallest)
+    model = dataclasses.replace(loaded.model, revision=text)
+    given = dataclasses.replace(loaded, model=model, evaluation=config.EvaluationConfig(samples=[text]))
+    config.save(given, tmp_path / "resolved.yaml")
+    assert config.load(tmp_path / "resolved.yaml") == given
+
+
 def test_overrides_may_follow_options(smallest, capsys):
     assert main(["plan", str(smallest), "lora.rank=8", "--topology", "v5e:4x4", "lora.rnk=3"]) == 2
     assert "lora.rnk" in capsys.readouterr().err

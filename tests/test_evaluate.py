@@ -8,7 +8,18 @@ from html.parser import HTMLParser
 import jax
 import numpy as np
 import pytest
-from kit import conversations, load_model, logits, make_model, one_device, run_config, sft_jax, write_jsonl
+from kit import (
+    CHATML_UNMARKED,
+    conversations,
+    load_model,
+    logits,
+    make_model,
+    make_tokenizer,
+    one_device,
+    run_config,
+    sft_jax,
+    write_jsonl,
+)
 
 from sft_jax import config as configs
 from sft_jax.cli import main
@@ -53,6 +64,8 @@ from sft_jax.training.weights import build, load_weights
         ("number", "-0.0", "0", True),
         ("choice", "(B) because A is wrong", "B", True),
         ("choice", "B.", "C", False),
+        ("exact", "<think>A river?</think>\n\nDanube", "<think>Which one?</think>\n\nDanube", True),
+        ("text", "<think>Danube</think>Rhine", "Danube", False),
     ],
 )
 def test_answers(kind, written, gold, same):
@@ -179,6 +192,48 @@ def test_questions_end_where_the_last_answer_begins(encoded):
         assert question.question == before[-1]["content"]
         assert question.answer == last["content"]
     assert [q.question for q in questions(examples, rows, tokenizer, 3)] == [asked[i].question for i in (0, 20, 39)]
+
+
+def _asked(tokenizer, rows, folder, longest=128, overlong="drop", keep_reasoning=True):
+    sources = open_sources([SourceConfig(str(write_jsonl(folder / "rows.jsonl", [{"messages": row} for row in rows])))])
+    encoder = Encoder(tokenizer, keep_reasoning=keep_reasoning)
+    examples = encode_sources(sources, encoder, longest, overlong=overlong)[0]
+    found = questions(examples, sources, tokenizer, keep_reasoning=keep_reasoning)
+    return [(one.question, one.answer, tokenizer.decode(one.prompt_ids)) for one in found]
+
+
+def test_the_answer_of_a_question_is_what_is_trained_after_its_prompt(tmp_path):
+    tokenizer = make_tokenizer()
+    first = [{"role": "user", "content": "river"}, {"role": "assistant", "content": "bridge"}]
+    last = [{"role": "user", "content": "north"}, {"role": "assistant", "content": "market"}]
+    prompts = ["<|im_start|>user\nriver<|im_end|>\n<|im_start|>assistant\n"]
+    prompts.append(f"{prompts[0]}bridge<|im_end|>\n<|im_start|>user\nnorth<|im_end|>\n<|im_start|>assistant\n")
+    both = _asked(tokenizer, [[*first, *last]], tmp_path)
+    assert both == [("north", "market", prompts[1])]
+    not_the_last = [*first, last[0], last[1] | {"train": False}]
+    assert _asked(tokenizer, [not_the_last], tmp_path) == [("river", "bridge", prompts[0])]
+    cut = [*first, last[0], last[1] | {"content": "market " * 40}]
+    assert _asked(tokenizer, [cut, first], tmp_path, 60, "truncate") == [("river", "bridge", prompts[0])]
+    thought = [first[0], first[1] | {"content": "<think>water</think>bridge"}]
+    assert _asked(tokenizer, [thought], tmp_path, keep_reasoning=False) == [("river", "bridge", prompts[0])]
+    assert _asked(tokenizer, [thought], tmp_path)[0][1] == "<think>water</think>bridge"
+
+
+def test_the_question_of_a_conversation_whose_last_part_is_left_out(tmp_path):
+    """The template takes the thoughts out of earlier turns, so that there are two parts; the last is too long."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHATML_UNMARKED.replace(
+        "m['content'] + '<|im_end|>' }}",
+        "(m['content'] if loop.last else m['content'].split('</think>')[-1]) + '<|im_end|>' }}",
+    )
+    row = [
+        {"role": "user", "content": "river"},
+        {"role": "assistant", "content": "<think>water</think>bridge"},
+        {"role": "user", "content": "north"},
+        {"role": "assistant", "content": "<think>" + "winter " * 60 + "</think>market"},
+    ]
+    ((question, answer, _),) = _asked(tokenizer, [row], tmp_path, 60)
+    assert (question, answer) == ("river", "<think>water</think>bridge")
 
 
 @pytest.mark.smoke

@@ -15,13 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
-from kit import CHATML, conversations, losses, one_device, run_config, trained_leaves, write_jsonl
+from kit import CHATML, conversations, losses, make_model, one_device, run_config, trained_leaves, write_jsonl
 
 from sft_jax import config as configs
 from sft_jax.checkpoint import Checkpoints
 from sft_jax.config import SourceConfig
+from sft_jax.data.chat import prompt_ids
 from sft_jax.errors import UserError
 from sft_jax.evaluate import evaluate
+from sft_jax.hf.tokenizer import load_tokenizer
+from sft_jax.run_folder import RunFolder
 from sft_jax.train import train
 from sft_jax.training.state import TrainState
 
@@ -141,6 +144,17 @@ def test_a_template_that_tells_the_day_tells_the_first(tiny, chats, tmp_path, mo
         with pytest.raises(InterruptedError):
             evaluate(dataclasses.replace(config, data=dataclasses.replace(config.data, date=day)), devices=one_device())
     assert asked == ["2024-02-29", "2024-05-01"]
+    tokenizer, _ = load_tokenizer(tiny, str(template))
+    said = tokenizer.decode(prompt_ids(tokenizer, conversations(1)[0]["messages"][:1], "2024-02-29"))
+    assert "29 Feb 2024" in said
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert RunFolder("~/runs/x").local == tmp_path / "runs" / "x"
+    (tmp_path / "own.jinja").write_text("{{ messages }}")
+    tokenizer, _ = load_tokenizer(make_model(tmp_path / "model"), "~/own.jinja")
+    assert tokenizer.chat_template == "{{ messages }}"
 
 
 def test_another_config_data_or_model_is_refused(tiny, tmp_path):

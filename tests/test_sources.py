@@ -57,6 +57,24 @@ def test_a_remote_file_is_fetched_once_a_version(monkeypatch):
     assert fetched == ["/data/a.jsonl"] * 2
 
 
+def test_a_column_that_some_rows_lack(tmp_path):
+    lines = [{"q": "a", "a": "b"}, {"q": "c", "a": "d", "context": "e"}]
+    path = write_jsonl(tmp_path / "a.jsonl", lines)
+    columns = {"instruction": "q", "output": "a", "input": "context"}
+    (source,) = open_sources([SourceConfig(path=str(path), columns=columns)])
+    assert source.format == "alpaca"
+    assert [row.messages[0]["content"] for row in source.read(0, 2)] == ["a", "c\ne"]
+    with pytest.raises(UserError, match=r"data\.\*\.columns names the column 'nothing'; this file has a, context, q"):
+        rows(path, columns=columns | {"input": "nothing"})
+
+
+@pytest.mark.parametrize("options", [{"split": "test"}, {"revision": "main"}, {"name": "main"}])
+def test_what_is_for_dataset_ids_is_refused_for_files(tmp_path, options):
+    write_jsonl(tmp_path / "train.jsonl", [{"text": "a"}])
+    with pytest.raises(UserError, match=rf"data\.\*\.{next(iter(options))}: .* is for Hugging Face dataset ids"):
+        rows(tmp_path, **options)
+
+
 def test_what_is_not_there(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"no \.jsonl, \.json, \.csv"):

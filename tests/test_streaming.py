@@ -12,10 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 from kit import conversations, losses, make_tokenizer, one_device, run_config, write_jsonl
 
+from sft_jax import train as train_module
 from sft_jax.config import SourceConfig
 from sft_jax.data import streaming
 from sft_jax.data.chat import Encoder
 from sft_jax.data.examples import encode_sources
+from sft_jax.data.packing import row_lengths
 from sft_jax.data.sources import Source, open_sources
 from sft_jax.data.streaming import stream
 from sft_jax.errors import UserError
@@ -168,6 +170,27 @@ def test_a_run_and_its_continuation_are_the_undisturbed_run(config, tmp_path):
     shutil.rmtree(tmp_path / "again" / "checkpoints" / "8")
     run("again", 8)
     assert losses(tmp_path / "again") == losses(tmp_path / "whole")
+    with (tmp_path / "b.jsonl").open("a") as file:  # the position is one in another order now
+        file.write(json.dumps(conversations(1, seed=2)[0]) + "\n")
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "8")
+    with pytest.raises(UserError, match="the training data has changed"):
+        run("again", 8)
+
+
+def test_held_out_rows_have_the_lengths_that_were_checked(config, monkeypatch):
+    """A stream has rows of one length, and so has its held-out loss, also without packing."""
+    data = dataclasses.replace(config.data, packing=False, eval=config.data.train[:1])
+    seen = []
+    plan = train_module.plan_run
+
+    def noting(*given, **options):
+        seen.append(plan(*given, **options))
+        return seen[-1]
+
+    monkeypatch.setattr(train_module, "plan_run", noting)
+    training = dataclasses.replace(config.training, max_steps=1, eval_every=1)
+    train(dataclasses.replace(config, data=data, training=training), one_device())
+    assert {int(length) for one in seen for length in one.lengths} == set(row_lengths(data)) == {128}
 
 
 def test_a_row_with_nothing_to_train_on_is_refused_as_in_a_plan(config, tmp_path):

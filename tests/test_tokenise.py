@@ -190,6 +190,15 @@ def test_a_mistake_in_a_worker_is_one_line(path):
         tokenizer.chat_template = CHATML
 
 
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_too_many_loss_weights(tmp_path, num_workers):
+    one = [{"role": "user", "content": "river"}, {"role": "assistant", "content": "bridge"}]
+    lines = [{"messages": [one[0], one[1] | {"weight": 0.5 + i / 1000}]} for i in range(300)]
+    path = write_jsonl(tmp_path / "rewards.jsonl", lines)
+    with pytest.raises(UserError, match=r"rewards\.jsonl: its rows have more than 254 loss weights besides 0 and 1"):
+        tokenise(opened(path), Encoder(make_tokenizer()), cache=False, num_workers=num_workers)
+
+
 def test_several_sources_keep_their_rows_apart(tmp_path):
     for name, seed in (("a.jsonl", 1), ("b.jsonl", 2)):
         write_jsonl(tmp_path / name, conversations(9, seed))

@@ -121,7 +121,13 @@ class Encoder:
                     if isinstance(row, RowError):
                         raise row
                     weights = self._weights(row) if isinstance(row, Conversation) else {}
-                    prepared.append((row, self._render(row, weights), weights))
+                    texts = self._render(row, weights)
+                    if len(texts) > 1 and self.train_on == "all":
+                        raise RowError(
+                            "the template rewrites earlier turns, so that no one text has all of them, and train_on "
+                            "all would train some twice; use train_on=assistant"
+                        )
+                    prepared.append((row, texts, weights))
                 except RowError as error:
                     prepared.append(error)
         good = [one for one in prepared if not isinstance(one, RowError)]
@@ -149,6 +155,8 @@ class Encoder:
             except RowError as error:
                 results.append(error)
                 continue
+            if self.train_on == "all" and isinstance(row, Conversation) and 0.0 in row.weights:
+                tally.notes["rows whose messages of weight 0 are trained too, by train_on all"] += 1
             for text in texts:
                 tally.notes.update(text.notes)
             self.tally.add(tally)
@@ -333,8 +341,11 @@ def _is_answers(before: str, tally: Tally) -> bool:
     return is_blank
 
 
-def prompt_ids(tokenizer: Any, messages: list[Message]) -> list[int]:
+def prompt_ids(tokenizer: Any, messages: list[Message], today: str | None = None) -> list[int]:
     """Messages as the template renders them before an answer.
+
+    Args:
+        today: what a template that tells the day tells, YYYY-MM-DD; default the day it is.
 
     Raises:
         UserError: no chat template, or messages that it refuses.
@@ -342,7 +353,7 @@ def prompt_ids(tokenizer: Any, messages: list[Message]) -> list[int]:
     if not tokenizer.chat_template:
         raise UserError("this model has no chat template; write plain text (--raw), or add a chat_template.jinja")
     try:
-        template = ChatTemplate(tokenizer.chat_template, dict(tokenizer.special_tokens_map))
+        template = ChatTemplate(tokenizer.chat_template, dict(tokenizer.special_tokens_map), today)
         with can_be_interrupted():
             text, _ = template.render(messages, prompt=True)
     except RowError as error:

@@ -43,11 +43,23 @@ class Conversation:
     @property
     def last_exchange(self) -> tuple[str, str] | None:
         """The last user message and the last answer, as plain text; None without an answer."""
-        answers = [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
-        if not answers:
-            return None
-        asked = [m.get("content", "") for m in self.messages[: answers[-1]] if m["role"] == "user"]
-        return (asked[-1] if asked else "").strip(), self.messages[answers[-1]].get("content", "").strip()
+        return self._exchanges[-1] if self._exchanges else None
+
+    def question_before(self, answer: str) -> str | None:
+        """The user message before the last answer that is this one, or ends it; before the last answer if none is."""
+        fitting = [question for question, given in self._exchanges if given and answer.endswith(given)]
+        return (fitting or [question for question, _ in self._exchanges] or [None])[-1]
+
+    @property
+    def _exchanges(self) -> list[tuple[str, str]]:
+        """Each answer after the user message before it, as plain text."""
+        asked, found = "", []
+        for message in self.messages:
+            if message["role"] == "user":
+                asked = message.get("content", "").strip()
+            elif message["role"] == "assistant":
+                found.append((asked, message.get("content", "").strip()))
+        return found
 
 
 @dataclass(frozen=True)
@@ -62,6 +74,10 @@ class Document:
         """Prompt and completion; None for a whole document."""
         return (self.prompt.strip(), self.completion.strip()) if self.prompt else None
 
+    def question_before(self, answer: str) -> str | None:
+        """The prompt; None for a whole document."""
+        return self.prompt.strip() or None
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -73,6 +89,10 @@ class Tokens:
     @property
     def last_exchange(self) -> None:
         """Nothing: text and tokens of a question cannot be told apart."""
+        return None
+
+    def question_before(self, answer: str) -> None:
+        """Nothing, as above."""
         return None
 
 

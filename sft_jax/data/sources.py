@@ -50,13 +50,13 @@ class Source:
             except RowError as error:
                 yield error
 
-    def row(self, index: int) -> Row:
+    def row(self, index: int, keep_reasoning: bool = True) -> Row:
         """One row.
 
         Raises:
             UserError: it cannot be used.
         """
-        found = next(self.read(index, index + 1))
+        found = next(self.read(index, index + 1, keep_reasoning))
         if isinstance(found, RowError):
             raise UserError(found.at(self.name, index))
         return found
@@ -80,6 +80,18 @@ def open_sources(sources: Sequence[SourceConfig]) -> list[Source]:
 
 
 def _open(source: SourceConfig) -> list[tuple[str, Table]]:
+    found = _find(source)
+    if not any(isinstance(table, Dataset) for _, table in found):
+        for key in ("name", "split", "revision"):
+            if getattr(source, key) != getattr(SourceConfig(source.path), key):
+                raise UserError(
+                    f"data.*.{key}: {getattr(source, key)!r} is for Hugging Face dataset ids, and {source.path} is "
+                    "taken file by file"
+                )
+    return found
+
+
+def _find(source: SourceConfig) -> list[tuple[str, Table]]:
     if source.path.startswith(builtin.PREFIX):
         return [(source.path, open_file(builtin.locate(source.path, "data"), source.path))]
     if is_url(source.path):
@@ -194,16 +206,18 @@ def _format(name: str, table: Table, source: SourceConfig) -> str:
     unknown = sorted(set(source.columns) - set(COLUMNS))
     if unknown:
         raise UserError(f"data.*.columns: {unknown[0]!r} is no column of a format; there are {', '.join(COLUMNS)}")
-    first = None
+    first, seen = None, set()
     for row in table.read(0, _TRIED):
         if isinstance(row, dict):
-            lacking = sorted(set(source.columns.values()) - set(row))
-            if lacking:
-                have = ", ".join(sorted(row))
-                raise UserError(f"{name}: data.*.columns names the column {lacking[0]!r}; this file has {have}")
-            first = set(_renamed(row, source.columns))
-            break
+            first = first if isinstance(first, set) else set(_renamed(row, source.columns))
+            seen |= set(row)
+            if seen.issuperset(source.columns.values()):
+                break
         first = first or row
+    lacking = sorted(set(source.columns.values()) - seen)
+    if seen and lacking:
+        have = ", ".join(sorted(seen))
+        raise UserError(f"{name}: data.*.columns names the column {lacking[0]!r}; this file has {have}")
     if isinstance(first, RowError):
         raise UserError(first.at(name, 0))
     assert first is not None

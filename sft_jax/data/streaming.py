@@ -54,6 +54,8 @@ def stream(config: Config, encoder: Encoder, groups: Sequence[str], mesh: Mesh, 
 class StreamLoader:
     """Iterates over batches without an end; its state is a position in each lane of this process.
 
+    A position is one in data of these ``sizes`` only: names and numbers of rows of the sources.
+
     Args:
         groups: which of the sources whose losses are told apart each source belongs to.
         max_positions: of the model.
@@ -70,6 +72,7 @@ class StreamLoader:
         groups: Sequence[int],
         max_positions: int,
     ):
+        self.sizes = ", ".join(f"{source.name} {len(source)}" for source in sources)
         self._rows = local_rows(mesh, batch_size)
         self._mesh, self._batch_size = mesh, batch_size
         self._has_groups = len(set(groups)) > 1

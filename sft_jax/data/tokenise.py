@@ -79,7 +79,7 @@ def tokenise(
         num_workers = max(1, min(_cores(), _MAX_WORKERS, share.size // _ROWS_PER_WORKER))
 
     def encode(folder: Path) -> None:
-        with Writer(folder) as writer:
+        with Writer(folder, source.name) as writer:
             if num_workers == 1 or not share.size:
                 encode_into(writer, source, encoder, share.start, share.stop, stop_at_refusal, progress)
             else:
@@ -92,7 +92,7 @@ def tokenise(
         if is_alone:
             encode(folder)
         else:
-            with tempfile.TemporaryDirectory(dir=folder) as work, Writer(folder) as writer:
+            with tempfile.TemporaryDirectory(dir=folder) as work, Writer(folder, source.name) as writer:
                 mine = Path(work) / "mine"
                 mine.mkdir()
                 encode(mine)

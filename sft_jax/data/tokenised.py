@@ -14,6 +14,7 @@ import numpy as np
 
 from sft_jax.data.chat import Encoded, Tally
 from sft_jax.data.rows import RowError
+from sft_jax.errors import UserError
 
 _META = "meta.json"
 _ARRAYS = {"ids": np.int32, "codes": np.uint8, "lengths": np.int32, "rows": np.int64, "targets": np.int32}
@@ -64,6 +65,7 @@ class Writer:
     """Writes a :class:`Tokenised` into a folder, a batch at a time."""
 
     folder: Path
+    name: str  # of the source, for people
     weights: list[float] = field(default_factory=lambda: [0.0, 1.0])
     num_rows: int = 0
     num_refused: int = 0
@@ -149,7 +151,11 @@ class Writer:
             return weights.astype(np.uint8)
         found, first = np.unique(weights, return_index=True)
         self.weights += [float(weight) for weight in found[np.argsort(first)] if weight not in known]
-        assert len(self.weights) <= _MAX_WEIGHTS, "more than 256 different loss weights in one source"
+        if len(self.weights) > _MAX_WEIGHTS:
+            raise UserError(
+                f"{self.name}: its rows have more than {_MAX_WEIGHTS - 2} loss weights besides 0 and 1 "
+                f"({self.weights[-1]:.6g} is one more); round them, to two digits for example"
+            )
         known = np.asarray(self.weights, np.float32)
         order = np.argsort(known)
         return order[np.searchsorted(known[order], weights)].astype(np.uint8)

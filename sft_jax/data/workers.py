@@ -159,7 +159,7 @@ def _work(job: dict[str, Any]) -> None:
     encoder = Encoder(tokenizer, **job["encoder"])
     table = open_file(Path(job["path"]), job["name"])
     source = Source(job["name"], table, job["format"], max_rows=job["stop"], columns=job["columns"])
-    with Writer(Path(job["out"])) as writer:
+    with Writer(Path(job["out"]), job["name"]) as writer:
         encode_into(
             writer,
             source,

@@ -14,12 +14,13 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 def same_answer(written: str, gold: str, kind: str) -> bool:
     """Whether two answers are equal once normalised; an answer in which nothing is found equals none.
 
+    What was thought before it, up to the last ``</think>``, is not part of an answer.
+
     Args:
         kind: a key of :data:`NORMALIZERS`.
     """
-    normalise = NORMALIZERS[kind]
-    found = normalise(written)
-    return found is not None and found == normalise(gold)
+    found, right = (NORMALIZERS[kind](text.rpartition("</think>")[2]) for text in (written, gold))
+    return found is not None and found == right
 
 
 def _exact(text: str) -> str | None:

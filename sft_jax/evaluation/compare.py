@@ -84,7 +84,8 @@ def prepare(config: Config, arch: Architecture, tokenizer: Any, stop_ids: Sequen
     held_out = prepare_data(config.data, config.data.eval, tokenizer, stop_ids, arch.max_positions, train_on)
     data = [("held out", held_out)]
     options = config.evaluation
-    asked = questions(held_out.examples, held_out.sources, tokenizer, options.num_questions)
+    keeps = held_out.encoder.keep_reasoning
+    asked = questions(held_out.examples, held_out.sources, tokenizer, options.num_questions, keeps)
     for question in asked:
         if len(question.prompt_ids) >= arch.max_positions:
             raise UserError(
@@ -93,7 +94,7 @@ def prepare(config: Config, arch: Architecture, tokenizer: Any, stop_ids: Sequen
             )
     few_shot = []
     if options.shots and asked:
-        shots = [pair for source in open_sources(config.data.train) for pair in exchanges(source)]
+        shots = [pair for source in open_sources(config.data.train) for pair in exchanges(source, keeps)]
         prompts = few_shot_prompts(asked, shots, options.shots, config.training.seed)
         few_shot = [tokenizer(prompt)["input_ids"] for prompt in prompts]
         longest = max(map(len, few_shot))

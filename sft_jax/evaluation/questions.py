@@ -20,39 +20,51 @@ class Question:
 
     prompt_ids: list[int]  # exactly the context the answer was trained, or would be trained, in
     prompt: str  # the same as text
-    question: str  # the last user message, or the plain prompt
-    answer: str
+    question: str  # the user message before the answer, or the plain prompt
+    answer: str  # as text, just what is trained after the prompt
 
 
 def questions(
-    examples: Examples, sources: Sequence[Source], tokenizer: Any, limit: int | None = None
+    examples: Examples,
+    sources: Sequence[Source],
+    tokenizer: Any,
+    limit: int | None = None,
+    keep_reasoning: bool = True,
 ) -> list[Question]:
-    """The questions of encoded rows; plain documents and rows of tokens ask nothing and give none.
+    """The questions of encoded rows: the last trained answer of each, after all that stands before it.
+
+    Plain documents and rows of tokens ask nothing and give none; nor does a row that was cut off within its answer.
 
     Args:
         sources: those that ``examples`` were encoded from.
         limit: at most so many, spread evenly over all.
+        keep_reasoning: as the rows were read for ``examples``.
     """
     asks = [source.format not in ("text", "tokens") for source in sources]
     origins = zip(examples.source.tolist(), examples.row.tolist(), strict=True)
     ends = {origin: i for i, origin in enumerate(origins)}
-    asked = [i for (source, _), i in ends.items() if asks[source]]  # the last example of each row
+    asked = []
+    for (source, _), i in ends.items():  # the last example of each row
+        ids, mask = examples[i]
+        if asks[source] and np.isin(ids[slice(*last_run(mask))], examples.stop_ids).any():
+            asked.append(i)
     if limit is not None and len(asked) > limit:
-        asked = [asked[i] for i in np.linspace(0, len(asked) - 1, limit).round().astype(int)]
+        asked = [asked[i] for i in np.linspace(0, len(asked) - 1, limit).round().astype(int).tolist()]
     found = []
     for i in asked:
         ids, mask = examples[i]
-        start = last_run(mask)[0]
-        pair = sources[examples.source[i]].row(int(examples.row[i])).last_exchange
-        if pair is not None:
+        start, end = last_run(mask)
+        row = sources[int(examples.source[i])].row(int(examples.row[i]), keep_reasoning)
+        answer = tokenizer.decode(ids[start:end], skip_special_tokens=True).strip()
+        if (question := row.question_before(answer)) is not None:
             prompt_ids = ids[:start].tolist()
-            found.append(Question(prompt_ids, tokenizer.decode(prompt_ids), *pair))
+            found.append(Question(prompt_ids, tokenizer.decode(prompt_ids), question, answer))
     return found
 
 
-def exchanges(source: Source) -> Iterator[tuple[str, str]]:
+def exchanges(source: Source, keep_reasoning: bool = True) -> Iterator[tuple[str, str]]:
     """The last question and answer of every row that has them, as plain text."""
-    for row in source.read(0, len(source)):
+    for row in source.read(0, len(source), keep_reasoning):
         if not isinstance(row, RowError) and row.last_exchange is not None:
             yield row.last_exchange
 

@@ -98,7 +98,7 @@ def load_adapter(
     Raises:
         UserError: not an adapter folder, another rank, alpha or set of modules, or an unsupported PEFT setting.
     """
-    path = Path(folder)
+    path = Path(folder).expanduser()
     if not (path / "adapter_config.json").is_file():
         raise UserError(f"lora.init_from: {path} has no adapter_config.json; it must be a PEFT adapter folder")
     config = read_adapter_config(path)

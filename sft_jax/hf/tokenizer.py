@@ -36,7 +36,7 @@ def load_tokenizer(
         raise UserError(f"{folder}: only a slow tokenizer; add its tokenizer.json")
     num_added = tokenizer.add_tokens(added_tokens or [], special_tokens=True)
     if chat_template is not None:
-        path = Path(chat_template)
+        path = Path(chat_template).expanduser()
         if not path.is_file():
             raise UserError(f"data.chat_template: no such file {chat_template}")
         tokenizer.chat_template = path.read_text(encoding="utf-8")

@@ -8,8 +8,8 @@
 #   gke.sh status NAME      gke.sh logs NAME      gke.sh delete NAME
 #
 #   --package P            what pip installs: a wheel at gs://… or https://…, or git+https://…
-#   --topology T           as for sft-jax plan: v4:…, v5e:4x4, v5p:2x2x4, v6e:8x8 for a slice; l4:1, a100:8,
-#                          a100-80gb:8, h100:8, h100-mega:8, h200:8, b200:8 for a node
+#   --topology T           GKE's names: v4:2x2x4, v5e:4x4, v5p:2x2x4, v6e:8x8 for a slice; l4:1, a100:8, a100-80gb:8
+#                          (a100-40g and a100-80g of sft-jax plan), h100:8, h100-mega:8, h200:8, b200:8 for a node
 #   --slices N, --nodes N  as one run (default: 1)
 #   --chips-per-host N     of a TPU node pool, where a topology can be had with both (2x4 of v5e and v6e: 8 or 4)
 #   --spot                 only on spot nodes

@@ -56,7 +56,7 @@ look() {
     case " $states " in
         *' 2 '*)
             if lost_nodes; then again; return; fi # what was wrong was that they did not find each other
-            finish 2 "a mistake in the config or the data, which trying again does not mend"
+            finish 2 "a mistake in the config or the data, or something that could not be fetched or written; see the log"
             ;;
         *' running '*) silent=0 ;; # those that have ended wait for the others
         ' 0 ') finish 0 "done" ;;

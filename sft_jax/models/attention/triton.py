@@ -68,7 +68,9 @@ def triton_attention(
     Args:
         interpret: run the kernels' operations one by one, on any device.
     """
-    place, is_padding = jnp.arange(q.shape[1], dtype=jnp.int32), segment_ids == 0
+    length = q.shape[1]
+    assert all(length % tiles.outer == length % tiles.inner == 0 for tiles in tuning), (length, tuning)
+    place, is_padding = jnp.arange(length, dtype=jnp.int32), segment_ids == 0
     first = jnp.where(is_padding, place, first_visible(segment_ids, window))
     until = jnp.where(is_padding, place + 1, seen_until(segment_ids, window))
     static = _Static(q.shape[-1] ** -0.5, softcap, tuning, interpret)
