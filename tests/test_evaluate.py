@@ -1,5 +1,6 @@
 """Evaluation: likelihoods equal transformers', answers are compared as said, the report is whole and self-contained."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -221,7 +222,7 @@ def test_the_answer_of_a_question_is_what_is_trained_after_its_prompt(tmp_path):
 
 def test_the_question_of_a_conversation_whose_last_part_is_left_out(tmp_path):
     """The template takes the thoughts out of earlier turns, so that there are two parts; the last is too long."""
-    tokenizer = make_tokenizer()
+    tokenizer = copy.deepcopy(make_tokenizer())
     tokenizer.chat_template = CHATML_UNMARKED.replace(
         "m['content'] + '<|im_end|>' }}",
         "(m['content'] if loop.last else m['content'].split('</think>')[-1]) + '<|im_end|>' }}",
