@@ -43,14 +43,14 @@ class Conversation:
     @property
     def last_exchange(self) -> tuple[str, str] | None:
         """The last user message and the last answer, as plain text; None without an answer."""
-        return self._exchanges[-1] if self._exchanges else None
+        return next(reversed(self._exchanges()), None)
 
     def question_before(self, answer: str) -> str | None:
         """The user message before the last answer that is this one, or ends it; before the last answer if none is."""
-        fitting = [question for question, given in self._exchanges if given and answer.endswith(given)]
-        return (fitting or [question for question, _ in self._exchanges] or [None])[-1]
+        found = self._exchanges()
+        fitting = [pair for pair in found if pair[1] and answer.endswith(pair[1])]
+        return next((question for question, _ in reversed(fitting or found)), None)
 
-    @property
     def _exchanges(self) -> list[tuple[str, str]]:
         """Each answer after the user message before it, as plain text."""
         asked, found = "", []

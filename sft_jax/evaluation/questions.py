@@ -45,15 +45,17 @@ def questions(
     ends = {origin: i for i, origin in enumerate(origins)}
     asked = []
     for (source, _), i in ends.items():  # the last example of each row
+        if not asks[source]:
+            continue
         ids, mask = examples[i]
-        if asks[source] and np.isin(ids[slice(*last_run(mask))], examples.stop_ids).any():
-            asked.append(i)
+        start, end = last_run(mask)
+        if np.isin(ids[start:end], examples.stop_ids).any():
+            asked.append((i, start, end))
     if limit is not None and len(asked) > limit:
         asked = [asked[i] for i in np.linspace(0, len(asked) - 1, limit).round().astype(int).tolist()]
     found = []
-    for i in asked:
-        ids, mask = examples[i]
-        start, end = last_run(mask)
+    for i, start, end in asked:
+        ids, _ = examples[i]
         row = sources[int(examples.source[i])].row(int(examples.row[i]), keep_reasoning)
         answer = tokenizer.decode(ids[start:end], skip_special_tokens=True).strip()
         if (question := row.question_before(answer)) is not None:
