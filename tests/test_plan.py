@@ -70,6 +70,30 @@ def test_a_step_is_compiled_for_tpus(tiny, tmp_path):
         assert words in text
 
 
+@pytest.mark.parametrize("full", [False, True])
+def test_weights_that_chips_share_are_gathered_whole(tmp_path, full):
+    """Not met in turns, part by part; only gradients are summed in turns, which are float32 then."""
+    size = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 8, "vocab_size": 1024}
+    path = tmp_path / "architecture.json"
+    path.write_text(json.dumps({"model_type": "llama", "num_hidden_layers": 2, "tie_word_embeddings": False} | size))
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"model: {{path: none/none, remat: full, weights: {'bfloat16' if full else 'float32'}}}\n"
+        f"lora: {'null' if full else '{}'}\n"
+        "data: {train: [{path: none.jsonl}], max_length: 1024}\n"
+        "training: {output_dir: run, batch_size: 16}\n"
+    )
+    options = ["--topology", "v5e:4x4", "--architecture", path, "--no-advice", "--json"]
+    done = sft_jax("plan", config, *options, timeout=600)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    sent = {one["kind"]: one["bytes"] for one in found["collectives"]}
+    weights = 2 * (4 * 1024 * 1024 + 3 * 1024 * 4096)
+    assert sent["all-gather"] > 2 * 2 * weights * 15 / 16  # bfloat16, for the forward and for the backward pass
+    in_turns = sent.get("collective-permute", 0)
+    assert weights * 4 * 15 / 16 <= in_turns < 1.2 * weights * 4 if full else in_turns == 0
+
+
 def test_what_does_not_fit_is_told_with_its_size(tiny, tmp_path):
     """Too many rows for a chip: the compiler refuses, and that is an answer."""
     config = write_config(tmp_path, tiny)

@@ -19,6 +19,7 @@ from sft_jax.models.head import Head
 from sft_jax.models.lora import Split
 from sft_jax.processes import fetch
 from sft_jax.sharding import constrain
+from sft_jax.training.compiler import compiler_options
 from sft_jax.training.cross_entropy import masked_cross_entropy
 from sft_jax.tree import Params
 from sft_jax.typing import Array, Batch
@@ -45,9 +46,16 @@ class Scorer:
 
     def __init__(self, split: Split, mesh: Mesh, row_length: int, num_rows: int):
         self._mesh, self._row_length, self._num_rows = mesh, row_length, num_rows
-        self._score = jax.jit(lambda trainable, frozen, batch: _token_scores(split.merge(trainable, frozen), batch))
+        options = compiler_options(split, gradients=False)
+        self._score = jax.jit(
+            lambda trainable, frozen, batch: _token_scores(split.merge(trainable, frozen), batch),
+            compiler_options=options,
+        )
         self._diverge = jax.jit(
-            lambda base, tuned, frozen, batch: _divergence(split.merge(base, frozen), split.merge(tuned, frozen), batch)
+            lambda base, tuned, frozen, batch: _divergence(
+                split.merge(base, frozen), split.merge(tuned, frozen), batch
+            ),
+            compiler_options=options,
         )
 
     def score(

