@@ -37,7 +37,10 @@ def test_the_gradient_is_that_of_automatic_differentiation(dtype):
     (found,) = jax.jit(lambda x, d: jax.vjp(lambda x: rotate(x, *ANGLES), x)[1](d))(x, d_out)
     (expected,) = jax.jit(lambda x, d: jax.vjp(lambda x: _exchanged_by_halves(x, *ANGLES), x)[1](d))(x, d_out)
     assert found.dtype == dtype
-    np.testing.assert_allclose(found.astype(np.float32), expected.astype(np.float32), rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(found, expected)
+    sin, cos = ANGLES
+    turned_back = jax.jit(_exchanged_by_product)(d_out, -sin, cos)  # what a TPU computes
+    np.testing.assert_allclose(turned_back.astype(np.float32), expected.astype(np.float32), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(("platform", "products"), [("cpu", 0), ("cuda", 0), ("tpu", 1)])

@@ -52,8 +52,13 @@ def _rotate_forward(x: Array, sin: Array, cos: Array) -> tuple[Array, tuple[Arra
 
 
 def _rotate_backward(kept: tuple[Array, Array], d_out: Array) -> tuple[Array, None, None]:
-    sin, cos = kept
-    return rotate(d_out, -sin, cos), None, None  # turned back
+    def by_product(d_out: Array, sin: Array, cos: Array) -> Array:
+        return _exchanged_by_product(d_out, -sin, cos)  # turned back
+
+    def by_halves(d_out: Array, sin: Array, cos: Array) -> Array:
+        return jax.linear_transpose(lambda x: _exchanged_by_halves(x, sin, cos), d_out)(d_out)[0]
+
+    return lax.platform_dependent(d_out, *kept, tpu=by_product, default=by_halves), None, None
 
 
 rotate.defvjp(_rotate_forward, _rotate_backward)
