@@ -1,6 +1,9 @@
 """Generation: the cache computes what training computes, drawing follows the settings, every kind of model opens."""
 
 import json
+import math
+import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +12,11 @@ import pytest
 from kit import CHATML, load_model, logits, make_model, one_device, run_config, sft_jax
 
 from sft_jax.cli import main
+from sft_jax.config import LoraConfig
 from sft_jax.errors import UserError
 from sft_jax.export import export
 from sft_jax.generate import generate, read_prompts
+from sft_jax.hf.config import read_architecture
 from sft_jax.hf.reader import TensorReader
 from sft_jax.inference.generator import Generator
 from sft_jax.inference.sampling import Sampling, filter_logits, sample
@@ -188,6 +193,31 @@ def test_parts_of_rows_do_not_matter(tiny, opened):
     _, frozen = load_weights(split, opened.arch, TensorReader(tiny))
     generator = Generator(split, opened.arch.max_positions, opened.stop_ids, mesh)
     assert [one.ids for one in generator({}, frozen, PROMPTS, 20)] == ids_of(opened, PROMPTS)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("quantization", [None, "nf4"])
+def test_weights_are_not_gathered_for_a_token(tmp_path, quantization):
+    """Eight rows with parts of weights on each device: what devices exchange for a token is as large as tokens are."""
+    sizes = {"hidden_size": 512, "intermediate_size": 640, "head_dim": 64, "tie_word_embeddings": False}
+    arch, mesh = read_architecture(make_model(tmp_path / "model", **sizes)), make_mesh(1, 4, 1, 2)
+    split = build(arch, mesh, LoraConfig(rank=4, alpha=8.0), "bfloat16", quantization=quantization)
+    generator = Generator(split, arch.max_positions, [2], mesh)
+    weights = split.trainable, split.frozen
+    ids, keys, numbers = np.ones((8, 16), np.int32), jax.random.split(jax.random.key(0), 8), Sampling().numbers
+    with jax.set_mesh(mesh):
+        state = jax.eval_shape(partial(generator._start, slots=32), *weights, ids, ids[:, 0], keys, numbers)
+        lowered = generator._go_on.lower(*weights, state, 4, keys, numbers)
+    text = lowered.compile().as_text()
+    exchanged = [
+        math.prod(map(int, shape.split(",")))
+        for line in text.splitlines()
+        for result in re.findall(r"= (.*?) (?:all-gather|all-reduce|all-to-all|collective-permute)(?:-start)?\(", line)
+        for shape in re.findall(r"\[([\d,]+)\]", result)
+    ]
+    assert exchanged
+    smallest = 512 * arch.num_kv_heads * arch.head_dim // 2  # of the kernels, what a device computes with
+    assert max(exchanged) <= 8 * 640 < smallest
 
 
 @pytest.mark.smoke

@@ -14,12 +14,12 @@ from jax.sharding import Mesh
 from sft_jax.data.examples import Examples
 from sft_jax.data.loader import local_rows, make_batch, to_mesh
 from sft_jax.data.packing import plan_run
+from sft_jax.models.compiler import compiler_options
 from sft_jax.models.decoder import Decoder
 from sft_jax.models.head import Head
 from sft_jax.models.lora import Split
 from sft_jax.processes import fetch
 from sft_jax.sharding import constrain
-from sft_jax.training.compiler import compiler_options
 from sft_jax.training.cross_entropy import masked_cross_entropy
 from sft_jax.tree import Params
 from sft_jax.typing import Array, Batch

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from sft_jax.errors import UserError
 from sft_jax.inference.sampling import Sampling, sample
 from sft_jax.models.cache import KeyValues
+from sft_jax.models.compiler import compiler_options
 from sft_jax.models.lora import Split
 from sft_jax.processes import fetch
 from sft_jax.sharding import constrain
@@ -101,11 +102,13 @@ class Generator:
             def body(state: _State) -> _State:
                 hidden, new = model.decode(state.token[:, None], state.position[:, None], state.cache)
                 state = dataclasses.replace(state, cache=state.cache.written(new, state.position))
-                return draw(model.logits(hidden)[:, 0], state, keys, sampling)
+                logits = constrain(model.logits(hidden)[:, 0], "batch", "activation")
+                return draw(logits, state, keys, sampling)
 
             return lax.while_loop(lambda s: (s.num_written < limit) & ~jnp.all(s.done), body, state)
 
-        self._start = jax.jit(start, static_argnames="slots")
+        options = compiler_options(split, gradients=False)
+        self._start = jax.jit(start, static_argnames="slots", compiler_options=options)
         self._go_on = jax.jit(go_on, donate_argnums=2)
 
     def __call__(

@@ -7,8 +7,8 @@ dimension L and are scanned over, so compile time does not grow with depth. Line
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,16 +30,26 @@ from sft_jax.typing import Array, Float, Int
 Attend = Callable[[Array, Array, Array], Array]  # q, k, v of the tokens at hand -> what each of them sees
 
 
-class Place(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Place:
     """Where in the network something is computed."""
 
     layer: Float[Array, ""]  # the number of the decoder layer
     dropout_key: Array | None  # None: no dropout
+    # Whether products are made where the weights lie, of each device's part of the model dimension, and then summed.
+    # Else weights are gathered where the rows are, which many tokens are worth, and one a row is not.
+    weights_stay: bool = field(default=False, metadata={"static": True})
 
     def split(self, num: int) -> list[Place]:
         """The same layer, with a dropout key for each of ``num`` users."""
         keys = [None] * num if self.dropout_key is None else jax.random.split(self.dropout_key, num)
-        return [Place(self.layer, key) for key in keys]
+        return [replace(self, dropout_key=key) for key in keys]
+
+    @property
+    def stream(self) -> tuple[str, str, str]:
+        """Logical axes of the hidden states that layers add to."""
+        return ("replica", "whole_length", "embed") if self.weights_stay else ("batch", "length", "activation")
 
 
 class Initializer:
@@ -92,9 +102,9 @@ class Linear(nnx.Module):
 
 def linear(x: Float[Array, "*B in"], layers: list[Linear], place: Place) -> list[Array]:
     """Several layers of one input, which share its products with their adapters."""
-    number, dropout_key = place
-    adapters = [layer.adapter() for layer in layers]
-    kernels, scales = [gathered_matrix(layer.kernel) for layer in layers], [layer.lora_scale for layer in layers]
+    number, dropout_key = place.layer, place.dropout_key
+    adapters, scales = [layer.adapter() for layer in layers], [layer.lora_scale for layer in layers]
+    kernels = [(matrix_of if place.weights_stay else gathered_matrix)(layer.kernel) for layer in layers]
     dropped = [dropout_key is not None and layer.lora_dropout > 0 and layer.adapter() is not None for layer in layers]
     if dropout_key is None or not any(dropped):
         outs = project(x, kernels, adapters, scales, number)
@@ -136,11 +146,13 @@ class Embedding(nnx.Module):
     def __init__(self, vocab_size: int, dim: int, make: Initializer):
         self.embedding: Weight = make.normal((vocab_size, dim), ("vocab", "embed"))
 
-    def __call__(self, ids: Int[Array, "B T"], dtype: Any) -> Float[Array, "B T D"]:
+    def __call__(self, ids: Int[Array, "B T"], dtype: Any, weights_stay: bool = False) -> Float[Array, "B T D"]:
         # The table stays split along D: look up every row's slice of D, then trade slices of D for slots, and then for
         # rows. Both at once, and the compiler would gather all of it on each device.
         ids = constrain(ids, "replica", "whole_length")
         x = constrain(rows_of(self.embedding, ids, dtype), "replica", "whole_length", "embed")
+        if weights_stay:
+            return x
         x = constrain(x, "replica", "length", "embed_of_slots")
         return constrain(x, "batch", "length", "activation")
 
@@ -197,9 +209,9 @@ class DecoderLayer(nnx.Module):
     def __call__(self, x, sin, cos, attend: Attend, place: Place) -> tuple[Float[Array, "B T D"], KeyValues]:
         of_attention, of_mlp = place.split(2)
         attended, seen = self.self_attn(self.input_layernorm(x), sin, cos, attend, of_attention)
-        x = constrain(x + attended, "batch", "length", "activation")
+        x = constrain(x + attended, *place.stream)
         x = x + self.mlp(self.post_attention_layernorm(x), of_mlp)
-        return constrain(x, "batch", "length", "activation"), seen
+        return constrain(x, *place.stream), seen
 
 
 class Decoder(nnx.Module):
@@ -250,14 +262,20 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "B 1 D"], KeyValues]:
         """One more token a row, against a cache whose slot ``s`` holds position ``s``.
 
+        Weights that devices share are not gathered: attention alone is computed where the rows are.
+
         Returns:
             its hidden states, and its keys and values ``[L, B, 1, K, H]``, to be written into slot ``positions``.
         """
 
         def attend(window: int | None, layer_cache: KeyValues) -> Attend:
-            return lambda q, k, v: cached_attention(q, k, v, layer_cache, positions, window)
+            def one(q: Array, k: Array, v: Array) -> Array:
+                out = cached_attention(q, k, v, layer_cache, positions, window)
+                return constrain(out, "replica", "whole_length", "heads", "head_dim")
 
-        return self._run(inputs, positions, attend, cache, keep=True)
+            return one
+
+        return self._run(inputs, positions, attend, cache, keep=True, weights_stay=True)
 
     def _run(
         self,
@@ -267,8 +285,9 @@ class Decoder(nnx.Module):
         cache: KeyValues | None = None,
         dropout_key: Array | None = None,
         keep: bool = False,
+        weights_stay: bool = False,
     ) -> tuple[Float[Array, "B T D"], Any]:
-        x = self.embed_tokens(inputs, self.dtype)
+        x = self.embed_tokens(inputs, self.dtype, weights_stay)
         sin, cos = sin_cos(positions, self.arch.rope, self.arch.head_dim)
         graphdef, layers = nnx.split(self.layers)
         windows, which = _windows(self.arch)
@@ -284,7 +303,7 @@ class Decoder(nnx.Module):
             return x, seen if keep else None
 
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.arch.num_layers)
-        places = Place(jnp.arange(self.arch.num_layers, dtype=jnp.float32), keys)
+        places = Place(jnp.arange(self.arch.num_layers, dtype=jnp.float32), keys, weights_stay)
         x, seen = lax.scan(rematerialised(layer, self.remat), x, (layers, places, which, cache))
         return self.norm(x), seen
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import jax
+
 from sft_jax.models.lora import Split, is_adapter
 from sft_jax.tree import flatten
 
@@ -29,8 +31,7 @@ def compiler_options(split: Split, gradients: bool = True) -> dict[str, str]:
     Returns:
         Nothing for other platforms.
     """
-    leaves = flatten(split.trainable) | flatten(split.frozen)
-    mesh = next(iter(leaves.values())).sharding.mesh
+    mesh = jax.tree.leaves((split.trainable, split.frozen))[0].sharding.mesh
     if mesh.devices.flat[0].platform != "tpu":
         return {}
     trains_layers = any(path[0] == "layers" and not is_adapter(path) for path in flatten(split.trainable))
