@@ -186,9 +186,10 @@ def test_devices_do_not_matter(tiny, opened):
 
 
 @pytest.mark.smoke
-def test_parts_of_rows_do_not_matter(tiny, opened):
-    """Prompts in parts on the devices of the sequence axis, the cache whole on each."""
-    mesh = make_mesh(1, 2, 2, 2)
+@pytest.mark.parametrize("sizes", [(1, 2, 2, 2), (2, 2, 1, 2)])
+def test_meshes_do_not_matter(tiny, opened, sizes):
+    """Prompts in parts on the devices of the sequence axis, the cache whole on each; rows apart on that of data."""
+    mesh = make_mesh(*sizes)
     split = build(opened.arch, mesh, None, "float32", full=False)
     _, frozen = load_weights(split, opened.arch, TensorReader(tiny))
     generator = Generator(split, opened.arch.max_positions, opened.stop_ids, mesh)
