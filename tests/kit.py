@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -267,3 +268,13 @@ class Group:
             time.sleep(0.05)
         self.wait(1)
         pytest.fail(f"step {step} never came: {self.said}")
+
+
+def exchanged(program: str, *kinds: str) -> set[tuple[str, tuple[int, ...]]]:
+    """dtype and shape of all that devices trade in a compiled program's text, by ``kinds`` of collectives or by any."""
+    names = "|".join(kinds or ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute"))
+    return {
+        (dtype, tuple(map(int, shape.split(","))))
+        for results in re.findall(rf"= ([^=\n]*?) (?:{names})(?:-start)?\(", program)
+        for dtype, shape in re.findall(r"(\w+)\[([\d,]+)\]", results)
+    }

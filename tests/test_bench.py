@@ -1,6 +1,7 @@
 """What the benchmark counts and how it sums up; that a side runs. No times are asserted."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -104,6 +105,50 @@ def test_grid_compares_like_with_like():
         "1b lora 2,048: sft_jax / trl, checkpointing: 3.00 × the real tokens/s, 2.00 × the peak memory",
         "1b lora 2,048: sft_jax, recomputing / trl, checkpointing: 2.00 × the real tokens/s, 0.67 × the peak memory",
     ]
+
+
+def test_grid_needs_an_accelerator(tmp_path, monkeypatch, capsys):
+    """Without one it says so before models of many GB are written."""
+    out, made = tmp_path / "out", tmp_path / "kit"
+    arguments = f"grid --rows {tmp_path / 'no.jsonl'} --self-only --out {out} --kit {made}"
+    monkeypatch.setattr(sys, "argv", [str(TOOLS / "bench.py"), *arguments.split()])
+    with pytest.raises(SystemExit, match="nothing was measured: for 1b, 8b it takes an accelerator"):
+        bench.main()
+    assert not out.exists()
+    assert not made.exists()
+    assert capsys.readouterr().out == ""
+
+
+def test_grid_says_what_it_had_no_time_for(tmp_path, monkeypatch, capsys):
+    """Each case has its line, on the screen and in the file; figures of the others stay."""
+    answers = {
+        "device": {"platform": "gpu", "device": "a card"},
+        "ceiling": {"gflops": 1000.0, "device": "a card"},
+        "sft_jax": {"error": "does not fit"},
+    }
+
+    class Server:
+        def __init__(self, who, scratch):
+            pass
+
+        def __call__(self, what, options):
+            return answers[what]
+
+        def close(self):
+            pass
+
+    kit.SHAPES["tiny"] = (1, 16, 2, 1, 8, 32, 400, True)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"question": f"{i}+{i}", "answer": str(2 * i)}) + "\n" for i in range(40)))
+    monkeypatch.setattr(grid, "Server", Server)
+    arguments = f"grid --rows {rows} --self-only --out {tmp_path} --shapes tiny --lengths 64 --modes lora"
+    for minutes, said in (("10", "does not fit"), ("0", "not measured: 0 minutes were over")):
+        monkeypatch.setattr(sys, "argv", ["bench.py", *arguments.split(), "--minutes", minutes])
+        bench.main()
+        assert re.search(rf"^tiny lora 64  sft_jax +{said}$", capsys.readouterr().out, re.MULTILINE)
+    assert [json.loads(line)["run"]["error"] for line in (tmp_path / "grid.jsonl").read_text().splitlines()] == [
+        "does not fit", "not measured: 0 minutes were over",
+    ]  # fmt: skip
 
 
 def test_attention_of_this_device(monkeypatch, capsys):

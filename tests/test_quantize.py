@@ -1,5 +1,6 @@
 """Weights in 4 and 8 bits: the numbers against slow references, what is read from files, and the gradients."""
 
+import math
 import re
 from statistics import NormalDist
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kit import make_model, one_device, run_config
+from kit import exchanged, make_model, one_device, run_config
 from safetensors.numpy import load_file
 
 from sft_jax.architecture import Architecture, Rope
@@ -247,9 +248,9 @@ def test_codes_are_gathered_and_not_weights(untied):
 
     with jax.set_mesh(mesh):
         program = jax.jit(jax.grad(loss)).lower(adapter, frozen, ids).compile().as_text()
-    gathered = {tuple(found) for found in re.findall(r"= (\w+)\[([\d,]+)\]\S* all-gather", program)}
-    assert ("u8", "1,96,160") in gathered  # up_proj: half of 192 inputs, 320 outputs over two devices
-    floats = [np.prod(list(map(int, size.split(",")))) for kind, size in gathered if kind in ("f32", "bf16")]
+    gathered = exchanged(program, "all-gather")
+    assert ("u8", (1, 96, 160)) in gathered  # up_proj: half of 192 inputs, 320 outputs over two devices
+    floats = [math.prod(shape) for dtype, shape in gathered if dtype in ("f32", "bf16")]
     assert max(floats) < 192 * 48  # adapters, and hidden states of the loss; a device's part of k_proj would be that
 
 

@@ -109,7 +109,7 @@ class Generator:
 
         options = compiler_options(split, gradients=False)
         self._start = jax.jit(start, static_argnames="slots", compiler_options=options)
-        self._go_on = jax.jit(go_on, donate_argnums=2)
+        self._go_on = jax.jit(go_on, donate_argnums=2)  # nothing is gathered here that options would help with
 
     def __call__(
         self,

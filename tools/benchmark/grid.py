@@ -25,6 +25,7 @@ from benchmark.runners import RESULT
 from benchmark.train import ENVIRONMENT, check_peer, machine, model_rate
 
 CASE_SECONDS = 180  # after which a case is given up
+ON_A_CPU = ("50m", "135m")  # shapes of which a CPU makes a step of few tokens in seconds
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,25 +50,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def bench_grid(options: argparse.Namespace) -> None:
     check_peer(options.self_only)
     began = time.monotonic()
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         servers = {who: Server(who, Path(scratch)) for who in ("sft_jax", *(() if options.self_only else ("trl",)))}
         folder = options.kit or Path(scratch)
-        kits = {shape: make_kit(folder, shape, Path(options.rows), options.dtype) for shape in options.shapes}
         found = []
         try:
-            ceiling = servers["sft_jax"]("ceiling", _options(options, kits[options.shapes[0]], "lora", 2048, {}))
-            if "error" in ceiling:
-                sys.exit(f"bench: {ceiling['error']}")
+            large = [shape for shape in options.shapes if shape not in ON_A_CPU]
+            if large and _answer(servers, "device", {})["platform"] == "cpu":  # before kits of many GB are written
+                sys.exit(
+                    f"bench: nothing was measured: for {', '.join(large)} it takes an accelerator, and jax sees none "
+                    f"here; on a CPU: `bench.py train`, or --shapes {' '.join(ON_A_CPU)} --tokens 1024 --lengths 512"
+                )
+            if options.out:
+                options.out.mkdir(parents=True, exist_ok=True)
+            kits = {shape: make_kit(folder, shape, Path(options.rows), options.dtype) for shape in options.shapes}
+            ceiling = _answer(servers, "ceiling", _options(options, kits[options.shapes[0]], "lora", 2048, {}))
             print(_heading(ceiling), flush=True)
             for case in _cases(options):
-                if options.minutes is None or time.monotonic() - began < options.minutes * 60:
-                    found.append(_measure(options, kits[case["shape"]], servers, ceiling, case))
+                over = options.minutes is not None and time.monotonic() - began > options.minutes * 60
+                found.append(_measure(options, kits[case["shape"]], {} if over else servers, ceiling, case))
         finally:
             for server in servers.values():
                 server.close()
     print("\n".join(["", *_ratios(found)]))
+
+
+def _answer(servers: dict[str, Server], what: str, options: dict[str, Any]) -> dict[str, Any]:
+    """What this library's side finds and nothing can be measured without."""
+    found = servers["sft_jax"](what, options)
+    if "error" in found:
+        sys.exit(f"bench: nothing was measured: {found['error']}")
+    return found
 
 
 def _cases(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -109,8 +122,10 @@ def _options(options: argparse.Namespace, kit: Kit, mode: str, length: int, how:
 def _measure(
     options: argparse.Namespace, kit: Kit, servers: dict[str, Server], ceiling: dict[str, Any], case: dict[str, Any]
 ) -> dict[str, Any]:
-    """Run a case; what was found is printed and written at once."""
-    run = servers[case["who"]](case["who"], _options(options, kit, case["mode"], case["length"], case["how"]))
+    """Run a case, if there is a server left for it; what was found is printed and written at once."""
+    run: dict[str, Any] = {"error": f"not measured: {options.minutes or 0:g} minutes were over"}
+    if case["who"] in servers:
+        run = servers[case["who"]](case["who"], _options(options, kit, case["mode"], case["length"], case["how"]))
     result: dict[str, Any] = {**case, "device": ceiling["device"], "ceiling_gflops": ceiling["gflops"], "run": run}
     if "error" not in run:
         seconds = statistics.median(run["step_seconds"])

@@ -217,6 +217,13 @@ def _fastest_attention() -> str:
     return "torch_varlen"
 
 
+def run_device(options: dict[str, Any]) -> dict[str, Any]:
+    """What would be measured on."""
+    import jax
+
+    return {"platform": jax.default_backend(), "device": jax.devices()[0].device_kind}
+
+
 def run_ceiling(options: dict[str, Any]) -> dict[str, Any]:
     """The rate of matrix products in the dtype used: large square ones and those of the model, GFLOP/s.
 
@@ -244,7 +251,7 @@ def run_ceiling(options: dict[str, Any]) -> dict[str, Any]:
     return {"gflops": max(rates.values()), "by_shape": rates, "device": jax.devices()[0].device_kind}
 
 
-RUNNERS = {"sft_jax": run_sft_jax, "trl": run_trl, "ceiling": run_ceiling}
+RUNNERS = {"sft_jax": run_sft_jax, "trl": run_trl, "device": run_device, "ceiling": run_ceiling}
 RESULT = "RESULT "  # what a line of :func:`serve` begins with that holds what a runner found
 
 
