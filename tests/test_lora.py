@@ -30,11 +30,11 @@ ARCH = Architecture("llama", 211, 40, 104, 3, 4, 2, 12, 1e-5, Rope(1e4), tie_wor
 RANK = 6
 
 
-def make(full=False, targets="all-linear", token_table=False, dtype=jnp.float32, dropout=0.0):
+def make(full=False, targets="all-linear", token_table=False, dtype=jnp.float32, dropout=0.0, merged=False):
     def network():
         model = Decoder(ARCH, jax.random.key(0), dtype)
         if not full:
-            attach_lora(model, RANK, 12.0, targets, dropout)
+            attach_lora(model, RANK, 12.0, targets, dropout, merged)
         return model
 
     return split_params(nnx.eval_shape(network), make_mesh(devices=one_device()), full, token_table)
@@ -163,6 +163,51 @@ def test_no_base_weight_gradient_in_the_program():
 
     assert len(products(full=True)) == 8, products(full=True)  # of seven kernels and the head: the same look finds them
     assert products(full=False) == []
+
+
+def test_no_base_weight_gradient_where_adapters_are_merged():
+    """Products as large as a weight are then those of A and B, for each pass one, and none over positions."""
+    split = make(merged=True)
+    params, frozen = weights(split)
+    step, init, _ = step_of(split)
+    text = step.lower(init(params), frozen, batch()).as_text()
+    products = re.findall(r"dot_general .*: \(tensor<(\S+)xf32>, tensor<(\S+)xf32>\) -> tensor<(\S+)xf32>", text)
+    kernels = ["40x48", "40x24", "40x24", "48x40", "40x104", "40x104", "104x40"]
+    expected = [(f"{a}x{RANK}", f"{RANK}x{b}", f"{a}x{b}") for a, b in (kernel.split("x") for kernel in kernels)]
+    found = [one for one in products if one[-1] in {*kernels, "40x211", "211x40"}]
+    assert set(found) == set(expected)
+    assert len(found) == 2 * len(kernels)
+
+
+@pytest.mark.parametrize("of_kernels", [False, True])
+def test_merged_adapters_compute_the_same(of_kernels):
+    """Three kernels of one input, two with adapters of their own rank and scale: values, and each gradient."""
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    x, kernels, d_outs = normal(2, 9, 12), [normal(12, n) for n in (5, 7, 8)], [normal(2, 9, n) for n in (5, 7, 8)]
+    adapters = [Adapter(normal(12, 3), normal(3, 5)), None, Adapter(normal(12, 2), normal(2, 8))]
+    scales = [2.0, 0.0, 0.5]
+
+    def plainly(x, kernels, adapters):
+        return [
+            x @ (kernel if adapter is None else kernel + scale * adapter.a @ adapter.b)
+            for kernel, adapter, scale in zip(kernels, adapters, scales, strict=True)
+        ]
+
+    def results(compute):
+        def of(x, adapters, kernels):
+            return compute(x, kernels, adapters)
+
+        given = (x, adapters, kernels) if of_kernels else (x, adapters)
+        out, pullback = jax.vjp(lambda *given: of(*given, *([] if of_kernels else [kernels])), *given)
+        return jax.tree.leaves((out, pullback(d_outs)))
+
+    expected = results(plainly)
+    for merged in (False, True):
+        found = results(lambda *given, merged=merged: project(*given, scales, jnp.float32(0), merged))
+        assert len(found) == len(expected) == 3 + 1 + 4 + 3 * of_kernels
+        for one, other in zip(found, expected, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
 def test_all_masked_batch_changes_nothing():

@@ -88,6 +88,7 @@ class Linear(nnx.Module):
         self.lora_b: nnx.LoRAParam | None = nnx.data(None)
         self.lora_scale = 0.0
         self.lora_dropout = 0.0
+        self.lora_merged = False
 
     def __call__(self, x: Float[Array, "*B in"], place: Place) -> Float[Array, "*B out"]:
         """Computed in the dtype of ``x``."""
@@ -107,7 +108,9 @@ def linear(x: Float[Array, "*B in"], layers: list[Linear], place: Place) -> list
     kernels = [(matrix_of if place.weights_stay else gathered_matrix)(layer.kernel) for layer in layers]
     dropped = [dropout_key is not None and layer.lora_dropout > 0 and layer.adapter() is not None for layer in layers]
     if dropout_key is None or not any(dropped):
-        outs = project(x, kernels, adapters, scales, number)
+        # For a token a row it would take longer to add the adapter to the kernel than to multiply by both.
+        merged = any(layer.lora_merged for layer in layers) and not place.weights_stay
+        outs = project(x, kernels, adapters, scales, number, merged)
     else:  # each adapter has an input of its own
         outs = project(x, kernels, [None] * len(layers), scales, number)
         for i, key in enumerate(jax.random.split(dropout_key, len(layers))):

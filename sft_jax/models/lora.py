@@ -50,11 +50,16 @@ class Split:
         return nnx.merge(self.graphdef, trainable, frozen)
 
 
-def attach_lora(model: Decoder, rank: int, alpha: float, targets: str | list[str], dropout: float = 0.0) -> list[str]:
+def attach_lora(
+    model: Decoder, rank: int, alpha: float, targets: str | list[str], dropout: float = 0.0, merged: bool = False
+) -> list[str]:
     """Put an adapter beside each targeted linear layer, in place; returns the names of the adapted modules.
 
     ``targets`` follows PEFT: ``"all-linear"`` means every linear layer but the output head; a name matches a module
     whose dotted path is the name or ends with ``.name``. A decoder layer's modules stand for those of all layers.
+
+    Args:
+        merged: how a layer computes where it meets more than a token a row; see :func:`project`.
 
     Raises:
         UserError: a name matches nothing, or names the token table or the output head.
@@ -80,6 +85,7 @@ def attach_lora(model: Decoder, rank: int, alpha: float, targets: str | list[str
         linear.lora_b = nnx.data(nnx.LoRAParam(jnp.zeros((*stack, rank, out_dim)), axes=("rank", outer)))
         linear.lora_scale = alpha / rank
         linear.lora_dropout = dropout
+        linear.lora_merged = merged
     return chosen
 
 

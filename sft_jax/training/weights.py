@@ -49,10 +49,14 @@ def build(
     """
 
     def network() -> Decoder:
-        attention = kernel or any_length_kernel(mesh.devices.flat[0])
+        device = mesh.devices.flat[0]
+        attention = kernel or any_length_kernel(device)
         model = Decoder(arch, jax.random.key(0), jnp.dtype(dtype), remat, attention)
         if lora is not None:
-            attach_lora(model, lora.rank, lora.alpha, lora.target_modules, lora.dropout)
+            # Other platforms round float32 before they multiply; what devices share they would gather as sums, in
+            # float32, and not as it is kept.
+            merged = device.platform == "cpu" and mesh.size == 1 and dtype == "float32"
+            attach_lora(model, lora.rank, lora.alpha, lora.target_modules, lora.dropout, merged)
         if quantization is not None:
             attach_quantization(model, quantization, tables=not token_table)
         return model
