@@ -55,9 +55,9 @@ def project(
 
     Args:
         layer: the number of the layer that the weights are of, to which their conversion to another dtype is tied.
-        merged: compute ``x·(kernel + scale · a·b)``: for each matrix one thin product instead of two, and one in place
-            of one on the way back, which is less where tokens are more than a few hundred. For products that are exact
-            in float32; elsewhere a small ``a·b`` would be lost in the rounding of the kernel.
+        merged: compute ``x·(kernel + scale · a·b)``: on each way one ``a·b`` instead of a product as long as ``x`` and
+            its addition to the result, which is less where tokens are more than a few hundred. For products that are
+            exact in float32; elsewhere a small ``a·b`` would be lost in the rounding of the kernel.
     """
 
     @jax.custom_vjp
