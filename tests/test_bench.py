@@ -122,7 +122,7 @@ def test_grid_needs_an_accelerator(tmp_path, monkeypatch, capsys):
 def test_grid_says_what_it_had_no_time_for(tmp_path, monkeypatch, capsys):
     """Each case has its line, on the screen and in the file; figures of the others stay."""
     answers = {
-        "device": {"platform": "gpu", "device": "a card"},
+        "device": {"platform": "gpu"},
         "ceiling": {"gflops": 1000.0, "device": "a card"},
         "sft_jax": {"error": "does not fit"},
     }

@@ -195,11 +195,8 @@ def test_merged_adapters_compute_the_same(of_kernels):
         ]
 
     def results(compute):
-        def of(x, adapters, kernels):
-            return compute(x, kernels, adapters)
-
         given = (x, adapters, kernels) if of_kernels else (x, adapters)
-        out, pullback = jax.vjp(lambda *given: of(*given, *([] if of_kernels else [kernels])), *given)
+        out, pullback = jax.vjp(lambda x, adapters, kernels=kernels: compute(x, kernels, adapters), *given)
         return jax.tree.leaves((out, pullback(d_outs)))
 
     expected = results(plainly)

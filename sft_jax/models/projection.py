@@ -109,10 +109,10 @@ def _low(x: Array, adapters: Any, scales: Sequence[float], layer: Array) -> Iter
 
 def _merged(kernels: Any, adapters: Any, scales: Sequence[float], dtype: Any) -> list[Array]:
     """``kernel + scale · a·b`` of each."""
-    kernels = [in_dtype(kernel, dtype) if isinstance(kernel, Packed) else kernel for kernel in kernels]
+    weights = [in_dtype(kernel, dtype) for kernel in kernels]
     return [
-        kernel if adapter is None else kernel + jnp.dot(jnp.asarray(scale, dtype) * adapter.a, adapter.b)
-        for kernel, adapter, scale in zip(kernels, adapters, scales, strict=True)
+        weight if adapter is None else weight + jnp.dot(jnp.asarray(scale, dtype) * adapter.a, adapter.b)
+        for weight, adapter, scale in zip(weights, adapters, scales, strict=True)
     ]
 
 

@@ -67,8 +67,12 @@ def bench_grid(options: argparse.Namespace) -> None:
             ceiling = _answer(servers, "ceiling", _options(options, kits[options.shapes[0]], "lora", 2048, {}))
             print(_heading(ceiling), flush=True)
             for case in _cases(options):
-                over = options.minutes is not None and time.monotonic() - began > options.minutes * 60
-                found.append(_measure(options, kits[case["shape"]], {} if over else servers, ceiling, case))
+                kit, who = kits[case["shape"]], case["who"]
+                if options.minutes is not None and time.monotonic() - began > options.minutes * 60:
+                    run = {"error": f"not measured: {options.minutes:g} minutes were over"}
+                else:
+                    run = servers[who](who, _options(options, kit, case["mode"], case["length"], case["how"]))
+                found.append(_recorded(options, kit, ceiling, case, run))
         finally:
             for server in servers.values():
                 server.close()
@@ -119,13 +123,10 @@ def _options(options: argparse.Namespace, kit: Kit, mode: str, length: int, how:
     }
 
 
-def _measure(
-    options: argparse.Namespace, kit: Kit, servers: dict[str, Server], ceiling: dict[str, Any], case: dict[str, Any]
+def _recorded(
+    options: argparse.Namespace, kit: Kit, ceiling: dict[str, Any], case: dict[str, Any], run: dict[str, Any]
 ) -> dict[str, Any]:
-    """Run a case, if there is a server left for it; what was found is printed and written at once."""
-    run: dict[str, Any] = {"error": f"not measured: {options.minutes or 0:g} minutes were over"}
-    if case["who"] in servers:
-        run = servers[case["who"]](case["who"], _options(options, kit, case["mode"], case["length"], case["how"]))
+    """A case and what its run found, printed and written at once."""
     result: dict[str, Any] = {**case, "device": ceiling["device"], "ceiling_gflops": ceiling["gflops"], "run": run}
     if "error" not in run:
         seconds = statistics.median(run["step_seconds"])
