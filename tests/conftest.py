@@ -54,6 +54,20 @@ def chats(tmp_path_factory) -> Path:
     return write_chats(tmp_path_factory.mktemp("chats") / "chats.jsonl")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--phases", nargs="?", const="table", help="where the time goes, by file; =FILE.json keeps it")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if target := config.getoption("--phases"):
+        from phases import Phases
+
+        phases = Phases(target)
+        config.pluginmanager.register(phases)
+        if hasattr(config, "workerinput") or not config.getoption("numprocesses"):
+            phases.measure()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest first, so that it does not run alone at the end."""
     items.sort(key=lambda item: item.path.name != "test_real.py")
