@@ -7,8 +7,14 @@ import sys
 import tempfile
 from pathlib import Path
 
+# What is tested is not how fast LLVM's code is: half the time of the whole run went into making it.
+QUICK = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
+)
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["SFT_JAX_TEST_XLA_FLAGS"] = os.environ.get("XLA_FLAGS", QUICK)
+os.environ["XLA_FLAGS"] = os.environ["SFT_JAX_TEST_XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -56,6 +62,7 @@ def chats(tmp_path_factory) -> Path:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--phases", nargs="?", const="table", help="where the time goes, by file; =FILE.json keeps it")
+    parser.addoption("--touched", metavar="COMMIT", help="of drills only those whose rooms changed since this commit")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -68,9 +75,15 @@ def pytest_configure(config: pytest.Config) -> None:
             phases.measure()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest first, so that it does not run alone at the end."""
-    items.sort(key=lambda item: item.path.name != "test_real.py")
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of drills only those whose rooms were touched, if ``--touched`` asks for that; what takes longest comes first."""
+    if base := config.getoption("--touched"):
+        from touched import untouched
+
+        left_out = untouched(items, base)
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

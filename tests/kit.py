@@ -1,6 +1,7 @@
 """What tests are made of: tiny models, a tokenizer trained on the spot, conversations, configs."""
 
 import dataclasses
+import io
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from functools import cache
 from pathlib import Path
 
@@ -17,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sft_jax.cli import main
 from sft_jax.config import (
     Config,
     DataConfig,
@@ -27,6 +30,8 @@ from sft_jax.config import (
     SourceConfig,
     TrainingConfig,
 )
+
+ROOT = Path(__file__).parent.parent
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
@@ -176,17 +181,64 @@ def trained_leaves(run: Path, step: int | None = None) -> dict:
     return whole(opened, opened.trained)
 
 
-def sft_jax(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess:
-    """The command line in a process of its own, on one CPU device."""
-    environment = os.environ | {"XLA_FLAGS": "", "PYTHONWARNINGS": "default"}
+def sft_jax(*arguments: object) -> subprocess.CompletedProcess:
+    """The command line in this process, on one of its devices: exit code and what is printed."""
+    one, out, err = one_device(), io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda *_: one)
+        try:
+            code = main([*map(str, arguments)])
+        except SystemExit as done:  # argparse's
+            code = done.code
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
+
+
+def child_environment(**changes: str) -> dict[str, str]:
+    """Of a process of its own: one CPU device, compiled as quickly as here."""
+    flags = os.environ["SFT_JAX_TEST_XLA_FLAGS"]
+    return os.environ | {"XLA_FLAGS": flags, "PYTHONWARNINGS": "default"} | changes
+
+
+def process(*arguments: object, timeout: float = 300, **changes: str) -> subprocess.CompletedProcess:
+    """The command line in a process of its own; ``changes`` are of its environment."""
     return subprocess.run(
         [sys.executable, "-m", "sft_jax", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env=environment,
-        check=False,
-    )
+        capture_output=True, text=True, timeout=timeout, env=child_environment(**changes), check=False,
+    )  # fmt: skip
+
+
+class Child:
+    """A process with an environment of its own that runs one command after another, started once for all of them."""
+
+    _PROGRAM = """
+import io, json, os, sys
+from contextlib import redirect_stderr, redirect_stdout
+from sft_jax.without_torch import leave_out_torch
+leave_out_torch()
+from sft_jax.cli import main
+for line in sys.stdin:
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+        code = main(json.loads(line))
+    print(json.dumps([code, out.getvalue(), err.getvalue()]), flush=True)
+"""
+
+    def __init__(self, **changes: str):
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", self._PROGRAM],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=child_environment(**changes),
+        )  # fmt: skip
+
+    def __call__(self, *arguments: object) -> subprocess.CompletedProcess:
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None
+        assert stdout is not None
+        print(json.dumps([*map(str, arguments)]), file=stdin, flush=True)
+        answer = stdout.readline()
+        assert answer, f"the process ended with {self._process.wait()} during {arguments}"
+        return subprocess.CompletedProcess(arguments, *json.loads(answer))
+
+    def close(self) -> None:
+        self._process.communicate(timeout=60)
 
 
 def load_model(folder: Path, dtype=jnp.float32):
@@ -224,7 +276,7 @@ class Group:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        environment = os.environ | {"XLA_FLAGS": "", "PYTHONWARNINGS": "default", "PYTHONUNBUFFERED": "1"}
+        environment = child_environment(PYTHONUNBUFFERED="1")
         start = ["-m", "sft_jax"] if python is None else ["-c", python]
         self.processes = [
             subprocess.Popen(

@@ -4,20 +4,17 @@ import dataclasses
 import hashlib
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-from kit import load_model, logits, one_device, sft_jax
+from kit import ROOT, load_model, logits, one_device, sft_jax
 
 from sft_jax import builtin
 from sft_jax import config as configs
 from sft_jax.errors import UserError
-from sft_jax.evaluation.answers import same_answer
 from sft_jax.opening import open_model
 from sft_jax.train import train
 
-ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tools" / "tiny")]
 
 TINY = builtin.locate("builtin:tiny", "test")
@@ -130,32 +127,6 @@ def test_names_that_are_not_built_in(tmp_path):
         assert done.returncode == 2
         assert "is not built in; there are builtin:tiny, builtin:countries/" in done.stderr.splitlines()[-1]
         assert not (tmp_path / "run").exists()
-
-
-def test_quickstart(tmp_path, capsys):
-    """The figures that the README promises, from the very config."""
-    config = configs.load(ROOT / "configs" / "quickstart.yaml", [f"training.output_dir={tmp_path / 'run'}"])
-    train(config, one_device())
-    summary = json.loads((tmp_path / "run" / "report" / "summary.json").read_text())
-    base, tuned = summary["base"], summary["tuned"]
-    assert base["exact_match"] <= 0.05
-    assert tuned["exact_match"] >= 0.95
-    assert tuned["stop_rate"] >= 0.99
-    assert tuned["document_perplexity"] <= 1.5 * base["document_perplexity"]
-    rows = [json.loads(line) for line in (tmp_path / "run" / "report" / "answers.jsonl").read_text().splitlines()]
-    assert {(row["question"], row["answer"]) for row in rows} == set(exchanges("heldout"))
-    for row in rows:
-        assert row["tuned"]["right"] == same_answer(row["tuned"]["text"], row["answer"], "text")
-    printed = capsys.readouterr().out
-    for words in ("exact match", "stops by itself", "perplexity of documents", "does not stop", "base, 4-shot"):
-        assert words in printed
-    # what is printed is what a user then gets from the run
-    opened = open_model(str(tmp_path / "run"), devices=one_device())
-    from sft_jax.generate import generate
-
-    sample = rows[::60]
-    written = generate(opened, [row["question"] for row in sample], 24)
-    assert [text.strip() for _, text in written] == [row["tuned"]["text"] for row in sample]
 
 
 def test_a_resumed_quickstart_is_evaluated_too(tmp_path):

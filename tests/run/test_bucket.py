@@ -2,14 +2,12 @@
 
 import json
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import yaml
 from fake_gcs import Bucket
-from kit import Group, run_config
+from kit import Child, Group, run_config
 from safetensors.numpy import load, load_file
 
 from sft_jax.config import to_dict
@@ -25,14 +23,12 @@ def bucket(tiny, chats):
         yield bucket
 
 
-def sft_jax(bucket, *arguments):
-    import os
-
-    environment = os.environ | bucket.environment() | {"XLA_FLAGS": "", "PYTHONWARNINGS": "default"}
-    return subprocess.run(
-        [sys.executable, "-m", "sft_jax", *map(str, arguments)],
-        capture_output=True, text=True, timeout=300, env=environment, check=False,
-    )  # fmt: skip
+@pytest.fixture(scope="module")
+def sft_jax(bucket):
+    """Commands in a process that finds the bucket."""
+    child = Child(**bucket.environment())
+    yield child
+    child.close()
 
 
 def metrics(lines: str) -> list[dict]:
@@ -40,16 +36,16 @@ def metrics(lines: str) -> list[dict]:
     return [{key: row[key] for key in ("step", "loss", "grad_norm")} for row in rows if "loss" in row]
 
 
-def test_everything_in_a_bucket(bucket, tiny, chats, tmp_path, monkeypatch):
+def test_everything_in_a_bucket(bucket, sft_jax, tiny, chats, tmp_path, monkeypatch):
     """The same as on a disk, to the bit: started, continued, exported, and the weights read by ranges."""
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(to_dict(run_config(tiny, chats, "unset", training__save_every=2))))
-    here = sft_jax(bucket, "train", config, f"training.output_dir={tmp_path / 'run'}")
+    here = sft_jax("train", config, f"training.output_dir={tmp_path / 'run'}")
     assert here.returncode == 0, here.stderr
     keys = ["model.path=gs://bucket/model", "training.output_dir=gs://bucket/runs/a"]
     data = "data.train=[{path: gs://bucket/chats.jsonl}]"
     bucket.requests.clear()
-    there = sft_jax(bucket, "train", config, *keys, data)
+    there = sft_jax("train", config, *keys, data)
     assert there.returncode == 0, there.stderr
     assert "gs://bucket/runs/a/report/loss.png" in there.stderr
     local = (tmp_path / "run" / "metrics.jsonl").read_text()
@@ -60,26 +56,26 @@ def test_everything_in_a_bucket(bucket, tiny, chats, tmp_path, monkeypatch):
     weights = [line for line in bucket.requests if "model.safetensors" in line and "alt=media" in line]
     assert len(weights) > 10  # by ranges, and not the file at once
 
-    again = sft_jax(bucket, "train", config, *keys, data)
+    again = sft_jax("train", config, *keys, data)
     assert again.returncode == 0, again.stderr
     assert "at step 6 of 6" in again.stderr
     for run, out in (("gs://bucket/runs/a", tmp_path / "there"), (tmp_path / "run", tmp_path / "here")):
-        done = sft_jax(bucket, "export", run, out, "--format", "merged")
+        done = sft_jax("export", run, out, "--format", "merged")
         assert done.returncode == 0, done.stderr
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("there", "here"))
     assert all(np.array_equal(one[name], tensor) for name, tensor in other.items())
 
-    adapter = sft_jax(bucket, "export", "gs://bucket/runs/a", tmp_path / "adapter")
+    adapter = sft_jax("export", "gs://bucket/runs/a", tmp_path / "adapter")
     assert adapter.returncode == 0, adapter.stderr
     assert "its base is gs://bucket/model, which PEFT does not open" in adapter.stdout
 
-    export_into_the_bucket(bucket, tmp_path / "here", monkeypatch)
+    export_into_the_bucket(bucket, sft_jax, tmp_path / "here", monkeypatch)
 
 
-def export_into_the_bucket(bucket, here, monkeypatch):
+def export_into_the_bucket(bucket, sft_jax, here, monkeypatch):
     """The files that are written on a disk; the same tensors by two processes, of which a config makes a model last."""
     run, out = "gs://bucket/runs/a", "gs://bucket/out/one"
-    done = sft_jax(bucket, "export", run, out, "--format", "merged")
+    done = sft_jax("export", run, out, "--format", "merged")
     assert done.returncode == 0, done.stderr
     assert "gs://bucket/out/one: merged of step 6" in done.stdout
     there = {name.removeprefix("out/one/"): body for name, (body, _) in bucket.objects.items() if "out/one/" in name}
@@ -89,7 +85,7 @@ def export_into_the_bucket(bucket, here, monkeypatch):
     assert list(bucket.objects)[-1] == "out/one/config.json"
     bucket.objects["out/two/export.unfinished"] = (b"", 1)  # another attempt was broken off
     bucket.objects["out/two/model-00001-of-00009.safetensors"] = (b"half", 1)
-    again = sft_jax(bucket, "export", run, out)
+    again = sft_jax("export", run, out)
     assert (again.returncode, "out/one: is there already" in again.stderr) == (2, True)
 
     for name, value in bucket.environment().items():
@@ -105,7 +101,7 @@ def export_into_the_bucket(bucket, here, monkeypatch):
     assert sum(map(len, shards)) == len(two)
     assert one.keys() == two.keys()
     assert all(np.array_equal(one[name], two[name]) for name in one)
-    written = sft_jax(bucket, "generate", "gs://bucket/out/two", "--prompt", "river bread", "--max-new-tokens", 4)
+    written = sft_jax("generate", "gs://bucket/out/two", "--prompt", "river bread", "--max-new-tokens", 4)
     assert written.returncode == 0, written.stderr
 
 
@@ -117,11 +113,11 @@ def export_into_the_bucket(bucket, here, monkeypatch):
         ("training.output_dir=gx://bucket/run", "gx://bucket/run: not a kind of address that is known here"),
     ],
 )
-def test_mistakes(bucket, tiny, chats, tmp_path, key, said):
+def test_mistakes(bucket, sft_jax, tiny, chats, tmp_path, key, said):
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(to_dict(run_config(tiny, chats, tmp_path / "run"))))
     before = dict(bucket.objects)
-    done = sft_jax(bucket, "train", config, key)
+    done = sft_jax("train", config, key)
     assert done.returncode == 2, done.stderr
     assert said in done.stderr
     assert "Traceback" not in done.stderr

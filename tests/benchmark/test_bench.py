@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-TOOLS = Path(__file__).parent.parent / "tools"
+TOOLS = Path(__file__).parent.parent.parent / "tools"
 sys.path.insert(0, str(TOOLS))
 import bench  # noqa: E402
 from benchmark import grid, kit, train  # noqa: E402
@@ -65,7 +65,7 @@ def test_a_side_runs(tmp_path, monkeypatch):
         "weights": "float32", "moments": "float32",
     }  # fmt: skip
     monkeypatch.setattr(sys, "argv", [str(TOOLS / "bench.py")])
-    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv("XLA_FLAGS", os.environ["SFT_JAX_TEST_XLA_FLAGS"])
     assert train.run_process("ceiling", options, quiet=True)["gflops"] > 0  # by a process of its own, as all of train's
     server = grid.Server("sft_jax", tmp_path)
     try:

@@ -1,15 +1,14 @@
 """A really trained small model on real instruction data: SFT makes it answer and stop.
 
-``pytest -n0 -s tests/test_real.py`` prints the figures.
+``pytest -n0 -s -m drill tests/drills/test_real.py`` prints the figures.
 """
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from kit import run_config, sft_jax, write_jsonl
+from kit import ROOT, process, run_config, write_jsonl
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -44,7 +43,7 @@ def run(material, data_dir, name, **changes):
         data__eval=[SourceConfig(path=str(material / "held_out.jsonl"))],
         model__remat="none",
         data__max_length=256,
-        data__chat_template=str(Path(__file__).parent.parent / "configs" / "chatml.jinja"),
+        data__chat_template=str(ROOT / "configs" / "chatml.jinja"),
         data__added_tokens=["<|im_start|>", "<|im_end|>"],
         training__batch_size=8,
         training__eval_every=1000,
@@ -52,7 +51,7 @@ def run(material, data_dir, name, **changes):
     )
     write_jsonl(material / "held_out.jsonl", gsm8k(data_dir / "gsm8k" / "test.jsonl")[:200])
     configs.save(config, material / f"{name}.yaml")
-    done = sft_jax("train", material / f"{name}.yaml", timeout=900)
+    done = process("train", material / f"{name}.yaml", timeout=900)
     assert done.returncode == 0, done.stderr
     return material / name
 
@@ -88,6 +87,7 @@ def held_out_behaviour(model, folder, material) -> tuple[float, float]:
     return float(np.median(probabilities)), float(stopped.float().mean())
 
 
+@pytest.mark.drill("sft_jax")
 def test_base_lora_full(material, data_dir):
     full = {"lora": None, "optimizer__schedule": "cosine", "optimizer__learning_rate": 5e-3}
     lora = {"lora": LoraConfig(rank=16, alpha=32.0), "optimizer__schedule": "cosine", "optimizer__learning_rate": 5e-3}
@@ -95,7 +95,7 @@ def test_base_lora_full(material, data_dir):
     for name, steps, settings in (("base", 0, full), ("lora", 300, lora), ("full", 300, full)):
         folder = run(material, data_dir, name, training__max_steps=steps, **settings)
         out = material / f"{name}-export"
-        exported = sft_jax("export", folder, out)
+        exported = process("export", folder, out)
         assert exported.returncode == 0, exported.stderr
         load = AutoPeftModelForCausalLM if name == "lora" else AutoModelForCausalLM
         stop_probability, stop_share = held_out_behaviour(load.from_pretrained(out).eval(), out, material)

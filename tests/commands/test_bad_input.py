@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from kit import conversations, one_device, run_config, sft_jax, write_jsonl
+from kit import conversations, one_device, process, run_config, write_jsonl
 from safetensors.numpy import load_file, save_file
 
 from sft_jax import config as configs
@@ -33,7 +33,7 @@ def test_exit_code_and_one_line(tiny, chats, tmp_path):
         (["train", tmp_path / "absent.yaml"], "absent.yaml: no such config file"),
         (["train", tmp_path / "a.yaml", "lora.target_modules=[c_attn]"], "'c_attn' matches no linear layer"),
     ):
-        done = sft_jax(*arguments)
+        done = process(*arguments)
         assert done.returncode == 2
         assert words in done.stderr.splitlines()[-1]
         assert "Traceback" not in done.stderr

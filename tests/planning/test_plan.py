@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from kit import run_config, sft_jax
+from kit import ROOT, process, run_config, sft_jax
 
 from sft_jax.cli import main
 from sft_jax.config import load
@@ -17,7 +17,6 @@ from sft_jax.planning.chips import CHIPS
 from sft_jax.planning.text import plan_text
 from sft_jax.planning.topology import parse_topology
 
-ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "configs" / "recipes").glob("*.yaml"))
 sys.path.insert(0, str(ROOT / "tools"))
 import plan_recipes  # noqa: E402
@@ -41,7 +40,7 @@ def write_config(tmp_path, tiny) -> Path:
 def test_a_step_is_compiled_for_tpus(tiny, tmp_path):
     """With the real compiler, without the hardware: splash attention, collectives, memory, all keys."""
     config = write_config(tmp_path, tiny)
-    done = sft_jax("plan", config, "mesh.tensor=2", "--topology", "v5e:2x2", "--json", timeout=600)
+    done = process("plan", config, "mesh.tensor=2", "--topology", "v5e:2x2", "--json", timeout=600, XLA_FLAGS="")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert set(found) >= KEYS
@@ -84,7 +83,7 @@ def test_weights_that_chips_share_are_gathered_whole(tmp_path, full):
         "training: {output_dir: run, batch_size: 16}\n"
     )
     options = ["--topology", "v5e:4x4", "--architecture", path, "--no-advice", "--json"]
-    done = sft_jax("plan", config, *options, timeout=600)
+    done = process("plan", config, *options, timeout=600, XLA_FLAGS="")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     sent = {one["kind"]: one["bytes"] for one in found["collectives"]}
@@ -98,7 +97,7 @@ def test_what_does_not_fit_is_told_with_its_size(tiny, tmp_path):
     """Too many rows for a chip: the compiler refuses, and that is an answer."""
     config = write_config(tmp_path, tiny)
     big = ["data.max_length=512", "training.batch_size=262144", "model.remat=full"]
-    done = sft_jax("plan", config, *big, "--topology", "v5e:1", "--json", "--no-advice", timeout=600)
+    done = process("plan", config, *big, "--topology", "v5e:1", "--json", "--no-advice", timeout=600, XLA_FLAGS="")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert not found["fits"]

@@ -128,7 +128,7 @@ def test_help_imports_nothing_heavy():
 
 
 def test_example_config_has_every_key_at_its_default():
-    path = Path(__file__).parent.parent / "configs" / "example.yaml"
+    path = Path(__file__).parent.parent.parent / "configs" / "example.yaml"
     loaded = config.load(path)
     written = OmegaConf.load(path)
     assert not OmegaConf.missing_keys(written)

@@ -1,0 +1,41 @@
+"""The quickstart does what the README says of it."""
+
+import json
+
+import pytest
+from kit import ROOT, one_device
+
+from sft_jax import builtin
+from sft_jax import config as configs
+from sft_jax.evaluation.answers import same_answer
+from sft_jax.generate import generate
+from sft_jax.opening import open_model
+from sft_jax.train import train
+
+HELD_OUT = builtin.locate("builtin:countries/heldout.jsonl", "test")
+
+
+@pytest.mark.drill("sft_jax", "configs/quickstart.yaml")
+def test_quickstart(tmp_path, capsys):
+    """The figures that the README promises, from the very config."""
+    config = configs.load(ROOT / "configs" / "quickstart.yaml", [f"training.output_dir={tmp_path / 'run'}"])
+    train(config, one_device())
+    summary = json.loads((tmp_path / "run" / "report" / "summary.json").read_text())
+    base, tuned = summary["base"], summary["tuned"]
+    assert base["exact_match"] <= 0.05
+    assert tuned["exact_match"] >= 0.95
+    assert tuned["stop_rate"] >= 0.99
+    assert tuned["document_perplexity"] <= 1.5 * base["document_perplexity"]
+    held_out = {tuple(m["content"] for m in row["messages"]) for row in map(json.loads, HELD_OUT.open())}
+    rows = [json.loads(line) for line in (tmp_path / "run" / "report" / "answers.jsonl").read_text().splitlines()]
+    assert {(row["question"], row["answer"]) for row in rows} == held_out
+    for row in rows:
+        assert row["tuned"]["right"] == same_answer(row["tuned"]["text"], row["answer"], "text")
+    printed = capsys.readouterr().out
+    for words in ("exact match", "stops by itself", "perplexity of documents", "does not stop", "base, 4-shot"):
+        assert words in printed
+    # what is printed is what a user then gets from the run
+    opened = open_model(str(tmp_path / "run"), devices=one_device())
+    sample = rows[::60]
+    written = generate(opened, [row["question"] for row in sample], 24)
+    assert [text.strip() for _, text in written] == [row["tuned"]["text"] for row in sample]
