@@ -1,6 +1,7 @@
 """What the benchmark counts and how it sums up; that a side runs. No times are asserted."""
 
 import json
+import os
 import re
 import sys
 from pathlib import Path

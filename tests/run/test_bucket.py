@@ -36,6 +36,7 @@ def metrics(lines: str) -> list[dict]:
     return [{key: row[key] for key in ("step", "loss", "grad_norm")} for row in rows if "loss" in row]
 
 
+@pytest.mark.long
 def test_everything_in_a_bucket(bucket, sft_jax, tiny, chats, tmp_path, monkeypatch):
     """The same as on a disk, to the bit: started, continued, exported, and the weights read by ranges."""
     config = tmp_path / "config.yaml"

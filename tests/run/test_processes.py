@@ -79,6 +79,7 @@ def assert_same_run(one: Path, other: Path, tolerance: float = 1e-5) -> None:
             np.testing.assert_allclose(a[key], b[key], rtol=tolerance)
 
 
+@pytest.mark.long
 def test_resumed_by_other_numbers_of_processes(config, alone, tmp_path):
     """Two save after a SIGTERM to one; four, on another mesh, after a SIGTERM to another; one finishes."""
     run = tmp_path / "run"
@@ -96,6 +97,7 @@ def test_resumed_by_other_numbers_of_processes(config, alone, tmp_path):
     assert_same_run(alone, run)
 
 
+@pytest.mark.long
 def test_two_processes_from_the_start_to_the_export(config, tmp_path):
     """The evaluation at the end, the report and both exports, as one process has them."""
     found = {}
@@ -224,6 +226,7 @@ def test_each_process_tokenises_its_share(tmp_path, monkeypatch):
     assert second == [[share, 500, alone.digest, 250, 1, True] for share in (83, 83, 84)]
 
 
+@pytest.mark.long
 def test_a_stream_of_two_processes_goes_on_in_one(config, tmp_path):
     """The batches and losses of one process, whose position each of the two had a half of."""
     keys = ["data.streaming=true", "training.max_steps=8", "training.save_every=4", "training.eval_every=100"]
