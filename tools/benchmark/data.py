@@ -122,8 +122,8 @@ def prepare_sft_jax(file: str, tokenizer: Any, processes: int) -> tuple[float, i
 def prepare_trl(file: str, tokenizer: Any, processes: int) -> tuple[float, int]:
     import datasets
     from transformers import LlamaConfig, LlamaForCausalLM
-    from trl.trainer.sft_config import SFTConfig
-    from trl.trainer.sft_trainer import SFTTrainer
+    from trl.trainer.sft_config import SFTConfig  # pyright: ignore[reportMissingImports]
+    from trl.trainer.sft_trainer import SFTTrainer  # pyright: ignore[reportMissingImports]
 
     model = LlamaForCausalLM(
         LlamaConfig(

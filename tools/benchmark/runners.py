@@ -110,12 +110,12 @@ def run_sft_jax(options: dict[str, Any]) -> dict[str, Any]:
 
 def run_trl(options: dict[str, Any]) -> dict[str, Any]:
     """Train the same conversations, in their order, with TRL's ``SFTTrainer`` and PEFT."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
     from datasets import load_dataset
-    from peft import LoraConfig
+    from peft import LoraConfig  # pyright: ignore[reportMissingImports]
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl.trainer.sft_config import SFTConfig
-    from trl.trainer.sft_trainer import SFTTrainer
+    from trl.trainer.sft_config import SFTConfig  # pyright: ignore[reportMissingImports]
+    from trl.trainer.sft_trainer import SFTTrainer  # pyright: ignore[reportMissingImports]
 
     steps, warmup, per_step = options["steps"], options["warmup"], options["conversations"]
     on_gpu = torch.cuda.is_available()
@@ -269,9 +269,9 @@ def serve(who: str) -> None:
     if who == "trl":
         import gc
 
-        import peft  # noqa: F401
-        import torch
-        import trl.trainer.sft_trainer  # noqa: F401
+        import peft  # noqa: F401 # pyright: ignore[reportMissingImports]
+        import torch  # pyright: ignore[reportMissingImports]
+        import trl.trainer.sft_trainer  # noqa: F401 # pyright: ignore[reportMissingImports]
 
         for line in sys.stdin:
             found = _attempt(*json.loads(line))
