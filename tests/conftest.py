@@ -62,12 +62,16 @@ def chats(tmp_path_factory) -> Path:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--phases", nargs="?", const="table", help="where the time goes, by file; =FILE.json keeps it")
+    parser.addoption("--phases", action="store_true", help="a table of where the time goes, by file")
+    parser.addoption("--phases-to", metavar="FILE.json", help="the same by test, in a new file")
     parser.addoption("--touched", metavar="COMMIT", help="of drills only those whose rooms changed since this commit")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if target := config.getoption("--phases"):
+    target = config.getoption("--phases-to")
+    if target and Path(target).exists():
+        raise pytest.UsageError(f"--phases-to: {target} is there already")
+    if target or config.getoption("--phases"):
         from phases import Phases
 
         phases = Phases(target)

@@ -1,4 +1,4 @@
-"""Where the time of a test run goes: ``pytest --phases`` prints a table by file, ``--phases=FILE.json`` keeps it too.
+"""Where the time of a test run goes: ``pytest --phases`` prints a table by file, ``--phases-to FILE.json`` keeps it too.
 
 The wall time of each test is divided into what it was spent on. Where intervals overlap (a compilation inside a trace),
 each moment counts once, for the phase that stands first in ``PHASES``.
@@ -24,7 +24,7 @@ _EVENTS = {
 class Phases:
     """A pytest plugin that measures in each worker and adds up in the controlling process."""
 
-    def __init__(self, target: str):
+    def __init__(self, target: str | None):
         self.target = target
         self.intervals: list[tuple[str, float, float]] = []
         self.tests: dict[str, dict[str, float]] = {}
@@ -96,7 +96,7 @@ class Phases:
         terminalreporter.write_line(" ".join(f"{c:>9}" for c in columns) + "  file (seconds of worker time)")
         for file, row in sorted(files.items(), key=lambda item: -item[1]["seconds"]):
             terminalreporter.write_line(" ".join(f"{row[c]:9,.0f}" for c in columns) + f"  {file}")
-        if self.target != "table":
+        if self.target:
             Path(self.target).write_text(json.dumps({"tests": self.tests, "files": files}, indent=1))
 
 
