@@ -1,4 +1,4 @@
-"""Where the time of a test run goes: ``pytest --phases`` prints a table by file, ``--phases-to FILE.json`` keeps it too.
+"""Where the time of a test run goes: ``pytest --phases`` prints a table, ``--phases-to FILE.json`` keeps it by test.
 
 The wall time of each test is divided into what it was spent on. Where intervals overlap (a compilation inside a trace),
 each moment counts once, for the phase that stands first in ``PHASES``.
