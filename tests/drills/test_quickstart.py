@@ -26,7 +26,9 @@ def test_quickstart(tmp_path, capsys):
     assert tuned["exact_match"] >= 0.95
     assert tuned["stop_rate"] >= 0.99
     assert tuned["document_perplexity"] <= 1.5 * base["document_perplexity"]
-    held_out = {tuple(m["content"] for m in row["messages"]) for row in map(json.loads, HELD_OUT.open())}
+    held_out = {
+        tuple(m["content"] for m in row["messages"]) for row in map(json.loads, HELD_OUT.read_text().splitlines())
+    }
     rows = [json.loads(line) for line in (tmp_path / "run" / "report" / "answers.jsonl").read_text().splitlines()]
     assert {(row["question"], row["answer"]) for row in rows} == held_out
     for row in rows:
