@@ -163,6 +163,19 @@ def run_config(model: Path, data: Path | str = "chats.jsonl", out: Path | str = 
     return config
 
 
+def config_of(tiny, data, out, **changes):
+    """Dropout on, shuffled and packed, several epochs: everything that could go astray on the way."""
+    settings = {
+        "training__max_steps": 160,
+        "training__save_every": 20,
+        "training__batch_size": 2,
+        "lora__dropout": 0.1,
+        "optimizer__schedule": "cosine",
+        **changes,
+    }
+    return run_config(tiny, data, out, **settings)
+
+
 def one_device() -> list:
     return jax.devices()[:1]
 

@@ -8,24 +8,11 @@ import time
 
 import numpy as np
 import pytest
-from kit import child_environment, run_config, trained_leaves
+from kit import child_environment, config_of, trained_leaves
 
 from sft_jax import config as configs
 
 STEPS = 160
-
-
-def config_of(tiny, data, out, **changes):
-    """Dropout on, shuffled and packed, several epochs: everything that could go astray on the way."""
-    settings = {
-        "training__max_steps": STEPS,
-        "training__save_every": 20,
-        "training__batch_size": 2,
-        "lora__dropout": 0.1,
-        "optimizer__schedule": "cosine",
-        **changes,
-    }
-    return run_config(tiny, data, out, **settings)
 
 
 def command(path):
@@ -36,7 +23,7 @@ def command(path):
 def test_killed_three_times(tiny, chats, tmp_path):
     environment = child_environment()
     for name in ("whole", "killed"):
-        configs.save(config_of(tiny, chats, tmp_path / name), tmp_path / f"{name}.yaml")
+        configs.save(config_of(tiny, chats, tmp_path / name, training__max_steps=STEPS), tmp_path / f"{name}.yaml")
     subprocess.run(command(tmp_path / "whole.yaml"), check=True, env=environment, capture_output=True, timeout=300)
 
     metrics = tmp_path / "killed" / "metrics.jsonl"

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
-from kit import CHATML, conversations, losses, make_model, one_device, run_config, trained_leaves, write_jsonl
+from kit import CHATML, config_of, conversations, losses, make_model, one_device, trained_leaves, write_jsonl
 
 from sft_jax import config as configs
 from sft_jax.checkpoint import Checkpoints
@@ -22,21 +22,6 @@ from sft_jax.hf.tokenizer import load_tokenizer
 from sft_jax.run_folder import RunFolder
 from sft_jax.train import train
 from sft_jax.training.state import TrainState
-
-STEPS = 160
-
-
-def config_of(tiny, data, out, **changes):
-    """Dropout on, shuffled and packed, several epochs: everything that could go astray on the way."""
-    settings = {
-        "training__max_steps": STEPS,
-        "training__save_every": 20,
-        "training__batch_size": 2,
-        "lora__dropout": 0.1,
-        "optimizer__schedule": "cosine",
-        **changes,
-    }
-    return run_config(tiny, data, out, **settings)
 
 
 @pytest.mark.smoke
