@@ -38,7 +38,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """Real data written by others; its place is told by SFT_JAX_TEST_DATA."""
-    default = Path(__file__).parent.parent.parent / "shared" / "data"
+    default = Path(__file__).parents[2] / "shared" / "data"
     folder = Path(os.environ.get("SFT_JAX_TEST_DATA", default))
     if not folder.is_dir():
         pytest.skip(f"no test data in {folder}; set SFT_JAX_TEST_DATA")

@@ -4,12 +4,12 @@ import json
 import os
 import re
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from kit import ROOT
 
-TOOLS = Path(__file__).parent.parent.parent / "tools"
+TOOLS = ROOT / "tools"
 sys.path.insert(0, str(TOOLS))
 import bench  # noqa: E402
 from benchmark import grid, kit, train  # noqa: E402

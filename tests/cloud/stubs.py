@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-CLOUD = Path(__file__).parent.parent.parent / "tools" / "cloud"
+from kit import ROOT
+
+CLOUD = ROOT / "tools" / "cloud"
 NAMES = ["gcloud", "kubectl", "xpk", "sbatch", "srun", "scontrol", "squeue", "nvidia-smi", "uv", "pip", "sft-jax"]
 
 # All else that the scripts call. A real gcloud or kubectl is out of their reach: it might delete what a person needs.

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from kit import ROOT
 from omegaconf import DictConfig, OmegaConf
 
 from sft_jax import config
@@ -128,7 +129,7 @@ def test_help_imports_nothing_heavy():
 
 
 def test_example_config_has_every_key_at_its_default():
-    path = Path(__file__).parent.parent.parent / "configs" / "example.yaml"
+    path = ROOT / "configs" / "example.yaml"
     loaded = config.load(path)
     written = OmegaConf.load(path)
     assert not OmegaConf.missing_keys(written)

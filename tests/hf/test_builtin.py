@@ -132,7 +132,10 @@ def test_names_that_are_not_built_in(tmp_path):
 def test_a_resumed_quickstart_is_evaluated_too(tmp_path):
     config = configs.load(
         ROOT / "configs" / "quickstart.yaml",
-        [f"training.output_dir={tmp_path / 'run'}", "training.max_steps=4", "evaluation.num_questions=5"],
+        [
+            *(f"{rows}.0.max_rows=40" for rows in ("data.train", "data.eval", "evaluation.documents")),
+            *(f"training.output_dir={tmp_path / 'run'}", "training.max_steps=4", "evaluation.num_questions=5"),
+        ],
     )
     first = train(config, one_device())
     config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, shots=0))

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from kit import CHATML, conversations
+from kit import CHATML, ROOT, conversations
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sft_jax.data.chat import STRADDLING, Encoder
@@ -32,7 +32,7 @@ _TOOLS = [
 
 
 def test_the_chatml_that_comes_along_is_that_of_the_tests():
-    path = Path(__file__).parent.parent.parent / "configs" / "chatml.jinja"
+    path = ROOT / "configs" / "chatml.jinja"
     for row in conversations(6):
         for prompt in (False, True):
             ours, theirs = (

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from kit import Group, child_environment, conversations, losses, make_tokenizer, run_config, sft_jax, write_jsonl
+from kit import ROOT, Group, child_environment, conversations, losses, make_tokenizer, run_config, sft_jax, write_jsonl
 from safetensors.numpy import load_file
 
 from sft_jax import processes
@@ -97,6 +97,20 @@ def test_resumed_by_other_numbers_of_processes(config, alone, tmp_path):
     assert_same_run(alone, run)
 
 
+# What commands share is that they are started together: one start and one meeting for all of them.
+_COMMANDS = """
+import json, sys
+from contextlib import nullcontext
+from sft_jax import cli, processes
+found = sys.argv[-6:]
+with processes.joined(found[1], int(found[3]), int(found[5])):
+    processes.joined = lambda *_: nullcontext()
+    for command in json.loads(sys.argv[1]):
+        if code := cli.main([*command, *found]):
+            sys.exit(code)
+"""
+
+
 @pytest.mark.long
 def test_two_processes_from_the_start_to_the_export(config, tmp_path):
     """The evaluation at the end, the report and both exports, as one process has them."""
@@ -107,13 +121,13 @@ def test_two_processes_from_the_start_to_the_export(config, tmp_path):
         keys += ["optimizer.eps=1.0", "optimizer.learning_rate=0.1"]  # else small gradients' rounding counts
         commands = [("train", config, f"training.output_dir={run}", *keys)]
         commands += [("export", run, tmp_path / f"{form}{count}", "--format", form) for form in ("adapter", "merged")]
-        for command in commands:
-            if count == 1:
+        if count == 1:
+            for command in commands:
                 done = sft_jax(*command)
                 assert done.returncode == 0, done.stderr
-            else:
-                group = Group(count, *command)
-                assert group.wait() == [0] * count, group.said
+        else:
+            group = Group(count, json.dumps(commands, default=str), python=_COMMANDS)
+            assert group.wait() == [0] * count, group.said
         found[count] = json.loads((run / "report" / "summary.json").read_text())
     for name, metrics in found[1].items():
         for key, value in metrics.items():
@@ -216,7 +230,7 @@ def test_each_process_tokenises_its_share(tmp_path, monkeypatch):
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
     (source,) = open_sources([SourceConfig(path=str(path))])
     alone, _ = tokenise(source, Encoder(make_tokenizer()))
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent), prepend=os.pathsep)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"), prepend=os.pathsep)
     monkeypatch.setenv("SFT_JAX_CACHE", str(tmp_path / "cache"))
     group = Group(3, path, python=_TOKENISE)
     assert group.wait(120) == [0] * 3, group.said
@@ -258,7 +272,7 @@ def test_exchange_between_processes_with_other_numbers_of_devices():
 
 
 def test_rows_that_differ_between_hosts(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent), prepend=os.pathsep)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"), prepend=os.pathsep)
     for i in range(2):
         write_jsonl(tmp_path / f"{i}.jsonl", conversations(20, seed=i))
     group = Group(2, tmp_path / "PROCESS.jsonl", python=_TOKENISE)
