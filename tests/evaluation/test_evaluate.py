@@ -132,7 +132,6 @@ def test_scores_are_the_dense_ones(tiny, encoded, devices):
         assert (scores.correct[where] == (dense.argmax(-1) == ids[1:])).all()
 
 
-@pytest.mark.smoke
 def test_divergence_is_the_dense_one(tmp_path, encoded):
     _, examples, _ = encoded
     folder = make_model(tmp_path / "model")

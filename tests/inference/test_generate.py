@@ -57,7 +57,6 @@ def test_cached_attention_is_the_last_row_of_attention(window):
         np.testing.assert_allclose(one[:, 0], whole[:, position], atol=1e-6)
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize("shape", SHAPES)
 def test_cache_gives_the_logits_of_training(shape, tmp_path):
     """Rows of unequal length in one padded batch, continued token by token."""
@@ -184,7 +183,6 @@ def test_devices_do_not_matter(tiny, opened):
     assert ids_of(open_model(str(tiny)), PROMPTS) == ids_of(opened, PROMPTS)
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize("sizes", [(1, 2, 2, 2), (2, 2, 1, 2)])
 def test_meshes_do_not_matter(tiny, opened, sizes):
     """Prompts in parts on the devices of the sequence axis, the cache whole on each; rows apart on that of data."""
@@ -213,7 +211,6 @@ def test_weights_are_not_gathered_for_a_token(tmp_path, quantization):
     assert largest <= 8 * 640 < smallest
 
 
-@pytest.mark.smoke
 def test_stopping_and_streaming(opened):
     free = ids_of(opened, PROMPTS, 30)
     at = 7

@@ -18,8 +18,6 @@ from sft_jax.models.attention.triton import Tiles, Tuning, triton_attention
 from sft_jax.models.attention.xla import xla_attention
 from sft_jax.sharding import MESH_AXES, make_mesh
 
-pytestmark = pytest.mark.smoke
-
 
 def dense_attention(q, k, v, segments, window=None, softcap=None):
     group = q.shape[2] // k.shape[2]
@@ -75,6 +73,7 @@ def test_xla_matches_dense(window, softcap, block):
     assert_alike(partial(xla_attention, block=block), *random_inputs(ROWS, 6, 2, 6), window=window, softcap=softcap)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(("window", "softcap", "heads"), [(None, None, (4, 2)), (40, 3.0, (2, 2)), (None, 3.0, (3, 1))])
 def test_splash_matches_dense(window, softcap, heads):
     """The Pallas kernel, interpreted; blocks smaller than the row, documents across blocks."""
@@ -82,6 +81,7 @@ def test_splash_matches_dense(window, softcap, heads):
     assert_alike(partial(splash_attention, block=128, interpret=True), *inputs, window=window, softcap=softcap)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("sizes", [(2, 2, 1, 2), (1, 1, 1, 8), (8, 1, 1, 1)])
 @pytest.mark.parametrize("kv_heads", [2, 8])
 def test_attention_on_a_mesh(sizes, kv_heads):
@@ -144,6 +144,7 @@ def test_splash_with_rows_in_parts(sizes, window, softcap):
         assert_alike(partial(attention, kernel=kernel), *inputs, window=window, softcap=softcap)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("window", [None, 1, 12, 30])
 def test_blocks_of_a_mask_are_known_without_its_entries(window):
     """Seen, hidden and in between, for queries in and out of order."""
@@ -158,6 +159,7 @@ def test_blocks_of_a_mask_are_known_without_its_entries(window):
                 np.testing.assert_array_equal(mask[at], dense[at])
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("num", [2, 4, 6])
 def test_parts_are_balanced(num):
     """Every slot is taken once, and all devices have the same number of pairs of a query and a key."""
@@ -168,6 +170,7 @@ def test_parts_are_balanced(num):
     assert SplitRows.of(8, 2, "any", window=3).places().tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
+@pytest.mark.smoke
 def test_keys_are_gathered_and_their_gradients_scattered():
     """What devices trade: keys and values there, parts of their gradients back; never scores or whole queries."""
     q, k, v, segments = random_inputs([[48]], 8, 2, 4)
@@ -220,6 +223,7 @@ def test_triton_matches_dense(tiles, rows, window, softcap):
     assert_alike(ours, *random_inputs(rows, 4, 2, 16), window=window, softcap=softcap)
 
 
+@pytest.mark.smoke
 def test_triton_computes_its_documents_only():
     """What another document holds is not even read where no tile is shared: nothing of it comes out, not a nan."""
     q, k, v, segments = random_inputs([[64, 128, 64]], 4, 2, 16)
@@ -243,6 +247,7 @@ def llama(head_dim=64):
     return Architecture("llama", 100, 64, 64, 2, 4, 2, head_dim, 1e-5, Rope(1e4), True)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("platform", "dtype", "row_length", "head_dim", "expected"),
     [
@@ -264,6 +269,7 @@ def test_choice(platform, dtype, row_length, head_dim, expected):
         assert "needs" in str(chosen)  # says why not the faster one
 
 
+@pytest.mark.smoke
 def test_choice_for_rows_in_parts():
     tpu, gpu = device("tpu", sequence=4), device("gpu", sequence=4)
     chosen = choose_kernel("auto", tpu, llama(), "bfloat16", 2048)
@@ -278,6 +284,7 @@ def test_choice_for_rows_in_parts():
         choose_kernel("mosaic_gpu", gpu, llama(), "bfloat16", 2048)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("requested", "platform", "row_length", "message"),
     [

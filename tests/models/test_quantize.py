@@ -158,7 +158,6 @@ def untied(tmp_path_factory):
     return make_model(folder, hidden_size=192, intermediate_size=320, head_dim=48, tie_word_embeddings=False)
 
 
-@smoke
 @METHODS
 def test_loading_does_not_depend_on_the_mesh(untied, method):
     split, _, frozen = load(untied, method, make_mesh(devices=one_device()))
@@ -185,7 +184,6 @@ def test_loading_does_not_depend_on_the_mesh(untied, method):
         assert codes.addressable_shards[0].data.size * np.prod(sizes[1:]) == codes.size
 
 
-@smoke
 @METHODS
 @pytest.mark.parametrize("remat", ["full", "none"])
 @pytest.mark.parametrize("tied", [True, False])

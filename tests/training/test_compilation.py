@@ -21,8 +21,6 @@ from sft_jax.training.loss import batch_loss
 from sft_jax.training.weights import build, load_weights
 from sft_jax.typing import Batch
 
-pytestmark = pytest.mark.smoke
-
 
 def batch_of(rows, length):
     ids = jnp.asarray(np.random.default_rng(0).integers(4, 300, (rows, length)), jnp.int32)
@@ -58,6 +56,7 @@ def test_policies_give_the_same_gradients_and_ever_less_memory(gradient_with):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), results[0], other)
 
 
+@pytest.mark.smoke
 def test_no_matrix_product_is_computed_twice_with_dots(gradient_with):
     """Products with weights in the program: forward and to the input, and once more where they are made again."""
     make, params, frozen = gradient_with
@@ -101,11 +100,13 @@ def test_auto_takes_the_first_that_fits(gradient_with):
     assert told[0].remat == "none"
 
 
+@pytest.mark.smoke
 def test_free_memory_is_told_on_this_machine():
     free = free_bytes(jax.devices()[0])
     assert free is None or 2**20 < free < 2**50
 
 
+@pytest.mark.smoke
 def test_an_unpacked_run_compiles_for_few_row_lengths(tiny, chats, tmp_path, capsys):
     changes = {"data__packing": False, "data__max_length": 120, "training__max_steps": 8, "training__batch_size": 2}
     train(run_config(tiny, chats, tmp_path / "run", **changes), one_device())

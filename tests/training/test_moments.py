@@ -28,8 +28,6 @@ from sft_jax.training.weights import build
 from sft_jax.tree import flatten
 from sft_jax.typing import Batch
 
-pytestmark = pytest.mark.smoke
-
 KEY = jax.random.key(7)
 ADAM = (0.9, 0.999, 1e-8)
 LOW = {"model__weights": "bfloat16", "optimizer__moments": "bfloat16"}
@@ -54,6 +52,7 @@ def relative(a, b):
 # -- rounding ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.smoke
 def test_what_bfloat16_can_express_is_left_alone():
     patterns = np.arange(2**16, dtype=np.uint32) << 16  # every bfloat16 there is: denormals, infinities, NaN
     x = floats(patterns)
@@ -66,6 +65,7 @@ def test_what_bfloat16_can_express_is_left_alone():
     assert np.isnan(stochastic_round(low, KEY).astype(jnp.float32)).all()
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("number", [1.0, 1.001, 3.1415927, 255.9, 6.02e23, 1.7e-38, 4.3e-39, 3e-41])
 def test_rounding_is_unbiased(number, sign):
@@ -81,6 +81,7 @@ def test_rounding_is_unbiased(number, sign):
     assert abs(rounded.mean() - float(x[0])) <= 4.5 * error
 
 
+@pytest.mark.smoke
 def test_words_are_even_and_unlike_their_neighbours():
     shape = (3, 128, 256)
     words = np.asarray(random_words(KEY, shape))
@@ -177,6 +178,7 @@ def test_bfloat16_moments_lead_where_float32_ones_do():
     assert np.array_equal(travelled("bfloat16")[0], found)
 
 
+@pytest.mark.smoke
 def test_a_factored_second_moment_is_optaxs():
     """With b1 = 0 and no eps; Adam's bias correction as a decay that changes (Shazeer & Stern 2018, section 7.1)."""
     b2 = 0.99
@@ -279,6 +281,7 @@ def test_the_same_bits_on_every_mesh(moments, sizes):
         assert f"[{','.join(map(str, leaf.shape))}]" not in text
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("moments", ["float32", "bfloat16", "factored"])
 def test_what_is_kept_lives_where_its_weight_does(moments):
     mesh = make_mesh(1, 2, 2, 2)
