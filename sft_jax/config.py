@@ -99,6 +99,7 @@ class SourceConfig:
     weight: float = 1.0  # how often an epoch sees each of its rows; a fraction takes a new random share each epoch
     max_rows: int | None = None  # of each file, the first so many
     columns: dict[str, str] = field(default_factory=dict)  # our name of a column to the file's: {question: problem}
+    ignore_columns: list[str] = field(default_factory=list)  # and keys of messages: left out on purpose
     name: str | None = None  # of a Hugging Face dataset id, which of its configurations
     split: str = "train"
     revision: str | None = None
@@ -133,6 +134,7 @@ class DataConfig:
     cache: bool = True  # keep what was tokenised, for the next start
     streaming: bool = False  # read, tokenise and pack data.train while training; needs training.max_steps
     chat_template: str | None = None  # a Jinja file; default the tokenizer's own
+    template_kwargs: dict[str, Any] = field(default_factory=dict)  # arguments of it, such as {enable_thinking: false}
     added_tokens: list[str] = field(default_factory=list)  # special tokens the tokenizer does not have yet
     stop_token: str | None = None  # ends a completion or a document; default the tokenizer's eos token
     date: str | None = None  # the day that templates tell which tell one, YYYY-MM-DD; null: on which the run began

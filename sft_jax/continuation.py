@@ -12,7 +12,7 @@ import jax
 from sft_jax import config as configs
 from sft_jax.checkpoint import latest_step
 from sft_jax.config import Config
-from sft_jax.data.template import ChatTemplate
+from sft_jax.data.template import ChatTemplates
 from sft_jax.metrics import read_metrics
 from sft_jax.processes import LONG_WAIT_SECONDS, of_first
 from sft_jax.run_folder import RunFolder
@@ -30,7 +30,8 @@ def dated(config: Config, tokenizer: Any, run: Path, latest: int | None) -> Conf
 
     Else the rows of a run that goes on another day, or of a host on the other side of midnight, would be others.
     """
-    if config.data.date is not None or not ChatTemplate(tokenizer.chat_template or "").tells_the_day:
+    templates = ChatTemplates.of(tokenizer)
+    if config.data.date is not None or templates is None or not templates.tells_the_day:
         return config
     day = None
     if jax.process_index() == 0:

@@ -39,7 +39,9 @@ def inspect(
     """
     folder = find_model(config.model.path, config.model.revision, weights=False)
     arch = read_architecture(folder)
-    tokenizer, _ = load_tokenizer(folder, config.data.chat_template, config.data.added_tokens)
+    tokenizer, _ = load_tokenizer(
+        folder, config.data.chat_template, config.data.added_tokens, config.data.template_kwargs
+    )
     stops = stop_ids(folder)
     data = look_at_data(config.data, config.data.train, tokenizer, stops)
     summary = summarise(config.data, config.training, data)

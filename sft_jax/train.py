@@ -79,7 +79,9 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
     # -- data ---------------------------------------------------------------------------------------------------------
     base = find_model(config.model.path, config.model.revision)
     arch = read_architecture(base)
-    tokenizer, num_added = load_tokenizer(base, config.data.chat_template, config.data.added_tokens)
+    tokenizer, num_added = load_tokenizer(
+        base, config.data.chat_template, config.data.added_tokens, config.data.template_kwargs
+    )
     config = dated(config, tokenizer, run, latest)
     base_stops = stop_ids(base)
     is_stream = config.data.streaming

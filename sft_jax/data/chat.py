@@ -6,6 +6,8 @@ The mask never follows from a token id. It comes from where the template puts ea
 
 from __future__ import annotations
 
+import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,13 +19,16 @@ import numpy as np
 
 from sft_jax.data.rows import Conversation, Document, Message, Row, RowError, Tokens
 from sft_jax.data.segments import SegmentEncoder
-from sft_jax.data.template import ChatTemplate, can_be_interrupted
+from sft_jax.data.template import ChatTemplates, can_be_interrupted
 from sft_jax.data.turns import Rendered, TurnFinder
 from sft_jax.errors import UserError
 
 STRADDLING = "tokens across the edge of a trained turn, not trained"
 JOINED = "tokens across the edge of a trained turn, trained because of the prompt they have only blanks"
 MARKED_STRADDLING = "tokens across the edge of a trained turn, trained because the template's mark touches them"
+_CHAT_MARK = re.compile(
+    r"<\|im_start\|>(?=\w)|<\|start_header_id\|>|<start_of_turn>|\[INST\]|<\|(?:user|assistant|start|turn)\|?>|<｜User｜>"
+)
 _ONLY_THE_STOP = "its only token has characters of the prompt too, so that nothing but the stop token could be trained"
 
 
@@ -43,6 +48,7 @@ class Tally:
     tokens: Counter[str] = field(default_factory=Counter)  # by role; what no message says is the template's
     targets: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
+    unread: Counter[str] = field(default_factory=Counter)  # columns and keys that nothing read, and in how many rows
 
     def add(self, other: Tally) -> None:
         """Add another tally to this one."""
@@ -50,6 +56,7 @@ class Tally:
         self.tokens.update(other.tokens)
         self.targets.update(other.targets)
         self.notes.update(other.notes)
+        self.unread.update(other.unread)
 
 
 @dataclass
@@ -91,22 +98,24 @@ class Encoder:
         # transformers sets these before each call; here the tokenizer itself is called
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
-        self._template = self._finder = self._segments = None
-        if tokenizer.chat_template:
-            given = self.today or date.today().isoformat()
-            self._template = ChatTemplate(tokenizer.chat_template, dict(tokenizer.special_tokens_map), given)
-            self._segments = SegmentEncoder(tokenizer, tokenizer.chat_template)
+        self._finder = self._segments = None
+        self._templates = ChatTemplates.of(tokenizer, self.today or date.today().isoformat())
+        if self._templates is not None:
+            self._segments = SegmentEncoder(tokenizer, "".join(self._templates.sources.values()))
             texts = [text for text in tokenizer.convert_ids_to_tokens(sorted(self._special)) if text]
-            self._finder = TurnFinder(self._template, texts)
-        self.today = self._template.today if self._template and self._template.tells_the_day else None
+            self._finder = TurnFinder(self._templates, texts)
+        self.today = self._templates.today if self._templates and self._templates.tells_the_day else None
 
     @property
     def mask_source(self) -> str:
         """How the mask of a chat is found, for the start-up report."""
-        if self._template is None:
+        if self._templates is None:
             return "prompt and completion"
-        marked = self._template.is_marked
-        return "the template's {% generation %} marks" if marked else "renderings before and after each turn"
+        ways = dict.fromkeys(
+            "the template's {% generation %} marks" if template.is_marked else "renderings before and after each turn"
+            for template in self._templates.all.values()
+        )
+        return " or ".join(ways)
 
     def encode(self, rows: Sequence[Row | RowError]) -> list[list[Encoded] | RowError]:
         """Encode rows: each gives one example, several where its template rewrites earlier turns, or a reason why not.
@@ -114,25 +123,25 @@ class Encoder:
         Raises:
             UserError: the tokenizer lacks what the rows need.
         """
-        prepared: list[tuple[Row, list[Rendered], dict[int, float]] | RowError] = []
+        prepared: list[tuple[Row, list[Rendered], dict[int, float], set[str]] | RowError] = []
         with can_be_interrupted():
             for row in rows:
                 try:
                     if isinstance(row, RowError):
                         raise row
                     weights = self._weights(row) if isinstance(row, Conversation) else {}
-                    texts = self._render(row, weights)
+                    texts, unread = self._render(row, weights)
                     if len(texts) > 1 and self.train_on == "all":
                         raise RowError(
                             "the template rewrites earlier turns, so that no one text has all of them, and train_on "
                             "all would train some twice; use train_on=assistant"
                         )
-                    prepared.append((row, texts, weights))
+                    prepared.append((row, texts, weights, unread))
                 except RowError as error:
                     prepared.append(error)
         good = [one for one in prepared if not isinstance(one, RowError)]
-        documents = [text.text for row, texts, _ in good if isinstance(row, Document) for text in texts]
-        chats = [text.text for row, texts, _ in good if isinstance(row, Conversation) for text in texts]
+        documents = [text.text for row, texts, *_ in good if isinstance(row, Document) for text in texts]
+        chats = [text.text for row, texts, *_ in good if isinstance(row, Conversation) for text in texts]
         of_documents = iter(self.tokenizer.backend_tokenizer.encode_batch(documents, add_special_tokens=True))
         of_chats = iter(self._segments(chats) if self._segments is not None else [])
         results: list[list[Encoded] | RowError] = []
@@ -140,7 +149,7 @@ class Encoder:
             if isinstance(one, RowError):
                 results.append(one)
                 continue
-            row, texts, weights = one
+            row, texts, weights, unread = one
             tally = Tally()
             try:
                 if isinstance(row, Tokens):
@@ -149,7 +158,7 @@ class Encoder:
                     encoded = [self._encode_document(row, next(of_documents), tally)]
                 else:
                     pairs = [(text, next(of_chats)) for text in texts]
-                    encoded = [self._encode_chat(weights, text, encoding, tally) for text, encoding in pairs]
+                    encoded = [self._encode_chat(row, weights, text, encoding, tally) for text, encoding in pairs]
                 if not all(example.mask[1:].any() for example in encoded):  # the first token is never predicted
                     raise RowError("nothing to train on; every token is context")
             except RowError as error:
@@ -159,18 +168,21 @@ class Encoder:
                 tally.notes["rows whose messages of weight 0 are trained too, by train_on all"] += 1
             for text in texts:
                 tally.notes.update(text.notes)
+            tally.unread.update(unread)
             self.tally.add(tally)
             results.append(encoded)
         return results
 
-    def _render(self, row: Row, weights: dict[int, float]) -> list[Rendered]:
+    def _render(self, row: Row, weights: dict[int, float]) -> tuple[list[Rendered], set[str]]:
+        """The texts of a row, and what of it nothing reads."""
         if isinstance(row, Tokens):
-            return []
+            return [], {*row.unread}
         if isinstance(row, Document):
-            return [Rendered(row.prompt + row.completion, {}, [])]
+            return [Rendered(row.prompt + row.completion, {}, [])], {*row.unread}
         if self._finder is None:
             raise UserError("data.chat_template: the tokenizer has no chat template; give a Jinja file")
-        return self._finder.find(row.messages, row.tools, sorted(weights))
+        texts, unread = self._finder.find(row, sorted(weights))
+        return texts, unread | row.unread
 
     def _weights(self, row: Conversation) -> dict[int, float]:
         """Which messages are trained, and what each counts."""
@@ -189,7 +201,9 @@ class Encoder:
             return {last: trained[last]}
         return trained
 
-    def _encode_chat(self, weights: dict[int, float], text: Rendered, encoding: Any, tally: Tally) -> Encoded:
+    def _encode_chat(
+        self, row: Conversation, weights: dict[int, float], text: Rendered, encoding: Any, tally: Tally
+    ) -> Encoded:
         ids = encoding.ids
         mask = (np.ones if self.train_on == "all" else np.zeros)(len(ids), np.float32)
         bos = self.tokenizer.bos_token_id
@@ -197,8 +211,8 @@ class Encoder:
             raise RowError(f"the chat template writes the token {self.tokenizer.bos_token!r} twice at the start")
         num_targets = 0
         for i, (begin, end) in text.turns.items():
-            first, last, lost = self._token_span(encoding, text.text, begin, end, tally)
-            last = self._find_stop(ids, first, last, i, tally)
+            first, last, lost = self._token_span(encoding, text, begin, end, tally)
+            last = self._find_stop(ids, first, last, text.is_marked, i, row.messages[i], tally)
             if lost.strip() and self.train_on != "all" and self._says_nothing(ids[first:last]):
                 raise RowError(
                     f"message {i}: {_ONLY_THE_STOP}; end the template's generation prompt with a whole token"
@@ -217,7 +231,9 @@ class Encoder:
             tally.targets = tally.tokens.copy()
         return Encoded(np.asarray(ids, np.int32), mask)
 
-    def _token_span(self, encoding: Any, text: str, begin: int, end: int, tally: Tally) -> tuple[int, int, str]:
+    def _token_span(
+        self, encoding: Any, rendered: Rendered, begin: int, end: int, tally: Tally
+    ) -> tuple[int, int, str]:
         """Tokens of the characters ``begin … end``: as transformers counts them where the template marks its turns,
         else only those that have nothing but blanks from before; and the characters that are lost with another."""
         if end <= begin:
@@ -231,24 +247,25 @@ class Encoder:
             last = encoding.char_to_token(end - 1)
         if first is None or last is None:
             raise RowError("the tokenizer does not keep the text of a trained turn, so its tokens cannot be told")
-        assert self._template is not None
-        token = encoding.token_to_chars(first)
+        text, token = rendered.text, encoding.token_to_chars(first)
         if token[0] >= begin:
             return first, last + 1, ""
-        if self._template.is_marked:
+        if rendered.is_marked:
             tally.notes[MARKED_STRADDLING] += 1
         elif not _is_answers(text[token[0] : begin], tally):
             return first + 1, last + 1, text[begin : token[1]]
         return first, last + 1, ""
 
-    def _find_stop(self, ids: list[int], first: int, end: int, i: int, tally: Tally) -> int:
-        """Where a turn ends for training: after its stop token, or where the template's mark does.
+    def _find_stop(
+        self, ids: list[int], first: int, end: int, is_marked: bool, i: int, message: Message, tally: Tally
+    ) -> int:
+        """Where a turn ends for training: after its stop token, and the blanks that a template's mark has behind it.
 
         A turn has to end with special tokens; whitespace may follow. The stop token is the first of them that
         generation stops at already, else the last.
 
         Raises:
-            RowError: there is none, so the turn would never be stopped, or the answer itself has it.
+            RowError: there is none, so the turn would never be stopped, or the answer itself has one.
         """
         at = end
         run: list[int] = []  # places of the special tokens at the end
@@ -256,19 +273,25 @@ class Encoder:
             at -= 1
             if ids[at] in self._special:
                 run.append(at)
-        assert self._template is not None
         if not run:
-            where = "inside {% generation %}" if self._template.is_marked else "after an assistant message"
+            where = "inside {% generation %}" if is_marked else "after an assistant message"
             raise RowError(
                 f"message {i}: the answer does not end with a stop token; the chat template must write one {where}"
                 " (a token of its own: data.added_tokens)"
             )
         stop = next((place for place in reversed(run) if ids[place] in self._stops), run[0])
-        if ids[stop] in ids[first:stop]:
-            token = self.tokenizer.convert_ids_to_tokens(ids[stop])
-            raise RowError(f"message {i}: the answer itself has the stop token {token!r}, which would end it there")
+        names = self.tokenizer.convert_ids_to_tokens([ids[stop], *self._stops - {ids[stop]}])
+        said = json.dumps([value for name, value in message.items() if name != "role"], ensure_ascii=False)
+        inside = next((name for name in names if name in said), None)
+        if inside is None and (met := self._stops.union([ids[stop]]).intersection(ids[first:stop])):
+            inside = self.tokenizer.convert_ids_to_tokens(min(met))
+        if inside is not None:
+            raise RowError(f"message {i}: the answer itself has the stop token {inside!r}, which would end it there")
         tally.stops[ids[stop]] += 1
-        return end if self._template.is_marked else run[0] + 1
+        after = stop + 1
+        while is_marked and after < end and self._is_blank(ids[after]):
+            after += 1
+        return after
 
     def _says_nothing(self, ids: Sequence[int]) -> bool:
         """Whether there is nothing to learn but when to stop."""
@@ -301,6 +324,14 @@ class Encoder:
                     lost += row.completion[: end - edge]
             if lost.strip() and self._says_nothing([ids[at] for at in np.flatnonzero(mask)]):
                 raise RowError(f"{_ONLY_THE_STOP}; end the prompt with a whole word")
+        stopping = self._stops.intersection(ids[at] for at in np.flatnonzero(mask) if at + 1 < len(ids))
+        if len(ids) and mask[-1] and ids[-1] != self._stop_id:
+            stopping |= self._stops.intersection([ids[-1]])
+        if found := _CHAT_MARK.search(row.completion):
+            tally.notes[f"plain text with the marks of a chat ({found[0]}), of which every token is trained"] += 1
+        elif stopping:
+            token = self.tokenizer.convert_ids_to_tokens(min(stopping))
+            raise RowError(f"the text itself has the stop token {token!r}, which would end it there")
         if len(ids) > 1 and ids[0] == ids[1] == self.tokenizer.bos_token_id:  # the text has one of its own
             ids, mask = ids[1:], mask[1:]
         if ids and ids[-1] == self._stop_id:
@@ -350,12 +381,12 @@ def prompt_ids(tokenizer: Any, messages: list[Message], today: str | None = None
     Raises:
         UserError: no chat template, or messages that it refuses.
     """
-    if not tokenizer.chat_template:
+    templates = ChatTemplates.of(tokenizer, today)
+    if templates is None:
         raise UserError("this model has no chat template; write plain text (--raw), or add a chat_template.jinja")
     try:
-        template = ChatTemplate(tokenizer.chat_template, dict(tokenizer.special_tokens_map), today)
         with can_be_interrupted():
-            text, _ = template.render(messages, prompt=True)
+            text, _ = templates.choose(has_tools=False).render(messages, prompt=True)
     except RowError as error:
         raise UserError(str(error)) from error
     return context_ids(tokenizer, text, add_special_tokens=False)

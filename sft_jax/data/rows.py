@@ -34,11 +34,15 @@ class Conversation:
         messages: with ``role``; ``content`` is a string or absent; tool calls have their arguments as objects.
         weights: of the loss of each message; None where the row says nothing, so that ``train_on`` decides.
         tools: function schemas, or None.
+        template_kwargs: arguments of the chat template that this row gives.
+        unread: what of the row was not read: columns, and keys of messages as ``messages[].key``.
     """
 
     messages: list[Message]
     weights: list[float | None]
     tools: list[dict[str, Any]] | None = None
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    unread: frozenset[str] = frozenset()
 
     @property
     def last_exchange(self) -> tuple[str, str] | None:
@@ -68,6 +72,7 @@ class Document:
 
     prompt: str
     completion: str
+    unread: frozenset[str] = frozenset()
 
     @property
     def last_exchange(self) -> tuple[str, str] | None:
@@ -85,6 +90,7 @@ class Tokens:
 
     ids: list[int]
     weights: list[float] = field(default_factory=list)
+    unread: frozenset[str] = frozenset()
 
     @property
     def last_exchange(self) -> None:
@@ -97,3 +103,8 @@ class Tokens:
 
 
 Row = Conversation | Document | Tokens
+
+
+def shown(value: Any) -> str:
+    """A value for an error message: its type and how it begins."""
+    return "null" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from sft_jax import builtin
 from sft_jax.buckets import is_url
 from sft_jax.config import SourceConfig
-from sft_jax.data.formats import COLUMNS, FORMATS, detect, missing_column, parse
+from sft_jax.data.formats import COLUMNS, FORMATS, detect, missing_column, parse, suggestion
 from sft_jax.data.rows import Row, RowError
 from sft_jax.data.scratch import scratch_folder
 from sft_jax.data.tables import Dataset, Table, kind_of, open_file
@@ -34,6 +34,7 @@ class Source:
     weight: float = 1.0
     max_rows: int | None = None
     columns: dict[str, str] = field(default_factory=dict)  # our name of a column to the file's
+    ignore_columns: tuple[str, ...] = ()
     given: str = ""  # the path in the config, which may stand for several files
 
     def __len__(self) -> int:
@@ -46,7 +47,7 @@ class Source:
                 yield given
                 continue
             try:
-                yield parse(self.format, _renamed(given, self.columns), keep_reasoning)
+                yield parse(self.format, _renamed(given, self.columns), keep_reasoning, self.ignore_columns)
             except RowError as error:
                 yield error
 
@@ -74,8 +75,10 @@ def open_sources(sources: Sequence[SourceConfig]) -> list[Source]:
             if len(table) == 0:
                 raise UserError(f"{name}: has no rows")
             row_format = _format(name, table, source)
-            columns = dict(source.columns)
-            opened.append(Source(name, table, row_format, source.weight, source.max_rows, columns, source.path))
+            columns, ignored = dict(source.columns), tuple(source.ignore_columns)
+            opened.append(
+                Source(name, table, row_format, source.weight, source.max_rows, columns, ignored, source.path)
+            )
     return opened
 
 
@@ -202,35 +205,41 @@ def _renamed(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
 
 
 def _format(name: str, table: Table, source: SourceConfig) -> str:
-    """The row format: by name where it is given, else by the columns of the first readable row."""
+    """The row format: by name where it is given, else by the columns of the first row that has values in them."""
     unknown = sorted(set(source.columns) - set(COLUMNS))
     if unknown:
         raise UserError(f"data.*.columns: {unknown[0]!r} is no column of a format; there are {', '.join(COLUMNS)}")
-    first, seen = None, set()
+    first: RowError | None = None
+    have, valued, seen = _renamed_set(table.columns(), source.columns), set[str](), set(table.columns())
     for row in table.read(0, _TRIED):
-        if isinstance(row, dict):
-            first = first if isinstance(first, set) else set(_renamed(row, source.columns))
-            seen |= set(row)
-            if seen.issuperset(source.columns.values()):
-                break
-        first = first or row
+        if isinstance(row, RowError):
+            first = first or row
+            continue
+        seen |= row.keys()
+        have = have or _renamed_set(row, source.columns)
+        valued = valued or {name for name, value in _renamed(row, source.columns).items() if value is not None}
+        if detect(valued) is None:
+            valued = set()
+        elif seen.issuperset(source.columns.values()):
+            break
     lacking = sorted(set(source.columns.values()) - seen)
+    shown = ", ".join(sorted(seen))
     if seen and lacking:
-        have = ", ".join(sorted(seen))
-        raise UserError(f"{name}: data.*.columns names the column {lacking[0]!r}; this file has {have}")
-    if isinstance(first, RowError):
+        raise UserError(f"{name}: data.*.columns names the column {lacking[0]!r}; this file has {shown}")
+    if first is not None and not have:
         raise UserError(first.at(name, 0))
-    assert first is not None
-    have = ", ".join(sorted(first))
     if source.format != "auto":
-        missing = missing_column(source.format, first)
+        missing = missing_column(source.format, have)
         if missing is not None:
-            raise UserError(f"{name}: format {source.format!r} needs the column {missing!r}; this file has {have}")
+            raise UserError(f"{name}: format {source.format!r} needs the column {missing!r}; this file has {shown}")
         return source.format
-    found = detect(first)
+    found = detect(valued) or detect(have)
     if found is None:
         raise UserError(
-            f"{name}: no known format in the columns {have}; known are {', '.join(FORMATS)} (data.*.columns gives "
-            "columns other names)"
+            f"{name}: no known format in the columns {shown}; {suggestion(have)} (known are {', '.join(FORMATS)})"
         )
     return found
+
+
+def _renamed_set(names: Iterable[str], columns: dict[str, str]) -> set[str]:
+    return set(_renamed(dict.fromkeys(names), columns))

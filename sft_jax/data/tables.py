@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Lock
@@ -9,6 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from sft_jax.data.encodings import check_first_bytes
 from sft_jax.data.rows import RowError
 from sft_jax.data.text_files import JsonLines, decompressed, file_digest, open_csv, open_json
 from sft_jax.errors import UserError
@@ -21,6 +23,10 @@ class Table(Protocol):
 
     def __len__(self) -> int:
         """How many rows."""
+        ...
+
+    def columns(self) -> list[str]:
+        """The columns that the file says all its rows have; empty where it says nothing of the kind."""
         ...
 
     def read(self, start: int, stop: int) -> Iterator[dict[str, Any] | RowError]:
@@ -49,6 +55,7 @@ def open_file(path: Path, name: str) -> Table:
     try:
         if path.suffix in _COMPRESSED:
             path = decompressed(path, name)
+        check_first_bytes(path, name)
         return opener(path, name)
     except OSError as error:
         raise UserError(f"{name}: cannot be read: {' '.join(str(error).split())[:200]}") from error
@@ -82,6 +89,10 @@ class Parquet:
 
     def __len__(self) -> int:
         return int(self._offsets[-1])
+
+    def columns(self) -> list[str]:
+        """Those of the schema."""
+        return self._file.schema_arrow.names
 
     def read(self, start: int, stop: int) -> Iterator[dict[str, Any] | RowError]:
         """Rows ``start … stop``, without the nulls that the columns of other rows have put into them."""
@@ -121,6 +132,10 @@ class Arrow:
     def __len__(self) -> int:
         return self._table.num_rows
 
+    def columns(self) -> list[str]:
+        """Those of the schema."""
+        return self._table.schema.names
+
     def read(self, start: int, stop: int) -> Iterator[dict[str, Any] | RowError]:
         """Rows ``start … stop``, without the nulls that the columns of other rows have put into them."""
         yield from _arrow_rows(self._table.slice(start, min(stop, len(self)) - start))
@@ -139,6 +154,10 @@ class Dataset:
     def __len__(self) -> int:
         return len(self._dataset)
 
+    def columns(self) -> list[str]:
+        """Those of the schema."""
+        return self._dataset.column_names
+
     def read(self, start: int, stop: int) -> Iterator[dict[str, Any] | RowError]:
         """Rows ``start … stop``, without the nulls that the columns of other rows have put into them."""
         yield from _arrow_rows(self._dataset[start : min(stop, len(self))])
@@ -153,26 +172,63 @@ class Dataset:
 
 
 def _arrow_rows(table: Any) -> Iterator[dict[str, Any] | RowError]:
+    """Rows with the values that their types mean, and without the nulls that other rows' keys have put into them."""
     import pyarrow as pa
+
+    readers = {name: reader for name, kind in zip(table.schema.names, table.schema.types, strict=True)
+               if (reader := _reader(kind)) is not None}  # fmt: skip
+
+    def read(row: dict[str, Any]) -> dict[str, Any] | RowError:
+        for name, reader in readers.items():
+            if row[name] is None:
+                continue
+            try:
+                row[name] = reader(row[name])
+            except (ValueError, RecursionError) as error:
+                return RowError(f"column {name!r} cannot be read: {' '.join(str(error).split())[:80]}")
+        return row
 
     try:
         rows = table.to_pylist()
     except (UnicodeDecodeError, pa.ArrowInvalid):
         for i in range(table.num_rows):
             try:
-                yield from map(_without_nulls, table.slice(i, 1).to_pylist())
+                yield from map(read, table.slice(i, 1).to_pylist())
             except (UnicodeDecodeError, pa.ArrowInvalid) as error:
                 yield RowError(f"cannot be read: {' '.join(str(error).split())[:80]}")
         return
-    yield from map(_without_nulls, rows)
+    yield from map(read, rows)
 
 
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _without_nulls(one) for name, one in value.items() if one is not None}
-    if isinstance(value, list):
-        return [_without_nulls(one) for one in value]
-    return value
+def _reader(kind: Any) -> Callable[[Any], Any] | None:
+    """What makes of a value of an Arrow type what it means; None where it is that already.
+
+    JSON and maps keep their nulls; those of structs are of keys that only other rows have.
+    """
+    import pyarrow as pa
+
+    if isinstance(kind, pa.BaseExtensionType):
+        return json.loads if kind.extension_name == "arrow.json" else _reader(kind.storage_type)
+    if pa.types.is_dictionary(kind):
+        return _reader(kind.value_type)
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind):
+        return bytes.decode  # text, of a writer that has no type for it
+    if pa.types.is_map(kind):
+        of_items = _reader(kind.item_type)
+        return lambda pairs: {key: _read(one, of_items) for key, one in pairs}
+    if pa.types.is_struct(kind):
+        of_fields = {field.name: _reader(field.type) for field in kind}
+        return lambda value: {
+            name: _read(one, of_fields[name]) for name, one in value.items() if one is not None
+        }  # fmt: skip
+    if hasattr(kind, "value_type"):  # lists of all kinds
+        of_values = _reader(kind.value_type)
+        return None if of_values is None else lambda values: [_read(one, of_values) for one in values]
+    return None
+
+
+def _read(value: Any, reader: Callable[[Any], Any] | None) -> Any:
+    return value if value is None or reader is None else reader(value)
 
 
 _OPENERS: dict[str, Callable[[Path, str], Table]] = {

@@ -6,14 +6,15 @@ import json
 import re
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
 from typing import Any
 
 import jinja2
+import jinja2.meta
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from sft_jax.data.rows import Message, RowError
@@ -22,6 +23,8 @@ from sft_jax.errors import UserError
 _rendering = threading.Lock()  # a compiled template keeps the marks of the one text it is writing
 SECONDS = 10.0  # that rendering one conversation may take
 Span = tuple[int, int]
+_GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
+_OURS = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message")
 
 
 @dataclass(frozen=True)
@@ -46,9 +49,27 @@ class ChatTemplate:
         return "strftime_now" in self.source
 
     @cached_property
+    def reads(self) -> frozenset[str]:
+        """The names of the variables that it reads."""
+        with suppress(jinja2.TemplateSyntaxError):
+            parsed = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_GENERATION.sub("", self.source))
+            return frozenset(jinja2.meta.find_undeclared_variables(parsed))
+        return frozenset(re.findall(r"[A-Za-z_]\w*", self.source))
+
+    def check_kwargs(self, given: Mapping[str, Any]) -> None:
+        """Refuse arguments that are not for a row or a config to give.
+
+        Raises:
+            RowError: one of them.
+        """
+        for name in given:
+            if name in _OURS or name in self.special_tokens or name == "strftime_now":
+                raise RowError(f"chat template argument {name!r} is set by what is rendered, and not by hand")
+
+    @cached_property
     def is_marked(self) -> bool:
         """Whether the template says itself what an assistant generates, with ``{% generation %}``."""
-        return re.search(r"\{%-?\s*generation\s*-?%\}", self.source) is not None
+        return _GENERATION.search(self.source) is not None
 
     @cached_property
     def generation_prompt(self) -> str:
@@ -73,12 +94,17 @@ class ChatTemplate:
         return f"{{% macro strftime_now(format) %}}{{{{ {told} }}}}{{% endmacro %}}{{{{ '' }}}}{self.source}"
 
     def render(
-        self, messages: list[Message], tools: list[dict[str, Any]] | None = None, prompt: bool = False
+        self,
+        messages: list[Message],
+        tools: list[dict[str, Any]] | None = None,
+        prompt: bool = False,
+        kwargs: Mapping[str, Any] | None = None,
     ) -> tuple[str, list[Span]]:
         """The text of a conversation, and where the template marks it as generated.
 
         Args:
             prompt: end with what makes the assistant answer.
+            kwargs: further arguments of the template.
 
         Raises:
             RowError: the template refuses the messages, or fails.
@@ -96,6 +122,7 @@ class ChatTemplate:
                     return_assistant_tokens_mask=self.is_marked,
                     add_generation_prompt=prompt,
                     **self.special_tokens,
+                    **(kwargs or {}),
                 )
             texts[0].encode()  # templates may put together what JSON has escaped
         except TimeoutError as error:
@@ -118,6 +145,51 @@ class ChatTemplate:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise RowError(f"the chat template fails: {reason}") from error
         return texts[0], sorted(marks[0]) if marks else []
+
+
+@dataclass(frozen=True)
+class ChatTemplates:
+    """All templates of one tokenizer, chosen between as transformers does: ``tool_use`` for what has tools.
+
+    Args:
+        sources: Jinja by name; one alone is the ``default``.
+    """
+
+    sources: dict[str, str]
+    special_tokens: dict[str, Any] = field(default_factory=dict)
+    today: str | None = None
+
+    @classmethod
+    def of(cls, tokenizer: Any, today: str | None = None) -> ChatTemplates | None:
+        """Those of a tokenizer; None if it has none."""
+        given = tokenizer.chat_template
+        if not given:
+            return None
+        return cls(given if isinstance(given, dict) else {"default": given}, dict(tokenizer.special_tokens_map), today)
+
+    @cached_property
+    def all(self) -> dict[str, ChatTemplate]:
+        """Each of them by name."""
+        return {name: ChatTemplate(text, self.special_tokens, self.today) for name, text in self.sources.items()}
+
+    @cached_property
+    def tells_the_day(self) -> bool:
+        """Whether what any of them writes depends on the day."""
+        return any(template.tells_the_day for template in self.all.values())
+
+    def choose(self, has_tools: bool) -> ChatTemplate:
+        """The one for a conversation.
+
+        Raises:
+            UserError: none of them is for it.
+        """
+        name = "tool_use" if has_tools and "tool_use" in self.all else "default"
+        if name not in self.all:
+            raise UserError(
+                f"data.chat_template: the tokenizer has the templates {', '.join(self.all)} and none is the default; "
+                "give a Jinja file"
+            )
+        return self.all[name]
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from sft_jax.data.encodings import not_utf8
 from sft_jax.data.rows import RowError
 from sft_jax.data.scratch import scratch_folder
 from sft_jax.errors import UserError
@@ -35,6 +36,10 @@ class JsonLines:
     def __len__(self) -> int:
         return len(self._starts)
 
+    def columns(self) -> list[str]:
+        """None are known before rows are read."""
+        return []
+
     def read(self, start: int, stop: int) -> Iterator[dict[str, Any] | RowError]:
         """Rows ``start … stop``; a malformed line is given as the reason why."""
         stop = min(stop, len(self))
@@ -49,7 +54,7 @@ class JsonLines:
             try:
                 row = json.loads(line.decode("utf-8-sig" if i == 0 else "utf-8"))
             except UnicodeDecodeError:
-                yield self._error(i, "not valid UTF-8")
+                yield self._error(i, not_utf8(line))
             except json.JSONDecodeError as error:
                 yield self._error(i, f"not valid JSON: {error.msg} (column {error.colno})")
             except RecursionError:
@@ -127,7 +132,7 @@ def open_csv(path: Path, name: str) -> JsonLines:
             except csv.Error as error:
                 raise UserError(f"{name}:{reader.line_num}: not valid CSV: {error}") from error
             except UnicodeDecodeError as error:
-                raise UserError(f"{name}: not valid UTF-8: {error.reason}") from error
+                raise UserError(f"{name}: {not_utf8(path.read_bytes())}") from error
 
     return _spooled(fill, name)
 
@@ -165,7 +170,7 @@ def _utf8(path: Path, name: str) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
-        raise UserError(f"{name}:{line}: not valid UTF-8") from error
+        raise UserError(f"{name}:{line}: {not_utf8(data)}") from error
 
 
 def file_digest(path: Path) -> str:

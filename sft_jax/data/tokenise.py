@@ -32,7 +32,7 @@ from sft_jax.data.tokenised import Tokenised, Writer, read_tokenised
 from sft_jax.data.workers import encode_in_processes, encode_into, options, tokenizer_digest
 from sft_jax.errors import UserError
 
-_REVISION = 3  # of the encoding; raise it where the same rows give other ids or masks
+_REVISION = 4  # of the encoding; raise it where the same rows give other ids or masks
 _ROWS_PER_WORKER = 20_000  # fewer are done before another process has started
 _MAX_WORKERS = 32
 _STALE_SECONDS = 24 * 3600
@@ -157,7 +157,7 @@ def _partial(kept: Path | None) -> Iterator[Path]:
 
 def _key(source: Source, encoder: Encoder) -> str:
     parts = {
-        "rows": [source.table.digest(), len(source), source.format, source.columns],
+        "rows": [source.table.digest(), len(source), source.format, source.columns, source.ignore_columns],
         "tokenizer": tokenizer_digest(encoder.tokenizer),
         "options": options(encoder),
         "versions": [_REVISION, __version__, transformers.__version__, tokenizers.__version__, jinja2.__version__],

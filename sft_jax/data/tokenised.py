@@ -60,6 +60,9 @@ class RowErrorAt:
         return RowError(self.reason, self.line).at(name, self.row)
 
 
+_TALLIES = ("stops", "tokens", "targets", "notes", "unread")
+
+
 @dataclass
 class Writer:
     """Writes a :class:`Tokenised` into a folder, a batch at a time."""
@@ -135,7 +138,7 @@ class Writer:
             "num_rows": self.num_rows,
             "num_refused": self.num_refused,
             "refused": [[one.row, one.reason, one.line] for one in self.refused],
-            "tally": {name: list(getattr(tally, name).items()) for name in ("stops", "tokens", "targets", "notes")},
+            "tally": {name: list(getattr(tally, name).items()) for name in _TALLIES},
         }
         (self.folder / _META).write_text(json.dumps(meta), encoding="utf-8")
 

@@ -90,6 +90,7 @@ def encode_in_processes(
                 "name": source.name,
                 "format": source.format,
                 "columns": source.columns,
+                "ignore_columns": source.ignore_columns,
                 "start": first,
                 "stop": last,
                 "stop_at_refusal": stop_at_refusal,
@@ -158,7 +159,10 @@ def _work(job: dict[str, Any]) -> None:
     assert tokenizer_digest(tokenizer) == job["tokenizer_digest"], "the tokenizer has changed by being saved"
     encoder = Encoder(tokenizer, **job["encoder"])
     table = open_file(Path(job["path"]), job["name"])
-    source = Source(job["name"], table, job["format"], max_rows=job["stop"], columns=job["columns"])
+    source = Source(
+        job["name"], table, job["format"], max_rows=job["stop"], columns=job["columns"],
+        ignore_columns=tuple(job["ignore_columns"]),
+    )  # fmt: skip
     with Writer(Path(job["out"]), job["name"]) as writer:
         encode_into(
             writer,

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sft_jax.errors import UserError
 
+_NOT_ARGUMENTS = ("messages", "tools", "documents", "add_generation_prompt")
+
 
 def load_tokenizer(
-    folder: Path, chat_template: str | None = None, added_tokens: list[str] | None = None
+    folder: Path,
+    chat_template: str | None = None,
+    added_tokens: Sequence[str] = (),
+    template_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[Any, int]:
     """A fast tokenizer (offsets are needed for masks) and how many tokens were added; remote code is never run.
 
     Args:
         folder: a Hugging Face folder with ``tokenizer.json`` or the files to build it from.
         chat_template: a Jinja file that replaces the tokenizer's own template.
+        template_kwargs: arguments that its templates get where nobody gives them, written into the templates
+            themselves, so that whoever has the tokenizer has them too.
         added_tokens: special tokens to add where the tokenizer does not have them.
 
     Raises:
@@ -34,10 +44,41 @@ def load_tokenizer(
         raise UserError(f"{folder}: no usable tokenizer: {' '.join(str(error).split())[:200]}") from error
     if not tokenizer.is_fast:
         raise UserError(f"{folder}: only a slow tokenizer; add its tokenizer.json")
-    num_added = tokenizer.add_tokens(added_tokens or [], special_tokens=True)
+    num_added = tokenizer.add_tokens([*added_tokens], special_tokens=True)
     if chat_template is not None:
         path = Path(chat_template).expanduser()
         if not path.is_file():
             raise UserError(f"data.chat_template: no such file {chat_template}")
         tokenizer.chat_template = path.read_text(encoding="utf-8")
+    if template_kwargs:
+        given = tokenizer.chat_template
+        if isinstance(given, dict):
+            tokenizer.chat_template = {name: _with_defaults(text, template_kwargs) for name, text in given.items()}
+        elif given:
+            tokenizer.chat_template = _with_defaults(given, template_kwargs)
+        else:
+            raise UserError("data.template_kwargs: the tokenizer has no chat template that would read them")
     return tokenizer, num_added
+
+
+def _with_defaults(template: str, kwargs: Mapping[str, Any]) -> str:
+    """A template that reads these arguments where it is not given others."""
+    defaults = ""
+    for name, value in kwargs.items():
+        if not re.fullmatch(r"[A-Za-z_]\w*", name) or not re.search(rf"\b{name}\b", template):
+            raise UserError(f"data.template_kwargs: the chat template reads no argument {name!r}")
+        if name in _NOT_ARGUMENTS:
+            raise UserError(f"data.template_kwargs: {name!r} is set by what is rendered, and not by hand")
+        defaults += f"{{% if {name} is not defined %}}{{% set {name} = {_literal(value)} %}}{{% endif %}}"
+    return f"{defaults}{{{{ '' }}}}{template}"  # the empty text keeps the template's first line break its own
+
+
+def _literal(value: Any) -> str:
+    """A value as Jinja writes it."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return f"[{', '.join(map(_literal, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{_literal(name)}: {_literal(one)}' for name, one in value.items())}}}"
+    return json.dumps(value)

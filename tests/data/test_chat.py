@@ -208,14 +208,29 @@ def test_answers_that_no_prompt_comes_before(tokenizer):
     tokenizer.chat_template = CHATML_UNMARKED
     (one,) = encode(Encoder(tokenizer), [greeting])
     assert trained_text(tokenizer, one).startswith("market<|im_end|>")
-    tokenizer.chat_template = CHATML_UNMARKED.replace("assistant\n' }}{% endif %}", "assistant\n<think>' }}{% endif %}")
-    assert tokenizer.chat_template != CHATML_UNMARKED
-    encoder = Encoder(tokenizer)
-    row = conversations(2)[1]
-    (one,) = encode(encoder, [row])
-    answers = [m["content"] + "<|im_end|>" for m in row["messages"] if m["role"] == "assistant"]
-    assert trained_text(tokenizer, one) == "".join(answers)
-    assert encoder.tally.notes["answers that do not follow the template's own generation prompt"] == 2
+
+
+def test_a_thought_that_the_generation_prompt_opens(tokenizer):
+    """It is the beginning of each trained turn, and the answer's own thought, or none, is closed behind it."""
+    opened = CHATML_UNMARKED.replace("assistant\n' }}{% endif %}", "assistant\n<think>\n' }}{% endif %}")
+    assert opened != CHATML_UNMARKED
+    tokenizer.chat_template = opened
+    for thoughts in ({}, {"reasoning_content": "north of the river"}):
+        messages = [
+            message | (thoughts if message["role"] == "assistant" else {})
+            for message in conversations(2)[1]["messages"]
+        ]
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        encoder = Encoder(tokenizer)
+        (examples,) = encoder.encode([parse("messages", {"messages": messages})])
+        for i, one in zip(answers, examples, strict=True):
+            prompt = tokenizer.apply_chat_template(messages[:i], add_generation_prompt=True, tokenize=False)
+            thought = thoughts.get("reasoning_content", "")
+            expected = f"{thought}\n</think>\n\n{messages[i]['content']}<|im_end|>"
+            assert tokenizer.decode(one.ids) == f"{prompt}{expected}\n"
+            assert trained_text(tokenizer, one) == expected
+        note = "answers without a thought, closed at once because the generation prompt opens one"
+        assert encoder.tally.notes[note] == (0 if thoughts else 2)
 
 
 def test_an_answer_with_the_stop_token_inside_is_refused(tokenizer):
@@ -237,11 +252,26 @@ def test_a_mark_around_the_question_is_refused(tokenizer):
         encode(Encoder(tokenizer), [row])
 
 
-def test_a_template_whose_prompt_is_no_beginning_is_refused(tokenizer):
-    """Here the text begins with how many messages there are, which inference could not know."""
+def test_an_answer_is_put_after_the_prompt_that_inference_uses(tokenizer):
+    """Here the text begins with how many messages there are, which is another number as soon as there is an answer."""
     tokenizer.chat_template = "{{ messages | length }}" + CHATML_UNMARKED
-    with pytest.raises(RowError, match="writes the messages before it in another way than alone"):
-        encode(Encoder(tokenizer), conversations(1))
+    (row,) = conversations(2)[1:]
+    answers = [i for i, message in enumerate(row["messages"]) if message["role"] == "assistant"]
+    encoder = Encoder(tokenizer)
+    (examples,) = encoder.encode([parse("messages", row)])
+    for i, one in zip(answers, examples, strict=True):
+        prompt = tokenizer.apply_chat_template(row["messages"][:i], add_generation_prompt=True, tokenize=False)
+        assert tokenizer.decode(one.ids) == f"{prompt}{row['messages'][i]['content']}<|im_end|>\n"
+        assert trained_text(tokenizer, one) == f"{row['messages'][i]['content']}<|im_end|>"
+    note = "answers put after the generation prompt, which the template writes in another way"
+    assert encoder.tally.notes[note] == 2
+
+
+def test_a_prompt_that_no_answer_follows_is_refused(tokenizer):
+    """What the generation prompt ends with is neither in the template's answers nor the beginning of a thought."""
+    tokenizer.chat_template = CHATML_UNMARKED.replace("assistant\n' }}{% endif %}", "assistant\nSure!' }}{% endif %}")
+    with pytest.raises(RowError, match=r"message 3: the template writes another text before an answer .*Sure!"):
+        encode(Encoder(tokenizer), conversations(2)[1:])
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ _TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
         (
             {"messages": [user("a"), answer("b", train=False), answer("c", loss_weight=0.5)], "id": 3},
             "messages",
-            Conversation([user("a"), answer("b"), answer("c")], [None, 0.0, 0.5]),
+            Conversation([user("a"), answer("b"), answer("c")], [None, 0.0, 0.5], unread=frozenset({"id"})),
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, "b"]}, answer("c")]},
@@ -148,8 +148,8 @@ def test_a_config_may_name_every_format():
         ({"messages": [user("a"), answer("b", tool_calls=[{"arguments": {}}])]}, "no function name"),
         ({"messages": [user("a"), answer("b", tool_calls=[{"name": "f", "arguments": "{"}])]}, "not valid JSON"),
         ({"messages": [user("\ud800"), answer("b")]}, "half of a character"),
-        ({"conversations": [{"from": "narrator", "value": "a"}]}, "'from' 'narrator' is none of human"),
-        ({"instruction": "a", "output": None}, "'output' must be a string, it is missing"),
+        ({"conversations": [{"from": "narrator", "value": "a"}]}, "'from' 'narrator' is none of user, human"),
+        ({"instruction": "a", "output": None}, "'output' must be a string, it is null"),
         ({"input_ids": [1, 2], "labels": [2, -100]}, "it is shifted here and not in the data"),
         ({"input_ids": [1, 2], "labels": [1]}, "has 2 tokens, their labels or mask 1"),
         ({"input_ids": [1, True], "labels": [1, 1]}, "must be a list of integers"),
@@ -291,7 +291,7 @@ def test_files_of_anything_are_read_or_refused(tmp_path_factory, content, name):
         ("{{ 1 / 0 }}", "the chat template fails: division by zero"),
         ("{{ messages.__class__.__mro__ }}", "the chat template fails"),
         ("{% include '/etc/passwd' %}", "the chat template fails"),
-        ("{{ messages[0].content.format_map }}", "in another way than alone"),
+        ("{{ messages[0].content.format_map }}", "another text before an answer"),
         ("{% if %}", "the chat template fails"),
         ("{{ raise_exception('no such role') }}", "the chat template fails: no such role"),
     ],

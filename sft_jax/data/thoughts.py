@@ -1,0 +1,68 @@
+"""Thoughts that a generation prompt opens, or closes, before the model has written a token."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from sft_jax.data.messages import REASONING
+from sft_jax.data.rows import Message
+
+# How a thought begins, and how it ends before the answer, in the templates of several families.
+_MARKS = (
+    ("<think>", "</think>", "\n</think>\n\n"),  # DeepSeek, Qwen, Nemotron, GLM, …
+    ("<|channel>thought", "<channel|>", "<channel|>"),  # Gemma 4
+    ("[THINK]", "[/THINK]", "[/THINK]"),  # Magistral
+    ("<|START_THINKING|>", "<|END_THINKING|>", "<|END_THINKING|>"),  # Command A
+    ("<seed:think>", "</seed:think>", "</seed:think>"),
+    ("◁think▷", "◁/think▷", "◁/think▷"),  # Kimi
+)
+_INLINE = re.compile(r"\s*<think>(.*?)</think>", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What the end of a generation prompt does about a thought.
+
+    Args:
+        stem: the prompt without it.
+        end: what ends the thought that is open; None where the prompt has closed it.
+    """
+
+    stem: str
+    end: str | None
+
+
+def openings(prompt: str) -> list[Opening]:
+    """A thought that is open, or already closed, at the end of a prompt; at most one."""
+    for begin, close, end in _MARKS:
+        for pattern, has_end in (
+            (rf"{re.escape(begin)}\s*", False),
+            (rf"(?:{re.escape(begin)}\s*)?{re.escape(close)}\s*", True),
+        ):
+            if found := re.search(rf"{pattern}\Z", prompt):
+                return [Opening(prompt[: found.start()], None if has_end else end)]
+    return []
+
+
+def thought_of(message: Message) -> str:
+    """What an assistant message has thought, in a key of its own or in front of its content; empty for nothing."""
+    for name in REASONING:
+        if name in message:
+            return message[name]
+    inline = _INLINE.match(message.get("content", ""))
+    return inline[1] if inline else ""
+
+
+def with_known_key(message: Message, source: str) -> Message:
+    """The message with its thought under the key that a template's source reads, where it reads another one."""
+    for name in REASONING:
+        if name in message and not _mentions(source, name):
+            known = next((other for other in REASONING if other not in message and _mentions(source, other)), None)
+            if known is not None:
+                return {known if key == name else key: value for key, value in message.items()}
+    return message
+
+
+def _mentions(source: str, name: str) -> bool:
+    return re.search(rf"\b{name}\b", source) is not None
