@@ -61,6 +61,8 @@ class Announcer:
                 f"{report.total('dropped_without_targets'):,} left without targets; "
                 f"{report.total('targets_lost'):,} targets ({report.share_lost:.1%}) lost",
             )
+        for line in report.not_read:
+            self("not read", line)
         for note, count in sorted(report.tally.notes.items()):
             if count:
                 self("", f"{count:,} {note}")

@@ -35,6 +35,8 @@ class SourceReport:
     truncated: int = 0
     targets_lost: int = 0  # by dropping and truncating
     reasons: list[RowErrorAt] = field(default_factory=list)
+    unread: dict[str, int] = field(default_factory=dict)  # columns and keys that nothing reads, and in how many rows
+    passed_over: tuple[str, ...] = ()  # files beside it that are of another split
     origin: Origin = field(default_factory=lambda: Origin(False, 1, 0.0))
 
 
@@ -51,6 +53,18 @@ class Report:
         return sum(getattr(source, name) for source in self.sources)
 
     @property
+    def not_read(self) -> list[str]:
+        """What of each source is not read, and in how many rows: ``a.jsonl: id (40 rows)``."""
+        lines = []
+        for source in self.sources:
+            if source.unread:
+                names = ", ".join(f"{name} ({count:,} rows)" for name, count in source.unread.items())
+                lines.append(f"{source.name}: {names}")
+            if source.passed_over:
+                lines.append(f"beside {source.name}, of another split: {', '.join(source.passed_over)}")
+        return lines
+
+    @property
     def share_lost(self) -> float:
         """Which share of all targets is lost by dropping and truncating."""
         lost = self.total("targets_lost")
@@ -58,15 +72,20 @@ class Report:
 
     @property
     def dropped_by_reason(self) -> dict[str, int]:
-        """How many were left out, and why: overlong examples, and refused rows by reason (numbers as #)."""
+        """How many were left out, and why: overlong examples, and refused rows by reason.
+
+        Reasons that differ in the message's number only are one, told as the first of them.
+        """
         found = Counter(
             {
                 "longer than data.max_length": self.total("dropped"),
                 "no targets left after truncation": self.total("dropped_without_targets"),
             }
         )
+        first: dict[str, str] = {}
         for source in self.sources:
-            found.update(re.sub(r"\d+", "#", one.reason) for one in source.reasons)
+            for one in source.reasons:
+                found[first.setdefault(re.sub(r"^message \d+", "message", one.reason), one.reason)] += 1
             found["refused for other reasons"] += source.refused - len(source.reasons)
         return {reason: count for reason, count in found.items() if count}
 
@@ -181,7 +200,8 @@ def encode_sources(
     for index, source in enumerate(sources):
         part, origin = tokenise(source, encoder, num_workers, cache, stops_early, progress)
         one = SourceReport(source.name, source.format, part.num_rows, part.num_refused, len(part.lengths))
-        one.reasons, one.origin = part.refused, origin
+        one.reasons, one.origin, one.passed_over = part.refused, origin, source.passed_over
+        one.unread = dict(sorted(part.tally.unread.items()))
         report.sources.append(one)
         report.tally.add(part.tally)
         parts.append(part)

@@ -83,11 +83,14 @@ def missing_column(row_format: str, columns: Collection[str]) -> str | None:
     return min(lacking, key=len)[0] if all(lacking) else None
 
 
+def is_message(columns: Collection[str]) -> bool:
+    """Whether a row is one message of a conversation, and not a conversation: it names the message before it."""
+    return bool({"parent_id", "message_tree_id", "parent_message_id"} & set(columns))
+
+
 def suggestion(columns: Collection[str]) -> str:
     """What to do about columns in which no format is found."""
     have = {name.lower(): name for name in columns}
-    if {"parent_id", "message_tree_id", "parent_message_id"} & have.keys():
-        return "each row is one message of a tree, and not a conversation: join each path to rows of 'messages'"
     found = {ours: next((have[name] for name in names if name in have), None) for ours, names in _OTHER_NAMES.items()}
     if found["messages"]:
         return f"if {found['messages']!r} has the messages, say data.*.columns: {{messages: {found['messages']}}}"

@@ -13,13 +13,15 @@ from typing import Any
 from sft_jax import builtin
 from sft_jax.buckets import is_url
 from sft_jax.config import SourceConfig
-from sft_jax.data.formats import COLUMNS, FORMATS, detect, missing_column, parse, suggestion
+from sft_jax.data.formats import COLUMNS, FORMATS, detect, is_message, missing_column, parse, suggestion
 from sft_jax.data.rows import Row, RowError
 from sft_jax.data.scratch import scratch_folder
 from sft_jax.data.tables import Dataset, Table, kind_of, open_file
 from sft_jax.errors import UserError
 
 _KINDS = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
+_NOT_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # about a data set
+_SPLIT = re.compile(r"(?:^|[-_.])((?:train|test|validation|valid|val|dev|eval)(?:_(?:sft|gen|prefs))?)(?=[-_.]|$)")
 _TRIED = 100  # rows that are looked at to tell the format
 _fetched: dict[tuple[str, str], Path] = {}  # remote files by address and version, copied by this process
 
@@ -35,6 +37,7 @@ class Source:
     max_rows: int | None = None
     columns: dict[str, str] = field(default_factory=dict)  # our name of a column to the file's
     ignore_columns: tuple[str, ...] = ()
+    passed_over: tuple[str, ...] = ()  # files beside this one that are of another split
     given: str = ""  # the path in the config, which may stand for several files
 
     def __len__(self) -> int:
@@ -71,62 +74,103 @@ def open_sources(sources: Sequence[SourceConfig]) -> list[Source]:
     """
     opened = []
     for source in sources:
-        for name, table in _open(source):
+        found, passed_over = _open(source)
+        for name, table in found:
             if len(table) == 0:
                 raise UserError(f"{name}: has no rows")
-            row_format = _format(name, table, source)
-            columns, ignored = dict(source.columns), tuple(source.ignore_columns)
             opened.append(
-                Source(name, table, row_format, source.weight, source.max_rows, columns, ignored, source.path)
-            )
+                Source(
+                    name, table, _format(name, table, source), source.weight, source.max_rows, dict(source.columns),
+                    tuple(source.ignore_columns), passed_over, source.path,
+                )
+            )  # fmt: skip
+            passed_over = ()
     return opened
 
 
-def _open(source: SourceConfig) -> list[tuple[str, Table]]:
-    found = _find(source)
+def _open(source: SourceConfig) -> tuple[list[tuple[str, Table]], tuple[str, ...]]:
+    """Names and tables, and the files that are of another split."""
+    found, passed_over, has_splits = _find(source)
     if not any(isinstance(table, Dataset) for _, table in found):
         for key in ("name", "split", "revision"):
-            if getattr(source, key) != getattr(SourceConfig(source.path), key):
+            if getattr(source, key) != getattr(SourceConfig(source.path), key) and not (has_splits and key == "split"):
                 raise UserError(
                     f"data.*.{key}: {getattr(source, key)!r} is for Hugging Face dataset ids, and {source.path} is "
                     "taken file by file"
                 )
-    return found
+    return found, passed_over
 
 
-def _find(source: SourceConfig) -> list[tuple[str, Table]]:
+def _find(source: SourceConfig) -> tuple[list[tuple[str, Table]], tuple[str, ...], bool]:
     if source.path.startswith(builtin.PREFIX):
-        return [(source.path, open_file(builtin.locate(source.path, "data"), source.path))]
+        return [(source.path, open_file(builtin.locate(source.path, "data"), source.path))], (), False
     if is_url(source.path):
         return _open_remote(source)
     path = Path(source.path).expanduser()
     if path.is_file():
-        return [(source.path, open_file(path, source.path))]
+        return [(source.path, open_file(path, source.path))], (), False
     if path.is_dir():
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-            return [(source.path, Dataset(_load_saved(path, source)))]
-        files = sorted(file for file in path.iterdir() if kind_of(file.name) in _KINDS)
+            return [(source.path, Dataset(_load_saved(path, source)))], (), False
+        files = _data_files(path)
         if not files:
             raise UserError(f"data: folder {source.path} has no {', '.join(_KINDS)} file")
-    else:
-        files = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
+        files, left = _of_split(files, source)
+        return [(name, open_file(Path(name), name)) for name in files], (*left,), bool(left)
+    files = sorted(name for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
     if files:
-        return [(str(file), open_file(file, str(file))) for file in files]
+        return [(file, open_file(Path(file), file)) for file in files], (), False
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source.path) and kind_of(path.name) not in _KINDS:
         of_several = "" if source.name is None else f"{source.name}, "
-        return [(f"{source.path}[{of_several}{source.split}]", Dataset(_read_hub(source)))]
+        return [(f"{source.path}[{of_several}{source.split}]", Dataset(_read_hub(source)))], (), False
     raise UserError(f"data: no file, folder or glob {source.path!r}, and not a Hugging Face dataset id")
 
 
-def _open_remote(source: SourceConfig) -> list[tuple[str, Table]]:
+def _data_files(folder: Path) -> list[str]:
+    """The files of rows in a folder, or in its folder ``data`` as the Hub has them."""
+    for place in (folder, folder / "data"):
+        if place.is_dir():
+            found = (file for file in place.iterdir() if kind_of(file.name) in _KINDS and file.name not in _NOT_ROWS)
+            if files := sorted(map(str, found)):
+                return files
+    return []
+
+
+def _of_split(files: Sequence[str], source: SourceConfig) -> tuple[list[str], list[str]]:
+    """Of files whose names tell their splits (``train-00000-of-00002.parquet``, ``test.jsonl``) those of one split.
+
+    Returns:
+        The files to read, and those left out; all are read where no name tells a split.
+
+    Raises:
+        UserError: there are splits, and not this one.
+    """
+    splits = {file: next(iter(_SPLIT.findall(Path(file).name.lower())), None) for file in files}
+    told = sorted({split for split in splits.values() if split})
+    if not told:
+        return [*files], []
+    found = [file for file, split in splits.items() if split in (None, source.split.lower())]
+    if not found:
+        raise UserError(
+            f"{source.path}: has no file of the split {source.split!r}; there are {', '.join(told)} (data.*.split, or "
+            "the path of a file)"
+        )
+    return found, [Path(file).name for file in files if file not in found]
+
+
+def _open_remote(source: SourceConfig) -> tuple[list[tuple[str, Table]], tuple[str, ...], bool]:
     """Files of ``gs://``, ``s3://`` or another storage that fsspec knows, copied to a temporary folder."""
     import fsspec
 
     try:
         fs, path = fsspec.core.url_to_fs(source.path)
         fs.invalidate_cache()
+        left: list[str] = []
         if fs.isdir(path):
-            found = sorted(one for one in fs.ls(path, detail=False) if kind_of(one) in _KINDS)
+            found = sorted(
+                one for one in fs.ls(path, detail=False) if kind_of(one) in _KINDS and Path(one).name not in _NOT_ROWS
+            )
+            found, left = _of_split(found, source)
         else:
             found = sorted(fs.glob(path))
         if not found:
@@ -140,7 +184,7 @@ def _open_remote(source: SourceConfig) -> list[tuple[str, Table]]:
                 fs.get_file(one, str(target))
                 _fetched[version] = target
             opened.append((name, open_file(_fetched[version], name)))
-        return opened
+        return opened, (*left,), bool(left)
     except UserError:
         raise
     except ImportError as error:
@@ -234,6 +278,11 @@ def _format(name: str, table: Table, source: SourceConfig) -> str:
             raise UserError(f"{name}: format {source.format!r} needs the column {missing!r}; this file has {shown}")
         return source.format
     found = detect(valued) or detect(have)
+    if found in (None, "text") and is_message(have):
+        raise UserError(
+            f"{name}: each row is one message of a tree (its columns are {shown}), and not a conversation; join each "
+            "path from a root to a row of 'messages'"
+        )
     if found is None:
         raise UserError(
             f"{name}: no known format in the columns {shown}; {suggestion(have)} (known are {', '.join(FORMATS)})"

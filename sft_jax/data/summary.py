@@ -47,9 +47,12 @@ def summarise(data: DataConfig, training: TrainingConfig, prepared: Prepared) ->
                 "targets": source.targets,
                 "dropped": source.dropped + source.dropped_without_targets + source.refused,
                 "weight": weight,
+                "not_read": source.unread,
+                "passed_over": list(source.passed_over),
             }
             for source, weight in zip(report.sources, examples.weights, strict=True)
         ],
+        "not_read": report.not_read,
         "tokens_by_role": dict(report.tally.tokens.most_common()),
         "targets_by_role": dict(report.tally.targets.most_common()),
         "notes": {note: count for note, count in report.tally.notes.most_common() if count},

@@ -215,7 +215,12 @@ class _View:
         for part in left_out:
             if part.is_needed and not (part.where[0] == "messages" and part.where[1] > last):
                 roles = ", ".join(dict.fromkeys(message["role"] for message in self._messages))
-                raise RowError(f"{part}; use a template that does, or take it out (the roles met are {roles})")
+                way = (
+                    f"leave it out with data.*.ignore_columns: [{part.where[0]}]"
+                    if part.where[0] == "tools"
+                    else (f"take it out (the roles met are {roles})")
+                )
+                raise RowError(f"{part}; use a template that does, or {way}")
         found = {part.name for part in left_out if not part.is_needed}
         return found, {part.name for part in parts if not part.is_needed} - found
 
@@ -277,8 +282,10 @@ class _View:
                 return prompt + text[at:]
             if not thought.strip():
                 self.notes["answers without a thought, closed at once because the generation prompt opens one"] += 1
-            given = thought.strip("\n") if prompt.endswith("\n") else thought.rstrip("\n")
-            return prompt + given + opening.end + text[at:].lstrip("\n")
+            closed = thought.strip("\n") + opening.end
+            if prompt.endswith("\n"):  # else the break after the prompt would be another token than at inference
+                closed = closed.lstrip("\n")
+            return prompt + closed + text[at:].lstrip("\n")
         raise RowError(
             f"message {i}: the template writes another text before an answer than when it is asked for one "
             f"(which ends with {prompt[-40:]!r}), so that it would be trained in a context that generation never has"

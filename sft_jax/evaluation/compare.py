@@ -162,9 +162,7 @@ def held_out_metrics(examples: Examples, scores: TokenScores, stop_ids: Sequence
     ids, weights = examples.flat()
     trained = weights > 0
     mask, targets = np.delete(trained, firsts), np.delete(ids, firsts)
-    after = np.delete(np.append(trained[1:], False), firsts)  # whether the token behind is a target as well
-    after[scores.starts[1:] - 1] = False
-    ends = mask & ~after & np.isin(targets, np.asarray(stop_ids))
+    ends = mask & np.isin(targets, np.asarray(stop_ids))  # no answer has one before its end
     loss = -float(scores.log_prob[mask].mean(dtype=np.float64))
     metrics: dict[str, float | int] = {
         "loss": loss,

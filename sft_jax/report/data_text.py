@@ -49,6 +49,8 @@ def summary_text(summary: dict[str, Any]) -> str:
         )
     if summary["refused"]:
         lines += ["", "  refused rows", *(f"  {reason}" for reason in summary["refused"])]
+    if summary["not_read"]:
+        lines += ["", "  not read", *(f"  {line}" for line in summary["not_read"])]
     if summary["notes"]:
         lines += ["", "  worth knowing", *(f"  {count:>9,}  {note}" for note, count in summary["notes"].items())]
     stops = ", ".join(f"{token!r} ({count:,} turns)" for token, count in summary["stop_tokens"].items()) or "none"

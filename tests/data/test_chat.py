@@ -226,7 +226,7 @@ def test_a_thought_that_the_generation_prompt_opens(tokenizer):
         for i, one in zip(answers, examples, strict=True):
             prompt = tokenizer.apply_chat_template(messages[:i], add_generation_prompt=True, tokenize=False)
             thought = thoughts.get("reasoning_content", "")
-            expected = f"{thought}\n</think>\n\n{messages[i]['content']}<|im_end|>"
+            expected = f"{thought}\n</think>\n\n".lstrip("\n") + f"{messages[i]['content']}<|im_end|>"
             assert tokenizer.decode(one.ids) == f"{prompt}{expected}\n"
             assert trained_text(tokenizer, one) == expected
         note = "answers without a thought, closed at once because the generation prompt opens one"

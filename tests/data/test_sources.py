@@ -70,9 +70,9 @@ def test_a_column_that_some_rows_lack(tmp_path):
 
 @pytest.mark.parametrize("options", [{"split": "test"}, {"revision": "main"}, {"name": "main"}])
 def test_what_is_for_dataset_ids_is_refused_for_files(tmp_path, options):
-    write_jsonl(tmp_path / "train.jsonl", [{"text": "a"}])
+    path = write_jsonl(tmp_path / "train.jsonl", [{"text": "a"}])
     with pytest.raises(UserError, match=rf"data\.\*\.{next(iter(options))}: .* is for Hugging Face dataset ids"):
-        rows(tmp_path, **options)
+        rows(path, **options)
 
 
 def test_what_is_not_there(tmp_path):

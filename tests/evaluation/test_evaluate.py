@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from kit import (
+    CHATML,
     CHATML_UNMARKED,
     conversations,
     load_model,
@@ -160,8 +161,16 @@ def test_divergence_is_the_dense_one(tmp_path, encoded):
 
 
 @pytest.mark.smoke
-def test_metrics_by_hand(tiny, encoded):
-    _, examples, _tokenizer = encoded
+@pytest.mark.parametrize(
+    "ending", ["'<|im_end|>' }}{% endgeneration %}{{ '\n' }}", "'<|im_end|>\n' }}{% endgeneration %}"]
+)
+def test_metrics_by_hand(tiny, encoded, ending):
+    """Also where the template's mark, and so what is trained, goes on behind the stop token."""
+    rows, _, _ = encoded
+    tokenizer, _ = load_tokenizer(tiny)
+    tokenizer.chat_template = CHATML.replace("'<|im_end|>' }}{% endgeneration %}{{ '\n' }}", ending)
+    examples, _ = encode_sources(rows, Encoder(tokenizer), 128)
+    assert (examples[0][1][-1] > 0) == ending.startswith("'<|im_end|>\n")
     opened = open_model(str(tiny), devices=one_device())
     scores = Scorer(opened.split, opened.mesh, 128, 4).score(opened.adapter, opened.frozen, examples)
     metrics = held_out_metrics(examples, scores, [2])
@@ -173,7 +182,7 @@ def test_metrics_by_hand(tiny, encoded):
                 at = scores.starts[i] + t - 1
                 nll.append(-scores.log_prob[at])
                 right.append(scores.correct[at])
-                if ids[t] == 2 and (t + 1 == len(ids) or not mask[t + 1]):
+                if ids[t] == 2:
                     stops.append(math.exp(scores.log_prob[at]))
     num_answers = sum(m["role"] == "assistant" for row in conversations(40) for m in row["messages"])
     assert len(stops) == num_answers == 60
