@@ -18,7 +18,7 @@ FLAGS = (*_TRAINED, *_NOT_TRAINED)
 _TELLING = re.compile(
     r"((messages?|tokens?|assistant|turns?|responses?|completion|targets?|labels?|samples?|examples?|rows?|chat|sft|is|do"
     r"|to|should|no|not|ignore|skip|use)_)*(loss|loss(es|mask|weights?)|masks?|masked|weights?|train|trained|training"
-    r"|trainable)(_(masks?|weights?|scale|detail|details|flags?|on))*"
+    r"|trainable)(_(masks?|weights?|scale|details?|flags?|on|turns?))*"
 )
 
 

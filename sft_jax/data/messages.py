@@ -51,7 +51,7 @@ def read_messages(
         if not isinstance(given, dict):
             raise RowError(f"message {i} must be an object with role and content, it is {shown(given)}")
         met = [name for name in ignored if name in given]
-        unread.update(f"{key}[].{name}, by ignore_columns" for name in met)
+        unread.update(f"messages[].{name}, by ignore_columns" for name in met)
         given = {name: one for name, one in given.items() if name not in met}
         try:
             weights.append(weight_of(given))
