@@ -30,15 +30,8 @@ class Part:
     is_needed: bool = True
 
     def __str__(self) -> str:
-        return (
-            f"message {self.where[1]}: the template does not write {self.name}"
-            if self._of_message
-            else (f"the template does not write {self.name}")
-        )
-
-    @property
-    def _of_message(self) -> bool:
-        return self.where[0] == "messages"
+        of_message = f"message {self.where[1]}: " if self.where[0] == "messages" else ""
+        return f"{of_message}the template does not write {self.name}"
 
 
 def parts_of(messages: list[Message], tools: Tools) -> list[Part]:
@@ -46,7 +39,7 @@ def parts_of(messages: list[Message], tools: Tools) -> list[Part]:
     parts = []
     for i, message in enumerate(messages):
         if message.get("content", "").strip():
-            parts.append(Part(("messages", i, "content"), f"what its role {message['role']!r} says"))
+            parts.append(Part(("messages", i, "content"), f"its content (role {message['role']!r})"))
         for j, call in enumerate(message.get("tool_calls", ())):
             where = ("messages", i, "tool_calls", j, "function", "arguments")
             parts.append(Part(where, f"its call of {call['function']['name']!r} (call {j})"))

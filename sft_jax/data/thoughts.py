@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from sft_jax.data.messages import REASONING
 from sft_jax.data.rows import Message
 
-# How a thought begins, and how it ends before the answer, in the templates of several families.
+# How a thought begins and ends before the answer, in the templates of several families.
 _MARKS = (
-    ("<think>", "</think>", "\n</think>\n\n"),  # DeepSeek, Qwen, Nemotron, GLM, …
-    ("<|channel>thought", "<channel|>", "<channel|>"),  # Gemma 4
-    ("[THINK]", "[/THINK]", "[/THINK]"),  # Magistral
-    ("<|START_THINKING|>", "<|END_THINKING|>", "<|END_THINKING|>"),  # Command A
-    ("<seed:think>", "</seed:think>", "</seed:think>"),
+    (r"<(?P<name>(?:\w+:)?think(?::\w+)?)>", r"</(?:\w+:)?think(?::\w+)?>", "\n</{name}>\n\n"),  # most of them
+    (r"<\|channel>thought", r"<channel\|>", "<channel|>"),  # Gemma 4
+    (r"\[THINK\]", r"\[/THINK\]", "[/THINK]"),  # Magistral
+    (r"<\|START_THINKING\|>", r"<\|END_THINKING\|>", "<|END_THINKING|>"),  # Command A
     ("◁think▷", "◁/think▷", "◁/think▷"),  # Kimi
 )
 _INLINE = re.compile(r"\s*<think>(.*?)</think>", re.DOTALL)
@@ -36,12 +35,10 @@ class Opening:
 def openings(prompt: str) -> list[Opening]:
     """A thought that is open, or already closed, at the end of a prompt; at most one."""
     for begin, close, end in _MARKS:
-        for pattern, has_end in (
-            (rf"{re.escape(begin)}\s*", False),
-            (rf"(?:{re.escape(begin)}\s*)?{re.escape(close)}\s*", True),
-        ):
-            if found := re.search(rf"{pattern}\Z", prompt):
-                return [Opening(prompt[: found.start()], None if has_end else end)]
+        if found := re.search(rf"{begin}\s*\Z", prompt):
+            return [Opening(prompt[: found.start()], end.format(**found.groupdict()))]
+        if found := re.search(rf"(?:{begin}\s*)?{close}\s*\Z", prompt):
+            return [Opening(prompt[: found.start()], None)]
     return []
 
 

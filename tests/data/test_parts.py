@@ -58,7 +58,7 @@ def text_of(tokenizer, template, messages, **more):
 def test_a_role_that_is_dropped(tokenizer, role, words):
     with pytest.raises(
         RowError,
-        match=f"message 0: the template does not write what its role '{role}' says.*roles met are {role}, user",
+        match=f"message 0: the template does not write its content .role '{role}'.*roles met are {role}, user",
     ):
         text_of(tokenizer, KNOWN_ROLES, [message(role, words), message("user", "river"), message("assistant", "bread")])
     assert words in text_of(
