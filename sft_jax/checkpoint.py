@@ -12,6 +12,7 @@ from orbax.checkpoint import checkpoint_managers as managers
 from orbax.checkpoint.utils import checkpoint_steps
 
 from sft_jax.errors import UserError
+from sft_jax.hf.reader import is_same_model
 from sft_jax.training.state import TrainState
 from sft_jax.tree import Path as LeafPath
 from sft_jax.tree import flatten, unflatten
@@ -177,11 +178,13 @@ def check_same_run(run: object, saved: dict[str, Any], current: dict[str, Any]) 
     """
     before, now = ({".".join(path): v for path, v in flatten(one["config"]).items()} for one in (saved, current))
     for key in sorted(before.keys() | now.keys()):
-        if not key.startswith(_FREE_KEYS) and before.get(key) != now.get(key):
+        moved = key in ("model.path", "model.revision") and saved["base"] != "random"  # what it holds is compared below
+        if not key.startswith(_FREE_KEYS) and not moved and before.get(key) != now.get(key):
             raise UserError(
                 f"{run}: holds a run with {key}={before.get(key)!r}, the config now says {now.get(key)!r}; "
                 "restore it, or name another training.output_dir"
             )
     for key, what in (("data", "training data"), ("base", "base model")):
-        if saved[key] != current[key]:
+        same = is_same_model(saved[key], current[key]) if key == "base" else saved[key] == current[key]
+        if not same:
             raise UserError(f"{run}: the {what} has changed since this run began; name another training.output_dir")

@@ -83,7 +83,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     _quiet_imports()
     from sft_jax.evaluate import evaluate
 
-    evaluate(config, options.step, options.json)
+    evaluate(config, options.step, options.json, base=options.base)
     return 0
 
 
@@ -137,7 +137,7 @@ def _export(options: argparse.Namespace) -> int:
     with joined(options.coordinator, options.num_processes, options.process_id, options.timeout):
         from sft_jax.export import export
 
-        export(options.run, options.out, options.format, options.step)
+        export(options.run, options.out, options.format, options.step, options.base)
     return 0
 
 
@@ -196,6 +196,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("config", metavar="CONFIG.yaml", help="its training.output_dir is the run")
     evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="such as evaluation.shots=4")
     evaluate.add_argument("--step", type=int, help="default: the last checkpoint")
+    evaluate.add_argument("--base", help="the base model, where it has moved")
     evaluate.add_argument("--json", action="store_true", help="print the figures as JSON")
     evaluate.set_defaults(command=_evaluate)
 
@@ -231,6 +232,7 @@ def _parser() -> argparse.ArgumentParser:
         "--format", choices=("adapter", "merged"), help="default: adapter for LoRA, merged for full fine-tuning"
     )
     export.add_argument("--step", type=int, help="default: the last checkpoint")
+    export.add_argument("--base", help="the base model, where it has moved")
     _add_processes(export)
     export.set_defaults(command=_export)
     return parser
@@ -240,7 +242,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", metavar="MODEL_OR_RUN", help="builtin:tiny, a Hugging Face folder or id, a run folder, or an adapter"
     )
-    parser.add_argument("--base", help="the base model of an adapter, where it has moved")
+    parser.add_argument("--base", help="the base model of a run or an adapter, where it has moved")
     parser.add_argument("--step", type=int, help="of a run; default: the last checkpoint")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: the run's, or that of the files")
 

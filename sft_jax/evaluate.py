@@ -13,7 +13,8 @@ from sft_jax.announce import Announcer
 from sft_jax.config import Config
 from sft_jax.data.packing import row_lengths
 from sft_jax.evaluation.compare import Comparison, Networks, compare, prepare
-from sft_jax.hf.config import read_architecture, stop_ids
+from sft_jax.hf.config import stop_ids
+from sft_jax.hf.ties import architecture_of
 from sft_jax.metrics import read_metrics
 from sft_jax.models.attention.kernel import check_kernel
 from sft_jax.models.lora import is_adapter
@@ -28,7 +29,11 @@ from sft_jax.tree import flatten, unflatten
 
 
 def evaluate(
-    config: Config, step: int | None = None, as_json: bool = False, devices: Sequence[Any] | None = None
+    config: Config,
+    step: int | None = None,
+    as_json: bool = False,
+    devices: Sequence[Any] | None = None,
+    base: str | None = None,
 ) -> Comparison:
     """Evaluate the run in ``training.output_dir``: what ``data.eval`` and ``evaluation`` say, base beside tuned.
 
@@ -38,12 +43,13 @@ def evaluate(
     Args:
         step: a checkpoint; by default the last.
         devices: which to use; by default all there are.
+        base: the base model, where it is not where it was.
 
     Raises:
         UserError: no such run, nothing to evaluate on, or data that cannot be used.
     """
     say = Announcer(jax.process_index() == 0)
-    run = open_run(config.training.output_dir, step)
+    run = open_run(config.training.output_dir, step, base)
     trained = run.config
     data = dataclasses.replace(config.data, date=config.data.date or trained.data.date)
     config = dataclasses.replace(config, model=trained.model, lora=trained.lora, data=data)
@@ -52,7 +58,7 @@ def evaluate(
     check_lengths(row_lengths(config.data), mesh)
     say.mesh(mesh)
     keep_programs(mesh.devices.flat[0])
-    arch = read_architecture(run.base)
+    arch = architecture_of(run.base, run.reader)
     old_vocab_size = arch.vocab_size
     arch = dataclasses.replace(arch, vocab_size=run.vocab_size)
     check_heads(arch.num_heads, mesh)
@@ -63,10 +69,10 @@ def evaluate(
     check_kernel(kernel, mesh, arch)
     split = network_of(config, arch, mesh, kernel, token_table, remat="none")
     say.model(config, arch.family, split, kernel)
-    base, frozen = load_weights(split, arch, run.reader, None, old_vocab_size, trained.training.seed)
+    untuned, frozen = load_weights(split, arch, run.reader, None, old_vocab_size, trained.training.seed)
     tuned = unflatten(run.restore(flatten(split.trainable)))
     stops = list(dict.fromkeys([*run.stop_ids, *stop_ids(run.base)]))
-    networks = Networks(split, mesh, arch, run.tokenizer, stops, frozen, base, tuned)
+    networks = Networks(split, mesh, arch, run.tokenizer, stops, frozen, untuned, tuned)
     comparison = compare(config, task, networks)
     if jax.process_index() == 0:
         folder = run.folder.local

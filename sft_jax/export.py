@@ -8,7 +8,6 @@ holds its part of one trained leaf at a time, and one tensor.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -23,10 +22,12 @@ from sft_jax.buckets import is_url
 from sft_jax.errors import UserError
 from sft_jax.hf.card import model_card
 from sft_jax.hf.config import read_architecture, read_config, stop_ids
+from sft_jax.hf.hub import absolute, commit_of
 from sft_jax.hf.names import is_stacked, is_transposed, module_name, tensor_names
 from sft_jax.hf.peft import save_adapter
 from sft_jax.hf.reader import chunks
 from sft_jax.hf.save import Tensor, TensorWriter
+from sft_jax.hf.ties import architecture_of
 from sft_jax.metrics import read_metrics
 from sft_jax.model_folder import new_folder, num_bytes
 from sft_jax.models.lora import is_adapter
@@ -34,18 +35,21 @@ from sft_jax.runs import Run, open_run
 from sft_jax.tree import Path as LeafPath
 
 
-def export(run: str | Path, out: str | Path, form: str | None = None, step: int | None = None) -> None:
+def export(
+    run: str | Path, out: str | Path, form: str | None = None, step: int | None = None, base: str | None = None
+) -> None:
     """Write a run's result to ``out``, which must not exist yet or be empty; it appears whole or not at all.
 
     Args:
         run: a run folder; it and ``out`` may be in a bucket.
         form: ``adapter`` or ``merged``; by default what was trained.
         step: a checkpoint; by default the last.
+        base: the base model, where it is not where it was.
 
     Raises:
         UserError: no such run or step, a folder that is not empty, or an adapter asked of full fine-tuning.
     """
-    opened = open_run(run, step)
+    opened = open_run(run, step, base)
     is_main = jax.process_index() == 0
     form = form or ("merged" if opened.config.lora is None else "adapter")
     if form == "adapter" and opened.config.lora is None:
@@ -63,11 +67,9 @@ def export(run: str | Path, out: str | Path, form: str | None = None, step: int 
             (folder / "README.md").write_text(card, encoding="utf-8")
     if is_main:
         print(f"{out}: {form} of step {opened.step}, {num_bytes(str(out)) / 1e6:.1f} MB")
-        base = opened.config.model.path
-        if form == "adapter" and is_url(base):
-            print(
-                f"its base is {base}, which PEFT does not open: name a copy in adapter_config.json, or --format merged"
-            )
+        of = opened.config.model.path
+        if form == "adapter" and is_url(of):
+            print(f"its base is {of}, which PEFT does not open: name a copy in adapter_config.json, or --format merged")
 
 
 def _write_adapter(run: Run, folder: Path) -> None:
@@ -86,16 +88,15 @@ def _write_adapter(run: Run, folder: Path) -> None:
         lora.rank,
         lora.alpha,
         lora.dropout,
-        str(run.base)
-        if run.config.model.path.startswith(builtin.PREFIX)
-        else os.path.expanduser(run.config.model.path),
-        run.config.model.revision,
+        str(run.base) if run.config.model.path.startswith(builtin.PREFIX) else absolute(run.config.model.path),
+        commit_of(run.base) or run.config.model.revision,
+        None if run.reader is None else run.reader.fingerprint(),
     )
 
 
 def _write_merged(run: Run, folder: Path) -> None:
     """Untrained and merged tensors by the process whose file they are in; trained ones a leaf at a time, by all."""
-    arch = read_architecture(run.base)
+    arch = architecture_of(run.base, run.reader)
     trained = {path: leaf for path, leaf in run.trained.items() if not is_adapter(path)}
     names = {path: tensor_names(path, arch.num_layers) for path in trained}
     tensors = {
@@ -134,6 +135,8 @@ def _write_merged(run: Run, folder: Path) -> None:
     if jax.process_index() == 0:
         # What the file has: a tokenizer may have tokens that the base's table never had rows for.
         config = read_config(run.base) | {"vocab_size": tensors["model.embed_tokens.weight"].shape[0]}
+        if read_architecture(run.base).tie_word_embeddings and not arch.tie_word_embeddings:
+            config["tie_word_embeddings"] = False  # as the files have it
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

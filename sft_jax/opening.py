@@ -13,11 +13,12 @@ from jax.sharding import Mesh
 from sft_jax.architecture import Architecture
 from sft_jax.config import LoraConfig
 from sft_jax.errors import UserError
-from sft_jax.hf.config import read_architecture, read_config, stop_ids
+from sft_jax.hf.config import read_config, stop_ids
 from sft_jax.hf.hub import find_model, weights_of
 from sft_jax.hf.load import load_params
-from sft_jax.hf.peft import load_adapter, read_adapter_config, token_rows
-from sft_jax.hf.reader import TensorReader
+from sft_jax.hf.peft import base_fingerprint, load_adapter, read_adapter_config, token_rows
+from sft_jax.hf.reader import TensorReader, is_other_weights
+from sft_jax.hf.ties import architecture_of
 from sft_jax.hf.tokenizer import load_tokenizer
 from sft_jax.inference.generator import Generator
 from sft_jax.models.lora import Split, is_adapter
@@ -60,7 +61,7 @@ def open_model(
 
     Args:
         name: ``builtin:tiny``, a Hugging Face folder or id, a run folder, or a PEFT adapter folder.
-        base: the base model of an adapter, where it is not where the adapter says.
+        base: the base model of a run or an adapter, where it is not where that says.
         step: a checkpoint of a run; by default the last.
         dtype: of computing; by default the run's, or that of the files.
         devices: which to use; by default all there are.
@@ -72,30 +73,29 @@ def open_model(
     mesh = make_mesh(devices=devices)
     keep_programs(mesh.devices.flat[0])
     if (run := RunFolder(name)).is_run():
-        if base is not None:
-            raise UserError(f"--base: {name} is a run, which is opened with the base that it was trained on")
-        return _open_run(run, step, dtype, mesh)
+        return _open_run(run, base, step, dtype, mesh)
     if step is not None:
         raise UserError(f"{name}: only run folders have steps, and this is none")
     if (folder / "adapter_config.json").is_file():
         return _open_adapter(folder, base, dtype, mesh)
     if base is not None:
-        raise UserError(f"{name}: only adapters have a base model, and this is none (no adapter_config.json)")
+        raise UserError(f"{name}: only runs and adapters have a base model, and this is neither")
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise UserError(f"{name}: neither a run, nor a Hugging Face model, nor a PEFT adapter is in this folder")
     found = find_model(name, asked_by="model")
     tokenizer, _ = load_tokenizer(found)
-    arch = read_architecture(found)
+    reader = TensorReader(weights_of(found))
+    arch = architecture_of(found, reader)
     dtype = dtype or _file_dtype(found)
     split = build(arch, mesh, None, dtype, remat="none", full=False)
-    frozen = _place(split, arch, TensorReader(weights_of(found)), {}, arch.vocab_size)
+    frozen = _place(split, arch, reader, {}, arch.vocab_size)
     stops = _with_eos(stop_ids(found), tokenizer)
     return Opened(f"{name}, {arch.family}, {dtype}", arch, tokenizer, mesh, split, {}, frozen, stops)
 
 
-def _open_run(folder: RunFolder, step: int | None, dtype: str | None, mesh: Mesh) -> Opened:
-    run = open_run(folder, step)
-    arch = read_architecture(run.base)
+def _open_run(folder: RunFolder, base: str | None, step: int | None, dtype: str | None, mesh: Mesh) -> Opened:
+    run = open_run(folder, step, base)
+    arch = architecture_of(run.base, run.reader)
     old_vocab_size = arch.vocab_size
     arch = dataclasses.replace(arch, vocab_size=run.vocab_size)
     check_heads(arch.num_heads, mesh)
@@ -109,15 +109,22 @@ def _open_run(folder: RunFolder, step: int | None, dtype: str | None, mesh: Mesh
     adapter = {path: given[path] for path in flatten(split.trainable)}
     stops = list(dict.fromkeys([*run.stop_ids, *_with_eos(stop_ids(run.base), run.tokenizer)]))
     what = f"{folder} at step {run.step}, {'full fine-tuning' if run.config.lora is None else 'LoRA'} of "
-    base = f"{run.config.model.path}, {dtype}" + (f", base in {quantization}" if quantization else "")
-    return Opened(f"{what}{base}", arch, run.tokenizer, mesh, split, unflatten(adapter), frozen, stops)
+    of = f"{run.config.model.path}, {dtype}" + (f", base in {quantization}" if quantization else "")
+    return Opened(f"{what}{of}", arch, run.tokenizer, mesh, split, unflatten(adapter), frozen, stops)
 
 
 def _open_adapter(folder: Path, base: str | None, dtype: str | None, mesh: Mesh) -> Opened:
     config = read_adapter_config(folder)
     asked_by = "--base" if base else f"{folder / 'adapter_config.json'}: base_model_name_or_path"
     found = find_model(base or config.base, None if base else config.revision, asked_by)
-    arch = read_architecture(found)
+    reader = TensorReader(weights_of(found))
+    trained_on = base_fingerprint(folder)
+    if trained_on is not None and is_other_weights(trained_on, reader.fingerprint()):
+        raise UserError(
+            f"{asked_by}: {found} has other weights of the same shapes than those that {folder} was trained on; name "
+            "the right base with --base"
+        )
+    arch = architecture_of(found, reader)
     old_vocab_size = arch.vocab_size
     arch = dataclasses.replace(arch, vocab_size=max(arch.vocab_size, token_rows(folder) or 0))
     check_heads(arch.num_heads, mesh)
@@ -129,7 +136,7 @@ def _open_adapter(folder: Path, base: str | None, dtype: str | None, mesh: Mesh)
     tables = {path: leaf for path, leaf in flatten(split.frozen).items() if path[0] in ("embed_tokens", "lm_head")}
     wanted = flatten(split.trainable) | tables
     given = load_adapter(str(folder), wanted, arch.num_layers, config.rank, config.alpha)
-    frozen = _place(split, arch, TensorReader(weights_of(found)), given, old_vocab_size)
+    frozen = _place(split, arch, reader, given, old_vocab_size)
     adapter = unflatten({path: given[path] for path in flatten(split.trainable)})
     stops = _with_eos(stop_ids(folder) or stop_ids(found), tokenizer)
     return Opened(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,8 @@ from sft_jax.checkpoint import Checkpoints, restore_leaves
 from sft_jax.config import Config
 from sft_jax.errors import UserError
 from sft_jax.hf.config import read_config
-from sft_jax.hf.hub import find_model, weights_of
-from sft_jax.hf.reader import TensorReader
+from sft_jax.hf.hub import absolute, find_model, weights_of
+from sft_jax.hf.reader import TensorReader, is_same_model
 from sft_jax.hf.tokenizer import load_tokenizer
 from sft_jax.run_folder import RunFolder
 from sft_jax.tree import Path as LeafPath
@@ -50,12 +51,13 @@ class Run:
         return restore_leaves(self.folder.checkpoints, self.step, abstract)
 
 
-def open_run(name: str | Path | RunFolder, step: int | None = None) -> Run:
+def open_run(name: str | Path | RunFolder, step: int | None = None, base: str | None = None) -> Run:
     """Read a run folder.
 
     Args:
         name: its folder, the URL of one in a bucket, or either as it was opened.
         step: a checkpoint; by default the last.
+        base: the base model, where it is not where it was; it has to be the same.
 
     Raises:
         UserError: not a run folder, no (such) checkpoint, or the base model is missing or has changed.
@@ -73,12 +75,21 @@ def open_run(name: str | Path | RunFolder, step: int | None = None) -> Run:
             raise UserError(f"{folder}: has no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
         step = steps[-1] if step is None else step
         identity = checkpoints.run(step)
-        base = find_model(config.model.path, config.model.revision)
-        reader = TensorReader(weights_of(base)) if config.model.init == "pretrained" else None
-        if reader is not None and reader.fingerprint() != identity["base"]:
-            raise UserError(f"{base}: the base model has changed since {folder} was trained")
+        if base is not None:
+            moved = dataclasses.replace(config.model, path=absolute(base), revision=None)
+            config = dataclasses.replace(config, model=moved)
+        revision = config.model.revision if base is not None else identity.get("commit") or config.model.revision
+        found = find_model(
+            config.model.path, revision, "--base" if base else f"{folder}: model.path (--base if it moved)"
+        )
+        reader = TensorReader(weights_of(found)) if config.model.init == "pretrained" else None
+        if reader is not None and not is_same_model(identity["base"], reader.fingerprint()):
+            raise UserError(
+                f"{found}: is not the base model that {folder} was trained on: its weights are others; name the right "
+                "one with --base"
+            )
         trained = checkpoints.trained(step)
     finally:
         checkpoints.close()
     tokenizer, _ = load_tokenizer(folder.local / "tokenizer")
-    return Run(folder, config, step, trained, base, reader, tokenizer, identity["stop_ids"], identity["vocab_size"])
+    return Run(folder, config, step, trained, found, reader, tokenizer, identity["stop_ids"], identity["vocab_size"])

@@ -27,9 +27,10 @@ from sft_jax.data.prepare import prepare_data
 from sft_jax.data.streaming import StreamLoader, first_rows, stream
 from sft_jax.errors import Preempted, UserError
 from sft_jax.evaluation.compare import Networks, compare, prepare
-from sft_jax.hf.config import read_architecture, stop_ids
-from sft_jax.hf.hub import find_model, weights_of
+from sft_jax.hf.config import stop_ids
+from sft_jax.hf.hub import absolute, commit_of, find_model, weights_of
 from sft_jax.hf.reader import TensorReader
+from sft_jax.hf.ties import architecture_of
 from sft_jax.hf.tokenizer import load_tokenizer
 from sft_jax.inference.generator import Generator
 from sft_jax.metrics import MetricsWriter, Progress, check_wandb, read_metrics
@@ -78,7 +79,9 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
 
     # -- data ---------------------------------------------------------------------------------------------------------
     base = find_model(config.model.path, config.model.revision)
-    arch = read_architecture(base)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=absolute(config.model.path)))
+    reader = TensorReader(weights_of(base)) if config.model.init == "pretrained" else None
+    arch = architecture_of(base, reader)
     tokenizer, num_added = load_tokenizer(
         base, config.data.chat_template, config.data.added_tokens, config.data.template_kwargs
     )
@@ -120,7 +123,6 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
     check_kernel(kernel, mesh, arch)
     network = partial(network_of, config, arch, mesh, kernel, num_added > 0)
     split = network(remat="full")
-    reader = TensorReader(weights_of(base)) if config.model.init == "pretrained" else None
     say.model(config, arch.family, split, kernel)
     file_dtype = None if reader is None else reader.dtype("model.embed_tokens.weight")
     say.optimizer(config.optimizer, split, file_dtype)
@@ -141,6 +143,7 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
         "config": configs.to_dict(config),
         "data": examples.fingerprint(),
         "base": reader.fingerprint() if reader else "random",
+        "commit": commit_of(base),
         "stop_ids": list(examples.stop_ids),
         "vocab_size": arch.vocab_size,
     }

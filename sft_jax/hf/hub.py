@@ -68,6 +68,19 @@ def find_config(path: str, revision: str | None = None, asked_by: str = "model.p
         ) from error
 
 
+def absolute(path: str) -> str:
+    """A model's name that means the same in every folder: an absolute path for a local one, all else as it is."""
+    if path.startswith(builtin.PREFIX) or is_url(path):
+        return path
+    folder = Path(path).expanduser()
+    return str(folder.absolute()) if folder.is_dir() else path
+
+
+def commit_of(folder: Path) -> str | None:
+    """The commit of a Hugging Face id's files, as they lie in the cache; None for other folders."""
+    return folder.name if folder.parent.name == "snapshots" else None
+
+
 def weights_of(folder: Path) -> Path | str:
     """Where the safetensors of a model are that :func:`find_model` has found: in the folder, or at a URL."""
     pointer = folder / _POINTER

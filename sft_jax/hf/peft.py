@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from sft_jax.errors import UserError
@@ -19,6 +20,7 @@ from sft_jax.typing import Array
 
 _FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_OF_BASE = "base_fingerprint"  # in the metadata of the file
 
 # Settings that change what an adapter computes and that this library does not have, with the value that means "off".
 _UNSUPPORTED = {
@@ -83,6 +85,15 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     )
 
 
+def base_fingerprint(folder: Path) -> str | None:
+    """Of the base's weights that an adapter was trained on (:meth:`TensorReader.fingerprint`); None of others' ones."""
+    try:
+        with safe_open(folder / _FILE, "np") as file:
+            return (file.metadata() or {}).get(_OF_BASE)
+    except (OSError, SafetensorError):
+        return None  # whoever reads its tensors says what is wrong with it
+
+
 def token_rows(folder: Path) -> int | None:
     """How many rows the token table has that an adapter carries whole; None where it carries none."""
     reader = TensorReader(folder, _FILE)
@@ -144,18 +155,21 @@ def save_adapter(
     dropout: float,
     base_model: str,
     revision: str | None = None,
+    fingerprint: str | None = None,
 ) -> None:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors`` (float32) into an existing folder.
 
     Args:
         leaves: adapter leaves, ``lora_a [L, in, R]`` and ``lora_b [L, R, out]``.
         extra: whole base tensors that were trained too (a resized token table), by Hugging Face name.
+        fingerprint: of the base's weights, so that others of the same shapes are not taken for them.
     """
     tensors = {_PREFIX + name: value for name, value in extra.items()}
     for path, leaf in leaves.items():
         for name, layer in zip(adapter_names(path, num_layers), leaf, strict=True):
             tensors[name] = np.ascontiguousarray(layer.T.astype(np.float32))
-    save_file(tensors, folder / _FILE, metadata={"format": "pt"})
+    metadata = {"format": "pt"} | ({} if fingerprint is None else {_OF_BASE: fingerprint})
+    save_file(tensors, folder / _FILE, metadata=metadata)
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

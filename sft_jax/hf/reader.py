@@ -18,7 +18,19 @@ from sft_jax.errors import UserError
 
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64}
 CHUNK_BYTES = 64 * 2**20
+_SAMPLED = 256  # bytes at the beginning and in the middle of a tensor, to tell it by
 _MAX_HEADER = 100 * 2**20  # the limit that the safetensors library sets
+
+
+def is_same_model(one: str, other: str) -> bool:
+    """Whether two fingerprints are of one model; older versions' have names, shapes and dtypes only."""
+    return one == other or (":" not in one and one == other.split(":")[0])
+
+
+def is_other_weights(one: str, other: str) -> bool:
+    """Whether two fingerprints are of models of one kind with different weights."""
+    kinds, samples = zip(one.split(":"), other.split(":"), strict=True)
+    return kinds[0] == kinds[1] and samples[0] != samples[1]
 
 
 @dataclass(frozen=True)
@@ -115,9 +127,21 @@ class TensorReader:
         return raw.view(dtype).reshape(stop - start, *entry.shape[1:])
 
     def fingerprint(self) -> str:
-        """A short hash of names, shapes and dtypes: whether a folder still holds the same kind of model."""
+        """Whether a folder still holds the same model: a hash of names, shapes and dtypes, and one of a few bytes of
+        each tensor, with a colon between."""
         described = sorted((name, self.shape(name), str(self.dtype(name))) for name in self.names)
-        return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
+        kind = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
+        files, starts, stops = [], [], []
+        for name in sorted(self.names):
+            entry = self._entries[name]
+            for start in (entry.start, (entry.start + entry.stop) // 2):
+                files.append(self._path(entry.file))
+                starts.append(start)
+                stops.append(min(start + _SAMPLED, entry.stop))
+        sampled = hashlib.sha256()
+        for found in self._fs.cat_ranges(files, starts, stops):
+            sampled.update(found)
+        return f"{kind}:{sampled.hexdigest()[:16]}"
 
     def _path(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}"

@@ -299,9 +299,9 @@ def test_what_cannot_be_opened(tuned, tiny, tmp_path):
         ({"name": "builtin:huge"}, "'builtin:huge' is not built in; there are builtin:tiny"),
         ({"name": str(tmp_path)}, "neither a run, nor a Hugging Face model, nor a PEFT adapter"),
         ({"name": str(tuned / "lora"), "step": 3}, "no checkpoint of step 3; there are 8"),
-        ({"name": str(tuned / "lora"), "base": "x"}, "is a run, which is opened with the base that it was trained on"),
+        ({"name": str(tuned / "lora"), "base": "x"}, "--base: no folder 'x'"),
         ({"name": str(tiny), "step": 3}, "only run folders have steps"),
-        ({"name": str(tiny), "base": "x"}, "only adapters have a base"),
+        ({"name": str(tiny), "base": "x"}, "only runs and adapters have a base"),
     ):
         with pytest.raises(UserError) as raised:
             open_model(**arguments, devices=one_device())
