@@ -8,11 +8,15 @@ class Rope:
     """Rotary position embedding (Su et al. 2021) and how its frequencies are stretched."""
 
     theta: float
-    kind: str = "default"  # default | linear | llama3
+    kind: str = "default"  # default | linear | llama3 | yarn
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0  # of sines and cosines
 
 
 @dataclass(frozen=True)

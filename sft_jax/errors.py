@@ -32,6 +32,11 @@ def exit_code(error: BaseException) -> int:
     return 130 if isinstance(error, KeyboardInterrupt) else 1
 
 
+def is_lfs_pointer(first: bytes) -> bool:
+    """Whether a file begins as git-lfs writes one in place of a large file that was not fetched."""
+    return first.startswith(b"version https://git-lfs.github.com/spec/")
+
+
 def one_line(text: str) -> str:
     """A text that may quote anything, as one line: what cannot be printed is written as an escape."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

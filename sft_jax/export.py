@@ -8,8 +8,10 @@ holds its part of one trained leaf at a time, and one tensor.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -28,6 +30,7 @@ from sft_jax.hf.peft import save_adapter
 from sft_jax.hf.reader import chunks
 from sft_jax.hf.save import Tensor, TensorWriter
 from sft_jax.hf.ties import architecture_of
+from sft_jax.hf.tokenizer_files import write_tokenizer
 from sft_jax.metrics import read_metrics
 from sft_jax.model_folder import new_folder, num_bytes
 from sft_jax.models.lora import is_adapter
@@ -61,7 +64,7 @@ def export(
             _write_merged(opened, folder)
         if is_main:
             _write_generation_config(opened, folder)
-            opened.tokenizer.save_pretrained(folder)
+            write_tokenizer(opened.tokenizer, opened.base, folder)
             losses = read_metrics(opened.folder.local / "metrics.jsonl")
             card = model_card(opened.config, form, opened.step, losses, opened.dtype("model.embed_tokens.weight"))
             (folder / "README.md").write_text(card, encoding="utf-8")
@@ -134,7 +137,9 @@ def _write_merged(run: Run, folder: Path) -> None:
                     write(name, _as_in_file(run, name, path, jax.device_get(layer)))
     if jax.process_index() == 0:
         # What the file has: a tokenizer may have tokens that the base's table never had rows for.
-        config = read_config(run.base) | {"vocab_size": tensors["model.embed_tokens.weight"].shape[0]}
+        config: dict[str, Any] = read_config(run.base) | {"vocab_size": tensors["model.embed_tokens.weight"].shape[0]}
+        if names := config.get("architectures"):  # saved without its head, a model is not named as one that has one
+            config["architectures"] = [re.sub("Model$", "ForCausalLM", name) for name in names]
         if read_architecture(run.base).tie_word_embeddings and not arch.tie_word_embeddings:
             config["tie_word_embeddings"] = False  # as the files have it
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

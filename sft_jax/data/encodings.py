@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sft_jax.errors import UserError
+from sft_jax.errors import UserError, is_lfs_pointer
 
-_LFS = b"version https://git-lfs.github.com/spec/"
 _SAMPLE = 4096
 
 
@@ -31,7 +30,7 @@ def check_first_bytes(path: Path, name: str) -> None:
     """
     with path.open("rb") as file:
         first = file.read(_SAMPLE)
-    if first.startswith(_LFS):
+    if is_lfs_pointer(first):
         raise UserError(f"{name}: is a pointer of git-lfs and not the file itself; fetch it with git lfs pull")
     if path.suffix in (".jsonl", ".json", ".csv") and _is_utf16(first):
         raise UserError(f"{name}: {not_utf8(first)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,13 @@ def read_architecture(folder: Path) -> Architecture:
     family = raw.get("model_type")
     if family not in FAMILIES:
         raise UserError(f"{path}: model family {family!r} is not supported; supported are {', '.join(FAMILIES)}")
-    if raw.get("quantization_config"):
-        raise UserError(f"{path}: quantised weights are not supported; give the unquantised model")
+    if quantised := raw.get("quantization_config"):
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        raise UserError(
+            f"{path}: quantised weights ({method or 'of an unknown method'}) are not read; give the model that they "
+            "were made of: model.quantization: nf4 or int8 quantises it here, and an adapter of the quantised one "
+            "opens on it with --base"
+        )
     from transformers import AutoConfig
 
     try:
@@ -67,7 +73,7 @@ def read_architecture(folder: Path) -> Architecture:
         num_kv_heads=num_kv_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
         norm_eps=config.rms_norm_eps,
-        rope=_rope(config.rope_parameters, path),
+        rope=_rope(config.rope_parameters, config.max_position_embeddings, path),
         tie_word_embeddings=bool(config.tie_word_embeddings),
         qkv_bias=family == "qwen2" or attention_bias,
         o_bias=family in ("llama", "qwen3") and attention_bias,
@@ -90,12 +96,12 @@ def stop_ids(folder: Path) -> list[int]:
     return []
 
 
-def _rope(parameters: dict[str, Any], path: Path) -> Rope:
+def _rope(parameters: dict[str, Any], max_positions: int, path: Path) -> Rope:
     kind = parameters.get("rope_type", "default")
     theta = float(parameters["rope_theta"])
     if parameters.get("partial_rotary_factor", 1.0) != 1.0:
         raise UserError(f"{path}: partial_rotary_factor {parameters['partial_rotary_factor']} is not supported")
-    if kind == "default":
+    if kind in ("default", "dynamic"):  # a dynamic one is the default within the context, and no row is longer
         return Rope(theta)
     if kind == "linear":
         return Rope(theta, kind, factor=float(parameters["factor"]))
@@ -108,7 +114,32 @@ def _rope(parameters: dict[str, Any], path: Path) -> Rope:
             high_freq_factor=float(parameters["high_freq_factor"]),
             original_max_position_embeddings=int(parameters["original_max_position_embeddings"]),
         )
-    raise UserError(f"{path}: rope_type {kind!r} is not supported; supported are default, linear, llama3")
+    if kind == "yarn":
+        factor = float(parameters["factor"])
+        return Rope(
+            theta,
+            kind,
+            factor=factor,
+            original_max_position_embeddings=int(parameters.get("original_max_position_embeddings") or max_positions),
+            beta_fast=float(parameters.get("beta_fast") or 32.0),
+            beta_slow=float(parameters.get("beta_slow") or 1.0),
+            truncate=bool(parameters.get("truncate", True)),
+            attention_factor=_attention_factor(parameters, factor),
+        )
+    supported = "default, linear, llama3, yarn, dynamic"
+    raise UserError(f"{path}: rope_type {kind!r} is not supported; supported are {supported}")
+
+
+def _attention_factor(parameters: dict[str, Any], factor: float) -> float:
+    """By how much YaRN scales queries and keys, where it is not told: ``0.1 · ln(factor) + 1``."""
+    if parameters.get("attention_factor") is not None:
+        return float(parameters["attention_factor"])
+
+    def scale(by: float) -> float:
+        return 0.1 * by * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    of_all, mscale = parameters.get("mscale_all_dim"), parameters.get("mscale")
+    return scale(mscale) / scale(of_all) if mscale and of_all else scale(1.0)
 
 
 def _sliding_windows(config: Any) -> tuple[int | None, ...] | None:

@@ -111,7 +111,10 @@ def _check(reader: TensorReader, abstract: Mapping, num_layers: int, tied: bool,
             expected[name] = (old_vocab_size, *expected[name][1:])
     for name, shape in expected.items():
         if name not in reader.names:
-            raise UserError(f"{reader.folder}: tensor {name} is missing")
+            there = ", ".join(sorted(reader.names)[:2])
+            raise UserError(
+                f"{reader.folder}: tensor {name} is missing; there are {len(reader.names)}, such as {there}"
+            )
         if reader.shape(name) != shape:
             raise UserError(
                 f"{reader.folder}: tensor {name} has shape {reader.shape(name)}, config.json asks for {shape}"

@@ -22,6 +22,8 @@ _FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _OF_BASE = "base_fingerprint"  # in the metadata of the file
 
+_MERGE = "; merge it into its base with PEFT (merge_and_unload), and give the merged model"
+
 # Settings that change what an adapter computes and that this library does not have, with the value that means "off".
 _UNSUPPORTED = {
     "use_dora": False,
@@ -69,17 +71,19 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         raise UserError(f"{path}: peft_type {config.get('peft_type')!r} is not LORA")
     for key, off in _UNSUPPORTED.items():
         if config.get(key, off) not in (off, None):
-            raise UserError(f"{path}: {key}={config[key]!r} is not supported")
+            raise UserError(f"{path}: {key}={config[key]!r} is not supported{_MERGE}")
     if (init := config.get("init_lora_weights")) not in _INITS:
         raise UserError(
-            f"{path}: init_lora_weights={init!r} has changed the base model as well, which is not supported"
+            f"{path}: init_lora_weights={init!r} has changed the base model as well, which is not supported{_MERGE}"
         )
     for key in ("r", "lora_alpha", "target_modules", "base_model_name_or_path"):
         if not config.get(key):
             raise UserError(f"{path}: {key} is missing")
     targets = config["target_modules"]
     if not isinstance(targets, list):
-        raise UserError(f"{path}: target_modules={targets!r} is not supported; it must be a list of module names")
+        raise UserError(
+            f"{path}: target_modules={targets!r} is not supported; it must be a list of module names{_MERGE}"
+        )
     return AdapterConfig(
         config["base_model_name_or_path"], config.get("revision"), config["r"], config["lora_alpha"], targets
     )

@@ -17,6 +17,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from sft_jax.errors import UserError
 from sft_jax.hf.reader import TensorReader, chunks
 from sft_jax.typing import Array
 
@@ -102,6 +103,7 @@ def _on_device(reader: TensorReader, name: str, first: int, last: int, size: int
     rest, dtype = reader.shape(name)[1:], reader.dtype(name)
     buffer = None
     for start, rows in chunks(reader, name, first, last):
+        _check_finite(reader, name, rows)
         part = jax.device_put(_narrow(rows), device)
         if len(rows) == size:  # all of it at once
             return part
@@ -110,6 +112,22 @@ def _on_device(reader: TensorReader, name: str, first: int, last: int, size: int
         buffer.block_until_ready()
     # Devices beyond the last row of the file have none.
     return _zeros((size, *rest), _narrow(np.empty(0, dtype)).dtype, device) if buffer is None else buffer
+
+
+def _check_finite(reader: TensorReader, name: str, rows: np.ndarray) -> None:
+    """By the bits of the exponent, which are all ones where a number is not finite.
+
+    Raises:
+        UserError: such a weight, which would make every loss so; the data would be blamed for it.
+    """
+    bits = np.dtype(f"u{rows.itemsize}")
+    exponent = {2: 0x7C00 if rows.dtype == np.float16 else 0x7F80, 4: 0x7F800000, 8: 0x7FF0 << 48}[rows.itemsize]
+    magnitude = np.bitwise_and(rows.view(bits), bits.type(np.iinfo(bits).max >> 1))
+    if magnitude.size and magnitude.max() >= exponent:
+        raise UserError(
+            f"{reader.folder}: tensor {name} has weights that are not finite (NaN or infinite); the checkpoint is "
+            "damaged"
+        )
 
 
 def _narrow(rows: np.ndarray) -> np.ndarray:

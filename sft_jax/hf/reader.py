@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +15,13 @@ import fsspec
 import ml_dtypes
 import numpy as np
 
-from sft_jax.errors import UserError
+from sft_jax.errors import UserError, is_lfs_pointer
 
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64}
 CHUNK_BYTES = 64 * 2**20
 _SAMPLED = 256  # bytes at the beginning and in the middle of a tensor, to tell it by
+_BARE = "embed_tokens.weight"  # the token table of a checkpoint without prefix
+_FIRST = 64  # bytes that tell a pointer of git-lfs
 _MAX_HEADER = 100 * 2**20  # the limit that the safetensors library sets
 
 
@@ -84,13 +87,17 @@ class TensorReader:
             except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError) as error:
                 raise UserError(f"{folder}/{index}: not an index of safetensors files: {error!r}") from error
         else:
-            raise UserError(f"{folder}: no {single} and no {index}; weights are read from safetensors only")
+            files = self._without_index(single, index)
         self._entries: dict[str, _Entry] = {}
         self._open: dict[str, Any] = {}
         for name in files:
             if not self._fs.isfile(self._path(name)):
                 raise UserError(f"{folder}/{name}: named in {index} but missing")
             self._entries |= self._header(name)
+        if _BARE in self._entries:  # saved without the head's class, whose prefix the names lack
+            self._entries = {
+                name if name.startswith("lm_head.") else f"model.{name}": entry for name, entry in self._entries.items()
+            }
 
     @property
     def names(self) -> set[str]:
@@ -143,6 +150,21 @@ class TensorReader:
             sampled.update(found)
         return f"{kind}:{sampled.hexdigest()[:16]}"
 
+    def _without_index(self, single: str, index: str) -> list[str]:
+        """Shards that nothing but their names tells of."""
+        names = [path.rpartition("/")[2] for path in self._fs.ls(self._root, detail=False)]
+        shards = sorted(name for name in names if re.fullmatch(r"model-\d+-of-\d+\.safetensors", name))
+        if shards and single == "model.safetensors":
+            return shards
+        pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth")) and "model" in name]
+        way_out = (
+            f"; {pickles[0]} is a pickle, which could run code and is not opened: convert it once where you trust it, "
+            "by AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(OUT) of transformers"
+            if pickles
+            else ""
+        )
+        raise UserError(f"{self.folder}: no {single} and no {index}; weights are read from safetensors only{way_out}")
+
     def _path(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}"
 
@@ -171,7 +193,13 @@ class TensorReader:
 
         size = self._fs.size(self._path(name))
         file = self._file(name)
-        length = int.from_bytes(file.read(8), "little")
+        first = file.read(_FIRST)
+        if is_lfs_pointer(first):
+            raise UserError(
+                f"{self.folder}/{name}: is a pointer of git-lfs and not the file itself; fetch it with git lfs pull"
+            )
+        length = int.from_bytes(first[:8], "little")
+        file.seek(8)
         if not 0 < length <= min(_MAX_HEADER, size - 8):
             raise refuse(f"a header of {length} bytes in a file of {size}")
         try:

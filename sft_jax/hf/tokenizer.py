@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sft_jax.errors import UserError
+from sft_jax.errors import UserError, is_lfs_pointer
 
 _NOT_ARGUMENTS = ("messages", "tools", "documents", "add_generation_prompt")
 
@@ -38,6 +38,11 @@ def load_tokenizer(
             f"{folder}: has a SentencePiece tokenizer.model only, which is not converted faithfully; "
             "add the tokenizer.json of the same model"
         )
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if (folder / name).is_file() and is_lfs_pointer((folder / name).read_bytes()[:64]):
+            raise UserError(
+                f"{folder / name}: is a pointer of git-lfs and not the file itself; fetch it with git lfs pull"
+            )
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (ValueError, OSError, KeyError) as error:

@@ -18,13 +18,16 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> Float[np.ndarray, "H/2"]:
 
     ``linear`` divides all by ``factor`` (Chen et al. 2023). ``llama3`` keeps wavelengths shorter than
     ``original / high_freq_factor`` as they are, divides those longer than ``original / low_freq_factor`` by ``factor``
-    and blends between (Llama 3.1 reference code; ``transformers.modeling_rope_utils``).
+    and blends between (Llama 3.1 reference code; ``transformers.modeling_rope_utils``). ``yarn`` blends by channel
+    between those that turn ``beta_fast`` and ``beta_slow`` times in the original context (Peng et al. 2023).
     """
     frequency = 1.0 / rope.theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
     if rope.kind == "default":
         return frequency.astype(np.float32)
     if rope.kind == "linear":
         return (frequency / rope.factor).astype(np.float32)
+    if rope.kind == "yarn":
+        return _yarn(rope, frequency, head_dim)
     assert rope.kind == "llama3", rope.kind
     turns = rope.original_max_position_embeddings * frequency / (2 * math.pi)  # within the original context
     keep = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
@@ -32,10 +35,26 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> Float[np.ndarray, "H/2"]:
     return (keep * frequency + (1 - keep) * frequency / rope.factor).astype(np.float32)
 
 
+def _yarn(rope: Rope, frequency: np.ndarray, head_dim: int) -> np.ndarray:
+    def channel(turns: float) -> float:
+        """Which pair of channels turns so often within the original context."""
+        length = rope.original_max_position_embeddings / (turns * 2 * math.pi)
+        return head_dim * math.log(length) / (2 * math.log(rope.theta))
+
+    low, high = channel(rope.beta_fast), channel(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    width = high - low or 0.001
+    stretched = np.clip((np.arange(head_dim // 2, dtype=np.float32) - low) / width, 0.0, 1.0)
+    return (stretched * frequency / rope.factor + (1 - stretched) * frequency).astype(np.float32)
+
+
 def sin_cos(positions: Int[Array, "B T"], rope: Rope, head_dim: int) -> tuple[Array, Array]:
-    """Sines and cosines ``[B, T, H/2]``, float32, shared by all layers and heads."""
+    """Sines and cosines ``[B, T, H/2]``, float32, shared by all layers and heads; times ``rope.attention_factor``."""
     angles = positions.astype(jnp.float32)[..., None] * inverse_frequencies(rope, head_dim)
-    return jnp.sin(angles), jnp.cos(angles)
+    sin, cos = jnp.sin(angles), jnp.cos(angles)
+    return (sin, cos) if rope.attention_factor == 1.0 else (rope.attention_factor * sin, rope.attention_factor * cos)
 
 
 @jax.custom_vjp
