@@ -103,8 +103,9 @@ def _on_device(reader: TensorReader, name: str, first: int, last: int, size: int
     rest, dtype = reader.shape(name)[1:], reader.dtype(name)
     buffer = None
     for start, rows in chunks(reader, name, first, last):
+        rows = _narrow(rows)
         _check_finite(reader, name, rows)
-        part = jax.device_put(_narrow(rows), device)
+        part = jax.device_put(rows, device)
         if len(rows) == size:  # all of it at once
             return part
         buffer = _zeros((size, *rest), part.dtype, device) if buffer is None else buffer
@@ -121,7 +122,7 @@ def _check_finite(reader: TensorReader, name: str, rows: np.ndarray) -> None:
         UserError: such a weight, which would make every loss so; the data would be blamed for it.
     """
     bits = np.dtype(f"u{rows.itemsize}")
-    exponent = {2: 0x7C00 if rows.dtype == np.float16 else 0x7F80, 4: 0x7F800000, 8: 0x7FF0 << 48}[rows.itemsize]
+    exponent = {2: 0x7C00 if rows.dtype == np.float16 else 0x7F80, 4: 0x7F800000}[rows.itemsize]
     magnitude = np.bitwise_and(rows.view(bits), bits.type(np.iinfo(bits).max >> 1))
     if magnitude.size and magnitude.max() >= exponent:
         raise UserError(
@@ -131,8 +132,9 @@ def _check_finite(reader: TensorReader, name: str, rows: np.ndarray) -> None:
 
 
 def _narrow(rows: np.ndarray) -> np.ndarray:
-    """jax has no float64 here."""
-    return rows.astype(np.float32) if rows.dtype == np.float64 else rows
+    """jax has no float64 here; what float32 cannot hold becomes infinite."""
+    with np.errstate(over="ignore"):
+        return rows.astype(np.float32) if rows.dtype == np.float64 else rows
 
 
 def _zeros(shape: tuple[int, ...], dtype: Any, device: Any) -> Array:

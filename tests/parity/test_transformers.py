@@ -36,6 +36,39 @@ FAMILIES = {
         "Llama",
         {"head_dim": 8, "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
     ),
+    "llama-yarn": (
+        "Llama",
+        {
+            "head_dim": 16,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "original_max_position_embeddings": 64,
+            },
+        },
+    ),
+    "llama-yarn-as-deepseek": (
+        "Llama",
+        {
+            "head_dim": 24,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e5,
+                "factor": 8.0,
+                "original_max_position_embeddings": 50,
+                "mscale": 1.0,
+                "mscale_all_dim": 0.7,
+                "beta_fast": 16.0,
+                "beta_slow": 2.0,
+                "truncate": False,
+            },
+        },
+    ),
+    "llama-dynamic-rope": (
+        "Llama",
+        {"head_dim": 8, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}},
+    ),
     "llama-biases": ("Llama", {"head_dim": 12, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
     "mistral": ("Mistral", {"head_dim": 14, "sliding_window": 9}),
     "mistral-no-window": ("Mistral", {"head_dim": 10, "sliding_window": None}),

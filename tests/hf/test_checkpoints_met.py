@@ -1,0 +1,120 @@
+"""Checkpoints as people have them: read where that is safe, else what is wrong is named, and the way out."""
+
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+from kit import logits, make_model, one_device, run_config, run_model, sft_jax
+from safetensors.numpy import load_file, save_file
+
+from sft_jax.errors import UserError
+from sft_jax.export import export
+from sft_jax.hf.config import read_architecture
+from sft_jax.hf.tokenizer import load_tokenizer
+from sft_jax.opening import open_model
+from sft_jax.train import train
+
+IDS = np.random.default_rng(0).integers(0, 380, (2, 40))
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 19572\n"
+WEIGHTS = "model.safetensors"
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.fixture
+def base(tmp_path):
+    return make_model(tmp_path / "base")
+
+
+def opened_logits(folder):
+    opened = open_model(str(folder), devices=one_device())
+    model = opened.split.merge(opened.adapter, opened.frozen)
+    return logits(model, IDS)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16, np.float64])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_weight_that_is_not_finite_is_named(base, dtype, value):
+    tensors = {name: x.astype(dtype) for name, x in load_file(base / WEIGHTS).items()}
+    save_file(tensors, base / WEIGHTS)
+    opened_logits(base)  # the largest number that a dtype has is one
+    tensors[UP][-1, -1] = min(float(ml_dtypes.finfo(dtype).max), float(np.finfo(np.float32).max))
+    save_file(tensors, base / WEIGHTS)
+    open_model(str(base), devices=one_device())
+    tensors[UP][-1, -1] = value
+    save_file(tensors, base / WEIGHTS)
+    with pytest.raises(UserError, match=rf"tensor {UP} has weights that are not finite"):
+        open_model(str(base), devices=one_device())
+
+
+@pytest.mark.parametrize("files", [WEIGHTS, "tokenizer.json", "tokenizer_config.json"])
+def test_pointers_of_git_lfs(base, files):
+    (base / files).write_text(POINTER)
+    with pytest.raises(UserError, match=rf"{files}: is a pointer of git-lfs .*git lfs pull"):
+        open_model(str(base), devices=one_device())
+
+
+def test_a_checkpoint_without_prefix(base, chats, tmp_path):
+    """As the model's class without a head writes it; what is exported has the usual names, and a head."""
+    expected = opened_logits(base)
+    tensors = {name.removeprefix("model."): x for name, x in load_file(base / WEIGHTS).items()}
+    save_file(tensors, base / WEIGHTS)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaModel"]}))
+    np.testing.assert_array_equal(opened_logits(base), expected)
+    train(run_config(base, chats, tmp_path / "run", training__max_steps=1), one_device())
+    export(tmp_path / "run", tmp_path / "merged", "merged")
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    np.testing.assert_allclose(opened_logits(tmp_path / "merged"), logits(run_model(tmp_path / "run"), IDS), atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_shards_without_an_index(base, count):
+    expected = opened_logits(base)
+    tensors = sorted(load_file(base / WEIGHTS).items())
+    (base / WEIGHTS).unlink()
+    for i in range(count):
+        save_file(dict(tensors[i::count]), base / f"model-{i + 1:05d}-of-00003.safetensors")
+    np.testing.assert_array_equal(opened_logits(base), expected)
+    (base / "model-00001-of-00003.safetensors").unlink()
+    words = "no model.safetensors" if count == 1 else "is missing; there are"
+    with pytest.raises(UserError, match=words):
+        open_model(str(base), devices=one_device())
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt"])
+def test_pickles_are_not_opened(base, name):
+    (base / WEIGHTS).unlink()
+    (base / name).write_bytes(b"cos\nsystem\n(S'false'\ntR.")
+    with pytest.raises(UserError, match=rf"{name} is a pickle, which could run code .*save_pretrained\(OUT\)"):
+        open_model(str(base), devices=one_device())
+
+
+@pytest.mark.parametrize("method", ["awq", "bitsandbytes", "fp8", None])
+def test_quantised_checkpoints_have_a_way_out(base, method):
+    config = json.loads((base / "config.json").read_text())
+    quantised = {"bits": 4} | ({"quant_method": method} if method else {})
+    (base / "config.json").write_text(json.dumps(config | {"quantization_config": quantised}))
+    with pytest.raises(UserError, match=rf"\({method or 'of an unknown method'}\) are not read; .*nf4 .*--base"):
+        read_architecture(base)
+
+
+def test_an_adapter_of_options_that_are_not_read_has_a_way_out(base, chats, tmp_path):
+    train(run_config(base, chats, tmp_path / "run", training__max_steps=1), one_device())
+    export(tmp_path / "run", tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    for change in ({"use_dora": True}, {"target_modules": "all-linear"}, {"init_lora_weights": "pissa"}):
+        path.write_text(json.dumps(config | change))
+        done = sft_jax("generate", tmp_path / "adapter", "--prompt", "river")
+        assert done.returncode == 2
+        assert "merge it into its base with PEFT" in done.stderr
+
+
+def test_arguments_that_no_template_reads(base):
+    for kwargs, words in (
+        ({"enable_thinking": False}, "reads no argument 'enable_thinking'"),
+        ({"messages": []}, "'messages' is set by what is rendered"),
+    ):
+        with pytest.raises(UserError, match=words):
+            load_tokenizer(base, template_kwargs=kwargs)
