@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -91,6 +93,16 @@ class Announcer:
             "plan",
             f"{plan.num_steps:,} steps of {rows}, {len(plan.epoch_ends)} epoch(s), {packing}, {filled:.1%} filled",
         )
+
+    def untrained(self, tokenizer: Any, ids: Sequence[int]) -> None:
+        """Special tokens that mean nothing to the base model, and that LoRA leaves so."""
+        if ids:
+            tokens = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(ids)))
+            self(
+                "untrained",
+                f"{tokens}: their rows of the token table were never trained (zero, tiny or alike), and LoRA leaves "
+                "them so: the model can hardly tell them apart; lora.token_table=true trains them",
+            )
 
     def compiled(self, step: Compiled) -> None:
         """How long it took, what is kept for the backward pass, and the memory that takes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -97,9 +98,13 @@ class Checkpoints:
             data: the data position.
             run: what the state belongs to (config, fingerprints), to be compared before it is restored.
             eval_loss: held-out loss of this step, where it was measured.
+
+        Raises:
+            UserError: the disk has no room for it.
         """
         if step in self.steps():
             return
+        self._check_room(step, state)
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(state.params),  # type: ignore[call-arg]
             optimizer=ocp.args.StandardSave(_besides_params(state)),  # type: ignore[call-arg]
@@ -107,6 +112,21 @@ class Checkpoints:
             run=ocp.args.JsonSave(run),  # type: ignore[call-arg]
         )
         self._manager.save(step, args=items, metrics=None if eval_loss is None else {"eval_loss": eval_loss})
+
+    def _check_room(self, step: int, state: TrainState) -> None:
+        """What comes after is there before what was is removed, and half a checkpoint is of no use."""
+        if "://" in str(self._manager.directory):
+            return
+        self.wait()
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        free = shutil.disk_usage(self._manager.directory).free
+        if free < needed:
+            steps = self.steps()
+            raise UserError(
+                f"{self._manager.directory}: {free / 1e6:,.0f} MB are free and the checkpoint of step {step} takes "
+                f"{needed / 1e6:,.0f}; free some and run the same command again, which goes on "
+                + (f"from step {steps[-1]}" if steps else "from the start")
+            )
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """State and data position of a step; ``abstract`` has the shapes and the shardings to restore into."""
@@ -180,9 +200,15 @@ def check_same_run(run: object, saved: dict[str, Any], current: dict[str, Any]) 
     for key in sorted(before.keys() | now.keys()):
         moved = key in ("model.path", "model.revision") and saved["base"] != "random"  # what it holds is compared below
         if not key.startswith(_FREE_KEYS) and not moved and before.get(key) != now.get(key):
+            way_on = (
+                "; its schedule is made for so many steps: to train on, start another run from its export "
+                "(lora.init_from or model.path)"
+                if key in ("training.max_steps", "training.num_train_epochs")
+                else ""
+            )
             raise UserError(
                 f"{run}: holds a run with {key}={before.get(key)!r}, the config now says {now.get(key)!r}; "
-                "restore it, or name another training.output_dir"
+                f"restore it, or name another training.output_dir{way_on}"
             )
     for key, what in (("data", "training data"), ("base", "base model")):
         same = is_same_model(saved[key], current[key]) if key == "base" else saved[key] == current[key]

@@ -6,8 +6,15 @@ import argparse
 import os
 import sys
 
-from sft_jax import __version__
-from sft_jax.errors import Preempted, Unreachable, UserError, exit_code
+from sft_jax import __version__, outside_faults
+from sft_jax.errors import (
+    USER_MISTAKE,
+    Preempted,
+    Unreachable,
+    UserError,
+    exit_code,
+    one_line,
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,6 +32,11 @@ def main(arguments: list[str] | None = None) -> int:
     except (UserError, Preempted, Unreachable, KeyboardInterrupt) as error:
         print(f"sft-jax: {str(error) or 'interrupted'}", file=sys.stderr)
         return exit_code(error)
+    except Exception as error:
+        if (line := outside_faults.told(error, options.name)) is None:
+            raise
+        print(f"sft-jax: {one_line(line)}", file=sys.stderr)
+        return USER_MISTAKE
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -152,7 +164,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="sft-jax", description="Supervised fine-tuning of language models in JAX.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"sft-jax {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="train; continues where a run of the same config left off")
     train.add_argument("config", metavar="CONFIG.yaml")

@@ -63,6 +63,7 @@ class LoraConfig:
     alpha: float = 32.0
     target_modules: Any = "all-linear"  # or a list of PEFT-style names
     dropout: float = 0.0
+    token_table: bool = False  # also train the token table and the head, whole, as added tokens do
     init_from: str | None = None  # a PEFT adapter folder to continue from
 
     def __post_init__(self) -> None:

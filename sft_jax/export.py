@@ -70,6 +70,11 @@ def export(
             (folder / "README.md").write_text(card, encoding="utf-8")
     if is_main:
         print(f"{out}: {form} of step {opened.step}, {num_bytes(str(out)) / 1e6:.1f} MB")
+        if form == "adapter" and not all(map(is_adapter, opened.trained)):
+            print(
+                "it carries the token table and the head whole, which PEFT reads and vLLM and llama.cpp do not: give "
+                "these --format merged"
+            )
         of = opened.config.model.path
         if form == "adapter" and is_url(of):
             print(f"its base is {of}, which PEFT does not open: name a copy in adapter_config.json, or --format merged")

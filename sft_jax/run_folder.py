@@ -60,10 +60,10 @@ class RunFolder:
         """Refuse to write into a folder that holds something else than a run.
 
         Raises:
-            UserError: it does.
+            UserError: it does, or it cannot be written.
         """
-        if self.local.exists() and not self.local.is_dir():
-            raise UserError(f"training.output_dir: {self.local} is a file")
+        if self._fs is None:
+            _probe(self.local)
         empty = not self.local.is_dir() or not any(self.local.iterdir())
         if self._fs is not None and empty:
             empty = not self._fs.exists(self._root) or not self._fs.ls(self._root)
@@ -119,3 +119,22 @@ class RunFolder:
             file.parent.mkdir(parents=True, exist_ok=True)
             self._fs.get_file(path, str(file))
             self._pushed[file] = (file.stat().st_mtime_ns, file.stat().st_size)
+
+
+def _probe(folder: Path) -> None:
+    """Find out whether a folder, or the one that it will be made in, can be written; nothing is left there.
+
+    Raises:
+        UserError: it cannot, or is a file.
+    """
+    there = folder.absolute()
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    if not there.is_dir():
+        raise UserError(f"training.output_dir: {there} is a file")
+    try:
+        with tempfile.TemporaryFile(dir=there) as file:
+            file.write(b"\0")
+            file.flush()
+    except OSError as error:
+        raise UserError(f"training.output_dir: {there} cannot be written: {error.strerror or error}") from error

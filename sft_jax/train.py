@@ -32,6 +32,7 @@ from sft_jax.hf.hub import absolute, commit_of, find_model, weights_of
 from sft_jax.hf.reader import TensorReader
 from sft_jax.hf.ties import architecture_of
 from sft_jax.hf.tokenizer import load_tokenizer
+from sft_jax.hf.untrained import chat_tokens, untrained_rows
 from sft_jax.inference.generator import Generator
 from sft_jax.metrics import MetricsWriter, Progress, check_wandb, read_metrics
 from sft_jax.models.attention.kernel import check_kernel
@@ -45,7 +46,7 @@ from sft_jax.run_folder import RunFolder
 from sft_jax.sharding import check_batch, check_heads, check_lengths, make_mesh
 from sft_jax.training.assembly import kernel_of, network_of, step_of
 from sft_jax.training.compilation import Steps, keep_programs
-from sft_jax.training.optimizer import labels_of, make_optimizer
+from sft_jax.training.optimizer import check_rates, labels_of, make_optimizer
 from sft_jax.training.state import TrainState, abstract_state, make_state, state_shardings
 from sft_jax.training.step import TrainStep, make_eval_step
 from sft_jax.training.weights import load_weights
@@ -107,6 +108,7 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
     assert total_steps is not None
     longest = config.data.max_length if plan is None else int(plan.lengths.max(initial=1))
     say.plan(config, examples, plan)
+    check_rates(config.optimizer, total_steps)
     if len(tokenizer) > arch.vocab_size and not num_added and config.lora is not None:
         say(
             "",
@@ -121,7 +123,8 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
     model, training = config.model, config.training
     kernel = kernel_of(config, arch, mesh)
     check_kernel(kernel, mesh, arch)
-    network = partial(network_of, config, arch, mesh, kernel, num_added > 0)
+    token_table = num_added > 0 or (config.lora is not None and config.lora.token_table)
+    network = partial(network_of, config, arch, mesh, kernel, token_table)
     split = network(remat="full")
     say.model(config, arch.family, split, kernel)
     file_dtype = None if reader is None else reader.dtype("model.embed_tokens.weight")
@@ -130,6 +133,8 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
         split, arch, reader, config.lora, old_vocab_size, training.seed, "all" if latest is None else "frozen"
     )
     stops = list(dict.fromkeys([*examples.stop_ids, *base_stops]))
+    if reader is not None and config.lora is not None and not token_table:
+        say.untrained(tokenizer, untrained_rows(reader, chat_tokens(tokenizer, examples.stop_ids)))
 
     # -- optimizer and steps ------------------------------------------------------------------------------------------
     optimizer = make_optimizer(config.optimizer, labels_of(split.trainable, split.labels), training.seed)

@@ -179,14 +179,15 @@ def read_base(config: Config, folder: Path) -> Base:
     Without a tokenizer beside it, each of ``data.added_tokens`` counts as new.
     """
     arch = read_architecture(folder)
+    asked = config.lora is not None and config.lora.token_table
     if not config.data.added_tokens:
-        return Base(arch, token_table=False)
+        return Base(arch, token_table=asked)
     has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
     size, added = arch.vocab_size + len(config.data.added_tokens), len(config.data.added_tokens)
     if has_tokenizer:
         tokenizer, added = load_tokenizer(folder, None, config.data.added_tokens)
         size = max(arch.vocab_size, len(tokenizer))
-    return Base(dataclasses.replace(arch, vocab_size=size), token_table=added > 0)
+    return Base(dataclasses.replace(arch, vocab_size=size), token_table=asked or added > 0)
 
 
 def abstract_step(config: Config, base: Base, devices: Sequence[Any]) -> AbstractStep:

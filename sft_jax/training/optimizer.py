@@ -7,9 +7,11 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from sft_jax.config import OptimizerConfig
+from sft_jax.errors import UserError
 from sft_jax.models.lora import FROZEN, LABELS
 from sft_jax.training.moments import scale_by_factored_adam, scale_by_rounded_adam
 from sft_jax.tree import Params, Path, flatten, unflatten
@@ -48,6 +50,22 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> Callable[[Array]
             return jnp.asarray(schedule(step), jnp.float32)
 
     return rate
+
+
+def check_rates(config: OptimizerConfig, total_steps: int) -> None:
+    """Refuse a schedule that never leaves zero.
+
+    Raises:
+        UserError: it does not, though the rate is none.
+    """
+    if config.learning_rate == 0 or total_steps == 0:
+        return
+    rates = make_schedule(config, total_steps)(jnp.arange(total_steps))
+    if not np.asarray(rates).any():
+        raise UserError(
+            f"optimizer.warmup_ratio: {config.warmup_ratio:g} of {total_steps:,} steps warm up from a rate of 0, and "
+            "none is left to train with it; lower it, or train longer"
+        )
 
 
 def make_optimizer(
