@@ -61,8 +61,9 @@ def test_model(tiny, chats, tmp_path):
     refused(run_config(broken("gpt", {"model_type": "gpt2"}), chats, out), "'gpt2' is not supported", "llama")
     refused(run_config(broken("gelu", {"hidden_act": "gelu"}), chats, out), "hidden_act 'gelu'")
     refused(run_config(broken("quantised", {"quantization_config": {"bits": 4}}), chats, out), "quantised")
-    yarn = {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}}
-    refused(run_config(broken("yarn", yarn), chats, out), "rope_type 'yarn' is not supported")
+    scaling = {"rope_type": "longrope", "factor": 4.0, "short_factor": [1.0] * 6, "long_factor": [2.0] * 6}
+    longrope = broken("longrope", {"rope_scaling": scaling | {"original_max_position_embeddings": 64}})
+    refused(run_config(longrope, chats, out), "rope_type 'longrope' is not supported")
     name = "model.layers.1.mlp.up_proj.weight"
     refused(run_config(broken("missing", None, lambda t: t.pop(name)), chats, out), f"tensor {name} is missing")
     wrong = broken("wrong", None, lambda t: t.update({name: np.zeros((3, 3), np.float32)}))
