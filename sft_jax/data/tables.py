@@ -211,7 +211,7 @@ def _reader(kind: Any) -> Callable[[Any], Any] | None:
         return json.loads if kind.extension_name == "arrow.json" else _reader(kind.storage_type)
     if pa.types.is_dictionary(kind):
         return _reader(kind.value_type)
-    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind):
+    if any(is_kind(kind) for is_kind in _bytes_kinds()):
         return bytes.decode  # text, of a writer that has no type for it
     if pa.types.is_map(kind):
         of_items = _reader(kind.item_type)
@@ -225,6 +225,12 @@ def _reader(kind: Any) -> Callable[[Any], Any] | None:
         of_values = _reader(kind.value_type)
         return None if of_values is None else lambda values: [_read(one, of_values) for one in values]
     return None
+
+
+def _bytes_kinds() -> list[Callable[[Any], bool]]:
+    from pyarrow import types
+
+    return [types.is_binary, types.is_large_binary, types.is_binary_view, types.is_fixed_size_binary]
 
 
 def _read(value: Any, reader: Callable[[Any], Any] | None) -> Any:
