@@ -19,7 +19,8 @@ from sft_jax.architecture import Architecture
 from sft_jax.config import Config
 from sft_jax.data.packing import row_lengths
 from sft_jax.errors import UserError
-from sft_jax.hf.config import read_architecture
+from sft_jax.hf.reader import TensorReader
+from sft_jax.hf.ties import architecture_of
 from sft_jax.hf.tokenizer import load_tokenizer
 from sft_jax.models.attention.kernel import Kernel
 from sft_jax.models.lora import Split
@@ -174,11 +175,12 @@ class Compiled:
 
 
 def read_base(config: Config, folder: Path) -> Base:
-    """The architecture in a folder with a ``config.json``; no weights are read.
+    """The architecture in a folder with a ``config.json``; no weights are read but a head beside a tied config.
 
     Without a tokenizer beside it, each of ``data.added_tokens`` counts as new.
     """
-    arch = read_architecture(folder)
+    has_weights = any((folder / f"model.safetensors{ending}").is_file() for ending in ("", ".index.json"))
+    arch = architecture_of(folder, TensorReader(folder) if has_weights else None)
     asked = config.lora is not None and config.lora.token_table
     if not config.data.added_tokens:
         return Base(arch, token_table=asked)

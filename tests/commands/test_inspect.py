@@ -111,6 +111,28 @@ def test_text_shows_the_mask(config, capsys, monkeypatch):
     assert "⟦" not in shown
 
 
+def test_what_is_not_read_is_shown_for_each_source(config, tmp_path, capsys):
+    """In the text, the page and the figures, and when training starts."""
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    write_jsonl(folder / "train.jsonl", [row | {"topic": "rivers"} for row in conversations(6)])
+    write_jsonl(folder / "test.jsonl", conversations(1))
+    plain = write_jsonl(tmp_path / "plain.jsonl", conversations(3, seed=1))
+    sources = [SourceConfig(path=str(folder)), SourceConfig(path=str(plain))]
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, train=sources))
+    lines = [f"{folder}/train.jsonl: topic (6 rows)", f"beside {folder}/train.jsonl, of another split: test.jsonl"]
+    summary = inspect(config, rows=0, html=tmp_path / "page.html")
+    shown, page = capsys.readouterr().out, (tmp_path / "page.html").read_text()
+    assert summary["not_read"] == lines
+    assert [source["not_read"] for source in summary["sources"]] == [{"topic": 6}, {}]
+    train(dataclasses.replace(config, training=dataclasses.replace(config.training, max_steps=1)), one_device())
+    said = capsys.readouterr().err
+    for line in lines:
+        assert f"  {line}" in shown
+        assert f"<li>{line}</li>" in page
+        assert f"not read  {line}" in said
+
+
 class Page(HTMLParser):
     def __init__(self, text):
         super().__init__()

@@ -173,7 +173,7 @@ VALUES = st.one_of(
 ROW = st.dictionaries(NAMES, VALUES, max_size=1)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(of_row=ROW, of_message=ROW)
 @pytest.mark.parametrize("row_format", SYSTEM)
 def test_no_column_and_no_key_vanishes(row_format, of_row, of_message):
