@@ -51,6 +51,8 @@ class Bucket:
 class _Server(ThreadingHTTPServer):
     """A client that hangs up in the middle is no fault."""
 
+    request_queue_size = 128  # connections that begin at once
+
     daemon_threads = True
 
     def handle_error(self, request: object, client_address: object) -> None:
