@@ -223,6 +223,7 @@ def process(*arguments: object, timeout: float = 300, **changes: str) -> subproc
 class Child:
     """A process with an environment of its own that runs one command after another, started once for all of them."""
 
+    _SECONDS = 300  # that a command may take
     _PROGRAM = """
 import io, json, os, sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -246,7 +247,12 @@ for line in sys.stdin:
         assert stdin is not None
         assert stdout is not None
         print(json.dumps([*map(str, arguments)]), file=stdin, flush=True)
-        answer = stdout.readline()
+        limit = threading.Timer(self._SECONDS, self._process.kill)
+        limit.start()
+        try:
+            answer = stdout.readline()
+        finally:
+            limit.cancel()
         assert answer, f"the process ended with {self._process.wait()} during {arguments}"
         return subprocess.CompletedProcess(arguments, *json.loads(answer))
 
