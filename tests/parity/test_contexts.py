@@ -180,7 +180,9 @@ def test_contexts_of_published_templates(data_dir):
     "name",
     [
         "thought opened, never written",
-        "system prompt in the last question",
+        pytest.param(
+            "system prompt in the last question", marks=pytest.mark.drill("sft_jax/data", "sft_jax/generate.py")
+        ),
         pytest.param("thought closed by the prompt", marks=pytest.mark.drill("sft_jax/data", "sft_jax/generate.py")),
         pytest.param("thought opened without a break", marks=pytest.mark.drill("sft_jax/data", "sft_jax/generate.py")),
         pytest.param("system prompt in the first question", marks=pytest.mark.drill("sft_jax/data")),

@@ -123,12 +123,20 @@ def with_rows(folder, rows):
     return folder
 
 
-@pytest.mark.parametrize("rows", [{1: 0.0, 2: 0.0}, {1: 1e-5, 2: 1e-5}, {1: np.full(48, 0.08), 2: np.full(48, 0.0801)}])
-def test_special_tokens_that_the_base_was_never_trained_with(chats, tmp_path, capsys, rows):
-    """Zero, tiny or alike: said before the first step, with the key that trains them; and it does."""
-    base = with_rows(make_model(tmp_path / "base"), rows)
-    assert untrained_rows(TensorReader(base), [1, 2]) == [1, 2]
-    assert untrained_rows(TensorReader(base), [0, 3, 50]) == []
+UNTRAINED = [{1: 0.0, 2: 0.0}, {1: 1e-5, 2: 1e-5}, {1: np.full(48, 0.08), 2: np.full(48, 0.0801)}]
+
+
+@pytest.mark.parametrize("rows", UNTRAINED)
+def test_rows_of_the_token_table_that_tell_nothing(tmp_path, rows):
+    """Zero, tiny or alike."""
+    reader = TensorReader(with_rows(make_model(tmp_path / "base"), rows))
+    assert untrained_rows(reader, [1, 2]) == [1, 2]
+    assert untrained_rows(reader, [0, 3, 50, 10_000]) == []
+
+
+def test_special_tokens_that_the_base_was_never_trained_with(chats, tmp_path, capsys):
+    """Said before the first step, with the key that trains them; and it does."""
+    base = with_rows(make_model(tmp_path / "base"), UNTRAINED[0])
     settings = {"training__max_steps": 2, "optimizer__learning_rate": 0.01}
     train(run_config(base, chats, tmp_path / "lora", **settings), one_device())
     said = capsys.readouterr().err
