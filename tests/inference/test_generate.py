@@ -155,7 +155,6 @@ def ids_of(opened, prompts, num=20, sampling=None, **options):
     return [one.ids for one in opened.generator()(opened.adapter, opened.frozen, prompts, num, sampling, **options)]
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_an_answer_does_not_depend_on_its_neighbours(opened, temperature):
     sampling = Sampling(temperature, seed=3)

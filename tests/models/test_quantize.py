@@ -234,7 +234,6 @@ def test_gradients_are_those_of_the_dequantised_weights(method, remat, tied):
     assert not set(re.findall(r"f32\[([\d,]+)\]", program)) & kernels  # all layers' weights never exist together
 
 
-@smoke
 def test_codes_are_gathered_and_not_weights(untied):
     """What devices trade under fsdp is a quarter or an eighth of the bytes."""
     mesh = make_mesh(1, 4, 1, 2)
