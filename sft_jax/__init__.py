@@ -1,3 +1,29 @@
-"""Supervised fine-tuning of language models in JAX: a Hugging Face model in, a tuned Hugging Face model out."""
+"""Supervised fine-tuning of language models in JAX: a Hugging Face model in, a tuned Hugging Face model out.
 
-__version__ = "0.1.0"
+The functions and classes of :mod:`sft_jax.api` are here too; jax is imported when the first of them is asked for.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sft_jax.version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from sft_jax.api import Config, Model, Run, UserError, evaluate, export, inspect, load, load_config, plan, train
+
+__all__ = [
+    "Config", "Model", "Run", "UserError", "evaluate", "export", "inspect", "load", "load_config", "plan", "train",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        from sft_jax import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'sft_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

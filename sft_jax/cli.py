@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 
-from sft_jax import __version__, outside_faults
+from sft_jax import outside_faults
 from sft_jax.errors import (
     USER_MISTAKE,
     Preempted,
@@ -15,6 +15,7 @@ from sft_jax.errors import (
     exit_code,
     one_line,
 )
+from sft_jax.version import __version__
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,7 +48,7 @@ def _train(options: argparse.Namespace) -> int:
     from sft_jax.processes import joined
 
     with joined(options.coordinator, options.num_processes, options.process_id, options.timeout):
-        from sft_jax.train import train
+        from sft_jax.commands.train import train
 
         train(config)
     return 0
@@ -61,7 +62,7 @@ def _inspect(options: argparse.Namespace) -> int:
         raise UserError(f"--rows: {options.rows} is negative")
     os.environ["JAX_PLATFORMS"] = "cpu"  # nothing is computed, and no accelerator taken from a run beside it
     _quiet_imports()
-    from sft_jax.inspect import inspect
+    from sft_jax.commands.inspect import inspect
 
     inspect(config, options.rows, options.json, options.html)
     return 0
@@ -74,7 +75,7 @@ def _plan(options: argparse.Namespace) -> int:
     os.environ["JAX_PLATFORMS"] = "cpu"  # programs are compiled for other machines, and nothing is computed here
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # compilers' warnings about programs that are too large
     _quiet_imports()
-    from sft_jax.plan import Assumed, plan
+    from sft_jax.commands.plan import Assumed, plan
 
     plan(
         config,
@@ -93,7 +94,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     config = load(options.config, options.overrides)
     _quiet_imports()
-    from sft_jax.evaluate import evaluate
+    from sft_jax.commands.evaluate import evaluate
 
     evaluate(config, options.step, options.json, base=options.base)
     return 0
@@ -109,7 +110,7 @@ def _generate(options: argparse.Namespace) -> int:
     if options.batch_size < 1:
         raise UserError(f"--batch-size: {options.batch_size} is not at least 1")
     _quiet_imports()
-    from sft_jax.generate import read_prompts, run_chat, run_generate
+    from sft_jax.commands.generate import read_prompts, run_chat, run_generate
     from sft_jax.inference.sampling import Sampling
 
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
@@ -135,7 +136,7 @@ def _generate(options: argparse.Namespace) -> int:
 
 def _score(options: argparse.Namespace) -> int:
     _quiet_imports()
-    from sft_jax.score import run_score
+    from sft_jax.commands.score import run_score
 
     run_score(options.model, options.file, options.raw, options.base, options.step, options.dtype, options.json)
     return 0
@@ -147,7 +148,7 @@ def _export(options: argparse.Namespace) -> int:
     from sft_jax.processes import joined
 
     with joined(options.coordinator, options.num_processes, options.process_id, options.timeout):
-        from sft_jax.export import export
+        from sft_jax.commands.export import export
 
         export(options.run, options.out, options.format, options.step, options.base)
     return 0

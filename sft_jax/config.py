@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -337,7 +338,6 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     """
     import yaml
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
     path = Path(path)
     if not path.is_file():
@@ -350,8 +350,30 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise UserError(
             f"{path}: a config is a mapping with the keys {', '.join(f.name for f in dataclasses.fields(Config))}"
         )
+    return _merged(given, overrides or [], str(path))
+
+
+def from_dict(given: Mapping[str, Any], overrides: list[str] | None = None) -> Config:
+    """A config from nested dicts with the keys of a file; see :func:`load`.
+
+    Raises:
+        UserError: as :func:`load`.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     try:
-        for override in overrides or []:
+        return _merged(OmegaConf.create(_escaped(dict(given))), overrides or [], "config")
+    except OmegaConfBaseException as error:
+        raise UserError(f"config: {_explain(error)}") from error
+
+
+def _merged(given: Any, overrides: list[str], name: str) -> Config:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        for override in overrides:
             key, equals, value = override.partition("=")
             if not equals or not key:
                 raise UserError(f"override {override!r}: write key=value, such as optimizer.learning_rate=2e-5")
@@ -359,10 +381,10 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
         merged = OmegaConf.merge(OmegaConf.structured(Config), given)
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
-            raise UserError(f"{path}: {missing[0]} is required and not set")
+            raise UserError(f"{name}: {missing[0]} is required and not set")
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except (OmegaConfBaseException, TypeError) as error:
-        raise UserError(f"{path}: {_explain(error)}") from error
+        raise UserError(f"{name}: {_explain(error)}") from error
 
 
 def _parse_value(override: str, text: str) -> Any:

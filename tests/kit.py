@@ -187,7 +187,7 @@ def losses(run: Path) -> list[float]:
 
 def trained_leaves(run: Path, step: int | None = None) -> dict:
     """What a run has trained, by path."""
-    from sft_jax.export import whole
+    from sft_jax.commands.export import whole
     from sft_jax.runs import open_run
 
     opened = open_run(run, step)

@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from sft_jax import __version__
 from sft_jax.config import Config
+from sft_jax.version import __version__
 
 _MASKS = {
     "assistant": "every assistant turn, its stop token included; all else is context",

@@ -9,6 +9,8 @@ import pytest
 from kit import conversations, one_device, run_config, sft_jax, write_jsonl
 
 from sft_jax import config as configs
+from sft_jax.commands.inspect import inspect
+from sft_jax.commands.train import train
 from sft_jax.config import EvaluationConfig, SourceConfig
 from sft_jax.data.chat import Encoder
 from sft_jax.data.examples import encode_sources
@@ -17,8 +19,6 @@ from sft_jax.data.sources import open_sources
 from sft_jax.errors import UserError
 from sft_jax.hf.hub import find_model
 from sft_jax.hf.tokenizer import load_tokenizer
-from sft_jax.inspect import inspect
-from sft_jax.train import train
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kit import CHATML, CHATML_UNMARKED, load_model, make_tokenizer, one_device, run_config, write_chats
 
+from sft_jax.commands.train import train
 from sft_jax.config import SourceConfig
 from sft_jax.data.chat import MARKED_STRADDLING, STRADDLING, Encoded, Encoder
 from sft_jax.data.examples import encode_sources, join
@@ -21,7 +22,6 @@ from sft_jax.data.packing import pack
 from sft_jax.data.rows import RowError
 from sft_jax.data.segments import SegmentEncoder
 from sft_jax.data.sources import open_sources
-from sft_jax.train import train
 from sft_jax.training.cross_entropy import masked_cross_entropy
 from sft_jax.training.loss import batch_loss
 

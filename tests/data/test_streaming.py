@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 from kit import conversations, losses, make_tokenizer, one_device, run_config, write_jsonl
 
-from sft_jax import train as train_module
+from sft_jax.commands import train as train_module
+from sft_jax.commands.train import train
 from sft_jax.config import SourceConfig
 from sft_jax.data import streaming
 from sft_jax.data.chat import Encoder
@@ -22,7 +23,6 @@ from sft_jax.data.sources import Source, open_sources
 from sft_jax.data.streaming import stream
 from sft_jax.errors import UserError
 from sft_jax.sharding import make_mesh
-from sft_jax.train import train
 
 
 @pytest.fixture

@@ -25,13 +25,15 @@ from kit import (
 
 from sft_jax import config as configs
 from sft_jax.cli import main
+from sft_jax.commands.evaluate import evaluate
+from sft_jax.commands.score import score
+from sft_jax.commands.train import train
 from sft_jax.config import EvaluationConfig, SourceConfig
 from sft_jax.data.chat import Encoder
 from sft_jax.data.examples import encode_sources
 from sft_jax.data.pieces import pieces
 from sft_jax.data.sources import open_sources
 from sft_jax.errors import UserError
-from sft_jax.evaluate import evaluate
 from sft_jax.evaluation.answers import NORMALIZERS, same_answer
 from sft_jax.evaluation.compare import answer_metrics, held_out_metrics
 from sft_jax.evaluation.likelihood import Scorer
@@ -39,9 +41,7 @@ from sft_jax.evaluation.questions import Question, cut_at_blank_line, few_shot_p
 from sft_jax.hf.reader import TensorReader
 from sft_jax.hf.tokenizer import load_tokenizer
 from sft_jax.opening import open_model
-from sft_jax.score import score
 from sft_jax.sharding import make_mesh
-from sft_jax.train import train
 from sft_jax.training.weights import build, load_weights
 
 
@@ -344,7 +344,7 @@ def test_samples_while_training(evaluated):
     assert [sample["prompt"] for sample in samples[5]] == config.evaluation.samples
     assert samples[0] != samples[10]
     model = open_model(str(folder / "run"), devices=one_device())
-    from sft_jax.generate import generate
+    from sft_jax.commands.generate import generate
 
     for sample, (one, text) in zip(samples[10], generate(model, config.evaluation.samples, 16), strict=True):
         assert sample["finish_reason"] == one.finish_reason

@@ -13,12 +13,12 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from sft_jax.checkpoint import check_same_run
+from sft_jax.commands.export import export
+from sft_jax.commands.train import train
 from sft_jax.errors import UserError
-from sft_jax.export import export
 from sft_jax.hf.reader import TensorReader, is_other_weights, is_same_model
 from sft_jax.hf.ties import architecture_of
 from sft_jax.opening import open_model
-from sft_jax.train import train
 
 IDS = np.random.default_rng(0).integers(0, 380, (2, 60))
 TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -11,9 +11,9 @@ from kit import ROOT, load_model, logits, one_device, sft_jax
 
 from sft_jax import builtin
 from sft_jax import config as configs
+from sft_jax.commands.train import train
 from sft_jax.errors import UserError
 from sft_jax.opening import open_model
-from sft_jax.train import train
 
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tools" / "tiny")]
 

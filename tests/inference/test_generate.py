@@ -11,10 +11,11 @@ import pytest
 from kit import CHATML, exchanged, load_model, logits, make_model, one_device, run_config, sft_jax
 
 from sft_jax.cli import main
+from sft_jax.commands.export import export
+from sft_jax.commands.generate import generate, read_prompts
+from sft_jax.commands.train import train
 from sft_jax.config import LoraConfig
 from sft_jax.errors import UserError
-from sft_jax.export import export
-from sft_jax.generate import generate, read_prompts
 from sft_jax.hf.config import read_architecture
 from sft_jax.hf.reader import TensorReader
 from sft_jax.inference.generator import Generator
@@ -24,7 +25,6 @@ from sft_jax.models.attention.kernel import attention
 from sft_jax.models.cache import KeyValues
 from sft_jax.opening import open_model
 from sft_jax.sharding import make_mesh
-from sft_jax.train import train
 from sft_jax.training.weights import build, load_weights
 
 SHAPES = {
@@ -334,7 +334,7 @@ def test_command_line(tuned, tiny, tmp_path):
 def test_chat_keeps_what_was_said(tiny, monkeypatch, capsys):
     import io
 
-    from sft_jax.generate import run_chat
+    from sft_jax.commands.generate import run_chat
 
     run = str(tiny)
     model = open_model(run, devices=one_device())

@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 from kit import CHATML, CHATML_UNMARKED, conversations, make_model, one_device, run_config, write_jsonl
 
+from sft_jax.commands.train import train
 from sft_jax.data.chat import Encoder, prompt_ids
 from sft_jax.data.formats import parse
 from sft_jax.data.rows import RowError
 from sft_jax.data.template import ChatTemplates
 from sft_jax.data.turns import TurnFinder
 from sft_jax.opening import open_model
-from sft_jax.train import train
 
 _HEADER = "{{ '<|im_start|>assistant\n' }}"
 _LOOP = (
@@ -176,17 +176,21 @@ def test_contexts_of_published_templates(data_dir):
     assert sum(count > 0 for count in read.values()) > len(read) / 2
 
 
+DRILL = pytest.mark.drill("sft_jax/data", "sft_jax/inference", "sft_jax/hf/tokenizer.py")
+
+
 @pytest.mark.parametrize(
     "name",
     [
         "thought opened, never written",
         pytest.param(
-            "system prompt in the last question", marks=pytest.mark.drill("sft_jax/data", "sft_jax/generate.py")
+            "system prompt in the last question",
+            marks=DRILL,
         ),
-        pytest.param("thought closed by the prompt", marks=pytest.mark.drill("sft_jax/data", "sft_jax/generate.py")),
-        pytest.param("thought opened without a break", marks=pytest.mark.drill("sft_jax/data", "sft_jax/generate.py")),
-        pytest.param("system prompt in the first question", marks=pytest.mark.drill("sft_jax/data")),
-        pytest.param("marked", marks=pytest.mark.drill("sft_jax/data", "sft_jax/generate.py")),
+        pytest.param("thought closed by the prompt", marks=DRILL),
+        pytest.param("thought opened without a break", marks=DRILL),
+        pytest.param("system prompt in the first question", marks=DRILL),
+        pytest.param("marked", marks=DRILL),
     ],
 )
 def test_a_model_that_has_learned_four_rows_answers_them(name, tmp_path):

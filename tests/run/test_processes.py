@@ -183,7 +183,8 @@ def test_a_killed_process_ends_all(config, tmp_path, whom):
 def test_an_error_of_one_process_ends_all(config, tmp_path):
     """The other prints the reason too, and ends with the same code."""
     python = (
-        "import sys, jax; from sft_jax import cli, train; from sft_jax.errors import UserError\n"
+        "import sys, jax; from sft_jax import cli; from sft_jax.commands import train\n"
+        "from sft_jax.errors import UserError\n"
         "def bad(*_):\n"
         "    if jax.process_index() == 1: raise UserError('data.train: no such file on this host')\n"
         "train.check_kernel = bad\n"

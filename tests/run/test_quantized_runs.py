@@ -8,12 +8,12 @@ import pytest
 from kit import conversations, losses, make_model, one_device, run_config, write_jsonl
 from safetensors.numpy import load_file
 
+from sft_jax.commands.evaluate import evaluate
+from sft_jax.commands.export import export
+from sft_jax.commands.score import score
+from sft_jax.commands.train import train
 from sft_jax.config import MeshConfig, SourceConfig
-from sft_jax.evaluate import evaluate
-from sft_jax.export import export
 from sft_jax.opening import open_model
-from sft_jax.score import score
-from sft_jax.train import train
 from sft_jax.tree import flatten
 
 METHODS = pytest.mark.parametrize("method", ["nf4", "int8"])

@@ -12,9 +12,9 @@ import pytest
 from kit import conversations, losses, one_device, run_config, trained_leaves, write_jsonl
 
 from sft_jax import config as configs
+from sft_jax.commands.train import train
 from sft_jax.config import MeshConfig, SourceConfig
 from sft_jax.errors import UserError
-from sft_jax.train import train
 
 FIELDS = {
     "step",

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from kit import losses, one_device, run_config
 
+from sft_jax.commands.train import train
 from sft_jax.config import LoraConfig
 from sft_jax.errors import UserError
 from sft_jax.hf.config import read_architecture
 from sft_jax.hf.reader import TensorReader
 from sft_jax.models.remat import POLICIES
 from sft_jax.sharding import make_mesh
-from sft_jax.train import train
 from sft_jax.training.compilation import CANDIDATES, Steps, free_bytes
 from sft_jax.training.loss import batch_loss
 from sft_jax.training.weights import build, load_weights

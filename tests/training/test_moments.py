@@ -13,12 +13,12 @@ from kit import losses, make_model, one_device, run_config, trained_leaves
 from safetensors.numpy import load_file, save_file
 
 from sft_jax.architecture import Architecture, Rope
+from sft_jax.commands.export import export
+from sft_jax.commands.train import train
 from sft_jax.config import OptimizerConfig, SourceConfig
-from sft_jax.export import export
 from sft_jax.models.quantized import rows_of
 from sft_jax.opening import open_model
 from sft_jax.sharding import make_mesh, named_sharding
-from sft_jax.train import train
 from sft_jax.training.moments import Factored, Rounded, scale_by_factored_adam, scale_by_rounded_adam
 from sft_jax.training.optimizer import labels_of, make_optimizer
 from sft_jax.training.rounding import apply_updates, random_words, stochastic_round

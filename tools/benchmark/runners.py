@@ -19,7 +19,7 @@ from benchmark.timing import median_seconds
 
 
 def run_sft_jax(options: dict[str, Any]) -> dict[str, Any]:
-    """Train with :func:`sft_jax.train.train` as the command does; its own metrics give times and tokens."""
+    """Train with :func:`sft_jax.commands.train.train` as the command does; its own metrics give times and tokens."""
     from sft_jax.without_torch import leave_out_torch
 
     leave_out_torch()
@@ -28,6 +28,7 @@ def run_sft_jax(options: dict[str, Any]) -> dict[str, Any]:
 
     from sft_jax.announce import Announcer
     from sft_jax.checkpoint import Checkpoints
+    from sft_jax.commands.train import train
     from sft_jax.config import (
         Config,
         DataConfig,
@@ -38,7 +39,6 @@ def run_sft_jax(options: dict[str, Any]) -> dict[str, Any]:
         TrainingConfig,
     )
     from sft_jax.metrics import MetricsWriter, read_metrics
-    from sft_jax.train import train
 
     first_row: list[float] = []
     compiled: list[Any] = []
@@ -284,7 +284,7 @@ def serve(who: str) -> None:
     from sft_jax.without_torch import leave_out_torch
 
     leave_out_torch()
-    import sft_jax.train  # noqa: F401
+    import sft_jax.commands.train  # noqa: F401
 
     for line in sys.stdin:
         child = os.fork()

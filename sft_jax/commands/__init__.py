@@ -1,0 +1,1 @@
+"""What the commands do, one file each: Python functions that the command line and the Python face call."""

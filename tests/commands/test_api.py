@@ -1,0 +1,83 @@
+"""The Python face does what the commands do."""
+
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from kit import conversations, losses, one_device, run_config, sft_jax, write_jsonl
+from transformers import AutoTokenizer
+
+import sft_jax as face
+from sft_jax.config import to_dict
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one():
+    """On one of the devices, as in a process of one's own."""
+    found = one_device()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda *_: found)
+        yield
+
+
+@pytest.fixture(scope="module")
+def run(tiny, chats, tmp_path_factory):
+    out = tmp_path_factory.mktemp("api") / "run"
+    return face.train(run_config(tiny, chats, out, training__max_steps=3))
+
+
+def test_importing_it_loads_nothing_heavy():
+    code = (
+        "import sft_jax, sys; print(dir(sft_jax)); print(sorted({'jax', 'transformers', 'numpy'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    names, loaded = done.stdout.splitlines()
+    assert loaded == "[]"
+    for name in face.__all__:
+        assert name in names
+        assert getattr(face, name).__doc__
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = face.nothing
+
+
+def test_a_config_from_a_file_or_from_dicts(tiny, chats, tmp_path):
+    config = run_config(tiny, chats, tmp_path / "run")
+    given = to_dict(config)
+    assert face.load_config(given) == config
+    changed = face.load_config(given, ["optimizer.learning_rate=1e-4"])
+    assert (changed.optimizer.learning_rate, config.optimizer.learning_rate) == (1e-4, 5e-3)
+    with pytest.raises(face.UserError, match=r"config: unknown key 'lora\.rnk'; did you mean 'rank'\?"):
+        face.load_config(given | {"lora": {"rnk": 3}})
+    with pytest.raises(face.UserError, match=r"model\.path is required"):
+        face.load_config({"training": {"output_dir": "run"}})
+
+
+def test_a_run_and_its_model(run, tiny, tmp_path):
+    """The same answers, likelihoods and files as the commands give."""
+    assert [row["loss"] for row in run.metrics] == losses(run.folder)
+    folder = run.export(tmp_path / "merged", format="merged")
+    merged = face.load(folder)
+    ids = np.random.default_rng(0).integers(0, 380, (2, 20))
+    np.testing.assert_allclose(merged.logits(ids), run.model.logits(ids), atol=1e-4)
+    assert run.model.logits(ids).dtype == np.float32
+    (answer,) = run.model.generate(["river bread"], max_new_tokens=8)
+    command = ("generate", run.folder, "--prompt", "river bread", "--max-new-tokens", 8)
+    assert sft_jax(*command).stdout.strip() == answer
+    assert run.model.chat([{"role": "user", "content": "river bread"}], max_new_tokens=8) == answer
+    rows = write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": "river", "responses": ["bread", "copper winter"]}])
+    said = sft_jax("score", run.folder, rows, "--json").stdout.splitlines()
+    scores = run.model.score("river", ["bread", "copper winter"])
+    assert [float(line.split('"log_likelihood": ')[1].split(",")[0]) for line in said] == pytest.approx(scores)
+    assert run.model.architecture.num_layers == 3
+    assert run.model.tokenizer("river")["input_ids"] == AutoTokenizer.from_pretrained(tiny)("river")["input_ids"]
+    assert run.model.params.keys() == {"adapter", "frozen"}
+
+
+def test_what_the_commands_print_comes_back(tiny, tmp_path, run, capsys):
+    rows = write_jsonl(tmp_path / "rows.jsonl", conversations(6))
+    config = face.load_config(to_dict(run_config(tiny, rows, run.folder)), [f"data.eval=[{{path: {rows}}}]"])
+    assert face.inspect(config, rows=0)["rows"] == 6
+    assert face.evaluate(config).keys() == {"base", "tuned"}
+    assert "exact match" in capsys.readouterr().out
