@@ -67,6 +67,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--touched", metavar="COMMIT", help="of drills only those whose rooms changed since this commit")
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Half as many again as there are cores, because some tests wait for processes of theirs; at most eight."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(2, min(8, 3 * cores // 2))
+
+
 def pytest_configure(config: pytest.Config) -> None:
     target = config.getoption("--phases-to")
     if target and Path(target).exists():
