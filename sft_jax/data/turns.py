@@ -8,18 +8,17 @@ even the prompt differently once the answer follows, the text is put together fr
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Collection
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
+from sft_jax.data.forms import in_form
 from sft_jax.data.messages import REASONING
 from sft_jax.data.rows import Conversation, Message, RowError
 from sft_jax.data.seen import Tools, parts_of, unseen
 from sft_jax.data.template import ChatTemplate, ChatTemplates, Span
-from sft_jax.data.thoughts import openings, thought_of, with_known_key
+from sft_jax.data.thoughts import openings, thought_of
 
 _THINK = re.compile(r"</?think>")
 _PLAIN = {"role", "content", *REASONING}
@@ -71,7 +70,7 @@ class TurnFinder:
         """
         template = self._templates.choose(bool(conversation.tools))
         template.check_kwargs(conversation.template_kwargs)
-        conversation = _fitting(template, conversation)
+        conversation = in_form(template, conversation)
         view = _View(template, conversation, self._special)
         found: list[Rendered] = []
         unread = {f"chat_template_kwargs.{name}" for name in conversation.template_kwargs.keys() - template.reads}
@@ -94,66 +93,6 @@ class TurnFinder:
         if len(found) > 1:
             found[0].notes["conversations split, because the template rewrites earlier turns"] += 1
         return found[::-1], unread - read
-
-
-def _fitting(template: ChatTemplate, conversation: Conversation) -> Conversation:
-    """The conversation in the form that a template reads, where there are several.
-
-    Thoughts under the key it knows; arguments of calls as objects, or as the JSON text that it joins to other text; and
-    what a developer says as what the system says, where the template knows no developer.
-    """
-    messages = [with_known_key(message, template.source) for message in conversation.messages]
-    conversation = replace(conversation, messages=messages)
-    if any("tool_calls" in message for message in messages) and not _renders_objects(template, conversation):
-        as_text = replace(conversation, messages=[_with_text_arguments(message) for message in messages])
-        with suppress(RowError):
-            template.render(as_text.messages, as_text.tools, kwargs=as_text.template_kwargs)
-            conversation = as_text
-    if any(message["role"] == "developer" for message in messages):
-        known = [
-            {**message, "role": "system"} if message["role"] == "developer" else message
-            for message in conversation.messages
-        ]
-        if not _knows_developers(template, conversation):
-            conversation = replace(conversation, messages=known)
-    return conversation
-
-
-def _renders_objects(template: ChatTemplate, conversation: Conversation) -> bool:
-    """Whether arguments that are objects are written as JSON, and not as Python shows a dict."""
-    try:
-        text = template.render(conversation.messages, conversation.tools, kwargs=conversation.template_kwargs)[0]
-    except RowError:
-        return False
-    calls = [call for message in conversation.messages for call in message.get("tool_calls", ())]
-    arguments = [call["function"]["arguments"] for call in calls]
-    return not any(one and str(one) in text and str(one) != json.dumps(one) for one in arguments)
-
-
-def _with_text_arguments(message: Message) -> Message:
-    if "tool_calls" not in message:
-        return message
-    calls = []
-    for call in message["tool_calls"]:
-        arguments = call["function"]["arguments"]
-        text = arguments.text or json.dumps(arguments, ensure_ascii=False)
-        calls.append({**call, "function": {**call["function"], "arguments": text}})
-    return {**message, "tool_calls": calls}
-
-
-def _knows_developers(template: ChatTemplate, conversation: Conversation) -> bool:
-    """Whether the template writes what a developer says."""
-    messages = conversation.messages
-    said = [i for i, message in enumerate(messages) if message["role"] == "developer"]
-    parts = [part for part in parts_of(messages, None) if part.where[1] in said and part.where[2] == "content"]
-
-    def render(messages: list[Message], tools: Tools) -> str:
-        return template.render(messages, tools, kwargs=conversation.template_kwargs)[0]
-
-    try:
-        return not unseen(render, messages, conversation.tools, parts)
-    except RowError:  # it refuses the role
-        return False
 
 
 class _View:
@@ -225,8 +164,7 @@ class _View:
         return found, {part.name for part in parts if not part.is_needed} - found
 
     def _answer(self, i: int) -> tuple[str, int]:
-        """The text that ends with message ``i`` as a model that is asked for it would have written it, and where in
-        it the message begins: after what prompts for it."""
+        """The text that ends with message ``i``, as a model that is asked for it would write it, and where it begins."""
         if i not in self._answers:
             self._answers[i] = self._prompted(i)
         return self._answers[i]
