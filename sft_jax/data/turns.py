@@ -164,7 +164,7 @@ class _View:
         return found, {part.name for part in parts if not part.is_needed} - found
 
     def _answer(self, i: int) -> tuple[str, int]:
-        """The text that ends with message ``i``, as a model that is asked for it would write it, and where it begins."""
+        """The text that ends with message ``i``, as a model asked for it would write it, and where it begins."""
         if i not in self._answers:
             self._answers[i] = self._prompted(i)
         return self._answers[i]
