@@ -27,15 +27,13 @@ from sft_jax.commands import score as _score
 from sft_jax.commands import train as _train
 from sft_jax.config import Config
 from sft_jax.data.chat import prompt_ids
-from sft_jax.errors import UserError
+from sft_jax.errors import UserError as UserError
+from sft_jax.inference.generator import Generator
 from sft_jax.inference.sampling import Sampling
 from sft_jax.metrics import read_metrics
 from sft_jax.opening import Opened, open_model
+from sft_jax.run_folder import RunFolder
 from sft_jax.tree import Params
-
-__all__ = [
-    "Config", "Model", "Run", "UserError", "evaluate", "export", "inspect", "load", "load_config", "plan", "train",
-]  # fmt: skip
 
 
 class Model:
@@ -94,9 +92,8 @@ class Model:
             UserError: as :meth:`generate`.
         """
         ids = prompt_ids(self.tokenizer, [dict(message) for message in messages])
-        (written,) = self._generator(
-            self._opened.adapter, self._opened.frozen, [ids], max_new_tokens, Sampling(temperature)
-        )
+        opened, sampling = self._opened, Sampling(temperature)
+        (written,) = self._generator(opened.adapter, opened.frozen, [ids], max_new_tokens, sampling)
         return self.tokenizer.decode(written.ids, skip_special_tokens=True).strip()
 
     def score(self, prompt: str | list[dict[str, Any]], responses: Sequence[str], raw: bool = False) -> list[float]:
@@ -116,7 +113,7 @@ class Model:
         return np.asarray(model.logits(model(tokens, jnp.ones_like(tokens), positions)), np.float32)
 
     @cached_property
-    def _generator(self) -> Any:
+    def _generator(self) -> Generator:
         return self._opened.generator()
 
 
@@ -136,8 +133,6 @@ class Run:
     @property
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of ``metrics.jsonl``."""
-        from sft_jax.run_folder import RunFolder
-
         return read_metrics(RunFolder(str(self.folder)).local / "metrics.jsonl")
 
     @cached_property
@@ -147,8 +142,6 @@ class Run:
 
     def evaluate(self, step: int | None = None) -> dict[str, dict[str, float | int]]:
         """Measure base beside tuned on ``data.eval``, as the config of the run says; see :func:`evaluate`."""
-        from sft_jax.run_folder import RunFolder
-
         config = configs.load(RunFolder(str(self.folder)).local / "config.yaml")
         return evaluate(config, step)
 
@@ -157,8 +150,8 @@ class Run:
         return export(self.folder, out, format, step)
 
 
-def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
-    """A config from a YAML file, or from nested dicts with the same keys.
+def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequence[str] = ()) -> Config:
+    """A config from a YAML file, from nested dicts with the same keys, or from another config.
 
     Args:
         overrides: such as ``optimizer.learning_rate=1e-4``.
@@ -166,6 +159,10 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     Raises:
         UserError: an unknown key, a wrong type, a value out of range, or a key that is missing.
     """
+    if isinstance(source, Config):
+        if not overrides:
+            return source
+        source = configs.to_dict(source)
     if isinstance(source, Mapping):
         return configs.from_dict(source, [*overrides])
     return configs.load(source, [*overrides])
@@ -178,7 +175,7 @@ def train(config: Config | Mapping[str, Any]) -> Run:
         UserError: anything wrong with config, model, data or run folder; told before the first step.
         Preempted: the machine is taken away; the state is saved.
     """
-    config = config if isinstance(config, Config) else load_config(config)
+    config = load_config(config)
     _train.train(config)
     return Run(config.training.output_dir)
 
@@ -189,7 +186,7 @@ def evaluate(config: Config | Mapping[str, Any], step: int | None = None) -> dic
     Raises:
         UserError: no such run, or nothing to evaluate on.
     """
-    config = config if isinstance(config, Config) else load_config(config)
+    config = load_config(config)
     return _evaluate.evaluate(config, step).summary
 
 
@@ -199,7 +196,7 @@ def inspect(config: Config | Mapping[str, Any], rows: int | None = None) -> dict
     Raises:
         UserError: whatever :func:`train` would say of the data.
     """
-    return _inspect.inspect(config if isinstance(config, Config) else load_config(config), rows)
+    return _inspect.inspect(load_config(config), rows)
 
 
 def plan(config: Config | Mapping[str, Any], topology: str, advice: bool = True) -> dict[str, Any]:
@@ -212,7 +209,7 @@ def plan(config: Config | Mapping[str, Any], topology: str, advice: bool = True)
     Raises:
         UserError: hardware that is not known, or a config that cannot be compiled.
     """
-    config = config if isinstance(config, Config) else load_config(config)
+    config = load_config(config)
     return _plan.plan(config, topology, advice=advice)
 
 

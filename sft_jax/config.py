@@ -92,6 +92,10 @@ ROW_FORMATS = (
 )
 
 
+# Arguments of chat templates that are not for a config or a row to give.
+SET_BY_RENDERING = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message")
+
+
 @dataclass(frozen=True)
 class SourceConfig:
     """One source of rows: a file, a folder, a glob, or a Hugging Face dataset id."""

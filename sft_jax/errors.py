@@ -32,9 +32,14 @@ def exit_code(error: BaseException) -> int:
     return 130 if isinstance(error, KeyboardInterrupt) else 1
 
 
-def is_lfs_pointer(first: bytes) -> bool:
-    """Whether a file begins as git-lfs writes one in place of a large file that was not fetched."""
-    return first.startswith(b"version https://git-lfs.github.com/spec/")
+def refuse_lfs_pointer(first: bytes, name: object) -> None:
+    """Refuse a file that begins as git-lfs writes one in place of a large file that was not fetched.
+
+    Raises:
+        UserError: it does.
+    """
+    if first.startswith(b"version https://git-lfs.github.com/spec/"):
+        raise UserError(f"{name}: is a pointer of git-lfs and not the file itself; fetch it with git lfs pull")
 
 
 def one_line(text: str) -> str:

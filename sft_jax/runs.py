@@ -34,6 +34,7 @@ class Run:
     trained: dict[LeafPath, jax.ShapeDtypeStruct]  # shapes and dtypes of the trained leaves
     base: Path  # folder of the base model
     reader: TensorReader | None  # None where the base is random weights, all of which were trained
+    fingerprint: str | None  # of its weights
     tokenizer: Any
     stop_ids: list[int]  # stop tokens in the training data, the most frequent first
     vocab_size: int  # of the trained network: the base's, and added tokens
@@ -83,7 +84,8 @@ def open_run(name: str | Path | RunFolder, step: int | None = None, base: str | 
             config.model.path, revision, "--base" if base else f"{folder}: model.path (--base if it moved)"
         )
         reader = TensorReader(weights_of(found)) if config.model.init == "pretrained" else None
-        if reader is not None and not is_same_model(identity["base"], reader.fingerprint()):
+        fingerprint = None if reader is None else reader.fingerprint()
+        if fingerprint is not None and not is_same_model(identity["base"], fingerprint):
             raise UserError(
                 f"{found}: is not the base model that {folder} was trained on: its weights are others; name the right "
                 "one with --base"
@@ -92,4 +94,5 @@ def open_run(name: str | Path | RunFolder, step: int | None = None, base: str | 
     finally:
         checkpoints.close()
     tokenizer, _ = load_tokenizer(folder.local / "tokenizer")
-    return Run(folder, config, step, trained, found, reader, tokenizer, identity["stop_ids"], identity["vocab_size"])
+    stops, size = identity["stop_ids"], identity["vocab_size"]
+    return Run(folder, config, step, trained, found, reader, fingerprint, tokenizer, stops, size)

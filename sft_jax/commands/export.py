@@ -98,7 +98,7 @@ def _write_adapter(run: Run, folder: Path) -> None:
         lora.dropout,
         str(run.base) if run.config.model.path.startswith(builtin.PREFIX) else absolute(run.config.model.path),
         commit_of(run.base) or run.config.model.revision,
-        None if run.reader is None else run.reader.fingerprint(),
+        run.fingerprint,
     )
 
 

@@ -94,6 +94,7 @@ class Encoder:
                 )
         self._stops = {*self.stop_ids, *([] if self._stop_id is None else [self._stop_id])}
         self._special |= self._stops
+        self._stop_texts = {i: tokenizer.convert_ids_to_tokens(i) for i in self._stops}
         self._blank: dict[int, bool] = {}
         # transformers sets these before each call; here the tokenizer itself is called
         tokenizer.backend_tokenizer.no_truncation()
@@ -280,11 +281,13 @@ class Encoder:
                 " (a token of its own: data.added_tokens)"
             )
         stop = next((place for place in reversed(run) if ids[place] in self._stops), run[0])
-        names = self.tokenizer.convert_ids_to_tokens([ids[stop], *self._stops - {ids[stop]}])
+        texts = self._stop_texts
+        if ids[stop] not in texts:
+            texts = {ids[stop]: self.tokenizer.convert_ids_to_tokens(ids[stop])} | texts
         said = json.dumps([value for name, value in message.items() if name != "role"], ensure_ascii=False)
-        inside = next((name for name in names if name in said), None)
-        if inside is None and (met := self._stops.union([ids[stop]]).intersection(ids[first:stop])):
-            inside = self.tokenizer.convert_ids_to_tokens(min(met))
+        inside = next((text for text in texts.values() if text in said), None)
+        if inside is None and (met := texts.keys() & set(ids[first:stop])):
+            inside = texts[min(met)]
         if inside is not None:
             raise RowError(f"message {i}: the answer itself has the stop token {inside!r}, which would end it there")
         tally.stops[ids[stop]] += 1
@@ -324,13 +327,12 @@ class Encoder:
                     lost += row.completion[: end - edge]
             if lost.strip() and self._says_nothing([ids[at] for at in np.flatnonzero(mask)]):
                 raise RowError(f"{_ONLY_THE_STOP}; end the prompt with a whole word")
-        stopping = self._stops.intersection(ids[at] for at in np.flatnonzero(mask) if at + 1 < len(ids))
-        if len(ids) and mask[-1] and ids[-1] != self._stop_id:
-            stopping |= self._stops.intersection([ids[-1]])
+        body = len(ids) - (ids[-1:] == [self._stop_id])  # it may end with what ends it
+        stopping = self._stops.intersection(np.asarray(ids, np.int32)[:body][mask[:body] > 0].tolist())
         if found := _CHAT_MARK.search(row.completion):
             tally.notes[f"plain text with the marks of a chat ({found[0]}), of which every token is trained"] += 1
         elif stopping:
-            token = self.tokenizer.convert_ids_to_tokens(min(stopping))
+            token = self._stop_texts[min(stopping)]
             raise RowError(f"the text itself has the stop token {token!r}, which would end it there")
         if len(ids) > 1 and ids[0] == ids[1] == self.tokenizer.bos_token_id:  # the text has one of its own
             ids, mask = ids[1:], mask[1:]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sft_jax.errors import UserError, is_lfs_pointer
+from sft_jax.errors import UserError, refuse_lfs_pointer
 
 _SAMPLE = 4096
 
@@ -30,8 +30,7 @@ def check_first_bytes(path: Path, name: str) -> None:
     """
     with path.open("rb") as file:
         first = file.read(_SAMPLE)
-    if is_lfs_pointer(first):
-        raise UserError(f"{name}: is a pointer of git-lfs and not the file itself; fetch it with git lfs pull")
+    refuse_lfs_pointer(first, name)
     if path.suffix in (".jsonl", ".json", ".csv") and _is_utf16(first):
         raise UserError(f"{name}: {not_utf8(first)}")
 

@@ -21,10 +21,12 @@ where it plainly means something.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from sft_jax.data.flags import refuse_telling, weights_of_row
 from sft_jax.data.messages import (
+    MEDIA,
     checked,
     read_json,
     read_messages,
@@ -59,7 +61,6 @@ COLUMNS = tuple(
 
 _IGNORED_LABEL = -100
 _SYSTEM = ("system", "system_prompt", "system_message")
-_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 _OF_TOKENISERS = ("special_tokens_mask",)  # a mask that says nothing about training
 # What other data sets call a column, from the likeliest on.
 _OTHER_NAMES = {
@@ -136,7 +137,7 @@ def parse(row_format: str, row: Mapping[str, Any], keep_reasoning: bool = True, 
     unread = {f"{name}, by ignore_columns" for name in ignored if row.get(name) is not None}
     reading = _Reading({name: value for name, value in row.items() if name not in ignored} if unread else row)
     if row_format == "text":
-        found: dict[str, Any] = {"prompt": "", "completion": read_text(reading, "text")}
+        found: Row = Document("", read_text(reading, "text"))
     elif row_format == "tokens":
         found = _tokens(reading)
     else:
@@ -147,18 +148,17 @@ def parse(row_format: str, row: Mapping[str, Any], keep_reasoning: bool = True, 
             continue
         if name not in _OF_TOKENISERS:
             refuse_telling(name, value, "the column")
-        if value and (name in _MEDIA or (name in (*_SYSTEM, "tools", "functions") and row_format != "tokens")):
-            what = "only text" if name in _MEDIA else "plain text, which a column of its own has no place in,"
+        if value and (name in MEDIA or (name in (*_SYSTEM, "tools", "functions") and row_format != "tokens")):
+            what = "only text" if name in MEDIA else "plain text, which a column of its own has no place in,"
             raise RowError(f"has {name!r}; {what} can be trained on (data.*.ignore_columns: [{name}] leaves it out)")
         unread.add(name)
-    kind = Tokens if "ids" in found else Document if "completion" in found else Conversation
-    return kind(**found, unread=frozenset(unread))
+    return replace(found, unread=frozenset(unread))
 
 
 def _chat(
     row_format: str, row: Mapping[str, Any], keep_reasoning: bool, unread: set[str], ignored: Collection[str]
-) -> dict[str, Any]:
-    """The fields of a conversation, or of a document where prompt and completion are plain text."""
+) -> Conversation | Document:
+    """A conversation, or a document where prompt and completion are plain text."""
     weights: list[float | None] = []
     if row_format == "alpaca":
         messages = _alpaca(row)
@@ -169,7 +169,7 @@ def _chat(
             answered = next((name for name in ("answer", "response") if name in row), "output")
         sides = [isinstance(row.get(name), list) for name in (asked, answered)]
         if row_format == "prompt-completion" and not any(sides):
-            return {"prompt": read_text(row, "prompt"), "completion": read_text(row, "completion")}
+            return Document(read_text(row, "prompt"), read_text(row, "completion"))
         messages = []
         for name, role, is_list in zip((asked, answered), ("user", "assistant"), sides, strict=True):
             if is_list:
@@ -186,12 +186,8 @@ def _chat(
         weights = _both(weights, weights_of_row(row, len(messages)))
     weights = weights or [None] * len(messages)
     system = _system(row, messages)
-    return {
-        "messages": system + messages,
-        "weights": [*(None for _ in system), *weights],
-        "tools": read_tools(row),
-        "template_kwargs": read_template_kwargs(row),
-    }
+    weights = [*(None for _ in system), *weights]
+    return Conversation(system + messages, weights, read_tools(row), read_template_kwargs(row))
 
 
 def _both(weights: list[float | None], of_row: list[float | None]) -> list[float | None]:
@@ -235,7 +231,7 @@ def _system(row: Mapping[str, Any], messages: list[Message]) -> list[Message]:
     )
 
 
-def _tokens(row: Mapping[str, Any]) -> dict[str, Any]:
+def _tokens(row: Mapping[str, Any]) -> Tokens:
     ids = _integers(row, "input_ids")
     if "assistant_masks" in row:
         weights = [float(value) for value in _integers(row, "assistant_masks")]
@@ -260,7 +256,7 @@ def _tokens(row: Mapping[str, Any]) -> dict[str, Any]:
         if places != list(range(places[0], places[-1] + 1)) if places else True:
             raise RowError("'attention_mask' must be ones, with zeros at the ends only")
         ids, weights = ids[places[0] : places[-1] + 1], weights[places[0] : places[-1] + 1]
-    return {"ids": ids, "weights": weights}
+    return Tokens(ids, weights)
 
 
 def _integers(row: Mapping[str, Any], key: str) -> list[int]:

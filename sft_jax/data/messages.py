@@ -20,7 +20,7 @@ _ROLES = {
 }
 _ROLE = {name: role for role, names in _ROLES.items() for name in names}
 REASONING = ("reasoning_content", "reasoning", "thinking")
-_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 
 class Arguments(dict):
@@ -75,7 +75,7 @@ def _canonical(given: Mapping[str, Any], keep_reasoning: bool, unread: set[str])
     if not isinstance(role, str):
         raise RowError(f"'role' {'is missing' if role is None else f'must be a string, it is {shown(role)}'}")
     message["role"] = role = _ROLE.get(role.strip().lower(), role)
-    for name in _MEDIA:
+    for name in MEDIA:
         if message.get(name):
             raise RowError(f"has {name!r}; only text can be trained on")
     if role == "function_call":

@@ -23,6 +23,8 @@ _KINDS = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
 _NOT_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # about a data set
 _SPLIT = re.compile(r"(?:^|[-_.])((?:train|test|validation|valid|val|dev|eval)(?:_(?:sft|gen|prefs))?)(?=[-_.]|$)")
 _TRIED = 100  # rows that are looked at to tell the format
+# Names and tables, and the files beside them that are of another split; None where names tell no splits.
+Found = tuple[list[tuple[str, Table]], tuple[str, ...] | None]
 _fetched: dict[tuple[str, str], Path] = {}  # remote files by address and version, copied by this process
 
 
@@ -81,19 +83,20 @@ def open_sources(sources: Sequence[SourceConfig]) -> list[Source]:
             opened.append(
                 Source(
                     name, table, _format(name, table, source), source.weight, source.max_rows, dict(source.columns),
-                    tuple(source.ignore_columns), passed_over, source.path,
+                    tuple(source.ignore_columns), passed_over or (), source.path,
                 )
             )  # fmt: skip
-            passed_over = ()
+            passed_over = None
     return opened
 
 
-def _open(source: SourceConfig) -> tuple[list[tuple[str, Table]], tuple[str, ...]]:
-    """Names and tables, and the files that are of another split."""
-    found, passed_over, has_splits = _find(source)
+def _open(source: SourceConfig) -> Found:
+    found, passed_over = _find(source)
     if not any(isinstance(table, Dataset) for _, table in found):
         for key in ("name", "split", "revision"):
-            if getattr(source, key) != getattr(SourceConfig(source.path), key) and not (has_splits and key == "split"):
+            if getattr(source, key) != getattr(SourceConfig(source.path), key) and not (
+                key == "split" and passed_over is not None
+            ):
                 raise UserError(
                     f"data.*.{key}: {getattr(source, key)!r} is for Hugging Face dataset ids, and {source.path} is "
                     "taken file by file"
@@ -101,28 +104,28 @@ def _open(source: SourceConfig) -> tuple[list[tuple[str, Table]], tuple[str, ...
     return found, passed_over
 
 
-def _find(source: SourceConfig) -> tuple[list[tuple[str, Table]], tuple[str, ...], bool]:
+def _find(source: SourceConfig) -> Found:
     if source.path.startswith(builtin.PREFIX):
-        return [(source.path, open_file(builtin.locate(source.path, "data"), source.path))], (), False
+        return [(source.path, open_file(builtin.locate(source.path, "data"), source.path))], None
     if is_url(source.path):
         return _open_remote(source)
     path = Path(source.path).expanduser()
     if path.is_file():
-        return [(source.path, open_file(path, source.path))], (), False
+        return [(source.path, open_file(path, source.path))], None
     if path.is_dir():
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-            return [(source.path, Dataset(_load_saved(path, source)))], (), False
+            return [(source.path, Dataset(_load_saved(path, source)))], None
         files = _data_files(path)
         if not files:
             raise UserError(f"data: folder {source.path} has no {', '.join(_KINDS)} file")
         files, left = _of_split(files, source)
-        return [(name, open_file(Path(name), name)) for name in files], (*left,), bool(left)
+        return [(name, open_file(Path(name), name)) for name in files], left
     files = sorted(name for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
     if files:
-        return [(file, open_file(Path(file), file)) for file in files], (), False
+        return [(file, open_file(Path(file), file)) for file in files], None
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source.path) and kind_of(path.name) not in _KINDS:
         of_several = "" if source.name is None else f"{source.name}, "
-        return [(f"{source.path}[{of_several}{source.split}]", Dataset(_read_hub(source)))], (), False
+        return [(f"{source.path}[{of_several}{source.split}]", Dataset(_read_hub(source)))], None
     raise UserError(f"data: no file, folder or glob {source.path!r}, and not a Hugging Face dataset id")
 
 
@@ -136,11 +139,11 @@ def _data_files(folder: Path) -> list[str]:
     return []
 
 
-def _of_split(files: Sequence[str], source: SourceConfig) -> tuple[list[str], list[str]]:
+def _of_split(files: Sequence[str], source: SourceConfig) -> tuple[list[str], tuple[str, ...] | None]:
     """Of files whose names tell their splits (``train-00000-of-00002.parquet``, ``test.jsonl``) those of one split.
 
     Returns:
-        The files to read, and those left out; all are read where no name tells a split.
+        The files to read, and those left out; all are read, and None is left out, where no name tells a split.
 
     Raises:
         UserError: there are splits, and not this one.
@@ -148,24 +151,24 @@ def _of_split(files: Sequence[str], source: SourceConfig) -> tuple[list[str], li
     splits = {file: next(iter(_SPLIT.findall(Path(file).name.lower())), None) for file in files}
     told = sorted({split for split in splits.values() if split})
     if not told:
-        return [*files], []
+        return [*files], None
     found = [file for file, split in splits.items() if split in (None, source.split.lower())]
     if not found:
         raise UserError(
             f"{source.path}: has no file of the split {source.split!r}; there are {', '.join(told)} (data.*.split, or "
             "the path of a file)"
         )
-    return found, [Path(file).name for file in files if file not in found]
+    return found, tuple(Path(file).name for file in files if file not in found)
 
 
-def _open_remote(source: SourceConfig) -> tuple[list[tuple[str, Table]], tuple[str, ...], bool]:
+def _open_remote(source: SourceConfig) -> Found:
     """Files of ``gs://``, ``s3://`` or another storage that fsspec knows, copied to a temporary folder."""
     import fsspec
 
     try:
         fs, path = fsspec.core.url_to_fs(source.path)
         fs.invalidate_cache()
-        left: list[str] = []
+        left = None
         if fs.isdir(path):
             found = sorted(
                 one for one in fs.ls(path, detail=False) if kind_of(one) in _KINDS and Path(one).name not in _NOT_ROWS
@@ -184,7 +187,7 @@ def _open_remote(source: SourceConfig) -> tuple[list[tuple[str, Table]], tuple[s
                 fs.get_file(one, str(target))
                 _fetched[version] = target
             opened.append((name, open_file(_fetched[version], name)))
-        return opened, (*left,), bool(left)
+        return opened, left
     except UserError:
         raise
     except ImportError as error:

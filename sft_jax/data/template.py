@@ -17,6 +17,7 @@ import jinja2
 import jinja2.meta
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from sft_jax.config import SET_BY_RENDERING
 from sft_jax.data.rows import Message, RowError
 from sft_jax.errors import UserError
 
@@ -24,7 +25,6 @@ _rendering = threading.Lock()  # a compiled template keeps the marks of the one 
 SECONDS = 10.0  # that rendering one conversation may take
 Span = tuple[int, int]
 _GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
-_OURS = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message")
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class ChatTemplate:
             RowError: one of them.
         """
         for name in given:
-            if name in _OURS or name in self.special_tokens or name == "strftime_now":
+            if name in SET_BY_RENDERING or name in self.special_tokens or name == "strftime_now":
                 raise RowError(f"chat template argument {name!r} is set by what is rendered, and not by hand")
 
     @cached_property

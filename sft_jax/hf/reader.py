@@ -15,7 +15,7 @@ import fsspec
 import ml_dtypes
 import numpy as np
 
-from sft_jax.errors import UserError, is_lfs_pointer
+from sft_jax.errors import UserError, refuse_lfs_pointer
 
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64}
 CHUNK_BYTES = 64 * 2**20
@@ -194,10 +194,7 @@ class TensorReader:
         size = self._fs.size(self._path(name))
         file = self._file(name)
         first = file.read(_FIRST)
-        if is_lfs_pointer(first):
-            raise UserError(
-                f"{self.folder}/{name}: is a pointer of git-lfs and not the file itself; fetch it with git lfs pull"
-            )
+        refuse_lfs_pointer(first, f"{self.folder}/{name}")
         length = int.from_bytes(first[:8], "little")
         file.seek(8)
         if not 0 < length <= min(_MAX_HEADER, size - 8):

@@ -8,9 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sft_jax.errors import UserError, is_lfs_pointer
-
-_NOT_ARGUMENTS = ("messages", "tools", "documents", "add_generation_prompt")
+from sft_jax.config import SET_BY_RENDERING
+from sft_jax.errors import UserError, refuse_lfs_pointer
 
 
 def load_tokenizer(
@@ -39,10 +38,9 @@ def load_tokenizer(
             "add the tokenizer.json of the same model"
         )
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        if (folder / name).is_file() and is_lfs_pointer((folder / name).read_bytes()[:64]):
-            raise UserError(
-                f"{folder / name}: is a pointer of git-lfs and not the file itself; fetch it with git lfs pull"
-            )
+        if (folder / name).is_file():
+            with (folder / name).open("rb") as file:
+                refuse_lfs_pointer(file.read(64), folder / name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (ValueError, OSError, KeyError) as error:
@@ -72,7 +70,7 @@ def _with_defaults(template: str, kwargs: Mapping[str, Any]) -> str:
     for name, value in kwargs.items():
         if not re.fullmatch(r"[A-Za-z_]\w*", name) or not re.search(rf"\b{name}\b", template):
             raise UserError(f"data.template_kwargs: the chat template reads no argument {name!r}")
-        if name in _NOT_ARGUMENTS:
+        if name in SET_BY_RENDERING:
             raise UserError(f"data.template_kwargs: {name!r} is set by what is rendered, and not by hand")
         defaults += f"{{% if {name} is not defined %}}{{% set {name} = {_literal(value)} %}}{{% endif %}}"
     return f"{defaults}{{{{ '' }}}}{template}"  # the empty text keeps the template's first line break its own

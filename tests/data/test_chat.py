@@ -20,14 +20,6 @@ from sft_jax.errors import UserError
 pytestmark = pytest.mark.smoke
 
 
-@pytest.fixture
-def tokenizer():
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = CHATML
-    yield tokenizer
-    tokenizer.chat_template = CHATML
-
-
 def trained_text(tokenizer, encoded) -> str:
     return tokenizer.decode([i for i, trained in zip(encoded.ids, encoded.mask, strict=True) if trained])
 

@@ -129,6 +129,12 @@ def test_a_folder_as_the_hub_has_it(tmp_path, names, in_data):
             open_sources([SourceConfig(path=str(tmp_path), split="dev")])
 
 
+def test_a_split_is_asked_for_where_all_files_are_of_it(tmp_path):
+    write_jsonl(tmp_path / "test.jsonl", conversations(1))
+    (found,) = open_sources([SourceConfig(path=str(tmp_path), split="test")])
+    assert (file_names([found]), found.passed_over) == (["test.jsonl"], ())
+
+
 ROWS = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in [{"text": "Zürich – fluß"}] * 3)
 
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from kit import CHATML, CHATML_UNMARKED, make_tokenizer
+from kit import CHATML, CHATML_UNMARKED
 
 from sft_jax.data.chat import Encoder
 from sft_jax.data.formats import parse
@@ -36,15 +36,8 @@ def call(name="tide", arguments=None):
     }
 
 
-@pytest.fixture
-def tokenizer():
-    tokenizer = make_tokenizer()
-    yield tokenizer
-    tokenizer.chat_template = CHATML
-
-
 def text_of(tokenizer, template, messages, **more):
-    """The whole text of a conversation, and what was noted."""
+    """The whole text of a conversation."""
     tokenizer.chat_template = template
     encoder = Encoder(tokenizer)
     (result,) = encoder.encode([parse("messages", {"messages": messages, **more})])

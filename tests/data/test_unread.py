@@ -37,11 +37,9 @@ def answer(text="bread", **more):
 
 
 @pytest.fixture
-def tokenizer():
-    tokenizer = make_tokenizer()
+def tokenizer(tokenizer):
     tokenizer.chat_template = WITH_TOOLS
-    yield tokenizer
-    tokenizer.chat_template = CHATML
+    return tokenizer
 
 
 def trained(tokenizer, row, ignored=()):
