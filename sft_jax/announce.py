@@ -17,13 +17,11 @@ from sft_jax.data.examples import Examples, Report
 from sft_jax.data.packing import Plan
 from sft_jax.data.prepare import Prepared
 from sft_jax.evaluation.compare import Task
-from sft_jax.models.attention.kernel import Kernel
-from sft_jax.models.lora import Split
+from sft_jax.models.attention.backend import Backend
+from sft_jax.models.split import Split
 from sft_jax.sharding import bytes_per_device
 from sft_jax.training.compilation import Compiled
 from sft_jax.tree import Params, flatten
-
-_TABLES = {("embed_tokens", "embedding"): "token table", ("lm_head", "kernel"): "output head"}
 
 
 class Announcer:
@@ -101,7 +99,7 @@ class Announcer:
             self(
                 "untrained",
                 f"{tokens}: their rows of the token table were never trained (zero, tiny or alike), and LoRA leaves "
-                "them so: the model can hardly tell them apart; lora.token_table=true trains them",
+                "them so: the model can hardly tell them apart; lora.train_embeddings=true trains them",
             )
 
     def compiled(self, step: Compiled) -> None:
@@ -121,8 +119,8 @@ class Announcer:
                 self("", f"the files are {file_dtype}; trained weights are rounded to bfloat16 as they are read")
         self("optimizer", f"{config.name}, {moments}" + (", updates rounded stochastically" if rounded else ""))
 
-    def model(self, config: Config, family: str, split: Split, kernel: Kernel) -> None:
-        """What is trained, in which dtype, and which attention kernel computes it."""
+    def model(self, config: Config, split: Split, backend: Backend) -> None:
+        """What is trained, in which dtype, and which attention backend computes it."""
 
         def count(params: Params) -> int:
             return sum(leaf.size for leaf in flatten(params).values())
@@ -134,13 +132,13 @@ class Announcer:
         labels = ", ".join(f"{count} {label}" for label, count in sorted(Counter(split.labels.values()).items()))
         self(
             "model",
-            f"{family}, {kind}: {count(split.trainable):,} trained ({_dtypes(split)}), {num_frozen:,} frozen; "
-            f"leaves {labels}",
+            f"{split.arch.family}, {kind}: {count(split.trainable):,} trained ({_dtypes(split)}), {num_frozen:,} "
+            f"frozen; leaves {labels}",
         )
         if split.quantized:
             size = sum(leaf.size * leaf.dtype.itemsize for leaf in flatten(split.frozen).values())
-            tables = [what for path, what in _TABLES.items() if path in split.quantized]
-            kept = f"{' and '.join(tables)} int8" if tables else "token table as it is, because it is trained"
+            of_vocab = [name for name in ("embed_tokens", "lm_head") if (name, "weight") in split.quantized]
+            kept = f"{' and '.join(of_vocab)} int8" if of_vocab else "embeddings as they are, because they are trained"
             blocks = sorted({leaf.fmt.block[0] for path, leaf in split.quantized.items() if path[0] == "layers"})
             blocks = f"{config.model.quantization} in blocks of {' and '.join(map(str, blocks))} inputs"
             self("base", f"{blocks}, {kept}: {_bytes(size)}, {size / (2 * num_frozen):.2f} of bfloat16")
@@ -154,7 +152,7 @@ class Announcer:
                 f"each device holds {_bytes(held)} of weights, where its share would be {_bytes(share)}: their "
                 "dimensions do not divide by mesh.fsdp or mesh.tensor; use sizes that do, and mesh.data for the rest",
             )
-        self("compute", f"{config.model.dtype}, attention {kernel}")
+        self("compute", f"{config.model.dtype}, attention {backend}")
         precision: str | None = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
         if config.model.dtype == "float32" and jax.default_backend() != "cpu" and precision is None:
             self("", "products of float32 take fewer bits on this device; JAX_DEFAULT_MATMUL_PRECISION=highest: all")

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from sft_jax import config as configs
-from sft_jax.architecture import Architecture
 from sft_jax.commands import evaluate as _evaluate
 from sft_jax.commands import export as _export
 from sft_jax.commands import generate as _generate
@@ -31,6 +30,7 @@ from sft_jax.errors import UserError as UserError
 from sft_jax.inference.generator import Generator
 from sft_jax.inference.sampling import Sampling
 from sft_jax.metrics import read_metrics
+from sft_jax.models.architecture import Architecture
 from sft_jax.opening import Opened, open_model
 from sft_jax.run_folder import RunFolder
 from sft_jax.tree import Params

@@ -35,17 +35,17 @@ class ModelConfig:
     path: str = "???"
     revision: str | None = None  # branch, tag or commit of a Hugging Face id
     dtype: str = "bfloat16"  # compute and frozen weights
-    weights: str = "float32"  # base weights that are trained; adapters are always float32
+    param_dtype: str = "float32"  # base weights that are trained; adapters are always float32
     init: str = "pretrained"  # random: pretraining from config.json
-    attention: str = "auto"  # the fastest proven kernel for the mask, or splash | triton | cudnn | mosaic_gpu | xla
+    attention: str = "auto"  # the fastest backend that can compute the mask, or splash | triton | cudnn | xla
     remat: str = "auto"  # what is kept for the backward pass: the fastest of dots | attention | full that fits, or none
     quantization: str | None = None  # of the frozen base under LoRA: int8 | nf4 (QLoRA)
 
     def __post_init__(self) -> None:
         _one_of(self.dtype, "model.dtype", ("bfloat16", "float32"))
-        _one_of(self.weights, "model.weights", ("float32", "bfloat16"))
+        _one_of(self.param_dtype, "model.param_dtype", ("float32", "bfloat16"))
         _one_of(self.init, "model.init", ("pretrained", "random"))
-        _one_of(self.attention, "model.attention", ("auto", "splash", "triton", "cudnn", "mosaic_gpu", "xla"))
+        _one_of(self.attention, "model.attention", ("auto", "splash", "triton", "cudnn", "xla"))
         _one_of(self.remat, "model.remat", ("auto", "full", "attention", "dots", "none"))
         if self.quantization is not None:
             _one_of(self.quantization, "model.quantization", ("int8", "nf4"))
@@ -60,11 +60,12 @@ class ModelConfig:
 class LoraConfig:
     """LoRA (Hu et al. 2021) with the conventions of PEFT: the update is alpha/rank · B·A, B starts at zero."""
 
+    method: str = "lora"  # or dora
     rank: int = 16
     alpha: float = 32.0
     target_modules: Any = "all-linear"  # or a list of PEFT-style names
     dropout: float = 0.0
-    token_table: bool = False  # also train the token table and the head, whole, as added tokens do
+    train_embeddings: bool = False  # also train the embeddings and lm_head, whole, as is done where tokens are added
     init_from: str | None = None  # a PEFT adapter folder to continue from
 
     def __post_init__(self) -> None:
@@ -199,7 +200,7 @@ class TrainingConfig:
     num_train_epochs: float = 3.0
     max_steps: int | None = None  # counts instead of epochs
     batch_size: int = 16  # rows of max_length per optimizer step, over all devices
-    gradient_accumulation_steps: int = 1  # batch_size is computed in this many parts
+    num_microbatches: int = 1  # batch_size is computed in this many parts
     eval_every: int = 100
     save_every: int = 200
     log_every: int = 1
@@ -217,7 +218,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         for name in (
             "batch_size",
-            "gradient_accumulation_steps",
+            "num_microbatches",
             "eval_every",
             "save_every",
             "log_every",
@@ -235,9 +236,9 @@ class TrainingConfig:
         _require(self.z_loss >= 0, "training.z_loss", f"{self.z_loss} is negative")
         _require(self.max_steps is None or self.max_steps >= 0, "training.max_steps", f"{self.max_steps} is negative")
         _require(
-            self.batch_size % self.gradient_accumulation_steps == 0,
-            "training.gradient_accumulation_steps",
-            f"{self.gradient_accumulation_steps} does not divide batch_size {self.batch_size}",
+            self.batch_size % self.num_microbatches == 0,
+            "training.num_microbatches",
+            f"{self.num_microbatches} does not divide batch_size {self.batch_size}",
         )
 
 

@@ -10,18 +10,18 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from sft_jax.architecture import Architecture
 from sft_jax.config import LoraConfig
 from sft_jax.errors import UserError
 from sft_jax.hf.config import read_config, stop_ids
 from sft_jax.hf.hub import find_model, weights_of
 from sft_jax.hf.load import load_params
-from sft_jax.hf.peft import base_fingerprint, load_adapter, read_adapter_config, token_rows
+from sft_jax.hf.peft import base_fingerprint, load_adapter, num_embeddings, read_adapter_config
 from sft_jax.hf.reader import TensorReader, is_other_weights
 from sft_jax.hf.ties import architecture_of
 from sft_jax.hf.tokenizer import load_tokenizer
 from sft_jax.inference.generator import Generator
-from sft_jax.models.lora import Split, is_adapter
+from sft_jax.models.architecture import Architecture
+from sft_jax.models.split import Split
 from sft_jax.run_folder import RunFolder
 from sft_jax.runs import open_run
 from sft_jax.sharding import check_heads, make_mesh
@@ -88,7 +88,7 @@ def open_model(
     arch = architecture_of(found, reader)
     dtype = dtype or _file_dtype(found)
     split = build(arch, mesh, None, dtype, remat="none", full=False)
-    frozen = _place(split, arch, reader, {}, arch.vocab_size)
+    frozen = _place(split, reader, {}, arch.vocab_size)
     stops = _with_eos(stop_ids(found), tokenizer)
     return Opened(f"{name}, {arch.family}, {dtype}", arch, tokenizer, mesh, split, {}, frozen, stops)
 
@@ -98,14 +98,14 @@ def _open_run(folder: RunFolder, base: str | None, step: int | None, dtype: str 
     arch = architecture_of(run.base, run.reader)
     old_vocab_size = arch.vocab_size
     arch = dataclasses.replace(arch, vocab_size=run.vocab_size)
-    check_heads(arch.num_heads, mesh)
+    check_heads(arch.attention_specs, mesh)
     dtype = dtype or run.config.model.dtype
     quantization = run.config.model.quantization
-    token_table = quantization is not None and not all(map(is_adapter, run.trained))  # trained, so it is not quantised
-    split = build(arch, mesh, run.config.lora, dtype, "none", token_table, full=False, quantization=quantization)
+    embeddings = quantization is not None and run.trains_embeddings  # trained, so they are not quantised
+    split = build(arch, mesh, run.config.lora, dtype, "none", embeddings, full=False, quantization=quantization)
     leaves = flatten(split.trainable) | flatten(split.frozen)
     given = run.restore({path: leaves[path] for path in run.trained})
-    frozen = _place(split, arch, run.reader, given, old_vocab_size)
+    frozen = _place(split, run.reader, given, old_vocab_size)
     adapter = {path: given[path] for path in flatten(split.trainable)}
     stops = list(dict.fromkeys([*run.stop_ids, *_with_eos(stop_ids(run.base), run.tokenizer)]))
     what = f"{folder} at step {run.step}, {'full fine-tuning' if run.config.lora is None else 'LoRA'} of "
@@ -126,17 +126,15 @@ def _open_adapter(folder: Path, base: str | None, dtype: str | None, mesh: Mesh)
         )
     arch = architecture_of(found, reader)
     old_vocab_size = arch.vocab_size
-    arch = dataclasses.replace(arch, vocab_size=max(arch.vocab_size, token_rows(folder) or 0))
-    check_heads(arch.num_heads, mesh)
+    arch = dataclasses.replace(arch, vocab_size=max(arch.vocab_size, num_embeddings(folder) or 0))
+    check_heads(arch.attention_specs, mesh)
     has_tokenizer = (folder / "tokenizer.json").is_file()
     tokenizer, _ = load_tokenizer(folder if has_tokenizer else found)
     dtype = dtype or _file_dtype(found)
-    lora = LoraConfig(rank=config.rank, alpha=config.alpha, target_modules=config.target_modules)
+    lora = LoraConfig(method=config.method, rank=config.rank, alpha=config.alpha, target_modules=config.target_modules)
     split = build(arch, mesh, lora, dtype, remat="none", full=False)
-    tables = {path: leaf for path, leaf in flatten(split.frozen).items() if path[0] in ("embed_tokens", "lm_head")}
-    wanted = flatten(split.trainable) | tables
-    given = load_adapter(str(folder), wanted, arch.num_layers, config.rank, config.alpha)
-    frozen = _place(split, arch, reader, given, old_vocab_size)
+    given = load_adapter(str(folder), split, embeddings=True)
+    frozen = _place(split, reader, given, old_vocab_size)
     adapter = unflatten({path: given[path] for path in flatten(split.trainable)})
     stops = _with_eos(stop_ids(folder) or stop_ids(found), tokenizer)
     return Opened(
@@ -151,15 +149,13 @@ def _open_adapter(folder: Path, base: str | None, dtype: str | None, mesh: Mesh)
     )
 
 
-def _place(
-    split: Split, arch: Architecture, reader: TensorReader | None, given: dict[LeafPath, Array], old_vocab_size: int
-) -> Params:
+def _place(split: Split, reader: TensorReader | None, given: dict[LeafPath, Array], old_vocab_size: int) -> Params:
     """Frozen leaves in place: those given as they are, the others from the files."""
     leaves, base = flatten(split.frozen), split.base()
     loaded = {path: given[path] for path in leaves if path in given}
     wanted = base.keys() - loaded.keys() - flatten(split.trainable).keys()
     if reader is not None:
-        loaded |= load_params(reader, base, wanted, arch.num_layers, arch.tie_word_embeddings, old_vocab_size)
+        loaded |= load_params(reader, base, split.stored, wanted, split.arch.tie_word_embeddings, old_vocab_size)
     return unflatten({path: loaded[path] for path in leaves})
 
 

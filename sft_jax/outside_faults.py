@@ -8,7 +8,7 @@ _NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS}
 _NO_ROOM_WORDS = ("No space left on device", "Disk quota exceeded")  # of the library that writes checkpoints
 _NO_MEMORY_WORDS = ("RESOURCE_EXHAUSTED", "Out of memory")  # of XLA
 _LESS = {
-    "train": "a smaller training.batch_size, more training.gradient_accumulation_steps, a smaller data.max_length, "
+    "train": "a smaller training.batch_size, more training.num_microbatches, a smaller data.max_length, "
     "more devices along mesh.fsdp, or model.quantization=nf4 under LoRA take less; sft-jax plan tells how much",
     "evaluate": "a smaller evaluation.batch_size or training.batch_size, or more devices along mesh.fsdp take less",
     "generate": "a smaller --batch-size, fewer --max-new-tokens, --dtype bfloat16, or more devices take less",

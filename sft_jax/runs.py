@@ -20,6 +20,7 @@ from sft_jax.hf.config import read_config
 from sft_jax.hf.hub import absolute, find_model, weights_of
 from sft_jax.hf.reader import TensorReader, is_same_model
 from sft_jax.hf.tokenizer import load_tokenizer
+from sft_jax.models.split import EMBEDDINGS
 from sft_jax.run_folder import RunFolder
 from sft_jax.tree import Path as LeafPath
 
@@ -46,6 +47,11 @@ class Run:
         config = read_config(self.base)
         dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
         return np.dtype({"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}[dtype])
+
+    @property
+    def trains_embeddings(self) -> bool:
+        """Whether embeddings and ``lm_head`` were trained beside adapters."""
+        return self.config.lora is not None and any(path[0] in EMBEDDINGS for path in self.trained)
 
     def restore(self, abstract: Mapping[LeafPath, jax.ShapeDtypeStruct]) -> dict[LeafPath, jax.Array]:
         """Trained leaves, in the dtypes and shardings given."""

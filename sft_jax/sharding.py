@@ -121,17 +121,21 @@ def check_lengths(row_lengths: Sequence[int], mesh: Mesh) -> None:
         )
 
 
-def check_heads(num_heads: int, mesh: Mesh) -> None:
-    """Refuse a tensor axis that would cut through a head.
+def check_heads(specs: Sequence[Any], mesh: Mesh) -> None:
+    """Refuse a tensor axis that would cut through a head of an attention layer.
 
     Raises:
         UserError: with the sizes that do not.
     """
     tensor = mesh.shape["tensor"]
-    if num_heads % tensor:
-        raise UserError(
-            f"mesh.tensor: {tensor} does not divide the {num_heads} heads; these do: {_divisors(num_heads)}"
-        )
+    heads = num_heads(specs)
+    if heads % tensor:
+        raise UserError(f"mesh.tensor: {tensor} does not divide the {heads} heads; these do: {_divisors(heads)}")
+
+
+def num_heads(specs: Sequence[Any]) -> int:
+    """The query heads of attention layers; where they differ, what divides them all."""
+    return math.gcd(*(spec.num_heads for spec in specs))
 
 
 def _divisors(size: int) -> str:

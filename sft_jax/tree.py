@@ -8,7 +8,7 @@ Params = dict[str, Any]
 """A nested dict of arrays; the keys are the attribute names of the network."""
 
 Path = tuple[str, ...]
-"""A leaf's place in a nested dict: ``("layers", "self_attn", "q_proj", "kernel")``."""
+"""A leaf's place in a nested dict: ``("layers", "0", "self_attn", "q_proj", "weight")``."""
 
 
 def flatten(tree: Params) -> dict[Path, Any]:

@@ -30,6 +30,9 @@ from sft_jax.config import (
     SourceConfig,
     TrainingConfig,
 )
+from sft_jax.models.architecture import Architecture, Layer, Norm, Rope
+from sft_jax.models.attention.module import SelfAttentionSpec
+from sft_jax.models.mlp import MLPSpec
 
 ROOT = Path(__file__).parent.parent
 
@@ -99,6 +102,18 @@ def make_tokenizer():
     )
 
 
+def architecture(
+    vocab_size, hidden_size, intermediate_size, num_layers, num_heads, num_kv_heads, head_dim, tied, **changes
+) -> Architecture:
+    """Of a Llama; ``windows`` are those of its layers, other ``changes`` fields of its attention."""
+    windows = changes.pop("windows", None) or [None] * num_layers
+    norm = Norm(1e-5)
+    spec = SelfAttentionSpec(num_heads, num_kv_heads, head_dim, rope=Rope(1e4), **changes)
+    mlp = MLPSpec(intermediate_size)
+    layers = tuple(Layer(dataclasses.replace(spec, window=window), mlp, norm) for window in windows)
+    return Architecture("llama", vocab_size, hidden_size, layers, norm, tied)
+
+
 def make_model(folder: Path, **changes) -> Path:
     """A random Llama of odd shape in a Hugging Face folder, written without torch."""
     from safetensors.numpy import save_file
@@ -107,7 +122,6 @@ def make_model(folder: Path, **changes) -> Path:
     from sft_jax.hf.load import expected_shapes
     from sft_jax.sharding import make_mesh
     from sft_jax.training.weights import build
-    from sft_jax.tree import flatten
 
     tokenizer = make_tokenizer()
     config = {
@@ -136,7 +150,7 @@ def make_model(folder: Path, **changes) -> Path:
     rng = np.random.default_rng(1)
     tensors = {
         name: (np.ones(shape) + 0.1 * rng.normal(size=shape) if len(shape) == 1 else 0.08 * rng.normal(size=shape))
-        for name, shape in expected_shapes(flatten(split.trainable), config["num_hidden_layers"]).items()
+        for name, shape in expected_shapes(split.base(), split.stored).items()
     }
     save_file({name: x.astype(np.float32) for name, x in tensors.items()}, folder / "model.safetensors")
     return folder
@@ -269,7 +283,7 @@ def load_model(folder: Path, dtype=jnp.float32):
 
     arch = read_architecture(folder)
     split = build(arch, make_mesh(devices=one_device()), None, jnp.dtype(dtype).name)
-    trainable, frozen = load_weights(split, arch, TensorReader(folder))
+    trainable, frozen = load_weights(split, TensorReader(folder))
     return split.merge(trainable, frozen), split, trainable
 
 

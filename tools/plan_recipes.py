@@ -66,7 +66,7 @@ def main() -> None:
             rows = read_table()
             if wanted(model, topology) and (options.again or rows[model, topology][2] == NOT_MEASURED):
                 batch = TOPOLOGIES[topology]
-                changes = [f"training.batch_size={batch}", "training.gradient_accumulation_steps=1"]
+                changes = [f"training.batch_size={batch}", "training.num_microbatches=1"]
                 found = run_plan(CONFIGS / "recipes" / f"{recipe}.yaml", topology, changes, options.timeout)
                 if found is not None:
                     write_table(rows | {(model, topology): as_row(model, topology, found)})

@@ -16,13 +16,12 @@ from sft_jax.evaluation.compare import Comparison, Networks, compare, prepare
 from sft_jax.hf.config import stop_ids
 from sft_jax.hf.ties import architecture_of
 from sft_jax.metrics import read_metrics
-from sft_jax.models.attention.kernel import check_kernel
-from sft_jax.models.lora import is_adapter
+from sft_jax.models.attention.backend import check_backend
 from sft_jax.report import table
 from sft_jax.report.write import write_report
 from sft_jax.runs import open_run
 from sft_jax.sharding import check_batch, check_heads, check_lengths, make_mesh
-from sft_jax.training.assembly import kernel_of, network_of
+from sft_jax.training.assembly import backend_of, network_of
 from sft_jax.training.compilation import keep_programs
 from sft_jax.training.weights import load_weights
 from sft_jax.tree import flatten, unflatten
@@ -54,22 +53,21 @@ def evaluate(
     data = dataclasses.replace(config.data, date=config.data.date or trained.data.date)
     config = dataclasses.replace(config, model=trained.model, lora=trained.lora, data=data)
     mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
-    check_batch(config.training.batch_size, config.training.gradient_accumulation_steps, mesh)
+    check_batch(config.training.batch_size, config.training.num_microbatches, mesh)
     check_lengths(row_lengths(config.data), mesh)
     say.mesh(mesh)
     keep_programs(mesh.devices.flat[0])
     arch = architecture_of(run.base, run.reader)
     old_vocab_size = arch.vocab_size
     arch = dataclasses.replace(arch, vocab_size=run.vocab_size)
-    check_heads(arch.num_heads, mesh)
+    check_heads(arch.attention_specs, mesh)
     task = prepare(config, arch, run.tokenizer, stop_ids(run.base))
     say.task(task)
-    token_table = config.lora is not None and not all(map(is_adapter, run.trained))
-    kernel = kernel_of(config, arch, mesh)
-    check_kernel(kernel, mesh, arch)
-    split = network_of(config, arch, mesh, kernel, token_table, remat="none")
-    say.model(config, arch.family, split, kernel)
-    untuned, frozen = load_weights(split, arch, run.reader, None, old_vocab_size, trained.training.seed)
+    backend = backend_of(config, arch, mesh)
+    check_backend(backend, mesh, arch.attention_specs)
+    split = network_of(config, arch, mesh, backend, run.trains_embeddings, remat="none")
+    say.model(config, split, backend)
+    untuned, frozen = load_weights(split, run.reader, None, old_vocab_size, trained.training.seed)
     tuned = unflatten(run.restore(flatten(split.trainable)))
     stops = list(dict.fromkeys([*run.stop_ids, *stop_ids(run.base)]))
     networks = Networks(split, mesh, arch, run.tokenizer, stops, frozen, untuned, tuned)

@@ -7,6 +7,7 @@ holds its part of one trained leaf at a time, and one tensor.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -15,17 +16,16 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from sft_jax import builtin
+from sft_jax.adapters.lora import LoRA
 from sft_jax.buckets import is_url
 from sft_jax.errors import UserError
 from sft_jax.hf.card import model_card
 from sft_jax.hf.config import read_architecture, read_config, stop_ids
 from sft_jax.hf.hub import absolute, commit_of
-from sft_jax.hf.names import is_stacked, is_transposed, module_name, tensor_names
 from sft_jax.hf.peft import save_adapter
 from sft_jax.hf.reader import chunks
 from sft_jax.hf.save import Tensor, TensorWriter
@@ -33,8 +33,11 @@ from sft_jax.hf.ties import architecture_of
 from sft_jax.hf.tokenizer_files import write_tokenizer
 from sft_jax.metrics import read_metrics
 from sft_jax.model_folder import new_folder, num_bytes
-from sft_jax.models.lora import is_adapter
+from sft_jax.models.split import Split, is_adapter
+from sft_jax.models.tensors import Stored
 from sft_jax.runs import Run, open_run
+from sft_jax.sharding import make_mesh
+from sft_jax.training.weights import build
 from sft_jax.tree import Path as LeafPath
 
 
@@ -57,11 +60,12 @@ def export(
     form = form or ("merged" if opened.config.lora is None else "adapter")
     if form == "adapter" and opened.config.lora is None:
         raise UserError(f"{run}: was fully fine-tuned, so there is no adapter; use --format merged")
+    split = _network(opened)
     with new_folder(str(out)) as folder:
         if form == "adapter":
-            _write_adapter(opened, folder)
+            _write_adapter(opened, split, folder)
         else:
-            _write_merged(opened, folder)
+            _write_merged(opened, split, folder)
         if is_main:
             _write_generation_config(opened, folder)
             write_tokenizer(opened.tokenizer, opened.base, folder)
@@ -70,9 +74,9 @@ def export(
             (folder / "README.md").write_text(card, encoding="utf-8")
     if is_main:
         print(f"{out}: {form} of step {opened.step}, {num_bytes(str(out)) / 1e6:.1f} MB")
-        if form == "adapter" and not all(map(is_adapter, opened.trained)):
+        if form == "adapter" and opened.trains_embeddings:
             print(
-                "it carries the token table and the head whole, which PEFT reads and vLLM and llama.cpp do not: give "
+                "it carries the embeddings and lm_head whole, which PEFT reads and vLLM and llama.cpp do not: give "
                 "these --format merged"
             )
         of = opened.config.model.path
@@ -80,45 +84,54 @@ def export(
             print(f"its base is {of}, which PEFT does not open: name a copy in adapter_config.json, or --format merged")
 
 
-def _write_adapter(run: Run, folder: Path) -> None:
-    lora = run.config.lora
-    assert lora is not None
-    adapter = {path: leaf for path, leaf in run.trained.items() if is_adapter(path)}
-    tables = {path: leaf for path, leaf in run.trained.items() if not is_adapter(path)}
-    leaves = whole(run, adapter | tables)
+def _network(run: Run) -> Split:
+    """The network of a run, abstract: what its leaves are called in files."""
+    arch = dataclasses.replace(architecture_of(run.base, run.reader), vocab_size=run.vocab_size)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    return build(arch, mesh, run.config.lora, "float32", embeddings=run.trains_embeddings)
+
+
+def _write_adapter(run: Run, split: Split, folder: Path) -> None:
+    """The adapter, and embeddings that were trained beside it, whole."""
+    leaves = whole(run, run.trained)
     if jax.process_index() != 0:
         return
+    assert isinstance(split.variant, LoRA)
+    tensors = {}
+    for path, leaf in leaves.items():
+        stored = split.stored[path]
+        for number, name in enumerate(stored.names):
+            dtype = leaf.dtype if is_adapter(split.labels[path]) else run.dtype(name)
+            tensors[name] = _as_in_file(leaf[stored.index(number)], stored, dtype)
+    modules = {path[-2] for path in leaves if is_adapter(split.labels[path])}
+    of = run.config.model.path
     save_adapter(
         folder,
-        {path: leaves[path] for path in adapter},
-        {name: _as_in_file(run, name, path, leaves[path]) for path in tables for name in tensor_names(path, 0)},
-        read_architecture(run.base).num_layers,
-        lora.rank,
-        lora.alpha,
-        lora.dropout,
-        str(run.base) if run.config.model.path.startswith(builtin.PREFIX) else absolute(run.config.model.path),
+        tensors,
+        split.variant,
+        modules,
+        str(run.base) if of.startswith(builtin.PREFIX) else absolute(of),
         commit_of(run.base) or run.config.model.revision,
         run.fingerprint,
     )
 
 
-def _write_merged(run: Run, folder: Path) -> None:
+def _write_merged(run: Run, split: Split, folder: Path) -> None:
     """Untrained and merged tensors by the process whose file they are in; trained ones a leaf at a time, by all."""
-    arch = architecture_of(run.base, run.reader)
-    trained = {path: leaf for path, leaf in run.trained.items() if not is_adapter(path)}
-    names = {path: tensor_names(path, arch.num_layers) for path in trained}
+    arch = split.arch
+    trained = {path: leaf for path, leaf in run.trained.items() if not is_adapter(split.labels[path])}
     tensors = {
-        name: Tensor(_file_shape(path, leaf.shape), run.dtype(name))
+        name: Tensor(split.stored[path].shape(leaf.shape), run.dtype(name))
         for path, leaf in trained.items()
-        for name in names[path]
+        for name in split.stored[path].names
     }
     reader = run.reader
     untrained = set() if reader is None else reader.names - set(tensors)
     if arch.tie_word_embeddings and "model.embed_tokens.weight" in tensors:
-        untrained -= {"lm_head.weight"}  # some tied models carry a copy of the table, which is now out of date
+        untrained -= {"lm_head.weight"}  # some tied models carry a copy of the embeddings, which is now out of date
     if reader is not None:
         tensors |= {name: Tensor(reader.shape(name), reader.dtype(name)) for name in untrained}
-    updates = _updates(run, arch.num_layers)
+    updates = _updates(run, split)
     tensors = dict(sorted(tensors.items()))
     with (
         TensorWriter(folder, tensors, process=jax.process_index(), num_processes=jax.process_count()) as writer,
@@ -132,16 +145,17 @@ def _write_merged(run: Run, folder: Path) -> None:
         for name in filter(writer.owns, sorted(untrained)):
             assert reader is not None
             if name in updates:
-                write(name, _merged(run, reader.read(name), *updates[name]))
+                write(name, _merged(split.variant, reader.read(name), updates[name]))
             else:
                 for start, rows in chunks(reader, name):
                     write(name, rows, start)
         for path, leaf in trained.items():
-            for name, layer in zip(names[path], layers(run, path, leaf), strict=True):
+            stored = split.stored[path]
+            for name, element in zip(stored.names, elements(run, path, leaf, stored.stack), strict=True):
                 if writer.owns(name):
-                    write(name, _as_in_file(run, name, path, jax.device_get(layer)))
+                    write(name, _as_in_file(jax.device_get(element), stored, run.dtype(name)))
     if jax.process_index() == 0:
-        # What the file has: a tokenizer may have tokens that the base's table never had rows for.
+        # What the file has: a tokenizer may have tokens that the base's embeddings never had rows for.
         config: dict[str, Any] = read_config(run.base) | {"vocab_size": tensors["model.embed_tokens.weight"].shape[0]}
         if names := config.get("architectures"):  # saved without its head, a model is not named as one that has one
             config["architectures"] = [re.sub("Model$", "ForCausalLM", name) for name in names]
@@ -150,13 +164,11 @@ def _write_merged(run: Run, folder: Path) -> None:
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _merged(run: Run, weight: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """``weight [out, in]`` with the update of an adapter, computed in float32 and rounded once."""
-    if not b.any():  # adding zero would turn -0.0 into 0.0
+def _merged(variant: Any, weight: np.ndarray, parameters: Mapping[str, np.ndarray]) -> np.ndarray:
+    """``weight [out, in]`` with an adapter in it, computed in float32 and rounded once."""
+    if not variant.changes(parameters):
         return weight
-    lora = run.config.lora
-    assert lora is not None
-    return (weight.astype(np.float32) + np.float32(lora.alpha / lora.rank) * (a @ b).T).astype(weight.dtype)
+    return variant.merge(weight.T.astype(np.float32), parameters).T.astype(weight.dtype)
 
 
 def _write_generation_config(run: Run, folder: Path) -> None:
@@ -175,47 +187,40 @@ def whole(run: Run, leaves: Mapping[LeafPath, jax.ShapeDtypeStruct]) -> dict[Lea
     return jax.device_get(run.restore(abstract))
 
 
-def layers(run: Run, path: LeafPath, leaf: jax.ShapeDtypeStruct) -> Iterator[jax.Array]:
-    """A trained leaf, layer by layer, each whole on each process; the leaf itself is split over all of them."""
+def elements(run: Run, path: LeafPath, leaf: jax.ShapeDtypeStruct, stack: tuple[int, ...]) -> Iterator[jax.Array]:
+    """The elements of a stacked leaf, each whole on each process; the leaf itself is split over all of them.
+
+    Args:
+        stack: the leading dimensions; empty for a leaf that is not stacked.
+    """
     mesh = _all_devices()
-    first = int(is_stacked(path))
+    first = len(stack)
     sizes = leaf.shape[first:]
     longest = first + max(range(len(sizes)), key=lambda dim: (sizes[dim] % mesh.size == 0, sizes[dim]))
     divides = leaf.shape[longest] % mesh.size == 0
     spec = PartitionSpec(*("all" if dim == longest and divides else None for dim in range(len(leaf.shape))))
     abstract = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
     array = run.restore({path: abstract})[path]
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    if not first:
-        yield jax.jit(lambda x: x, out_shardings=everywhere)(array)
-        return
-    one = jax.jit(lambda x, i: lax.dynamic_index_in_dim(x, i, keepdims=False), out_shardings=everywhere)
-    for i in range(leaf.shape[0]):
-        yield one(array, np.int32(i))
+    one = jax.jit(lambda x, index: x[index], out_shardings=NamedSharding(mesh, PartitionSpec()))
+    for index in np.ndindex(*stack):
+        yield one(array, tuple(map(np.int32, index)))
 
 
 def _all_devices() -> Mesh:
     return jax.make_mesh((jax.device_count(),), ("all",), axis_types=(AxisType.Auto,))
 
 
-def _file_shape(path: LeafPath, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Of one of the tensors that a leaf stands for."""
-    shape = shape[1:] if is_stacked(path) else shape
-    return shape[::-1] if is_transposed(path) else shape
-
-
-def _as_in_file(run: Run, name: str, path: LeafPath, layer: np.ndarray) -> np.ndarray:
+def _as_in_file(element: np.ndarray, stored: Stored, dtype: np.dtype) -> np.ndarray:
     # Contiguous, because the safetensors library writes an array's memory as it lies.
-    return np.ascontiguousarray((layer.T if is_transposed(path) else layer).astype(run.dtype(name)))
+    return np.ascontiguousarray((element.T if stored.transposed else element).astype(dtype))
 
 
-def _updates(run: Run, num_layers: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Base tensors that an adapter changes: file name to its ``A [in, R]`` and ``B [R, out]``."""
-    leaves = whole(run, {path: leaf for path, leaf in run.trained.items() if is_adapter(path)})
-    updates = {}
-    for path, a in leaves.items():
-        if path[-1] == "lora_a":
-            b = leaves[(*path[:-1], "lora_b")]
-            for i in range(num_layers):
-                updates[f"{module_name(path, i)}.weight"] = (a[i], b[i])
+def _updates(run: Run, split: Split) -> dict[str, dict[str, np.ndarray]]:
+    """Base tensors that an adapter changes: file name to the parameters of its adapter."""
+    updates: dict[str, dict[str, np.ndarray]] = {}
+    adapter = {path: leaf for path, leaf in run.trained.items() if is_adapter(split.labels[path])}
+    for path, leaf in whole(run, adapter).items():
+        stored = split.stored[(*path[:-1], "weight")]
+        for number, name in enumerate(stored.names):
+            updates.setdefault(name, {})[path[-1]] = leaf[stored.index(number)]
     return updates

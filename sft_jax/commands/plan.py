@@ -24,6 +24,7 @@ from sft_jax.planning.search import Candidate, Choice, candidates, choose
 from sft_jax.planning.step import AbstractStep, Base, Compiled, abstract_step, compile_step, read_base
 from sft_jax.planning.text import plan_text
 from sft_jax.planning.topology import Topology, devices_of, parse_topology, usable_bytes
+from sft_jax.sharding import num_heads
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,9 @@ class _Planner:
             return _outcome(*self.compile(changed, there, f"with {_difference(config, changed)}"))
 
         usable = usable_bytes(where.chip)
-        return advise(config, where, self._base.arch.num_heads, usable, _outcome(step, compiled), compile_with)
+        return advise(
+            config, where, num_heads(self._base.arch.attention_specs), usable, _outcome(step, compiled), compile_with
+        )
 
     def search(self, config: Config, where: Topology) -> list[Choice]:
         """Combinations that were compiled, the fastest by prediction first."""
@@ -173,7 +176,7 @@ def figures(
         "usable_bytes": usable_bytes(where.chip),
         "part_bytes": sizes,
         "remat": compiled.remat,
-        "attention": str(step.kernel),
+        "attention": str(step.backend),
         "rows_at_a_time": step.rows,
         "tokens_per_step": tokens,
         "target_share": assumed.target_share,

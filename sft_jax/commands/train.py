@@ -35,8 +35,8 @@ from sft_jax.hf.tokenizer import load_tokenizer
 from sft_jax.hf.untrained import chat_tokens, untrained_rows
 from sft_jax.inference.generator import Generator
 from sft_jax.metrics import MetricsWriter, Progress, check_wandb, read_metrics
-from sft_jax.models.attention.kernel import check_kernel
-from sft_jax.models.lora import Split
+from sft_jax.models.attention.backend import check_backend
+from sft_jax.models.split import Split
 from sft_jax.preemption import Preemption
 from sft_jax.processes import LONG_WAIT_SECONDS, gather
 from sft_jax.report import table
@@ -44,7 +44,7 @@ from sft_jax.report.loss import plot_loss
 from sft_jax.report.write import write_report
 from sft_jax.run_folder import RunFolder
 from sft_jax.sharding import check_batch, check_heads, check_lengths, make_mesh
-from sft_jax.training.assembly import kernel_of, network_of, step_of
+from sft_jax.training.assembly import backend_of, network_of, step_of
 from sft_jax.training.compilation import Steps, keep_programs
 from sft_jax.training.optimizer import check_rates, labels_of, make_optimizer
 from sft_jax.training.state import TrainState, abstract_state, make_state, state_shardings
@@ -67,7 +67,7 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
     mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
     is_main = jax.process_index() == 0
     say = Announcer(is_main)
-    check_batch(config.training.batch_size, config.training.gradient_accumulation_steps, mesh)
+    check_batch(config.training.batch_size, config.training.num_microbatches, mesh)
     check_lengths(row_lengths(config.data), mesh)
     if is_main:
         check_wandb(config.training.wandb_project)
@@ -119,21 +119,21 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
     # -- model --------------------------------------------------------------------------------------------------------
     old_vocab_size = arch.vocab_size
     arch = dataclasses.replace(arch, vocab_size=max(arch.vocab_size, len(tokenizer)))
-    check_heads(arch.num_heads, mesh)
+    check_heads(arch.attention_specs, mesh)
     model, training = config.model, config.training
-    kernel = kernel_of(config, arch, mesh)
-    check_kernel(kernel, mesh, arch)
-    token_table = num_added > 0 or (config.lora is not None and config.lora.token_table)
-    network = partial(network_of, config, arch, mesh, kernel, token_table)
+    backend = backend_of(config, arch, mesh)
+    check_backend(backend, mesh, arch.attention_specs)
+    embeddings = num_added > 0 or (config.lora is not None and config.lora.train_embeddings)
+    network = partial(network_of, config, arch, mesh, backend, embeddings)
     split = network(remat="full")
-    say.model(config, arch.family, split, kernel)
+    say.model(config, split, backend)
     file_dtype = None if reader is None else reader.dtype("model.embed_tokens.weight")
     say.optimizer(config.optimizer, split, file_dtype)
     params, frozen = load_weights(
-        split, arch, reader, config.lora, old_vocab_size, training.seed, "all" if latest is None else "frozen"
+        split, reader, config.lora, old_vocab_size, training.seed, "all" if latest is None else "frozen"
     )
     stops = list(dict.fromkeys([*examples.stop_ids, *base_stops]))
-    if reader is not None and config.lora is not None and not token_table:
+    if reader is not None and config.lora is not None and not embeddings:
         say.untrained(tokenizer, untrained_rows(reader, chat_tokens(tokenizer, examples.stop_ids)))
 
     # -- optimizer and steps ------------------------------------------------------------------------------------------
@@ -309,7 +309,7 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
     if task is not None:
         tuned = state.params
         del state  # the optimizer's memory is the base's now
-        before, _ = load_weights(split, arch, reader, None, old_vocab_size, training.seed, "trainable")
+        before, _ = load_weights(split, reader, None, old_vocab_size, training.seed, "trainable", frozen)
         comparison = compare(config, task, Networks(split, mesh, arch, tokenizer, stops, frozen, before, tuned))
         last.update({f"tuned_{key}": value for key, value in comparison.summary["tuned"].items()})
         if is_main:
@@ -326,7 +326,7 @@ class _Evaluator:
     """Held-out loss per target token (by weight): sums over all batches, divided once."""
 
     def __init__(self, config: Config, examples: Examples, mesh: Mesh, split: Split):
-        rows = config.training.batch_size // config.training.gradient_accumulation_steps
+        rows = config.training.batch_size // config.training.num_microbatches
         length, packing = config.data.max_length, config.data.packing or config.data.streaming  # as row_lengths says
         plan = plan_run(examples.slots, length, rows, 1, packing=packing, shuffle=False)
         self._examples = examples

@@ -11,7 +11,6 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from sft_jax.architecture import Architecture
 from sft_jax.config import Config
 from sft_jax.data.examples import Examples
 from sft_jax.data.prepare import Prepared, prepare_data
@@ -21,7 +20,8 @@ from sft_jax.evaluation.answers import same_answer
 from sft_jax.evaluation.likelihood import Scorer, TokenScores
 from sft_jax.evaluation.questions import Question, cut_at_blank_line, exchanges, few_shot_prompts, questions
 from sft_jax.inference.generator import Generated, Generator
-from sft_jax.models.lora import Split
+from sft_jax.models.architecture import Architecture
+from sft_jax.models.split import Split
 from sft_jax.tree import Params
 
 
@@ -114,7 +114,7 @@ def prepare(config: Config, arch: Architecture, tokenizer: Any, stop_ids: Sequen
 def compare(config: Config, task: Task, networks: Networks) -> Comparison:
     """Measure both networks, with a bar on a terminal."""
     options, training, n = config.evaluation, config.training, networks
-    rows = training.batch_size // training.gradient_accumulation_steps
+    rows = training.batch_size // training.num_microbatches
     scorer = Scorer(n.split, n.mesh, config.data.max_length, rows)
     generator = Generator(n.split, n.arch.max_positions, n.stop_ids, n.mesh)
     summary: dict[str, dict[str, float | int]] = {}

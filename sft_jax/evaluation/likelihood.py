@@ -17,7 +17,7 @@ from sft_jax.data.packing import plan_run
 from sft_jax.models.compiler import compiler_options
 from sft_jax.models.decoder import Decoder
 from sft_jax.models.head import Head
-from sft_jax.models.lora import Split
+from sft_jax.models.split import Split
 from sft_jax.processes import fetch
 from sft_jax.sharding import constrain
 from sft_jax.training.cross_entropy import masked_cross_entropy

@@ -9,9 +9,10 @@ from typing import Any, Protocol
 import jax
 
 from sft_jax.errors import UserError
-from sft_jax.hf.names import is_stacked, is_transposed, tensor_names
 from sft_jax.hf.place import Made, Recipe, place
 from sft_jax.hf.reader import TensorReader
+from sft_jax.models.split import EMBEDDINGS
+from sft_jax.models.tensors import Stored
 from sft_jax.tree import Path
 from sft_jax.typing import Array
 
@@ -43,30 +44,34 @@ Leaf = jax.ShapeDtypeStruct | MadeLeaf
 
 def load_params(
     reader: TensorReader,
-    abstract: Mapping[Path, Leaf],
+    base: Mapping[Path, Leaf],
+    stored: Mapping[Path, Stored],
     wanted: Collection[Path],
-    num_layers: int,
     tied: bool,
     old_vocab_size: int | None = None,
 ) -> dict[Path, Array]:
     """Read the ``wanted`` leaves in their dtype and sharding, as :mod:`sft_jax.hf.place` does.
 
-    ``abstract`` describes all base leaves, which are checked against the files before the first is read. One that is
-    made into arrays comes back as several: ``kernel`` as ``kernel.codes`` and so on.
+    ``base`` describes all base leaves, which are checked against the files before the first is read. One that is made
+    into arrays comes back as several: ``weight`` as ``weight.codes`` and so on.
 
-    Where ``old_vocab_size`` is smaller than the vocabulary of ``abstract``, the added rows of the token table and
-    columns of the head start at the mean of the existing ones (Hewitt 2021), so that the added tokens begin as
-    likely as an average token and bound its logit from above.
+    Where ``old_vocab_size`` is smaller than the vocabulary of ``base``, the added rows of the embeddings and columns of
+    ``lm_head`` start at the mean of the existing ones (Hewitt 2021), so that the added tokens begin as likely as an
+    average token and bound its logit from above.
+
+    Args:
+        stored: where each of them lies.
+        tied: whether the embeddings are ``lm_head`` too.
 
     Raises:
         UserError: a tensor is missing, has another shape, or is in the files but has no place in the network.
     """
-    _check(reader, abstract, num_layers, tied, old_vocab_size)
+    _check(reader, expected_shapes(base, stored, old_vocab_size), tied)
     loaded = {}
     # The largest tensors first, while there is most room for what moving one of them takes.
-    for path in sorted(wanted, key=lambda path: (-_size_of_one(path, abstract[path]), path)):
-        leaf = abstract[path]
-        kept = place(reader, tensor_names(path, num_layers), _recipe(reader, path, leaf, num_layers))
+    for path in sorted(wanted, key=lambda path: (-math.prod(stored[path].shape(base[path].shape)), path)):
+        leaf = base[path]
+        kept = place(reader, stored[path].names, _recipe(reader, leaf, stored[path]))
         if isinstance(leaf, jax.ShapeDtypeStruct):
             loaded[path] = kept[""]
         else:
@@ -74,41 +79,34 @@ def load_params(
     return loaded
 
 
-def _size_of_one(path: Path, leaf: Leaf) -> int:
-    """Weights in each of a leaf's tensors."""
-    return math.prod(leaf.shape[1:] if is_stacked(path) else leaf.shape)
-
-
-def _recipe(reader: TensorReader, path: Path, leaf: Leaf, num_layers: int) -> Recipe:
-    """What becomes of a leaf's tensors, once :func:`_check` has found their shapes right."""
-    num_rows = reader.shape(tensor_names(path, num_layers)[0])[0]
-    is_plain = isinstance(leaf, jax.ShapeDtypeStruct)
-    rows_dim = -1 if is_transposed(path) else int(is_stacked(path))
-    return Recipe(
-        num_rows=num_rows,
-        transposed=is_transposed(path),
-        added_rows=leaf.shape[rows_dim] - num_rows,
-        made=None if is_plain else leaf.made,
-        arrays=tuple(({"": leaf} if is_plain else leaf.arrays).items()),
-        stacked=is_stacked(path),
-    )
-
-
-def expected_shapes(abstract: Mapping[Path, Any], num_layers: int) -> dict[str, tuple[int, ...]]:
-    """File tensor name to file shape, of every leaf."""
+def expected_shapes(
+    base: Mapping[Path, Any], stored: Mapping[Path, Stored], old_vocab_size: int | None = None
+) -> dict[str, tuple[int, ...]]:
+    """The shape in the files of each tensor, by its name."""
     shapes = {}
-    for path, leaf in abstract.items():
-        shape = leaf.shape[1:] if is_stacked(path) else leaf.shape
-        shape = shape[::-1] if is_transposed(path) else shape
-        shapes |= dict.fromkeys(tensor_names(path, num_layers), tuple(shape))
+    for path, leaf in base.items():
+        shape = stored[path].shape(leaf.shape)
+        if old_vocab_size is not None and path[0] in EMBEDDINGS:
+            shape = (old_vocab_size, *shape[1:])
+        shapes |= dict.fromkeys(stored[path].names, shape)
     return shapes
 
 
-def _check(reader: TensorReader, abstract: Mapping, num_layers: int, tied: bool, old_vocab_size: int | None) -> None:
-    expected = expected_shapes(abstract, num_layers)
-    if old_vocab_size is not None:
-        for name in {"model.embed_tokens.weight", "lm_head.weight"} & set(expected):
-            expected[name] = (old_vocab_size, *expected[name][1:])
+def _recipe(reader: TensorReader, leaf: Leaf, stored: Stored) -> Recipe:
+    """What becomes of a leaf's tensors, once :func:`_check` has found their shapes right."""
+    num_rows = reader.shape(stored.names[0])[0]
+    is_plain = isinstance(leaf, jax.ShapeDtypeStruct)
+    return Recipe(
+        num_rows=num_rows,
+        transposed=stored.transposed,
+        added_rows=stored.shape(leaf.shape)[0] - num_rows,
+        made=None if is_plain else leaf.made,
+        arrays=tuple(({"": leaf} if is_plain else leaf.arrays).items()),
+        stack=stored.stack,
+    )
+
+
+def _check(reader: TensorReader, expected: Mapping[str, tuple[int, ...]], tied: bool) -> None:
     for name, shape in expected.items():
         if name not in reader.names:
             there = ", ".join(sorted(reader.names)[:2])

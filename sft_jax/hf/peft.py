@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,14 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from sft_jax.adapters.attach import method_name, method_of_peft, methods
+from sft_jax.adapters.lora import LoRA
 from sft_jax.errors import UserError
-from sft_jax.hf.names import adapter_names, is_stacked, is_transposed, tensor_names
 from sft_jax.hf.reader import TensorReader
+from sft_jax.models.split import EMBEDDINGS, Split, is_adapter
+from sft_jax.models.tensors import Stored
 from sft_jax.tree import Path as LeafPath
+from sft_jax.tree import flatten
 from sft_jax.typing import Array
 
 _FILE = "adapter_model.safetensors"
@@ -26,7 +31,6 @@ _MERGE = "; merge it into its base with PEFT (merge_and_unload), and give the me
 
 # Settings that change what an adapter computes and that this library does not have, with the value that means "off".
 _UNSUPPORTED = {
-    "use_dora": False,
     "use_rslora": False,
     "rank_pattern": {},
     "alpha_pattern": {},
@@ -40,6 +44,7 @@ _UNSUPPORTED = {
     "layer_replication": None,
     "use_qalora": False,
     "target_parameters": None,
+    "use_dora": False,
 }
 # Of the ways in which an adapter may begin, those that leave the base model as it is.
 _INITS = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -51,6 +56,7 @@ class AdapterConfig:
 
     base: str  # folder or Hugging Face id
     revision: str | None
+    method: str  # a file of sft_jax/adapters
     rank: int
     alpha: float
     target_modules: list[str]
@@ -69,7 +75,10 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         raise UserError(f"{path}: not valid JSON: {error}") from error
     if config.get("peft_type") != "LORA":
         raise UserError(f"{path}: peft_type {config.get('peft_type')!r} is not LORA")
+    known = set().union(*(one.PEFT for one in methods().values()))
     for key, off in _UNSUPPORTED.items():
+        if key in known:
+            continue
         if config.get(key, off) not in (off, None):
             raise UserError(f"{path}: {key}={config[key]!r} is not supported{_MERGE}")
     if (init := config.get("init_lora_weights")) not in _INITS:
@@ -85,7 +94,12 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
             f"{path}: target_modules={targets!r} is not supported; it must be a list of module names{_MERGE}"
         )
     return AdapterConfig(
-        config["base_model_name_or_path"], config.get("revision"), config["r"], config["lora_alpha"], targets
+        base=config["base_model_name_or_path"],
+        revision=config.get("revision"),
+        method=method_of_peft(config),
+        rank=config["r"],
+        alpha=config["lora_alpha"],
+        target_modules=targets,
     )
 
 
@@ -98,95 +112,102 @@ def base_fingerprint(folder: Path) -> str | None:
         return None  # whoever reads its tensors says what is wrong with it
 
 
-def token_rows(folder: Path) -> int | None:
-    """How many rows the token table has that an adapter carries whole; None where it carries none."""
+def num_embeddings(folder: Path) -> int | None:
+    """How many embeddings an adapter carries; None where it carries none."""
     reader = TensorReader(folder, _FILE)
     name = f"{_PREFIX}model.embed_tokens.weight"
     return reader.shape(name)[0] if name in reader.names else None
 
 
-def load_adapter(
-    folder: str, abstract: dict[LeafPath, jax.ShapeDtypeStruct], num_layers: int, rank: int, alpha: float
-) -> dict[LeafPath, Array]:
-    """Leaves of ``abstract`` from a PEFT folder: all adapters, and the token table and head where it carries them.
+def load_adapter(folder: str, split: Split, embeddings: bool = False) -> dict[LeafPath, Array]:
+    """The parameters of the adapters of a network from a PEFT folder, and its embeddings where the folder has them.
+
+    Args:
+        split: the network. Where its embeddings are trained, they are taken from the folder if it has them.
+        embeddings: take them also where they are frozen.
 
     Raises:
-        UserError: not an adapter folder, another rank, alpha or set of modules, or an unsupported PEFT setting.
+        UserError: not an adapter folder, another method, rank, alpha or set of modules, or a PEFT setting that is not
+            supported.
     """
     path = Path(folder).expanduser()
     if not (path / "adapter_config.json").is_file():
         raise UserError(f"lora.init_from: {path} has no adapter_config.json; it must be a PEFT adapter folder")
-    config = read_adapter_config(path)
-    for key, ours, theirs in (("rank", rank, config.rank), ("alpha", alpha, config.alpha)):
-        if ours != theirs:
-            raise UserError(f"lora.{key}: {ours} is set, the adapter in {path} has {theirs}; set lora.{key}={theirs}")
+    _check_settings(path, read_adapter_config(path), split.variant)
     reader = TensorReader(path, _FILE)
+    leaves = flatten(split.trainable) | (flatten(split.frozen) if embeddings else {})
     names = {}
-    for leaf_path in abstract:
-        if is_stacked(leaf_path):
-            names[leaf_path] = adapter_names(leaf_path, num_layers)
-        else:
-            whole = [_PREFIX + name for name in tensor_names(leaf_path, num_layers)]
-            if whole[0] in reader.names:
-                names[leaf_path] = whole
+    for leaf_path in leaves:
+        of_leaf = [_PREFIX + name for name in split.stored[leaf_path].names] if leaf_path in split.stored else []
+        if is_adapter(split.labels[leaf_path]) or (leaf_path[0] in EMBEDDINGS and reader.names.issuperset(of_leaf)):
+            names[leaf_path] = of_leaf
     wanted = {name for of_leaf in names.values() for name in of_leaf}
     for missing in sorted(wanted - reader.names)[:1]:
         raise UserError(f"{path}: tensor {missing} is missing; does lora.target_modules fit this adapter?")
     for extra in sorted(reader.names - wanted)[:1]:
         if extra.startswith((f"{_PREFIX}model.embed_tokens", f"{_PREFIX}lm_head")):
-            raise UserError(f"{path}: carries a token table with added tokens; name them in data.added_tokens")
+            raise UserError(f"{path}: carries embeddings with added tokens; name them in data.added_tokens")
         raise UserError(f"{path}: tensor {extra} has no place; add its module to lora.target_modules")
-    loaded = {}
-    for leaf_path, of_leaf in names.items():
-        leaf = abstract[leaf_path]
-        shape = leaf.shape[1:] if is_stacked(leaf_path) else leaf.shape
-        layers = [reader.read(name).T if is_transposed(leaf_path) else reader.read(name) for name in of_leaf]
-        for name, layer in zip(of_leaf, layers, strict=True):
-            if layer.shape != shape:
-                raise UserError(f"{path}: tensor {name} is made for another model: {layer.shape}, this one has {shape}")
-        stacked = (np.stack(layers) if is_stacked(leaf_path) else layers[0]).astype(leaf.dtype)
-        loaded[leaf_path] = jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index, x=stacked: x[index])
-    return loaded
+    return {
+        leaf_path: _placed(reader, of_leaf, leaves[leaf_path], split.stored[leaf_path])
+        for leaf_path, of_leaf in names.items()
+    }
+
+
+def _check_settings(path: Path, config: AdapterConfig, variant: Any) -> None:
+    ours = {"method": method_name(variant), "rank": variant.rank, "alpha": variant.alpha}
+    for key, one in ours.items():
+        other = getattr(config, key)
+        if one != other:
+            raise UserError(f"lora.{key}: {one} is set, the adapter in {path} has {other}; set lora.{key}={other}")
+
+
+def _placed(reader: TensorReader, names: list[str], leaf: jax.ShapeDtypeStruct, stored: Stored) -> Array:
+    """The tensors of a parameter, stacked in its dtype, on the mesh."""
+    shape = stored.shape(leaf.shape)
+    for name in names:
+        if reader.shape(name) != shape:
+            raise UserError(
+                f"{reader.folder}: tensor {name} is made for another model: {reader.shape(name)}, this one has {shape}"
+            )
+    tensors = [reader.read(name) for name in names]
+    stacked = np.stack([tensor.T if stored.transposed else tensor for tensor in tensors])
+    whole = stacked.reshape(leaf.shape).astype(leaf.dtype)
+    return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: whole[index])
 
 
 def save_adapter(
     folder: Path,
-    leaves: dict[LeafPath, np.ndarray],
-    extra: dict[str, np.ndarray],
-    num_layers: int,
-    rank: int,
-    alpha: float,
-    dropout: float,
+    tensors: dict[str, np.ndarray],
+    variant: LoRA,
+    target_modules: Iterable[str],
     base_model: str,
     revision: str | None = None,
     fingerprint: str | None = None,
 ) -> None:
-    """Write ``adapter_config.json`` and ``adapter_model.safetensors`` (float32) into an existing folder.
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors`` into an existing folder.
 
     Args:
-        leaves: adapter leaves, ``lora_a [L, in, R]`` and ``lora_b [L, R, out]``.
-        extra: whole base tensors that were trained too (a resized token table), by Hugging Face name.
+        tensors: as they are to be in the file, by their names without PEFT's prefix: those of adapters (float32), and
+            whole base tensors that were trained too (resized embeddings).
         fingerprint: of the base's weights, so that others of the same shapes are not taken for them.
     """
-    tensors = {_PREFIX + name: value for name, value in extra.items()}
-    for path, leaf in leaves.items():
-        for name, layer in zip(adapter_names(path, num_layers), leaf, strict=True):
-            tensors[name] = np.ascontiguousarray(layer.T.astype(np.float32))
     metadata = {"format": "pt"} | ({} if fingerprint is None else {_OF_BASE: fingerprint})
-    save_file(tensors, folder / _FILE, metadata=metadata)
+    save_file({_PREFIX + name: tensor for name, tensor in tensors.items()}, folder / _FILE, metadata=metadata)
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
         "revision": revision,
-        "r": rank,
-        "lora_alpha": alpha,
-        "lora_dropout": dropout,
-        "target_modules": sorted({path[-2] for path in leaves}),
+        "r": variant.rank,
+        "lora_alpha": variant.alpha,
+        "lora_dropout": variant.dropout,
+        "target_modules": sorted(target_modules),
         "bias": "none",
         "fan_in_fan_out": False,
         "modules_to_save": None,
         "inference_mode": True,
         "init_lora_weights": True,
     }
+    config |= variant.PEFT
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

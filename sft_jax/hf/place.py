@@ -39,7 +39,7 @@ class Recipe:
     added_rows: int  # of the token table, that start at the mean of the others
     made: Made | None  # None: kept as it is
     arrays: tuple[tuple[str, jax.ShapeDtypeStruct], ...]  # what is kept, with shardings
-    stacked: bool
+    stack: tuple[int, ...]  # leading dimensions that tensors are stacked along; empty: there is one
 
     def parts(self, rows: Array) -> dict[str, Array]:
         """What is kept of a tensor that was read by rows."""
@@ -55,14 +55,14 @@ class Recipe:
 
 
 def place(reader: TensorReader, names: Iterable[str], recipe: Recipe) -> dict[str, Array]:
-    """The tensors ``names``, one a layer, as the arrays of a recipe; one tensor alone where it is not stacked."""
+    """The tensors ``names``, in the order of the stack, as the arrays of a recipe."""
     arrays = dict(recipe.arrays)
     mesh = _mesh(arrays)
     start, store = _programs(recipe)
-    kept = start() if recipe.stacked else {}
-    for layer, name in enumerate(names):
+    kept = start() if recipe.stack else {}
+    for number, name in enumerate(names):
         rows = _by_rows(reader, name, mesh)
-        kept = store(kept, rows, np.int32(layer)) if recipe.stacked else store(rows)
+        kept = store(kept, rows, _index(number, recipe.stack)) if recipe.stack else store(rows)
         jax.block_until_ready(kept)  # so that no more than one tensor is on its way
     return kept
 
@@ -76,13 +76,21 @@ def _programs(recipe: Recipe) -> tuple[Callable[[], dict[str, Array]], Callable[
     def start() -> dict[str, Array]:
         return {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in arrays.items()}
 
-    def store(kept: dict[str, Array], rows: Array, layer: Array) -> dict[str, Array]:
-        parts = recipe.parts(rows)
-        return {name: lax.dynamic_update_index_in_dim(kept[name], parts[name], layer, 0) for name in kept}
+    def store(kept: dict[str, Array], rows: Array, index: tuple[Array, ...]) -> dict[str, Array]:
+        return {name: _stored_at(kept[name], part, index) for name, part in recipe.parts(rows).items()}
 
-    if recipe.stacked:
+    if recipe.stack:
         return jax.jit(start, out_shardings=shardings), jax.jit(store, donate_argnums=0, out_shardings=shardings)
     return start, jax.jit(recipe.parts, out_shardings=shardings)
+
+
+def _index(number: int, stack: tuple[int, ...]) -> tuple[np.int32, ...]:
+    return tuple(np.int32(i) for i in np.unravel_index(number, stack))
+
+
+def _stored_at(stack: Array, part: Array, index: tuple[Array, ...]) -> Array:
+    start = (*index, *[np.int32(0)] * part.ndim)
+    return lax.dynamic_update_slice(stack, part.reshape((1,) * len(index) + part.shape), start)
 
 
 def _by_rows(reader: TensorReader, name: str, mesh: Mesh) -> Array:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from sft_jax.architecture import Architecture
 from sft_jax.hf.config import read_architecture
 from sft_jax.hf.reader import TensorReader, chunks
+from sft_jax.models.architecture import Architecture
 
 _TABLE, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 

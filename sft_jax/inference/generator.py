@@ -14,9 +14,9 @@ from jax.sharding import Mesh
 
 from sft_jax.errors import UserError
 from sft_jax.inference.sampling import Sampling, sample
-from sft_jax.models.cache import KeyValues
 from sft_jax.models.compiler import compiler_options
-from sft_jax.models.lora import Split
+from sft_jax.models.decoder import Cache, grown, written
+from sft_jax.models.split import Split
 from sft_jax.processes import fetch
 from sft_jax.sharding import constrain
 from sft_jax.tree import Params
@@ -43,7 +43,7 @@ class Generated:
 class _State:
     """A batch half written."""
 
-    cache: KeyValues  # [L, B, S, K, H]
+    cache: Cache  # [L, B, S, K, H]
     token: Int[Array, "B"]  # drawn last, not yet in the cache
     position: Int[Array, "B"]  # of that token
     done: Bool[Array, "B"]
@@ -87,7 +87,7 @@ class Generator:
             hidden, cache = model.prefill(constrain(ids, "batch", "length"), inside, where)
             last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)
             state = _State(
-                cache=cache.grown(slots),
+                cache=grown(cache, slots),
                 token=jnp.zeros_like(lengths),
                 position=lengths - 1,
                 done=lengths == 0,  # rows of padding
@@ -101,7 +101,7 @@ class Generator:
 
             def body(state: _State) -> _State:
                 hidden, new = model.decode(state.token[:, None], state.position[:, None], state.cache)
-                state = dataclasses.replace(state, cache=state.cache.written(new, state.position))
+                state = dataclasses.replace(state, cache=written(state.cache, new, state.position))
                 logits = constrain(model.logits(hidden)[:, 0], "batch", "activation")
                 return draw(logits, state, keys, sampling)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 
-from sft_jax.models.lora import Split, is_adapter
+from sft_jax.models.split import Split, is_adapter
 from sft_jax.tree import flatten
 
 # Gather each weight behind one product, not in steps behind several: products that share a gather are estimated to take
@@ -34,5 +34,5 @@ def compiler_options(split: Split, gradients: bool = True) -> dict[str, str]:
     mesh = jax.tree.leaves((split.trainable, split.frozen))[0].sharding.mesh
     if mesh.devices.flat[0].platform != "tpu":
         return {}
-    trains_layers = any(path[0] == "layers" and not is_adapter(path) for path in flatten(split.trainable))
+    trains_layers = any(path[0] == "layers" and not is_adapter(split.labels[path]) for path in flatten(split.trainable))
     return _ONE_PRODUCT_A_GATHER | (_RINGS_OF_GRADIENTS if gradients and trains_layers else _NO_RINGS)

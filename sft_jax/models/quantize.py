@@ -113,8 +113,8 @@ class Format:
         return (*stack, rows * per_row, columns * per_column)
 
 
-def kernel_format(method: str, in_dim: int, out_dim: int) -> Format:
-    """The format of a linear layer's kernel ``[in, out]``.
+def linear_format(method: str, in_dim: int, out_dim: int) -> Format:
+    """The format of a linear layer's weight ``[in, out]``.
 
     Raises:
         UserError: nf4 and an odd number of inputs, because two codes share a byte.
@@ -128,7 +128,7 @@ def kernel_format(method: str, in_dim: int, out_dim: int) -> Format:
     return Format("nf4", (2 * largest_divisor(in_dim // 2, NF4_BLOCK // 2), 1), largest_divisor(out_dim, SCALE_BLOCK))
 
 
-def table_format(shape: tuple[int, ...], vocab_dim: int) -> Format:
+def vocab_format(shape: tuple[int, ...], vocab_dim: int) -> Format:
     """int8 with one scale for each entry of the vocabulary: of the token table ``[V, D]`` or the head ``[D, V]``."""
     return Format("int8", (1, shape[1]) if vocab_dim == 0 else (shape[0], 1))
 

@@ -1,7 +1,7 @@
-"""Quantised weights in the network: put in place of kernels, read back where they are used, made while loading.
+"""Quantised weights in the network: put in place of others, dequantised where they are used, made while loading.
 
-A kernel ``layers.mlp.up_proj.kernel`` gives way to a module of the same name with the arrays of its format, ``codes``
-and the rest, as leaves. They are frozen, keep their own dtypes, and are split over devices as the kernel would be.
+A weight ``layers.0.mlp.up_proj.weight`` gives way to a module of the same name with the arrays of its format, ``codes``
+and the rest, as leaves. They are frozen, keep their own dtypes, and are split over devices as the weight would be.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sft_jax.models.quantize import Format, dequantize, kernel_format, quantize, table_format
+from sft_jax.models.quantize import Format, dequantize, linear_format, quantize, vocab_format
 from sft_jax.sharding import constrain
 from sft_jax.tree import Path
 from sft_jax.typing import Array, Float, Int
@@ -105,30 +105,29 @@ def _scattered(kept: tuple[Array, Array], d_rows: Array) -> tuple[Array, None]:
 _gathered.defvjp(lambda table, ids: (_gathered(table, ids), (table, ids)), _scattered)
 
 
-def attach_quantization(model: nnx.Module, method: str, tables: bool = True) -> None:
-    """Replace the weights of a network that holds none yet, in place: linear kernels in ``method``.
+def attach_quantization(model: nnx.Module, method: str, embeddings: bool = True) -> None:
+    """Replace the weights of a network that holds none yet, in place: linear weights in ``method``.
 
     Args:
         method: ``nf4`` or ``int8``.
-        tables: also the token table and the output head, in int8 either way: each row or column is one token, and
+        embeddings: also the embeddings and ``lm_head``, in int8 either way: each row or column is one token, and
             has a scale of its own.
 
     Raises:
-        UserError: a kernel that the method cannot hold.
+        UserError: a weight that the method cannot hold.
     """
     for path, node in list(nnx.iter_graph(model)):
-        for name in ("kernel", "embedding"):
-            weight = getattr(node, name, None)
-            if not isinstance(weight, nnx.Param):
-                continue
-            shape, axes = weight.shape, weight.get_metadata("axes")
-            if path[0] == "layers":
-                fmt = kernel_format(method, *shape[-2:])
-            elif tables:
-                fmt = table_format(shape, axes.index("vocab"))
-            else:
-                continue
-            setattr(node, name, nnx.data(Quantized(fmt, shape, axes)))
+        weight = getattr(node, "weight", None)
+        if not isinstance(weight, nnx.Param) or len(weight.get_metadata("axes")) < 2:
+            continue
+        shape, axes = weight.shape, weight.get_metadata("axes")
+        if path[0] == "layers":
+            fmt = linear_format(method, *shape[-2:])
+        elif embeddings:
+            fmt = vocab_format(shape, axes.index("vocab"))
+        else:
+            continue
+        node.weight = nnx.data(Quantized(fmt, shape, axes))
 
 
 @dataclass(frozen=True)

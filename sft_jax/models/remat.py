@@ -14,14 +14,14 @@ from jax.ad_checkpoint import checkpoint_name as keep
 
 PRODUCT = "product"  # of activations with a weight matrix, or of two such products
 ATTENTION = "attention"  # what attention gives, and the log-sum-exp its backward pass starts from
-LOW_RANK = "low_rank"  # activations times the A of an adapter
+ADAPTER = "adapter"  # activations times the A of an adapter
 CUDNN = "dot_product_attention_fwd_wrapper"  # jax's name for the call of cuDNN
 
 # from the fastest step to the smallest memory
 POLICIES = {
     "none": None,  # keep everything
-    "dots": (PRODUCT, ATTENTION, LOW_RANK),  # no matrix product is computed twice
-    "attention": (ATTENTION, LOW_RANK),  # products with weights are computed again, attention is not
+    "dots": (PRODUCT, ATTENTION, ADAPTER),  # no matrix product is computed twice
+    "attention": (ATTENTION, ADAPTER),  # products with weights are computed again, attention is not
     "full": (),  # keep the inputs of layers only
 }
 
@@ -42,4 +42,4 @@ def _is_cudnn(primitive: Any, *_: Any, **__: Any) -> bool:
     return primitive.name == CUDNN
 
 
-__all__ = ["ATTENTION", "CUDNN", "LOW_RANK", "POLICIES", "PRODUCT", "keep", "rematerialised"]
+__all__ = ["ADAPTER", "ATTENTION", "CUDNN", "POLICIES", "PRODUCT", "keep", "rematerialised"]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from sft_jax.architecture import Rope
+from sft_jax.models.architecture import Rope
 from sft_jax.typing import Array, Float, Int
 
 

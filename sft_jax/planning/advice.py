@@ -16,7 +16,7 @@ from sft_jax.planning.changes import Changes, changed
 from sft_jax.planning.topology import Topology
 
 _DOUBLINGS = 4  # of the number of chips
-_PARTS = "training.gradient_accumulation_steps"
+_PARTS = "training.num_microbatches"
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def _ladder(config: Config, topology: Topology, num_heads: int) -> Iterator[tupl
     if config.model.remat not in ("auto", "full"):
         yield "activations", [{"model.remat": "full"}]
     parts = _most_parts(config, topology)
-    if parts > config.training.gradient_accumulation_steps:
+    if parts > config.training.num_microbatches:
         yield "activations", [{_PARTS: parts}]
     for sequence in (2, 4, 8):
         if sequence > config.mesh.sequence and topology.num_devices % sequence == 0:
@@ -119,8 +119,8 @@ def _ladder(config: Config, topology: Topology, num_heads: int) -> Iterator[tupl
         elif config.model.quantization == "int8":
             yield "weights", [{"model.quantization": "nf4"}]
     else:
-        if config.model.weights == "float32":
-            yield "weights", [{"model.weights": "bfloat16"}]
+        if config.model.param_dtype == "float32":
+            yield "weights", [{"model.param_dtype": "bfloat16"}]
         smaller = {"float32": ["bfloat16", "factored"], "bfloat16": ["factored"]}.get(config.optimizer.moments, [])
         yield "weights", [{"optimizer.moments": moments} for moments in smaller]
     for tensor in (2, 4, 8):
@@ -138,7 +138,7 @@ def _fewest(
         found = attempt(changes, topology)
         if found is not None and found.fits:
             fitting, outcome = changes, found
-    parts = config.training.gradient_accumulation_steps * 2
+    parts = config.training.num_microbatches * 2
     while parts < fitting.get(_PARTS, 0):
         found = attempt(fitting | {_PARTS: parts}, topology) if config.training.batch_size % parts == 0 else None
         if found is not None and found.fits:
@@ -161,8 +161,8 @@ def _most_parts(config: Config, topology: Topology) -> int:
 def _fitting_parts(config: Config, changes: Changes, topology: Topology) -> Changes:
     """As many parts as before, or as many as there are rows for."""
     there = changed(config, changes)
-    parts = min(there.training.gradient_accumulation_steps, _most_parts(there, topology))
-    return {} if parts == there.training.gradient_accumulation_steps else {_PARTS: parts}
+    parts = min(there.training.num_microbatches, _most_parts(there, topology))
+    return {} if parts == there.training.num_microbatches else {_PARTS: parts}
 
 
 def _tensor_sizes(config: Config, topology: Topology, num_heads: int) -> list[int]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sft_jax.planning.chips import Chip
-from sft_jax.planning.flops import Product, Work, model_flops, products, repeated_flops
+from sft_jax.planning.flops import Product, Work, model_flops, repeated_flops
 from sft_jax.planning.network import Hosts, Sent, groups_along, sent_in
 from sft_jax.planning.step import AbstractStep
 
@@ -65,10 +65,9 @@ def roofline(
         target_share: of positions that carry loss.
         document_length: slots of each document.
     """
-    config, arch = step.config, step.arch
     work = step.work(target_share, document_length)
-    needed = model_flops(arch, work, config.lora, step.base.token_table)
-    flops = needed + repeated_flops(arch, work, config.lora, remat)
+    needed = model_flops(step.network, work)
+    flops = needed + repeated_flops(step.network, work, remat)
     moved = _memory_bytes(step, remat, work)
     return Roofline(
         model_flops=needed,
@@ -84,25 +83,21 @@ def roofline(
 def _memory_bytes(step: AbstractStep, remat: str, work: Work) -> float:
     """What a device reads and writes in a step."""
     config, arch, shape = step.config, step.arch, step.mesh.shape
-    parts = config.training.gradient_accumulation_steps
+    parts = config.training.num_microbatches
     tensor, split = shape["tensor"], shape["fsdp"] * shape["sequence"]
     tokens = work.tokens / step.shards / shape["sequence"]  # of a device, all parts together
     width = 2 if config.model.dtype == "bfloat16" else _WIDE
-    trains_base = config.lora is None
-    layers = products(arch, config.lora)
 
     # A product reads its input and its weights and writes its output: forward, for the gradient to its input, again
     # where it is rematerialised, and for the weight's own gradient.
     passes = 2 + (remat in ("full", "attention"))
     moved = 0.0
-    for one in layers:
-        weights = one.size / tensor * width
+    for one in step.network.products:
         gathered = 2 if split > 1 else 1  # written when it arrives, then read
-        moved += parts * passes * weights * gathered
-        moved += tokens * _ends(one, tensor) * width * (passes + trains_base)
-        if trains_base:
+        moved += parts * passes * one.size / tensor * width * gathered
+        moved += tokens * one.share * one.count * _ends(one, tensor) * width * (passes + one.is_trained)
+        if one.is_trained:
             moved += parts * one.size / tensor * _WIDE * gathered
-    moved *= arch.num_layers
 
     # The head is read twice for each chunk of targets, and its logits are written and read.
     vocab = split * tensor
@@ -117,10 +112,8 @@ def _memory_bytes(step: AbstractStep, remat: str, work: Work) -> float:
 
 def _ends(product: Product, tensor: int) -> float:
     """Input and output of a product on a device, in elements a token: one of the two is split over ``tensor``."""
-    split, whole = (product.inputs, product.outputs)
-    if not product.name.endswith(("o_proj", "down_proj")):
-        split, whole = whole, split
-    return split / tensor + whole
+    ends = zip((product.inputs, product.outputs), product.axes, strict=True)
+    return sum(size / (1 if axis == "embed" else tensor) for size, axis in ends)
 
 
 def expected_sent(step: AbstractStep, remat: str, work: Work, hosts: Hosts) -> Sent:
@@ -131,17 +124,17 @@ def expected_sent(step: AbstractStep, remat: str, work: Work, hosts: Hosts) -> S
     ``sequence``, and the hidden states of targets travel to the parts of the vocabulary and back.
     """
     config, arch, shape = step.config, step.arch, step.mesh.shape
-    parts = config.training.gradient_accumulation_steps
+    parts = config.training.num_microbatches
     width = 2 if config.model.dtype == "bfloat16" else _WIDE
     kept = {"int8": 1.03, "nf4": 0.52}.get(config.model.quantization or "", width)
     sequence, tensor = shape["sequence"], shape["tensor"]
     split = shape["fsdp"] * sequence
-    layers = products(arch, config.lora)
+    layers = step.network.products
     passes = 2 + (remat in ("full", "attention"))
-    weights = arch.num_layers * sum(one.size for one in layers) / tensor
-    trained = weights if config.lora is None else arch.num_layers * sum(one.adapter_size for one in layers) / tensor
+    weights = sum(one.size for one in layers) / tensor
+    trained = sum(one.size * one.is_trained + one.count * one.adapter_size for one in layers) / tensor
     tokens = work.tokens / step.shards / sequence
-    keys_and_values = 2 * arch.num_kv_heads * arch.head_dim / tensor
+    keys_and_values = sum(one.count * one.outputs for one in layers if one.axes[1] == "kv_heads") / tensor
     targets = work.targets / shape["data"]
     along_split = ("fsdp", "sequence")
     collectives = (
@@ -149,7 +142,7 @@ def expected_sent(step: AbstractStep, remat: str, work: Work, hosts: Hosts) -> S
         ("reduce-scatter", parts * trained * _WIDE, along_split),
         ("all-reduce", parts * trained * _WIDE / split, ("data",)),
         ("all-reduce", 2 * passes * arch.num_layers * tokens * arch.hidden_size * width, ("tensor",)),
-        ("all-gather", passes * arch.num_layers * tokens * sequence * keys_and_values * width, ("sequence",)),
+        ("all-gather", passes * tokens * sequence * keys_and_values * width, ("sequence",)),
         ("all-gather", targets * arch.hidden_size * (width + _WIDE), along_split),
     )
     found = (sent_in(kind, whole, groups_along(axes, step.mesh), hosts) for kind, whole, axes in collectives)

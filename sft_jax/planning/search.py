@@ -69,13 +69,13 @@ def candidates(
         batch = -(-config.training.batch_size // shards) * shards
         base = mesh | ({} if batch == config.training.batch_size else {"training.batch_size": batch})
         try:
-            step = build(changed(config, base | {"training.gradient_accumulation_steps": 1}))
+            step = build(changed(config, base | {"training.num_microbatches": 1}))
         except UserError:  # heads or slots that do not divide
             continue
         hosts = hosts_of(step.mesh)
         for parts in _divisors(batch // shards):
             for remat in CANDIDATES:
-                changes = base | {"training.gradient_accumulation_steps": parts, "model.remat": remat}
+                changes = base | {"training.num_microbatches": parts, "model.remat": remat}
                 there = dataclasses.replace(step, config=changed(config, changes))
                 work = there.work(target_share, document_length)
                 sent = expected_sent(there, remat, work, hosts)

@@ -15,17 +15,17 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from sft_jax.architecture import Architecture
 from sft_jax.config import Config
 from sft_jax.data.packing import row_lengths
 from sft_jax.errors import UserError
 from sft_jax.hf.reader import TensorReader
 from sft_jax.hf.ties import architecture_of
 from sft_jax.hf.tokenizer import load_tokenizer
-from sft_jax.models.attention.kernel import Kernel
-from sft_jax.models.lora import Split
+from sft_jax.models.architecture import Architecture
+from sft_jax.models.attention.backend import Backend
+from sft_jax.models.split import Split
 from sft_jax.planning.collectives import Collective, count_collectives
-from sft_jax.planning.flops import Work
+from sft_jax.planning.flops import Sizes, Work
 from sft_jax.planning.network import hosts_of
 from sft_jax.planning.program_text import compile_with_text
 from sft_jax.planning.topology import GPU_COMPILER
@@ -39,7 +39,7 @@ from sft_jax.sharding import (
     named_sharding,
     num_parts,
 )
-from sft_jax.training.assembly import kernel_of, network_of, step_of
+from sft_jax.training.assembly import backend_of, network_of, step_of
 from sft_jax.training.compilation import CANDIDATES, SHARE, temp_bytes
 from sft_jax.training.cross_entropy import chunk_size
 from sft_jax.training.optimizer import labels_of, make_optimizer
@@ -55,7 +55,7 @@ class Base:
     """What is known about a base model without its weights."""
 
     arch: Architecture  # with added tokens
-    token_table: bool  # whether tokens are added, so that token table and head are trained
+    embeddings: bool  # whether they and lm_head are trained beside adapters, as where tokens are added
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,9 @@ class AbstractStep:
     config: Config
     base: Base
     mesh: Mesh
-    kernel: Kernel
+    backend: Backend
     split: Split
+    network: Sizes
     state: TrainState
     batch: Batch
 
@@ -83,7 +84,7 @@ class AbstractStep:
     def rows(self) -> int:
         """Rows that a device, or those along ``sequence`` and ``tensor`` together, compute at a time."""
         training = self.config.training
-        return training.batch_size // training.gradient_accumulation_steps // self.shards
+        return training.batch_size // training.num_microbatches // self.shards
 
     @property
     def slots(self) -> int:
@@ -93,7 +94,7 @@ class AbstractStep:
     def sizes(self) -> dict[str, int]:
         """Bytes of a device by what they are, before and besides the step's temporaries."""
         trained = bytes_per_device(self.state.params)
-        accumulates = self.config.training.gradient_accumulation_steps > 1
+        accumulates = self.config.training.num_microbatches > 1
         gradients = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(
                 leaf.shape, jnp.float32 if accumulates else leaf.dtype, sharding=leaf.sharding
@@ -113,14 +114,14 @@ class AbstractStep:
 
         See :mod:`sft_jax.models.remat`; adapters' products, a few columns, are left out.
         """
-        arch, tensor = self.arch, self.mesh.shape["tensor"]
-        queries, keys = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
-        of_token = arch.hidden_size  # the input of a layer
-        if remat != "full":
-            of_token += queries // tensor  # what attention gives
-        if remat in ("dots", "none"):
-            of_token += (queries + 2 * keys + 2 * arch.intermediate_size) // tensor + arch.hidden_size
-        return arch.num_layers * self.slots * of_token * jnp.dtype(self.config.model.dtype).itemsize
+        tensor = self.mesh.shape["tensor"]
+        of_token = float(self.arch.num_layers * self.arch.hidden_size)  # the inputs of layers
+        for one in self.network.products:
+            if remat != "full" and one.axes[0] == "heads":  # what attention gives
+                of_token += one.count * one.inputs / tensor
+            if remat in ("dots", "none") and not one.is_last:
+                of_token += one.count * one.share * one.outputs / (1 if one.axes[1] == "embed" else tensor)
+        return int(self.slots * of_token * jnp.dtype(self.config.model.dtype).itemsize)
 
     def resident_bytes(self) -> int:
         """Bytes of a device that are there before the step: weights, optimizer state and batch."""
@@ -138,13 +139,13 @@ class AbstractStep:
         tokens = axis_names("batch", self.mesh) + axis_names("length", self.mesh)
         gathered = math.prod(self.mesh.shape[name] for name in tokens if name in vocab)
         columns = -(-self.arch.vocab_size // num_parts("head_vocab", self.mesh))
-        trained = self.config.lora is None or self.base.token_table
+        trained = self.config.lora is None or self.base.embeddings
         chunk = chunk_size(self.slots, columns * gathered, 4 * self.arch.hidden_size * columns if trained else 0)
         return -(-round(self.slots * target_share) // chunk)
 
     def step(self, remat: str) -> TrainStep:
         """The jitted step with a rematerialisation policy."""
-        network = network_of(self.config, self.arch, self.mesh, self.kernel, self.base.token_table, remat)
+        network = network_of(self.config, self.arch, self.mesh, self.backend, self.base.embeddings, remat)
         sources = len({source.path for source in self.config.data.train})
         optimizer = _optimizer(self.config, self.split)
         shardings = state_shardings(self.split.trainable, optimizer, self.mesh)
@@ -181,29 +182,29 @@ def read_base(config: Config, folder: Path) -> Base:
     """
     has_weights = any((folder / f"model.safetensors{ending}").is_file() for ending in ("", ".index.json"))
     arch = architecture_of(folder, TensorReader(folder) if has_weights else None)
-    asked = config.lora is not None and config.lora.token_table
+    asked = config.lora is not None and config.lora.train_embeddings
     if not config.data.added_tokens:
-        return Base(arch, token_table=asked)
+        return Base(arch, embeddings=asked)
     has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
     size, added = arch.vocab_size + len(config.data.added_tokens), len(config.data.added_tokens)
     if has_tokenizer:
         tokenizer, added = load_tokenizer(folder, None, config.data.added_tokens)
         size = max(arch.vocab_size, len(tokenizer))
-    return Base(dataclasses.replace(arch, vocab_size=size), token_table=asked or added > 0)
+    return Base(dataclasses.replace(arch, vocab_size=size), embeddings=asked or added > 0)
 
 
 def abstract_step(config: Config, base: Base, devices: Sequence[Any]) -> AbstractStep:
     """The step of a config as ``train`` would build it on these devices; nothing is allocated.
 
     Raises:
-        UserError: a mesh, batch, attention kernel or LoRA target that ``train`` would refuse.
+        UserError: a mesh, batch, attention backend or LoRA target that ``train`` would refuse.
     """
     mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
-    check_batch(config.training.batch_size, config.training.gradient_accumulation_steps, mesh)
-    check_heads(base.arch.num_heads, mesh)
+    check_batch(config.training.batch_size, config.training.num_microbatches, mesh)
+    check_heads(base.arch.attention_specs, mesh)
     check_lengths(row_lengths(config.data), mesh)
-    kernel = kernel_of(config, base.arch, mesh)
-    split = network_of(config, base.arch, mesh, kernel, base.token_table)
+    backend = backend_of(config, base.arch, mesh)
+    split = network_of(config, base.arch, mesh, backend, base.embeddings)
     state = abstract_state(split.trainable, _optimizer(config, split), mesh)
     shape = (config.training.batch_size, config.data.max_length)
     sharding = named_sharding(mesh, ("batch", "length"), shape)
@@ -214,7 +215,7 @@ def abstract_step(config: Config, base: Base, devices: Sequence[Any]) -> Abstrac
     ids = column(jnp.int32)
     sources = ids if len({source.path for source in config.data.train}) > 1 else None
     batch = Batch(ids, ids, column(jnp.float32), ids, ids, sources)
-    return AbstractStep(config, base, mesh, kernel, split, state, batch)
+    return AbstractStep(config, base, mesh, backend, split, Sizes.of(split), state, batch)
 
 
 def compile_step(step: AbstractStep, usable_bytes: int, target_share: float = 1.0) -> Compiled:

@@ -1,4 +1,4 @@
-"""The kernel, the network and the step that a config describes: the same ones for a run and for a plan of it."""
+"""The backend, the network and the step that a config describes: the same ones for a run and for a plan of it."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from sft_jax.architecture import Architecture
 from sft_jax.config import Config
 from sft_jax.data.packing import row_lengths
-from sft_jax.models.attention.kernel import Kernel, choose_kernel
-from sft_jax.models.lora import Split
+from sft_jax.models.architecture import Architecture
+from sft_jax.models.attention.backend import Backend, choose_backend
+from sft_jax.models.split import Split
 from sft_jax.training.cross_entropy import Terms
 from sft_jax.training.optimizer import make_schedule
 from sft_jax.training.step import TrainStep, make_train_step
 from sft_jax.training.weights import build
 
 
-def kernel_of(config: Config, arch: Architecture, mesh: Mesh) -> Kernel:
-    """The attention kernel for rows of every length that comes; see :func:`choose_kernel`.
+def backend_of(config: Config, arch: Architecture, mesh: Mesh) -> Backend:
+    """The attention backend for sequences of every length that comes; see :func:`choose_backend`.
 
     Raises:
-        UserError: the kernel that was asked for cannot compute this.
+        UserError: the backend that was asked for cannot compute this.
     """
-    row_length = math.gcd(*row_lengths(config.data))
-    return choose_kernel(config.model.attention, mesh, arch, config.model.dtype, row_length)
+    length = math.gcd(*row_lengths(config.data))
+    return choose_backend(config.model.attention, mesh, arch.attention_specs, config.model.dtype, length)
 
 
 def network_of(
-    config: Config, arch: Architecture, mesh: Mesh, kernel: Kernel, token_table: bool, remat: str = "full"
+    config: Config, arch: Architecture, mesh: Mesh, backend: Backend, embeddings: bool, remat: str = "full"
 ) -> Split:
     """The network, taken apart into trainable and frozen leaves; see :func:`sft_jax.training.weights.build`."""
     model = config.model
@@ -41,10 +41,10 @@ def network_of(
         config.lora,
         model.dtype,
         remat,
-        token_table,
-        kernel=kernel,
+        embeddings,
+        backend=backend,
         quantization=model.quantization,
-        weights=model.weights,
+        param_dtype=model.param_dtype,
     )
 
 
@@ -70,7 +70,7 @@ def step_of(
         network,
         optimizer,
         make_schedule(config.optimizer, total_steps),
-        training.gradient_accumulation_steps,
+        training.num_microbatches,
         jax.random.fold_in(key, 1) if dropout else None,
         shardings,
         num_sources,

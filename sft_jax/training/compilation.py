@@ -87,7 +87,7 @@ class Steps:
             wants = f": it needs {needed / 2**30:.2f} GiB, {SHARE:.0%} of the {free / 2**30:.2f} GiB free may be taken"
         raise UserError(
             f"model.remat: the step does not fit on {self._device.device_kind} with {' or '.join(self._candidates)}"
-            f"{wants}; use a smaller training.batch_size, more training.gradient_accumulation_steps, a smaller "
+            f"{wants}; use a smaller training.batch_size, more training.num_microbatches, a smaller "
             "data.max_length, mesh.sequence, or model.attention=xla where another kernel holds a mask of T² entries"
         )
 

@@ -12,7 +12,7 @@ import optax
 
 from sft_jax.config import OptimizerConfig
 from sft_jax.errors import UserError
-from sft_jax.models.lora import FROZEN, LABELS
+from sft_jax.models.split import FROZEN, LABELS
 from sft_jax.training.moments import scale_by_factored_adam, scale_by_rounded_adam
 from sft_jax.tree import Params, Path, flatten, unflatten
 from sft_jax.typing import Array

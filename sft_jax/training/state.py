@@ -21,7 +21,7 @@ class TrainState:
     """Trainable leaves and what the optimizer keeps about them. Frozen weights are not part of it."""
 
     step: Array  # int32: steps done
-    params: Params  # trainable leaves: adapters float32, base weights as ``model.weights`` says
+    params: Params  # trainable leaves: adapters float32, base weights as ``model.param_dtype`` says
     opt_state: Any
     halted: Array  # bool: a loss was not finite; no step changes anything any more
 

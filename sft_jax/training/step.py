@@ -12,7 +12,7 @@ from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from sft_jax.models.compiler import compiler_options
-from sft_jax.models.lora import Split
+from sft_jax.models.split import Split
 from sft_jax.training.cross_entropy import PLAIN, Terms
 from sft_jax.training.loss import LossSums, batch_loss, no_sums
 from sft_jax.training.rounding import apply_updates

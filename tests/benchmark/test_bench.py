@@ -153,11 +153,11 @@ def test_grid_says_what_it_had_no_time_for(tmp_path, monkeypatch, capsys):
 
 
 def test_attention_of_this_device(monkeypatch, capsys):
-    """Here only the kernel that runs everywhere, in 16 bits against itself in 32."""
+    """Here only the backend that runs everywhere, in 16 bits against itself in 32."""
     arguments = "attention --tokens 64 --lengths 64 --heads 2 --kv-heads 1 --head-dims 16 --repeats 1"
     monkeypatch.setattr(sys, "argv", ["bench.py", *arguments.split(), "--json"])
     bench.main()
     (found,) = json.loads(capsys.readouterr().out)
-    assert found["kernel"] == "xla"
+    assert found["backend"] == "xla"
     assert 0.001 < found["error"] < 0.03
     assert all(seconds > 0 for kind in ("short", "whole") for seconds in found[kind])

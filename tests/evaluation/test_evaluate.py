@@ -153,7 +153,7 @@ def test_divergence_is_the_dense_one(tmp_path, encoded):
 
     mesh = make_mesh(1, 2, 4, 1)
     spread = build(model.arch, mesh, None, "float32")
-    params, _ = load_weights(spread, model.arch, TensorReader(folder))
+    params, _ = load_weights(spread, TensorReader(folder))
     other = jax.tree.map(lambda x: x * 1.05, params)
     np.testing.assert_allclose(
         Scorer(spread, mesh, 128, 4).divergence(params, other, {}, examples), total / count, rtol=1e-4

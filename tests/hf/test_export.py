@@ -183,7 +183,7 @@ def test_a_tied_model_that_carries_a_copy_of_its_table(tmp_path, chats):
     np.testing.assert_allclose(torch_logits(model), logits(run_model(tmp_path / "run"), IDS), atol=1e-4, rtol=0)
 
 
-def test_a_square_token_table_grows_too(tmp_path, chats):
+def test_square_embeddings_grow_too(tmp_path, chats):
     """As many tokens as channels: which dimension grows must not be guessed from sizes."""
     base = make_model(tmp_path / "base", hidden_size=384, num_hidden_layers=1, tie_word_embeddings=False)
     config = run_config(base, chats, tmp_path / "run", data__added_tokens=["<|new|>"], training__max_steps=0)

@@ -16,7 +16,6 @@ from safetensors.numpy import load_file, save_file
 from sft_jax.errors import UserError
 from sft_jax.hf import place, reader
 from sft_jax.hf.config import read_architecture
-from sft_jax.hf.names import is_transposed, tensor_names
 from sft_jax.hf.reader import TensorReader
 from sft_jax.hf.save import Tensor, TensorWriter, save_tensors
 from sft_jax.sharding import make_mesh
@@ -46,12 +45,13 @@ def test_each_byte_is_read_once_and_lands_where_it_belongs(base, monkeypatch, si
     )
     devices = one_device() if sizes == (1, 1, 1) else None
     split = build(read_architecture(base), make_mesh(*sizes[:2], tensor=sizes[2], devices=devices), None, "float32")
-    params, _ = load_weights(split, read_architecture(base), TensorReader(base))
+    params, _ = load_weights(split, TensorReader(base))
     tensors = load_file(base / "model.safetensors")
     assert sum(sizes_read) == sum(x.nbytes for x in tensors.values())
     assert max(sizes_read) <= chunk
     for path, leaf in flatten(params).items():
-        expected = [tensors[name].T if is_transposed(path) else tensors[name] for name in tensor_names(path, 3)]
+        stored = split.stored[path]
+        expected = [tensors[name].T if stored.transposed else tensors[name] for name in stored.names]
         assert np.array_equal(leaf, np.stack(expected) if path[0] == "layers" else expected[0]), path
         assert leaf.sharding == flatten(split.trainable)[path].sharding
 
@@ -63,8 +63,8 @@ def test_dtypes_are_rounded_once(tmp_path):
     for dtype in (np.float64, np.float16, ml_dtypes.bfloat16):
         save_file({name: x.astype(dtype) for name, x in tensors.items()}, base / "model.safetensors")
         split = build(read_architecture(base), make_mesh(devices=one_device()), None, "bfloat16", full=False)
-        _, frozen = load_weights(split, read_architecture(base), TensorReader(base))
-        table = frozen["embed_tokens"]["embedding"]
+        _, frozen = load_weights(split, TensorReader(base))
+        table = frozen["embed_tokens"]["weight"]
         assert table.dtype == jnp.bfloat16
         expected = tensors["model.embed_tokens.weight"].astype(dtype).astype(np.float32).astype(ml_dtypes.bfloat16)
         assert np.array_equal(table, expected)
@@ -141,5 +141,5 @@ def test_no_program_for_every_layer(base):
     place._programs.cache_clear()
     arch = read_architecture(base)
     split = build(arch, make_mesh(devices=one_device()), None, "float32")
-    jax.block_until_ready(load_weights(split, arch, TensorReader(base)))
+    jax.block_until_ready(load_weights(split, TensorReader(base)))
     assert place._programs.cache_info().currsize == 9  # for 12 kinds of leaves

@@ -20,8 +20,8 @@ from sft_jax.hf.config import read_architecture
 from sft_jax.hf.reader import TensorReader
 from sft_jax.inference.generator import Generator
 from sft_jax.inference.sampling import Sampling, filter_logits, sample
+from sft_jax.models.attention.backend import attention
 from sft_jax.models.attention.cached import cached_attention
-from sft_jax.models.attention.kernel import attention
 from sft_jax.models.cache import KeyValues
 from sft_jax.opening import open_model
 from sft_jax.sharding import make_mesh
@@ -187,7 +187,7 @@ def test_meshes_do_not_matter(tiny, opened, sizes):
     """Prompts in parts on the devices of the sequence axis, the cache whole on each; rows apart on that of data."""
     mesh = make_mesh(*sizes)
     split = build(opened.arch, mesh, None, "float32", full=False)
-    _, frozen = load_weights(split, opened.arch, TensorReader(tiny))
+    _, frozen = load_weights(split, TensorReader(tiny))
     generator = Generator(split, opened.arch.max_positions, opened.stop_ids, mesh)
     assert [one.ids for one in generator({}, frozen, PROMPTS, 20)] == ids_of(opened, PROMPTS)
 

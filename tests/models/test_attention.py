@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sft_jax.architecture import Architecture, Rope
 from sft_jax.errors import UserError
+from sft_jax.models.attention.backend import Backend, attention, choose_backend
 from sft_jax.models.attention.cudnn import cudnn_attention
-from sft_jax.models.attention.kernel import Kernel, attention, choose_kernel
+from sft_jax.models.attention.spec import AttentionSpec
 from sft_jax.models.attention.splash import splash_attention, splash_mask
 from sft_jax.models.attention.split import SplitRows
 from sft_jax.models.attention.triton import Tiles, Tuning, triton_attention
@@ -89,7 +89,7 @@ def test_attention_on_a_mesh(sizes, kv_heads):
     rows = [*ROWS, [30]] if sizes[0] == 2 else ROWS
     inputs = random_inputs(rows, 16, kv_heads, 4)
     with jax.set_mesh(make_mesh(*sizes)):
-        assert_alike(partial(attention, kernel=Kernel("xla", 8)), *inputs, window=9)
+        assert_alike(partial(attention, backend=Backend("xla", 8)), *inputs, window=9)
 
 
 PARTS = {"end": np.arange(17, 30), "halves": np.r_[4:8, 22:26], "any": np.array([29, 3, 0, 12])}
@@ -130,7 +130,7 @@ def test_xla_with_rows_in_parts(sizes, kv_heads, window):
     inputs = random_inputs([[13, 35], [48], [20, 20], [1, 46]], 8, kv_heads, 4)
     assert inputs[0].shape[1] == length
     with on_mesh(sizes):
-        assert_alike(partial(attention, kernel=Kernel("xla", 4)), *inputs, window=window)
+        assert_alike(partial(attention, backend=Backend("xla", 4)), *inputs, window=window)
 
 
 @pytest.mark.parametrize(
@@ -140,8 +140,8 @@ def test_splash_with_rows_in_parts(sizes, window, softcap):
     """The Pallas kernel, interpreted; halves of parts that are a block, and that are less."""
     inputs = random_inputs([[3, 200, 309]], 2, 2, 64)
     with on_mesh(sizes):
-        kernel = Kernel("splash", 128, interpret=True)
-        assert_alike(partial(attention, kernel=kernel), *inputs, window=window, softcap=softcap)
+        kernel = Backend("splash", 128, interpret=True)
+        assert_alike(partial(attention, backend=kernel), *inputs, window=window, softcap=softcap)
 
 
 @pytest.mark.smoke
@@ -244,7 +244,7 @@ def device(platform, capability="9.0", sequence=1):
 
 
 def llama(head_dim=64):
-    return Architecture("llama", 100, 64, 64, 2, 4, 2, head_dim, 1e-5, Rope(1e4), True)
+    return [AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=head_dim)]
 
 
 @pytest.mark.smoke
@@ -262,9 +262,9 @@ def llama(head_dim=64):
     ],
 )
 def test_choice(platform, dtype, row_length, head_dim, expected):
-    chosen = choose_kernel("auto", device(platform), llama(head_dim), dtype, row_length)
+    chosen = choose_backend("auto", device(platform), llama(head_dim), dtype, row_length)
     assert chosen.name == expected
-    assert choose_kernel("xla", device(platform), llama(head_dim), dtype, row_length).name == "xla"
+    assert choose_backend("xla", device(platform), llama(head_dim), dtype, row_length).name == "xla"
     if expected == "xla" and platform != "cpu":
         assert "needs" in str(chosen)  # says why not the faster one
 
@@ -272,16 +272,16 @@ def test_choice(platform, dtype, row_length, head_dim, expected):
 @pytest.mark.smoke
 def test_choice_for_rows_in_parts():
     tpu, gpu = device("tpu", sequence=4), device("gpu", sequence=4)
-    chosen = choose_kernel("auto", tpu, llama(), "bfloat16", 2048)
-    assert str(chosen) == "splash (blocks of up to 512; rows in 4 parts, keys gathered)"
-    chosen = choose_kernel("auto", tpu, llama(), "bfloat16", 640)
+    chosen = choose_backend("auto", tpu, llama(), "bfloat16", 2048)
+    assert str(chosen) == "splash (blocks of up to 512; sequences in 4 parts, keys gathered)"
+    chosen = choose_backend("auto", tpu, llama(), "bfloat16", 640)
     assert chosen.name == "xla"
-    assert "needs rows of a multiple of 512, not 640 (data.max_length, in 4 parts by mesh.sequence)" in str(chosen)
-    assert choose_kernel("auto", gpu, llama(), "bfloat16", 2048).name == "cudnn"
-    with pytest.raises(
-        UserError, match=r"mosaic_gpu takes whole rows only, and mesh.sequence splits them; .* cudnn, xla"
-    ):
-        choose_kernel("mosaic_gpu", gpu, llama(), "bfloat16", 2048)
+    assert "needs sequences of a multiple of 512 tokens, not 640 (data.max_length, in 4 parts by mesh.sequence)" in str(
+        chosen
+    )
+    assert choose_backend("auto", gpu, llama(), "bfloat16", 2048).name == "cudnn"
+    with pytest.raises(UserError, match=r"triton takes whole sequences only, .* splits them; .* cudnn, xla"):
+        choose_backend("triton", gpu, llama(), "bfloat16", 2048)
 
 
 @pytest.mark.smoke
@@ -289,10 +289,10 @@ def test_choice_for_rows_in_parts():
     ("requested", "platform", "row_length", "message"),
     [
         ("splash", "cpu", 2048, r"model.attention: splash needs a TPU; here can be used: auto, xla"),
-        ("splash", "tpu", 2000, r"splash needs rows of a multiple of 128, not 2000 \(data.max_length\)"),
+        ("splash", "tpu", 2000, r"splash needs sequences of a multiple of 128 tokens, not 2000 \(data.max_length\)"),
         ("cudnn", "tpu", 2048, r"cudnn needs an NVIDIA GPU; here can be used: auto, splash, xla"),
     ],
 )
 def test_what_cannot_be_used_is_refused(requested, platform, row_length, message):
     with pytest.raises(UserError, match=message):
-        choose_kernel(requested, device(platform), llama(), "bfloat16", row_length)
+        choose_backend(requested, device(platform), llama(), "bfloat16", row_length)

@@ -9,15 +9,14 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import pytest
+from sft_jax.models.attention.mosaic_gpu import mosaic_gpu_attention
 from test_attention import ROWS, assert_alike, dense_attention, device, llama, random_inputs
 
 from sft_jax.errors import UserError
+from sft_jax.models.attention.backend import CHECKED, Backend, _in_parts, check_backend, choose_backend
 from sft_jax.models.attention.cudnn import cudnn_attention
-from sft_jax.models.attention.kernel import CHECKED, Kernel, _in_parts, check_kernel, choose_kernel
-from sft_jax.models.attention.mosaic_gpu import mosaic_gpu_attention
 from sft_jax.models.attention.parity import TOLERANCE, WINDOW, check_parity
 from sft_jax.models.attention.triton import triton_attention
-from sft_jax.models.attention.xla import xla_attention
 from sft_jax.sharding import make_mesh
 
 
@@ -98,22 +97,22 @@ def test_a_kernel_that_does_not_run_is_named():
         check_parity("this", refuses, group=2, head_dim=64)
 
 
-def test_which_kernels_are_checked(monkeypatch):
+def test_which_backends_are_checked(monkeypatch):
     """Those for GPUs, with the grouping, head dimension and windows of the model; the others compare nothing."""
     called = []
     monkeypatch.setattr(
-        "sft_jax.models.attention.kernel.check_parity", lambda *one, instead: called.append((*one, instead))
+        "sft_jax.models.attention.backend.check_parity", lambda *one, instead: called.append((*one, instead))
     )
-    for name in ("splash", "triton", "cudnn", "mosaic_gpu", "xla"):
-        check_kernel(Kernel(name, 128), make_mesh(), llama(head_dim=128))
+    for name in ("splash", "triton", "cudnn", "xla"):
+        check_backend(Backend(name, 128), make_mesh(), llama(head_dim=128))
     assert [call[0] for call in called] == list(CHECKED)
     assert all(call[2:5] == (2, 128, [None]) for call in called)
-    assert [call[5] for call in called] == ["cudnn", "xla", "xla"]
+    assert [call[5] for call in called] == ["cudnn", "xla"]
 
 
 def test_what_is_checked_is_what_parts_of_rows_need():
     """On a mesh with three parts a row, each third of the queries by itself."""
-    compute = partial(_in_parts, Kernel("xla", 64), 3)
+    compute = partial(_in_parts, Backend("xla", 64), 3)
     assert check_parity("parts", _rounded(compute), group=2, head_dim=64, windows=[None, WINDOW]) < TOLERANCE / 2
 
 
@@ -138,45 +137,17 @@ def test_triton_is_lowered_for_gpus():
         (device("gpu", "7.5"), "bfloat16", 2048, 64, "needs compute capability 8.0"),
         (device("gpu", "gfx942"), "bfloat16", 2048, 64, "needs compute capability 8.0"),
         (device("gpu"), "float32", 2048, 64, r"needs bfloat16 \(model.dtype\)"),
-        (device("gpu"), "bfloat16", 2000, 64, r"needs rows of a multiple of 64, not 2000 \(data.max_length\)"),
+        (
+            device("gpu"),
+            "bfloat16",
+            2000,
+            64,
+            r"needs sequences of a multiple of 64 tokens, not 2000 \(data",
+        ),
         (device("gpu"), "bfloat16", 2048, 96, "needs a head dimension of 16, 32, 64 or 128, not 96"),
-        (device("gpu", sequence=2), "bfloat16", 2048, 64, "takes whole rows only, and mesh.sequence splits them"),
+        (device("gpu", sequence=2), "bfloat16", 2048, 64, "takes whole sequences only, and mesh.sequence splits them"),
     ],
 )
 def test_triton_is_refused(mesh, dtype, row_length, head_dim, message):
     with pytest.raises(UserError, match=f"model.attention: triton {message}"):
-        choose_kernel("triton", mesh, llama(head_dim), dtype, row_length)
-
-
-def test_mosaic_gpu_only_where_asked_for():
-    hopper = device("gpu")
-    assert choose_kernel("auto", hopper, llama(), "bfloat16", 2048).name == "triton"
-    assert choose_kernel("mosaic_gpu", hopper, llama(), "bfloat16", 2048).name == "mosaic_gpu"
-    assert choose_kernel("mosaic_gpu", hopper, llama(256), "bfloat16", 2048).name == "mosaic_gpu"
-
-
-@pytest.mark.parametrize(
-    ("mesh", "dtype", "row_length", "head_dim", "message"),
-    [
-        (device("cpu"), "bfloat16", 2048, 64, "needs a Hopper or Blackwell GPU"),
-        (device("gpu", "8.0"), "bfloat16", 2048, 64, "needs a Hopper or Blackwell GPU"),
-        (device("gpu", "12.0"), "bfloat16", 2048, 64, "needs a Hopper or Blackwell GPU"),
-        (device("gpu", "gfx942"), "bfloat16", 2048, 64, "needs a Hopper or Blackwell GPU"),
-        (device("gpu"), "float32", 2048, 64, r"needs bfloat16 \(model.dtype\)"),
-        (device("gpu"), "bfloat16", 2000, 64, r"needs rows of a multiple of 128, not 2000 \(data.max_length\)"),
-        (device("gpu"), "bfloat16", 2048, 260, "needs a head dimension up to 256, a multiple of 8, not 260"),
-    ],
-)
-def test_mosaic_gpu_is_refused(mesh, dtype, row_length, head_dim, message):
-    with pytest.raises(UserError, match=f"model.attention: mosaic_gpu {message}"):
-        choose_kernel("mosaic_gpu", mesh, llama(head_dim), dtype, row_length)
-
-
-def test_another_version_of_tokamax_is_refused(monkeypatch):
-    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.0.1")
-    with pytest.raises(UserError, match=r"needs tokamax 0.0.12, not 0.0.1 \(pip install tokamax==0.0.12\)"):
-        choose_kernel("mosaic_gpu", device("gpu"), llama(), "bfloat16", 2048)
-
-
-def test_xla_runs_within_its_own_check():
-    assert check_parity("xla", xla_attention, group=1, head_dim=64, windows=[None], softcap=2.0) < TOLERANCE
+        choose_backend("triton", mesh, llama(head_dim), dtype, row_length)

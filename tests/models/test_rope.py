@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sft_jax.architecture import Rope
+from sft_jax.models.architecture import Rope
 from sft_jax.models.rope import _exchanged_by_halves, _exchanged_by_product, rotate, sin_cos
 
 pytestmark = pytest.mark.smoke

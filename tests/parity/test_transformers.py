@@ -7,7 +7,6 @@ import transformers
 from kit import load_model, logits
 from safetensors.numpy import load_file
 
-from sft_jax.hf.names import is_stacked, is_transposed, tensor_names
 from sft_jax.hf.reader import TensorReader
 from sft_jax.hf.save import Tensor, save_tensors
 from sft_jax.tree import flatten
@@ -100,13 +99,13 @@ def as_written(tensors):
     return {name: Tensor(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
 
 
-def file_tensors(params, num_layers):
+def file_tensors(params, stored):
     """Our leaves under Hugging Face names."""
     tensors = {}
     for path, leaf in flatten(params).items():
-        layers = np.asarray(leaf) if is_stacked(path) else [np.asarray(leaf)]
-        for name, layer in zip(tensor_names(path, num_layers), layers, strict=True):
-            tensors[name] = layer.T if is_transposed(path) else layer
+        for number, name in enumerate(stored[path].names):
+            one = np.asarray(leaf)[stored[path].index(number)]
+            tensors[name] = one.T if stored[path].transposed else one
     return tensors
 
 
@@ -116,11 +115,11 @@ def test_logits_and_bytes(name, tmp_path):
     ids = np.random.default_rng(0).integers(0, 131, (2, 150))
     with torch.no_grad():
         expected = model(torch.tensor(ids)).logits.numpy()
-    ours, _, params = load_model(tmp_path / "theirs")
+    ours, split, params = load_model(tmp_path / "theirs")
     assert np.abs(expected).max() > 1
     np.testing.assert_allclose(logits(ours, ids), expected, atol=1e-4, rtol=0)
 
-    tensors = file_tensors(params, SHAPE["num_hidden_layers"])
+    tensors = file_tensors(params, split.stored)
     (tmp_path / "ours").mkdir()
     save_tensors(tmp_path / "ours", as_written(tensors), tensors.__getitem__)
     before, after = (load_file(tmp_path / side / "model.safetensors") for side in ("theirs", "ours"))
@@ -135,10 +134,10 @@ def test_sharded_files(name, tmp_path):
     ids = np.random.default_rng(0).integers(0, 131, (1, 20))
     with torch.no_grad():
         expected = model(torch.tensor(ids)).logits.numpy()
-    ours, _, params = load_model(tmp_path / "sharded")
+    ours, split, params = load_model(tmp_path / "sharded")
     np.testing.assert_allclose(logits(ours, ids), expected, atol=1e-4, rtol=0)
 
-    tensors = file_tensors(params, SHAPE["num_hidden_layers"])
+    tensors = file_tensors(params, split.stored)
     (tmp_path / "ours").mkdir()
     save_tensors(tmp_path / "ours", as_written(tensors), tensors.__getitem__, shard_bytes=60_000)
     (tmp_path / "ours" / "config.json").write_bytes((tmp_path / "sharded" / "config.json").read_bytes())
@@ -153,5 +152,5 @@ def test_bfloat16_stays_itself(tmp_path):
     model.save_pretrained(tmp_path / "bfloat16")
     _, _, params = load_model(tmp_path / "bfloat16")  # float32 master weights
     reader = TensorReader(tmp_path / "bfloat16")
-    for name, tensor in file_tensors(params, SHAPE["num_hidden_layers"]).items():
+    for name, tensor in file_tensors(params, split.stored).items():
         assert tensor.astype(reader.dtype(name)).tobytes() == reader.read(name).tobytes()

@@ -18,7 +18,7 @@ from sft_jax.planning.topology import Topology, parse_topology
 
 @pytest.fixture(scope="module")
 def base(tiny):
-    return Base(read_architecture(tiny), token_table=False)
+    return Base(read_architecture(tiny), embeddings=False)
 
 
 def config_of(tiny, **changes):
@@ -32,12 +32,12 @@ def fake_compiler(limit, calls):
         calls.append((config, str(where)))
         tensor = config.mesh.tensor
         shards = where.num_devices // tensor
-        rows, left = divmod(config.training.batch_size // config.training.gradient_accumulation_steps, shards)
+        rows, left = divmod(config.training.batch_size // config.training.num_microbatches, shards)
         if left or not rows:
             raise UserError("training.batch_size: does not divide")
         weights = {None: 1600, "int8": 800, "nf4": 400}[config.model.quantization]
         if config.lora is None:
-            weights = 3200 if config.model.weights == "float32" else 1600
+            weights = 3200 if config.model.param_dtype == "float32" else 1600
             weights += {"float32": 6400, "bfloat16": 3200, "factored": 1600}[config.optimizer.moments]
         resident = weights // (where.num_devices // config.mesh.data)
         peak = resident + rows * {"dots": 100, "attention": 50, "full": 20, "auto": 20}[config.model.remat]
@@ -61,12 +61,12 @@ def advice_for(tiny, limit, topology="v5e:4x4", **changes):
     ("limit", "changes", "advised"),
     [
         (190, {}, "model.remat=full"),
-        (150, {"model__remat": "auto"}, "training.gradient_accumulation_steps=2"),
-        (125, {"model__remat": "auto"}, "training.gradient_accumulation_steps=4"),
-        (125, {}, "model.remat=full training.gradient_accumulation_steps=4"),
-        (75, {}, "model.remat=full training.gradient_accumulation_steps=4 model.quantization=int8"),
-        (50, {}, "model.remat=full training.gradient_accumulation_steps=4 model.quantization=nf4"),
-        (90, {}, "model.remat=full training.gradient_accumulation_steps=2 model.quantization=int8"),
+        (150, {"model__remat": "auto"}, "training.num_microbatches=2"),
+        (125, {"model__remat": "auto"}, "training.num_microbatches=4"),
+        (125, {}, "model.remat=full training.num_microbatches=4"),
+        (75, {}, "model.remat=full training.num_microbatches=4 model.quantization=int8"),
+        (50, {}, "model.remat=full training.num_microbatches=4 model.quantization=nf4"),
+        (90, {}, "model.remat=full training.num_microbatches=2 model.quantization=int8"),
     ],
 )
 def test_advice_is_the_first_that_fits(tiny, limit, changes, advised):
@@ -81,7 +81,7 @@ def test_advice_is_the_first_that_fits(tiny, limit, changes, advised):
 
 def test_advice_for_full_fine_tuning(tiny):
     advice, _ = advice_for(tiny, 450, lora=None)
-    assert "model.weights=bfloat16" in as_text(advice.changes)
+    assert "model.param_dtype=bfloat16" in as_text(advice.changes)
     assert "optimizer.moments" in as_text(advice.changes)
 
 
@@ -103,8 +103,8 @@ def test_changes_are_checked(tiny):
     config = run_config(tiny)
     assert changed(config, {"model.remat": "full", "mesh.tensor": 2}).mesh.tensor == 2
     assert changed(config, {}) == config
-    with pytest.raises(UserError, match="gradient_accumulation_steps"):
-        changed(config, {"training.gradient_accumulation_steps": 3})
+    with pytest.raises(UserError, match="num_microbatches"):
+        changed(config, {"training.num_microbatches": 3})
 
 
 def test_search_takes_the_fastest_that_fits(tiny, base):

@@ -16,6 +16,8 @@ from sft_jax.hf.config import read_architecture
 from sft_jax.planning.chips import CHIPS
 from sft_jax.planning.text import plan_text
 from sft_jax.planning.topology import parse_topology
+from sft_jax.sharding import make_mesh
+from sft_jax.training.weights import build
 
 RECIPES = sorted((ROOT / "configs" / "recipes").glob("*.yaml"))
 sys.path.insert(0, str(ROOT / "tools"))
@@ -197,7 +199,7 @@ def test_a_recipe_loads(recipe):
     text = recipe.read_text()
     assert f"configs/recipes/{recipe.stem}.yaml data.train.0.path=train.jsonl" in text
     assert f"configs/recipes/{recipe.stem}.yaml --topology {topology}" in text
-    rows = config.training.batch_size // config.training.gradient_accumulation_steps
+    rows = config.training.batch_size // config.training.num_microbatches
     assert rows % (where.num_devices // config.mesh.tensor) == 0
     assert said.startswith("fits, peak "), said
 
@@ -213,10 +215,8 @@ SIZES = {
 def test_architectures_have_the_size_of_their_models(name, tmp_path):
     (tmp_path / "config.json").write_text((ROOT / "configs" / "architectures" / f"{name}.json").read_text())
     arch = read_architecture(tmp_path)
-    d, q, kv = arch.hidden_size, arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
-    layer = d * (2 * q + 2 * kv) + 3 * d * arch.intermediate_size
-    size = arch.num_layers * layer + arch.vocab_size * d * (1 if arch.tie_word_embeddings else 2)
-    assert size / 1e9 == pytest.approx(SIZES[name], rel=0.01)
+    split = build(arch, make_mesh(devices=jax.devices()[:1]), None, "bfloat16")
+    assert sum(leaf.size for leaf in split.base().values()) / 1e9 == pytest.approx(SIZES[name], rel=0.01)
 
 
 def test_the_table_of_plans_is_kept_row_by_row(tmp_path, monkeypatch):

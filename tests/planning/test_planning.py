@@ -5,15 +5,14 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import pytest
-from kit import run_config
+from kit import architecture, run_config
 
-from sft_jax.architecture import Architecture, Rope
 from sft_jax.config import LoraConfig
 from sft_jax.errors import UserError
 from sft_jax.hf.config import read_architecture
 from sft_jax.planning.changes import changed
 from sft_jax.planning.chips import CHIPS
-from sft_jax.planning.flops import Work, model_flops, products, repeated_flops
+from sft_jax.planning.flops import Sizes, Work, model_flops, repeated_flops
 from sft_jax.planning.network import Sent, hosts_of
 from sft_jax.planning.roofline import expected_sent, roofline
 from sft_jax.planning.step import Base, abstract_step, compile_step
@@ -24,7 +23,7 @@ from sft_jax.training.cross_entropy import chunk_size
 from sft_jax.training.weights import build
 from sft_jax.tree import flatten
 
-ARCH = Architecture("llama", 100, 8, 16, 3, 2, 1, 4, 1e-5, Rope(1e4), True)
+ARCH = architecture(100, 8, 16, 3, 2, 1, 4, True)
 
 
 # -- chips and topologies ---------------------------------------------------------------------------------------------
@@ -102,15 +101,20 @@ def test_a_process_has_three_quarters_of_a_gpu(monkeypatch):
 # -- FLOPs ------------------------------------------------------------------------------------------------------------
 
 
+def sizes(lora=None):
+    """Of :data:`ARCH`."""
+    return Sizes.of(build(ARCH, make_mesh(devices=jax.devices()[:1]), lora, "float32"))
+
+
 def test_model_flops_by_hand():
     """Every product of a forward pass, counted one by one."""
     kernels = 8 * 8 + 8 * 4 + 8 * 4 + 8 * 8 + 8 * 16 + 8 * 16 + 16 * 8
     ends = (8 + 8) + (8 + 4) + (8 + 4) + (8 + 8) + (8 + 16) + (8 + 16) + (16 + 8)
     work = Work(tokens=10, targets=3, squares=52)
     attention = 3 * 52 * (2 * 2 * 8) / 2 * 3  # layers · len² · (two products of N·H), causal; backward is twice forward
-    assert model_flops(ARCH, work, None) == 6 * (3 * kernels * 10 + 100 * 8 * 3) + attention
+    assert model_flops(sizes(), work) == 6 * (3 * kernels * 10 + 100 * 8 * 3) + attention
     assert (
-        model_flops(ARCH, work, LoraConfig(rank=2))
+        model_flops(sizes(LoraConfig(rank=2)), work)
         == 10 * 3 * (4 * kernels + 6 * 2 * ends) + 4 * 100 * 8 * 3 + attention
     )
 
@@ -122,7 +126,7 @@ def test_model_flops_are_those_of_the_network():
     from sft_jax.sharding import make_mesh
     from sft_jax.training.weights import build
 
-    arch = Architecture("llama", 512, 128, 256, 2, 4, 2, 32, 1e-5, Rope(1e4), True)
+    arch = architecture(512, 128, 256, 2, 4, 2, 32, True)
     mesh = make_mesh(devices=jax.devices()[:1])
     split = build(arch, mesh, None, "float32")
     tokens = 64
@@ -140,22 +144,24 @@ def test_model_flops_are_those_of_the_network():
         for rows, columns in [(128, 128), (128, 64), (128, 64), (128, 128), (128, 256), (128, 256), (256, 128)]
     )
     assert counted == pytest.approx(2 * weights * tokens, rel=0.2)
-    forward_only = model_flops(arch, Work(tokens, tokens, 0), None) / 3
+    forward_only = model_flops(Sizes.of(split), Work(tokens, tokens, 0)) / 3
     layers = forward_only - 2 * arch.vocab_size * arch.hidden_size * tokens
     assert forward_only - layers / 2 == 2 * weights * tokens
 
 
 def test_weights_counted_by_formula_are_those_of_the_network():
-    """Kernels and adapters on named modules, against the leaves."""
+    """Weights and adapters on named modules, against the leaves."""
     lora = LoraConfig(rank=3, target_modules=["q_proj", "mlp.down_proj"])
     split = build(ARCH, make_mesh(devices=jax.devices()[:1]), lora, "float32")
     leaves = {path: leaf for path, leaf in (flatten(split.trainable) | flatten(split.frozen)).items() if len(path) > 2}
-    for product in products(ARCH, lora):
+    found = Sizes.of(split).products
+    assert len(found) == 7
+    for product in found:
         of = {path[-1]: leaf for path, leaf in leaves.items() if ".".join(path[:-1]) == product.name}
-        assert of["kernel"].size == ARCH.num_layers * product.size
-        assert of["kernel"].shape[1:] == (product.inputs, product.outputs)
+        assert of["weight"].size == product.size
+        assert of["weight"].shape == (ARCH.num_layers, product.inputs, product.outputs)
         adapters = sum(leaf.size for name, leaf in of.items() if name.startswith("lora"))
-        assert adapters == ARCH.num_layers * product.adapter_size
+        assert adapters == product.count * product.adapter_size
 
 
 def test_repeated_flops_by_hand():
@@ -163,11 +169,11 @@ def test_repeated_flops_by_hand():
     work = Work(tokens=10, targets=3, squares=52)
     kernels = 8 * 8 + 8 * 4 + 8 * 4 + 8 * 8 + 8 * 16 + 8 * 16
     attention = 2 * (52 / 2) * (2 * 8) * 3  # two products of half of the scores, two operations for each of N·H
-    assert repeated_flops(ARCH, work, None, "attention") == 2 * 3 * kernels * 10
-    assert repeated_flops(ARCH, work, None, "full") == 2 * 3 * kernels * 10 + attention
-    assert repeated_flops(ARCH, work, None, "dots") == repeated_flops(ARCH, work, None, "none") == 0
+    assert repeated_flops(sizes(), work, "attention") == 2 * 3 * kernels * 10
+    assert repeated_flops(sizes(), work, "full") == 2 * 3 * kernels * 10 + attention
+    assert repeated_flops(sizes(), work, "dots") == repeated_flops(sizes(), work, "none") == 0
     ends = (8 + 8) + (8 + 4) + (8 + 4) + (8 + 8) + (8 + 16) + (8 + 16)
-    more = repeated_flops(ARCH, work, LoraConfig(rank=2), "full") - repeated_flops(ARCH, work, None, "full")
+    more = repeated_flops(sizes(LoraConfig(rank=2)), work, "full") - repeated_flops(sizes(), work, "full")
     assert more == 2 * 3 * 2 * ends * 10
 
 
@@ -176,7 +182,7 @@ def test_repeated_flops_by_hand():
 
 @pytest.fixture(scope="module")
 def base(tiny):
-    return Base(read_architecture(tiny), token_table=False)
+    return Base(read_architecture(tiny), embeddings=False)
 
 
 def config_of(tiny, **changes):
@@ -236,7 +242,7 @@ def test_roofline_by_hand(tiny, base):
     bounds = roofline(step, "full", chip, Sent(5e5), target_share=0.5, document_length=16)
     work = Work(8 * 64, 8 * 32, 8 * 64 * 16)
     assert step.work(0.5, 16) == work
-    flops = model_flops(base.arch, work, None) + repeated_flops(base.arch, work, None, "full")
+    flops = model_flops(step.network, work) + repeated_flops(step.network, work, "full")
     assert bounds.compute_seconds == pytest.approx(flops / 1e9)
     assert bounds.network_seconds == pytest.approx(0.5)
     d, f, q, kv = 48, 112, 48, 24

@@ -187,7 +187,7 @@ def test_an_error_of_one_process_ends_all(config, tmp_path):
         "from sft_jax.errors import UserError\n"
         "def bad(*_):\n"
         "    if jax.process_index() == 1: raise UserError('data.train: no such file on this host')\n"
-        "train.check_kernel = bad\n"
+        "train.check_backend = bad\n"
         "sys.exit(cli.main())"
     )
     group = Group(2, "train", config, f"training.output_dir={tmp_path / 'run'}", python=python)

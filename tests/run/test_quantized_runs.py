@@ -62,7 +62,7 @@ def test_a_quantised_run_and_all_that_opens_it(tiny, chats, tmp_path, capsys, me
     opened = open_model(str(run), devices=one_device())
     assert f"base in {method}" in opened.description
     leaves = flatten(opened.frozen)
-    assert leaves["layers", "mlp", "up_proj", "kernel", "codes"].dtype == ("uint8" if method == "nf4" else "int8")
+    assert leaves["layers", "0", "mlp", "up_proj", "weight", "codes"].dtype == ("uint8" if method == "nf4" else "int8")
     rows = [{"prompt": "seven river", "responses": ["bridge", "market garden"]}]
     assert all(np.isfinite(one.log_likelihood) for one in score(opened, rows))
     assert len(opened.generator()(opened.adapter, opened.frozen, [[5, 6, 7]], 4)[0].ids) <= 4
@@ -98,13 +98,13 @@ def test_exports_go_with_the_unquantised_base(tiny, chats, tmp_path, method):
 
 
 @METHODS
-def test_a_trained_token_table_is_not_quantised(tiny, chats, tmp_path, capsys, method):
+def test_trained_embeddings_are_not_quantised(tiny, chats, tmp_path, capsys, method):
     changes = {"model__quantization": method, "data__added_tokens": ["<|new|>"]}
     train(run_config(tiny, chats, tmp_path / "run", **changes), one_device())
     assert "token table as it is" in capsys.readouterr().err
     opened = open_model(str(tmp_path / "run"), devices=one_device())
-    assert ("embed_tokens", "embedding") not in opened.split.quantized
-    assert flatten(opened.adapter)["embed_tokens", "embedding"].dtype == jnp.float32
+    assert ("embed_tokens", "weight") not in opened.split.quantized
+    assert flatten(opened.adapter)["embed_tokens", "weight"].dtype == jnp.float32
     assert opened.split.merge(opened.adapter, opened.frozen).head().vocab_size == 385
     export(tmp_path / "run", tmp_path / "adapter")
     with_adapter = open_model(str(tmp_path / "adapter"), devices=one_device())

@@ -127,7 +127,7 @@ UNTRAINED = [{1: 0.0, 2: 0.0}, {1: 1e-5, 2: 1e-5}, {1: np.full(48, 0.08), 2: np.
 
 
 @pytest.mark.parametrize("rows", UNTRAINED)
-def test_rows_of_the_token_table_that_tell_nothing(tmp_path, rows):
+def test_embeddings_that_tell_nothing(tmp_path, rows):
     """Zero, tiny or alike."""
     reader = TensorReader(with_rows(make_model(tmp_path / "base"), rows))
     assert untrained_rows(reader, [1, 2]) == [1, 2]
@@ -142,15 +142,15 @@ def test_special_tokens_that_the_base_was_never_trained_with(chats, tmp_path, ca
     said = capsys.readouterr().err
     assert "untrained  '<|im_start|>', '<|im_end|>': their rows of the token table were never trained" in said
     assert said.index("untrained") < said.index("step 1/2")
-    assert "lora.token_table=true" in said
-    train(run_config(base, chats, tmp_path / "tables", lora__token_table=True, **settings), one_device())
+    assert "lora.train_embeddings=true" in said
+    train(run_config(base, chats, tmp_path / "tables", lora__train_embeddings=True, **settings), one_device())
     assert "untrained" not in capsys.readouterr().err
-    table = trained_leaves(tmp_path / "tables")[("embed_tokens", "embedding")]
+    table = trained_leaves(tmp_path / "tables")[("embed_tokens", "weight")]
     before = load_file(base / "model.safetensors")[TABLE]
     assert np.abs(table[1] - before[1]).max() > 1e-3
     export(tmp_path / "tables", tmp_path / "adapter")
     assert "vLLM and llama.cpp do not: give these --format merged" in capsys.readouterr().out
     assert f"base_model.model.{TABLE}" in load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     opened = open_model(str(tmp_path / "adapter"), devices=one_device())
-    np.testing.assert_array_equal(opened.frozen["embed_tokens"]["embedding"], table)
+    np.testing.assert_array_equal(opened.frozen["embed_tokens"]["weight"], table)
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 4

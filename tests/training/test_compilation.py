@@ -39,7 +39,7 @@ def gradient_with(tiny):
         return split, jax.jit(jax.grad(lambda params, frozen, batch: batch_loss(split.merge(params, frozen), batch)[0]))
 
     split, _ = make("full")
-    params, frozen = load_weights(split, arch, TensorReader(tiny), LoraConfig(rank=4))
+    params, frozen = load_weights(split, TensorReader(tiny), LoraConfig(rank=4))
     params = jax.tree.map(lambda x: x + 0.01, params)
     return lambda policy: make(policy)[1], params, frozen
 

@@ -5,17 +5,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from kit import make_tokenizer, one_device, write_jsonl
+from kit import architecture, make_tokenizer, one_device, write_jsonl
 
-from sft_jax.architecture import Architecture, Rope
+from sft_jax.adapters.attach import attach_adapters
+from sft_jax.adapters.lora import LoRA
 from sft_jax.config import OptimizerConfig, SourceConfig
 from sft_jax.data.chat import Encoder
 from sft_jax.data.examples import encode_sources
 from sft_jax.data.loader import Loader
 from sft_jax.data.packing import plan_run
 from sft_jax.data.sources import open_sources
+from sft_jax.models.architecture import Norm
 from sft_jax.models.decoder import Decoder
-from sft_jax.models.lora import attach_lora, split_params
+from sft_jax.models.split import split_params
 from sft_jax.sharding import make_mesh
 from sft_jax.training.optimizer import labels_of, make_optimizer
 from sft_jax.training.state import make_state, state_shardings
@@ -39,14 +41,12 @@ def update(examples, full, tied, mesh=None, parts=1, packing=False, windows=None
     """Loss and new weights after one step on all examples; every weight is a fixed function of its place."""
     mesh = mesh or make_mesh(devices=one_device())
     vocab_size = len(make_tokenizer())
-    arch = Architecture(
-        "qwen3", vocab_size, 32, 64, 2, 8, 2, 4, 1e-5, Rope(1e4), tied, qk_norm=True, sliding_windows=windows
-    )
+    arch = architecture(vocab_size, 32, 64, 2, 8, 2, 4, tied, qk_norm=Norm(1e-5), windows=windows)
 
     def network():
         model = Decoder(arch, jax.random.key(0), jnp.float32, "full")
         if not full:
-            attach_lora(model, 4, 8.0, "all-linear")
+            attach_adapters(model, LoRA(4, 8.0), "all-linear")
         return model
 
     split = split_params(nnx.eval_shape(network), mesh, full)

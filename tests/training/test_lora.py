@@ -8,14 +8,15 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from kit import one_device
+from kit import architecture, one_device
 
-from sft_jax.architecture import Architecture, Rope
+from sft_jax.adapters.attach import attach_adapters
+from sft_jax.adapters.lora import LoRA
 from sft_jax.config import OptimizerConfig
 from sft_jax.errors import UserError
 from sft_jax.models.decoder import Decoder, _everywhere
-from sft_jax.models.lora import FROZEN, attach_lora, init_adapter, split_params
 from sft_jax.models.projection import Adapter, project
+from sft_jax.models.split import FROZEN, split_params
 from sft_jax.sharding import make_mesh
 from sft_jax.training.optimizer import labels_of, make_optimizer
 from sft_jax.training.state import make_state, state_shardings
@@ -26,18 +27,18 @@ from sft_jax.typing import Batch
 pytestmark = pytest.mark.smoke
 
 # Every dimension is its own number, so that shapes in a compiled program tell what they are.
-ARCH = Architecture("llama", 211, 40, 104, 3, 4, 2, 12, 1e-5, Rope(1e4), tie_word_embeddings=False)
+ARCH = architecture(211, 40, 104, 3, 4, 2, 12, False)
 RANK = 6
 
 
-def make(full=False, targets="all-linear", token_table=False, dtype=jnp.float32, dropout=0.0, merged=False):
+def make(full=False, targets="all-linear", embeddings=False, dtype=jnp.float32, dropout=0.0, merged=False):
     def network():
         model = Decoder(ARCH, jax.random.key(0), dtype)
         if not full:
-            attach_lora(model, RANK, 12.0, targets, dropout, merged)
+            attach_adapters(model, LoRA(RANK, 12.0, dropout, merged), targets)
         return model
 
-    return split_params(nnx.eval_shape(network), make_mesh(devices=one_device()), full, token_table)
+    return split_params(nnx.eval_shape(network), make_mesh(devices=one_device()), full, embeddings)
 
 
 def weights(split, seed=0):
@@ -83,11 +84,11 @@ def test_every_leaf_has_one_label_and_the_right_dtype():
     full = make(full=True)
     assert not full.frozen
     assert {full.labels[p] for p in full.labels if p[-1] == "scale"} == {"full_no_decay"}
-    assert {full.labels[p] for p in full.labels if p[-1] == "kernel"} == {"full"}
-    with_table = make(token_table=True)
+    assert {full.labels[p] for p in full.labels if p[-2].endswith("_proj")} == {"full"}
+    with_table = make(embeddings=True)
     assert {p for p, label in with_table.labels.items() if label == "full"} == {
-        ("embed_tokens", "embedding"),
-        ("lm_head", "kernel"),
+        ("embed_tokens", "weight"),
+        ("lm_head", "weight"),
     }
 
 
@@ -103,7 +104,7 @@ def test_targets():
 
 def test_a_fresh_adapter_changes_nothing_and_a_has_the_kaiming_bound():
     split = make()
-    adapter = init_adapter(flatten(split.trainable), jax.random.key(0))
+    adapter = split.variant.initialise(split.adapter(), split.layers, jax.random.key(0), lambda path: None)
     for path, leaf in adapter.items():
         if path[-1] == "lora_b":
             assert not leaf.any()

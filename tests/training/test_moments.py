@@ -9,10 +9,9 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
-from kit import losses, make_model, one_device, run_config, trained_leaves
+from kit import architecture, losses, make_model, one_device, run_config, trained_leaves
 from safetensors.numpy import load_file, save_file
 
-from sft_jax.architecture import Architecture, Rope
 from sft_jax.commands.export import export
 from sft_jax.commands.train import train
 from sft_jax.config import OptimizerConfig, SourceConfig
@@ -30,7 +29,7 @@ from sft_jax.typing import Batch
 
 KEY = jax.random.key(7)
 ADAM = (0.9, 0.999, 1e-8)
-LOW = {"model__weights": "bfloat16", "optimizer__moments": "bfloat16"}
+LOW = {"model__param_dtype": "bfloat16", "optimizer__moments": "bfloat16"}
 
 
 def floats(patterns):
@@ -226,7 +225,7 @@ def test_each_layer_is_factored_by_itself_and_rank_one_is_adam():
 
 # -- on a mesh --------------------------------------------------------------------------------------------------------
 
-ARCH = Architecture("llama", 256, 64, 96, 2, 8, 2, 8, 1e-5, Rope(1e4), tie_word_embeddings=False)
+ARCH = architecture(256, 64, 96, 2, 8, 2, 8, False)
 
 
 def network(mesh, weights="bfloat16", lora=None, dtype="float32"):
@@ -274,7 +273,7 @@ def test_the_same_bits_on_every_mesh(moments, sizes):
     assert len(jax.tree.leaves(state)) > 10
     # No device makes random words, or anything else, for all of a weight.
     text = lowered.compile().as_text()
-    for path in (("layers", "mlp", "up_proj", "kernel"), ("embed_tokens", "embedding")):
+    for path in (("layers", "0", "mlp", "up_proj", "weight"), ("embed_tokens", "weight")):
         leaf = flatten(spread)[path]
         own = leaf.addressable_shards[0].data.shape
         assert f"[{','.join(map(str, own))}]" in text
@@ -294,7 +293,7 @@ def test_what_is_kept_lives_where_its_weight_does(moments):
     assert isinstance(kept, {"float32": optax.ScaleByAdamState, "bfloat16": Rounded, "factored": Factored}[moments])
     assert isinstance(plain, optax.ScaleByAdamState if moments == "float32" else Rounded)  # vectors are not factored
     weight = flatten(split.trainable)[
-        "layers", "mlp", "up_proj", "kernel"
+        "layers", "0", "mlp", "up_proj", "weight"
     ]  # [L, in over fsdp × sequence, out over tensor]
     dtype = jnp.float32 if moments == "float32" else jnp.bfloat16  # whatever the weights are
 
@@ -412,7 +411,7 @@ def test_bfloat16_weights_in_and_out(chats, tmp_path):
     summary = json.loads((run / "report" / "summary.json").read_text())
     assert summary["tuned"]["loss"] < summary["base"]["loss"]
     opened = open_model(str(run), devices=one_device())
-    table = flatten(opened.frozen)["embed_tokens", "embedding"]
+    table = flatten(opened.frozen)["embed_tokens", "weight"]
     assert np.array_equal(table, after["model.embed_tokens.weight"].astype(np.float32))
     assert len(opened.generator()({}, opened.frozen, [[5, 6]], 3)) == 1
 

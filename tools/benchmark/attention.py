@@ -1,4 +1,4 @@
-"""Attention kernels on this device: against the reference, and how long they take."""
+"""Attention backends on this device: against the reference, and how long they take."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmark.timing import median_seconds
-from sft_jax.architecture import Architecture, Rope
 from sft_jax.errors import UserError
-from sft_jax.models.attention.kernel import NAMES, Kernel, attention, choose_kernel
+from sft_jax.models.attention.backend import NAMES, Backend, attention, choose_backend
 from sft_jax.models.attention.parity import WINDOW, check_parity
+from sft_jax.models.attention.spec import AttentionSpec
 from sft_jax.sharding import make_mesh
 
 MEAN, DEVIATION = 210.0, 70.0  # of the lengths of short documents: about those of GSM8K
@@ -46,12 +46,12 @@ def bench_attention(options: argparse.Namespace) -> None:
     say(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {options.dtype}, {options.tokens:,} slots")
     for head_dim in options.head_dims:
         for length in options.lengths:
-            for kernel in _kernels(options, head_dim, length):
-                one: dict[str, Any] = {"kernel": kernel.name, "head_dim": head_dim, "length": length}
+            for backend in _backends(options, head_dim, length):
+                one: dict[str, Any] = {"backend": backend.name, "head_dim": head_dim, "length": length}
                 try:
-                    one["error"] = _error(kernel, options.heads // options.kv_heads, head_dim, options.dtype)
+                    one["error"] = _error(backend, options.heads // options.kv_heads, head_dim, options.dtype)
                     for kind in ("short", "whole"):
-                        one[kind] = _seconds(options, kernel, head_dim, length, kind)
+                        one[kind] = _seconds(options, backend, head_dim, length, kind)
                 except UserError as error:
                     one["refused"] = str(error)
                 found.append(one)
@@ -60,27 +60,25 @@ def bench_attention(options: argparse.Namespace) -> None:
         print(json.dumps(found))
 
 
-def _kernels(options: argparse.Namespace, head_dim: int, length: int) -> list[Kernel]:
+def _backends(options: argparse.Namespace, head_dim: int, length: int) -> list[Backend]:
     """Those that this device has for rows of this length."""
-    arch = Architecture(
-        "llama", 8, 8, 8, 1, options.heads, options.kv_heads, head_dim, 1e-5, Rope(1e4), tie_word_embeddings=True
-    )
-    kernels = []
+    spec = AttentionSpec(options.heads, options.kv_heads, head_dim)
+    backends = []
     for name in NAMES:
         try:
-            kernels.append(choose_kernel(name, make_mesh(), arch, options.dtype, length))
+            backends.append(choose_backend(name, make_mesh(), [spec], options.dtype, length))
         except UserError:
             continue
-    return kernels
+    return backends
 
 
 @cache  # it does not depend on the length of rows
-def _error(kernel: Kernel, group: int, head_dim: int, dtype: str) -> float:
+def _error(backend: Backend, group: int, head_dim: int, dtype: str) -> float:
     """The largest of values and gradients, in units of their size; see :func:`check_parity`."""
-    return check_parity(kernel.name, partial(attention, kernel=kernel), group, head_dim, [None, WINDOW], dtype=dtype)
+    return check_parity(backend.name, partial(attention, backend=backend), group, head_dim, [None, WINDOW], dtype=dtype)
 
 
-def _seconds(options: argparse.Namespace, kernel: Kernel, head_dim: int, length: int, kind: str) -> list[float]:
+def _seconds(options: argparse.Namespace, backend: Backend, head_dim: int, length: int, kind: str) -> list[float]:
     """Of the forward pass, and of both passes together; medians."""
     rows = max(1, options.tokens // length)
     rng = np.random.default_rng(0)
@@ -92,7 +90,7 @@ def _seconds(options: argparse.Namespace, kernel: Kernel, head_dim: int, length:
     sizes = [(rows, length, num, head_dim) for num in (options.heads, options.kv_heads, options.kv_heads)]
     q, k, v = (jax.random.normal(jax.random.key(i), size, options.dtype) for i, size in enumerate(sizes))
 
-    forward = partial(attention, kernel=kernel)
+    forward = partial(attention, backend=backend)
 
     def both(q: Any, k: Any, v: Any, segments: Any) -> Any:
         out, pullback = jax.vjp(lambda q, k, v: forward(q, k, v, segments), q, k, v)
@@ -102,7 +100,7 @@ def _seconds(options: argparse.Namespace, kernel: Kernel, head_dim: int, length:
 
 
 def _line(one: dict[str, Any]) -> str:
-    title = f"heads of {one['head_dim']}, rows of {one['length']:,}  {one['kernel']:>10}  "
+    title = f"heads of {one['head_dim']}, rows of {one['length']:,}  {one['backend']:>10}  "
     if "refused" in one:
         return title + one["refused"]
     times = "; ".join(

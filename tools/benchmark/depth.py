@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import statistics
 import time
@@ -73,8 +72,10 @@ def compiled(layers: int, mode: str) -> Compiled:
     import jax
     import jax.numpy as jnp
 
-    from sft_jax.architecture import Architecture, Rope
     from sft_jax.config import LoraConfig, OptimizerConfig
+    from sft_jax.models.architecture import Architecture, Layer, Norm, Rope
+    from sft_jax.models.attention.module import SelfAttentionSpec
+    from sft_jax.models.mlp import MLPSpec
     from sft_jax.sharding import make_mesh
     from sft_jax.training.optimizer import labels_of, make_optimizer, make_schedule
     from sft_jax.training.state import make_state, state_shardings
@@ -82,12 +83,13 @@ def compiled(layers: int, mode: str) -> Compiled:
     from sft_jax.training.weights import build, load_weights
     from sft_jax.typing import Batch
 
-    arch = Architecture("llama", 256, 32, 64, 12, 2, 1, 16, 1e-5, Rope(1e4), True)
-    arch = dataclasses.replace(arch, num_layers=layers)
+    norm = Norm(1e-5)
+    layer = Layer(SelfAttentionSpec(2, 1, 16, rope=Rope(1e4)), MLPSpec(64), norm)
+    arch = Architecture("llama", 256, 32, (layer,) * layers, norm, tie_word_embeddings=True)
     lora = LoraConfig(rank=4, alpha=8.0) if mode == "lora" else None
     mesh = make_mesh()
     split = build(arch, mesh, lora, "float32")
-    params, frozen = load_weights(split, arch, None, lora)
+    params, frozen = load_weights(split, None, lora)
     config = OptimizerConfig()
     optimizer = make_optimizer(config, labels_of(split.trainable, split.labels))
     state = make_state(params, optimizer, mesh)

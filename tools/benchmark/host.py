@@ -63,7 +63,7 @@ def measure(folder: Path, base: Path, count: int, mode: str) -> dict[str, Any]:
         "training.max_steps=0", "training.tensorboard=false", "data.max_length=64", "training.batch_size=4",
     ]  # fmt: skip
     if mode == "full":
-        keys += ["lora=null", "model.weights=bfloat16", "optimizer.moments=factored"]
+        keys += ["lora=null", "model.param_dtype=bfloat16", "optimizer.moments=factored"]
     config = folder / "config.yaml"
     config.write_text("{}\n", encoding="utf-8")
     loading = peaks(["train", str(config), *keys], count)

@@ -129,7 +129,7 @@ def make_model(folder: Path, shape: str, dtype: str, texts: list[str], shard_byt
     tokenizer.save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(model_config(shape, dtype)))
     split = build(read_architecture(folder), make_mesh(), None, dtype)
-    shapes = expected_shapes(split.base(), SHAPES[shape][0])
+    shapes = expected_shapes(split.base(), split.stored)
     kept = jnp.dtype(dtype)
     rng = np.random.default_rng(0)
     drawn = (0.02 * rng.standard_normal(_DRAWN, dtype=np.float32)).astype(kept)

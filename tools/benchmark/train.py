@@ -167,16 +167,19 @@ def model_rate(kit: Kit, mode: str, runs: list[dict[str, Any]]) -> float:
     """Model FLOPs a second, the median of the runs; documents are as long as those of the whole file."""
     from sft_jax.config import LoraConfig
     from sft_jax.hf.config import read_architecture
-    from sft_jax.planning.flops import Work, model_flops
+    from sft_jax.planning.flops import Sizes, Work, model_flops
+    from sft_jax.sharding import make_mesh
+    from sft_jax.training.weights import build
 
     lengths = kit.lengths - 1.0
     per_token = float((lengths**2).sum() / lengths.sum())
+    lora = LoraConfig(rank=16) if mode == "lora" else None
+    sizes = Sizes.of(build(read_architecture(kit.folder), make_mesh(), lora, "float32"))
     rates = []
     for run in runs:
         tokens = sum(run["real_tokens"])
         work = Work(tokens, sum(run["target_tokens"]), tokens * per_token)
-        lora = LoraConfig(rank=16) if mode == "lora" else None
-        rates.append(model_flops(read_architecture(kit.folder), work, lora) / sum(run["step_seconds"]))
+        rates.append(model_flops(sizes, work) / sum(run["step_seconds"]))
     return statistics.median(rates)
 
 

@@ -102,7 +102,7 @@ class Laboratory:
 
     def base(self, name: str = "rank 16", seed: int = 0) -> Tuned:
         """The base model in the shape of a kind: fresh adapters change nothing."""
-        return Tuned(name, *load_weights(self.kind(name)["split"], self.arch, self.reader, None, None, seed))
+        return Tuned(name, *load_weights(self.kind(name)["split"], self.reader, None, None, seed))
 
     def tune(self, examples: Examples, seed: int, name: str = "rank 16") -> Tuned:
         """``STEPS`` optimizer steps on ``examples``, however few they are."""

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from sft_jax.models.cache import KeyValues
+from sft_jax.models.head import capped
 from sft_jax.typing import Array, Float, Int
 
 _NEVER = -1e30  # finite, like all scores
@@ -18,10 +19,12 @@ def cached_attention(
     cache: KeyValues,
     positions: Int[Array, "B 1"],
     window: int | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
 ) -> Float[Array, "B 1 N H"]:
     """Attention of one new token a row to itself and to the cache slots before its position.
 
-    What is visible is as in :func:`sft_jax.models.attention.kernel.attention`.
+    What is visible is as in :func:`sft_jax.models.attention.backend.attention`.
 
     The cache is only read: slots at or behind ``positions`` may hold anything.
     """
@@ -30,7 +33,8 @@ def cached_attention(
     q = q.reshape(num_rows, 1, num_kv_heads, num_heads // num_kv_heads, head_dim)
 
     def scores(keys: Array) -> Array:
-        return jnp.einsum("btkgh,bskh->bkgts", q, keys, preferred_element_type=jnp.float32) * head_dim**-0.5
+        products = jnp.einsum("btkgh,bskh->bkgts", q, keys, preferred_element_type=jnp.float32)
+        return capped(products * (head_dim**-0.5 if scale is None else scale), softcap)
 
     distance = positions - jnp.arange(num_slots)[None, :]
     visible = distance > 0

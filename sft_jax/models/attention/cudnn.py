@@ -7,7 +7,18 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from sft_jax.models.attention.spec import Request
 from sft_jax.typing import Array, Float, Int
+
+
+def obstacle(request: Request) -> str | None:
+    """Why it cannot compute this; None where it can."""
+    if found := request.obstacle_of_16_bits():
+        return found
+    head_dim = request.spec.head_dim
+    if head_dim % 8 or head_dim > 128:
+        return f"needs a head dimension up to 128, a multiple of 8, not {head_dim}"
+    return "has no soft cap" if request.spec.softcap is not None else request.obstacle_of_length(2)
 
 
 def cudnn_attention(
@@ -16,10 +27,11 @@ def cudnn_attention(
     v: Float[Array, "B S K H"],
     segment_ids: Int[Array, "B S"],
     window: int | None = None,
+    scale: float | None = None,
     places: Int[Array, "T"] | None = None,
     implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> Float[Array, "B T N H"]:
-    """See :func:`sft_jax.models.attention.kernel.attention`; on one device, 16-bit, an even number of slots.
+    """See :func:`sft_jax.models.attention.backend.attention`; on one device, 16-bit, an even number of slots.
 
     Scores are never stored, but the segments are given as a mask ``[B, 1, T, S]``, which becomes a bias of two bytes an
     entry, and jax asks cuDNN for its gradient: four bytes an entry together, of one layer at a time. The public
@@ -41,6 +53,7 @@ def cudnn_attention(
         k,
         v,
         mask=mask,
+        scale=scale,
         is_causal=places is None,
         local_window_size=None if window is None or places is not None else (window - 1, 0),
         implementation=implementation,

@@ -12,8 +12,14 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
+from sft_jax.models.attention.spec import Request
 from sft_jax.models.remat import ATTENTION
 from sft_jax.typing import Array, Float, Int
+
+
+def obstacle(request: Request) -> str | None:
+    """Why it cannot compute this; None where it can."""
+    return "needs a TPU" if request.device.platform != "tpu" else request.obstacle_of_length(128)
 
 
 def splash_attention(
@@ -23,29 +29,30 @@ def splash_attention(
     segment_ids: Int[Array, "B S"],
     window: int | None = None,
     softcap: float | None = None,
+    scale: float | None = None,
     block: int = 512,
     interpret: bool = False,
     places: Int[Array, "T"] | None = None,
-    kernel: Any = None,
+    mask: Any = None,
 ) -> Float[Array, "B T N H"]:
-    """See :func:`sft_jax.models.attention.kernel.attention`; on one device.
+    """See :func:`sft_jax.models.attention.backend.attention`; on one device.
 
     Args:
         block: see :func:`make_kernel`.
         interpret: run the kernel's operations one by one, on any device.
         places: the slots of a row that the queries are in, where they are not all of its S slots.
-        kernel: of :func:`make_kernel`, the part for these places; by default it is made here.
+        mask: of :func:`make_kernel`, the part for these places; by default it is made here.
     """
     _, length, num_heads, head_dim = q.shape
-    if kernel is None:
+    if mask is None:
         assert places is None
-        kernel = make_kernel(np.arange(length, dtype=np.int32)[None], num_heads, window, softcap, block, interpret)
+        mask = make_kernel(np.arange(length, dtype=np.int32)[None], num_heads, window, softcap, block, interpret)
     of_queries = segment_ids if places is None else segment_ids[:, places]
 
     def one_row(q: Array, k: Array, v: Array, of_queries: Array, of_keys: Array) -> Any:
-        return kernel(q, k, v, segment_ids=splash.SegmentIds(q=of_queries, kv=of_keys))
+        return mask(q, k, v, segment_ids=splash.SegmentIds(q=of_queries, kv=of_keys))
 
-    scaled = q * jnp.asarray(head_dim**-0.5, q.dtype)  # the kernel does not scale
+    scaled = q * jnp.asarray(head_dim**-0.5 if scale is None else scale, q.dtype)  # the kernel does not scale
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (scaled, k, v))
     return jnp.swapaxes(jax.vmap(one_row)(q, k, v, of_queries, segment_ids), 1, 2)
 

@@ -19,10 +19,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from sft_jax.models.attention.segments import first_visible, seen_until
+from sft_jax.models.attention.spec import Request
 from sft_jax.models.remat import ATTENTION, keep
 from sft_jax.typing import Array, Float, Int
 
-ROW_MULTIPLE = 64  # slots that its tiles take
+LENGTH_MULTIPLE = 64  # slots that its tiles take
 _NEVER = -1e30  # finite, so that a query of which nothing is visible in a block still has a maximum
 _LOG2_E = math.log2(math.e)  # scores are kept in powers of two, which GPUs compute
 
@@ -51,6 +52,17 @@ class _Static(NamedTuple):
     interpret: bool
 
 
+def obstacle(request: Request) -> str | None:
+    """Why it cannot compute this; None where it can."""
+    if found := request.obstacle_of_16_bits():
+        return found
+    if (head_dim := request.spec.head_dim) not in (16, 32, 64, 128):
+        return f"needs a head dimension of 16, 32, 64 or 128, not {head_dim}"
+    if request.parts > 1:
+        return "takes whole sequences only, and mesh.sequence splits them"
+    return request.obstacle_of_length(LENGTH_MULTIPLE)
+
+
 def triton_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
@@ -58,10 +70,11 @@ def triton_attention(
     segment_ids: Int[Array, "B T"],
     window: int | None = None,
     softcap: float | None = None,
+    scale: float | None = None,
     tuning: Tuning = Tuning(),  # noqa: B008
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
-    """See :func:`sft_jax.models.attention.kernel.attention`; on one device, 16-bit.
+    """See :func:`sft_jax.models.attention.backend.attention`; on one device, 16-bit.
 
     T is a multiple of the tiles, H a power of two. Padding sees itself only.
 
@@ -73,7 +86,7 @@ def triton_attention(
     place, is_padding = jnp.arange(length, dtype=jnp.int32), segment_ids == 0
     first = jnp.where(is_padding, place, first_visible(segment_ids, window))
     until = jnp.where(is_padding, place + 1, seen_until(segment_ids, window))
-    static = _Static(q.shape[-1] ** -0.5, softcap, tuning, interpret)
+    static = _Static(q.shape[-1] ** -0.5 if scale is None else scale, softcap, tuning, interpret)
     return _attend(q, k, v, first, until, static)
 
 

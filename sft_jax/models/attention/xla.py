@@ -46,10 +46,11 @@ def xla_attention(
     segment_ids: Int[Array, "B S"],
     window: int | None = None,
     softcap: float | None = None,
+    scale: float | None = None,
     block: int = BLOCK,
     places: Int[Array, "T"] | None = None,
 ) -> Float[Array, "B T N H"]:
-    """See :func:`sft_jax.models.attention.kernel.attention`; on one device.
+    """See :func:`sft_jax.models.attention.backend.attention`; on one device.
 
     Any shape and dtype; scores and softmax are float32.
 
@@ -83,7 +84,7 @@ def xla_attention(
 
     place = of_queries(jnp.arange(length, dtype=jnp.int32)[None])
     seen_from = of_queries(first_visible(segment_ids, window))
-    scaled = blocks(q * jnp.asarray(head_dim**-0.5, q.dtype))
+    scaled = blocks(q * jnp.asarray(head_dim**-0.5 if scale is None else scale, q.dtype))
     scaled = scaled.reshape(num_kv_heads, num_heads // num_kv_heads, *scaled.shape[1:])
     out: Any = _blockwise(scaled, blocks(k), blocks(v), _Sight(last=place, first=seen_from), _Static(block, softcap))
     out = jnp.moveaxis(out, (2, 3), (0, 1)).reshape(size + padding, num_heads, head_dim)

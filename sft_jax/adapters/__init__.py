@@ -1,0 +1,1 @@
+"""Adapters: one file a method. A method's file ends with ``METHOD``, the class that says what it is."""

@@ -1,0 +1,86 @@
+"""What a decoder looks like, as plain data: what a family file makes of ``config.json``. No jax."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding (Su et al. 2021) and how its frequencies are stretched."""
+
+    theta: float
+    kind: str = "default"  # default | linear | llama3 | yarn
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0  # of sines and cosines
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A root-mean-square norm.
+
+    Attributes:
+        offset: is added to the weight before it multiplies: 1 for Gemma, whose files hold ``weight - 1``.
+    """
+
+    eps: float
+    offset: float = 0.0
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A decoder layer.
+
+    Attributes:
+        mixer: what mixes tokens, such as :class:`~sft_jax.models.attention.spec.AttentionSpec`.
+        mlp: what computes each token by itself, such as :class:`~sft_jax.models.mlp.MLPSpec`.
+        norm: before, and in some families after, each of the two.
+        block: the module class that joins them; None for :class:`~sft_jax.models.block.PreNormBlock`.
+    """
+
+    mixer: Any
+    mlp: Any
+    norm: Norm
+    block: Any = None
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A decoder: embeddings, layers, norm, ``lm_head``.
+
+    Attributes:
+        family: ``model_type`` of ``config.json``.
+        norm: the last one.
+        embedding_scale: embeddings are multiplied by it, rounded to the compute dtype.
+        logits_softcap: logits become ``c · tanh(logit / c)``; None for no cap.
+        tensors: names in the files, where they are not those of the modules: a module or parameter within its layer,
+            such as ``mlp.gate.weight``, to its name there. ``{expert}`` stands for the number of an expert.
+    """
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    layers: tuple[Layer, ...]
+    norm: Norm
+    tie_word_embeddings: bool
+    max_positions: int = 2048
+    initializer_range: float = 0.02
+    embedding_scale: float = 1.0
+    logits_softcap: float | None = None
+    tensors: tuple[tuple[str, str], ...] = field(default=())
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def attention_specs(self) -> list[Any]:
+        """The distinct specs of attention layers, in order of appearance."""
+        return list(dict.fromkeys(layer.mixer for layer in self.layers if hasattr(layer.mixer, "num_kv_heads")))

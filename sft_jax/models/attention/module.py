@@ -1,0 +1,82 @@
+"""Grouped-query self-attention as a module: projections, norms, rotation, scores, and the cache of a layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flax import nnx
+
+from sft_jax.models.architecture import Norm, Rope
+from sft_jax.models.attention.backend import attention
+from sft_jax.models.attention.cached import cached_attention
+from sft_jax.models.attention.spec import AttentionSpec
+from sft_jax.models.cache import KeyValues
+from sft_jax.models.context import Context
+from sft_jax.models.layers import Initializer, Linear, RMSNorm, linear
+from sft_jax.models.remat import PRODUCT, keep
+from sft_jax.models.rope import rotate
+from sft_jax.sharding import constrain
+from sft_jax.typing import Array, Float
+
+
+@dataclass(frozen=True)
+class SelfAttentionSpec(AttentionSpec):
+    """Grouped-query attention with its projections.
+
+    Attributes:
+        rope: rotary embedding of queries and keys; None for none.
+        qk_norm: of each head's queries and keys; None for none.
+    """
+
+    rope: Rope | None = None
+    qk_norm: Norm | None = None
+    qkv_bias: bool = False
+    o_bias: bool = False
+
+    def module(self, dim: int, make: Initializer, stack: tuple[int, ...]) -> SelfAttention:
+        return SelfAttention(self, dim, make, stack)
+
+
+class SelfAttention(nnx.Module):
+    """What :class:`SelfAttentionSpec` describes."""
+
+    def __init__(self, spec: SelfAttentionSpec, dim: int, make: Initializer, stack: tuple[int, ...]):
+        n, k, h = spec.num_heads, spec.num_kv_heads, spec.head_dim
+        self.spec = spec
+        self.q_proj = Linear(dim, n * h, ("embed", "heads"), make, stack, spec.qkv_bias)
+        self.k_proj = Linear(dim, k * h, ("embed", "kv_heads"), make, stack, spec.qkv_bias)
+        self.v_proj = Linear(dim, k * h, ("embed", "kv_heads"), make, stack, spec.qkv_bias)
+        self.o_proj = Linear(n * h, dim, ("heads", "embed"), make, stack, spec.o_bias)
+        norms = [None, None] if spec.qk_norm is None else [RMSNorm(h, spec.qk_norm, make, stack) for _ in range(2)]
+        self.q_norm: RMSNorm | None = nnx.data(norms[0])
+        self.k_norm: RMSNorm | None = nnx.data(norms[1])
+
+    def __call__(self, x: Float[Array, "B T D"], context: Context) -> tuple[Float[Array, "B T D"], KeyValues]:
+        """Its output, and the keys and values of these tokens."""
+        of_inputs, of_output = context.split(2)
+        q, k, v = linear(x, [self.q_proj, self.k_proj, self.v_proj], of_inputs)
+        q = self._heads(q, self.spec.num_heads, "heads")
+        k, v = (self._heads(one, self.spec.num_kv_heads, "kv_heads") for one in (k, v))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.spec.rope is not None:
+            sin, cos = context.sin_cos[self.spec.rope]
+            q, k = rotate(q, sin, cos), rotate(k, sin, cos)
+        q, k, v = (keep(one, PRODUCT) for one in (q, k, v))
+        out = self._attend(q, k, v, context)
+        return keep(self.o_proj(out.reshape(*x.shape[:2], -1), of_output), PRODUCT), KeyValues(k, v)
+
+    def mixing_flops(self, squares: float) -> float:
+        """Of scores and their products with values, forward and backward, for documents of this squared length."""
+        return 6.0 * squares * self.spec.num_heads * self.spec.head_dim
+
+    def _attend(self, q: Array, k: Array, v: Array, context: Context) -> Float[Array, "B T N H"]:
+        spec = self.spec
+        if context.cache is not None:
+            out = cached_attention(q, k, v, context.cache, context.positions, spec.window, spec.softcap, spec.scale)
+            return constrain(out, "replica", "whole_length", "heads", "head_dim")
+        assert context.segment_ids is not None
+        return attention(q, k, v, context.segment_ids, spec.window, spec.softcap, spec.scale, context.backend)
+
+    def _heads(self, x: Float[Array, "B T NH"], num_heads: int, axis: str) -> Float[Array, "B T N H"]:
+        return constrain(x.reshape(*x.shape[:2], num_heads, self.spec.head_dim), "batch", "length", axis, "head_dim")

@@ -1,0 +1,10 @@
+"""Qwen2 and Qwen2.5: biases of queries, keys and values."""
+
+from typing import Any
+
+from sft_jax.models.architecture import Architecture
+from sft_jax.models.families import standard
+
+
+def read(config: Any) -> Architecture:
+    return standard.decoder(config, standard.attention(config, qkv_bias=True), standard.mlp(config))

@@ -1,0 +1,128 @@
+"""What most families have in common: how their configs tell attention, MLP, rotary embedding and windows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from sft_jax.errors import UserError
+from sft_jax.models.architecture import Architecture, Layer, Norm, Rope
+from sft_jax.models.attention.module import SelfAttentionSpec
+from sft_jax.models.mlp import ACTIVATIONS, MLPSpec
+
+
+def decoder(config: Any, attention: SelfAttentionSpec, mlp: Any, norm: Norm | None = None, **more: Any) -> Architecture:
+    """Layers of one kind, but for the sliding windows that ``layer_types`` tells.
+
+    Args:
+        norm: of layers, and the last one; by default an RMS norm with ``rms_norm_eps``.
+        more: fields of :class:`Architecture`.
+    """
+    norm = norm or Norm(config.rms_norm_eps)
+    windows = sliding_windows(config)
+    layers = tuple(Layer(replace(attention, window=window), mlp, norm) for window in windows)
+    return architecture(config, layers, norm, **more)
+
+
+def architecture(config: Any, layers: tuple[Layer, ...], norm: Norm, **more: Any) -> Architecture:
+    """Layers, and the sizes that every config has."""
+    return Architecture(
+        family=config.model_type,
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        layers=layers,
+        norm=norm,
+        tie_word_embeddings=bool(config.tie_word_embeddings),
+        max_positions=config.max_position_embeddings,
+        initializer_range=getattr(config, "initializer_range", 0.02),
+        **more,
+    )
+
+
+def attention(config: Any, **more: Any) -> SelfAttentionSpec:
+    """Heads and rotary embedding; ``more`` are fields of :class:`SelfAttentionSpec`.
+
+    Raises:
+        UserError: heads that do not divide, or a rotary embedding that is not supported.
+    """
+    num_heads = config.num_attention_heads
+    num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
+    if num_heads % num_kv_heads:
+        raise UserError(f"num_key_value_heads {num_kv_heads} does not divide {num_heads} heads")
+    if "rope" not in more:
+        more["rope"] = rope(config.rope_parameters, config.max_position_embeddings)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    return SelfAttentionSpec(num_heads, num_kv_heads, head_dim, **more)
+
+
+def mlp(config: Any, bias: bool = False) -> MLPSpec:
+    """The gated MLP.
+
+    Raises:
+        UserError: an activation that is not supported.
+    """
+    name = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", "silu")
+    if name not in ACTIVATIONS:
+        raise UserError(f"hidden_act {name!r} is not supported; supported are {', '.join(ACTIVATIONS)}")
+    return MLPSpec(config.intermediate_size, name, bias)
+
+
+def sliding_windows(config: Any) -> list[int | None]:
+    """The sliding window of each layer; None for full attention."""
+    window = getattr(config, "sliding_window", None)
+    if window is None or getattr(config, "use_sliding_window", True) is False:
+        return [None] * config.num_hidden_layers
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    return [window if kind == "sliding_attention" else None for kind in kinds]
+
+
+def rope(parameters: Mapping[str, Any], max_positions: int) -> Rope:
+    """The rotary embedding that ``rope_parameters`` tell.
+
+    Raises:
+        UserError: a kind that is not supported.
+    """
+    kind = parameters.get("rope_type", "default")
+    theta = float(parameters["rope_theta"])
+    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UserError(f"partial_rotary_factor {parameters['partial_rotary_factor']} is not supported")
+    if kind in ("default", "dynamic"):  # a dynamic one is the default within the context, and no sequence is longer
+        return Rope(theta)
+    if kind == "linear":
+        return Rope(theta, kind, factor=float(parameters["factor"]))
+    if kind == "llama3":
+        return Rope(
+            theta,
+            kind,
+            factor=float(parameters["factor"]),
+            low_freq_factor=float(parameters["low_freq_factor"]),
+            high_freq_factor=float(parameters["high_freq_factor"]),
+            original_max_position_embeddings=int(parameters["original_max_position_embeddings"]),
+        )
+    if kind == "yarn":
+        factor = float(parameters["factor"])
+        return Rope(
+            theta,
+            kind,
+            factor=factor,
+            original_max_position_embeddings=int(parameters.get("original_max_position_embeddings") or max_positions),
+            beta_fast=float(parameters.get("beta_fast") or 32.0),
+            beta_slow=float(parameters.get("beta_slow") or 1.0),
+            truncate=bool(parameters.get("truncate", True)),
+            attention_factor=_attention_factor(parameters, factor),
+        )
+    raise UserError(f"rope_type {kind!r} is not supported; supported are default, linear, llama3, yarn, dynamic")
+
+
+def _attention_factor(parameters: Mapping[str, Any], factor: float) -> float:
+    """By how much YaRN scales queries and keys, where it is not told: ``0.1 · ln(factor) + 1``."""
+    if parameters.get("attention_factor") is not None:
+        return float(parameters["attention_factor"])
+
+    def scale(by: float) -> float:
+        return 0.1 * by * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    of_all, mscale = parameters.get("mscale_all_dim"), parameters.get("mscale")
+    return scale(mscale) / scale(of_all) if mscale and of_all else scale(1.0)
