@@ -35,6 +35,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "kv_heads": "tensor",
     "head_dim": None,
     "mlp": "tensor",
+    "experts": None,
     "vocab": "tensor",
     "head_vocab": ("fsdp", "sequence", "tensor"),  # where logits are made, with the model dimension whole
     # of an adapter's matrices, whose moments and gradients would otherwise be whole on every device of fsdp × sequence

@@ -52,7 +52,29 @@ class Variant(Protocol):
         ...
 
 
-class Linear(nnx.Module):
+class Projection(nnx.Module):
+    """A weight ``[*stack, in, out]``, which files have as ``[out, in]``.
+
+    Attributes:
+        axes: the logical axes of inputs and outputs.
+        share: of all tokens that it multiplies; less than 1 for an expert.
+    """
+
+    can_be_quantised = True
+
+    def __init__(
+        self, in_dim: int, out_dim: int, axes: tuple[str, str], make: Initializer, stack: tuple[int, ...] = ()
+    ):
+        self.axes = axes
+        self.weight: Weight = make.normal((*stack, in_dim, out_dim), axes)
+        self.share = 1.0
+
+    def matrix(self, context: Context) -> Matrix:
+        """Its weight, where the product is computed."""
+        return (matrix_of if context.weights_stay else gathered_matrix)(self.weight)
+
+
+class Linear(Projection):
     """``y = x · weight + bias``, changed by an adapter where one is attached."""
 
     def __init__(
@@ -64,11 +86,9 @@ class Linear(nnx.Module):
         stack: tuple[int, ...] = (),
         use_bias: bool = False,
     ):
-        self.axes = axes
-        self.weight: Weight = make.normal((*stack, in_dim, out_dim), axes)
+        super().__init__(in_dim, out_dim, axes, make, stack)
         self.bias: nnx.Param | None = nnx.data(make.constant(0.0, (*stack, out_dim), axes[1:]) if use_bias else None)
         self.variant: Variant | None = None
-        self.share = 1.0  # of all tokens that it multiplies; less for an expert
 
     def __call__(self, x: Float[Array, "*B in"], context: Context) -> Float[Array, "*B out"]:
         """Computed in the dtype of ``x``."""
@@ -83,10 +103,6 @@ class Linear(nnx.Module):
     def parameter(self, name: str) -> Array:
         """Of its adapter."""
         return getattr(self, name)[...]
-
-    def matrix(self, context: Context) -> Matrix:
-        """Its weight, where the product is computed."""
-        return (matrix_of if context.weights_stay else gathered_matrix)(self.weight)
 
 
 def linear(x: Float[Array, "*B in"], layers: Sequence[Linear], context: Context) -> list[Array]:
@@ -125,6 +141,8 @@ class RMSNorm(nnx.Module):
 
 class Embedding(nnx.Module):
     """Token embeddings ``[V, D]``, looked up and multiplied by ``scale``."""
+
+    can_be_quantised = True
 
     def __init__(self, vocab_size: int, dim: int, make: Initializer, scale: float = 1.0):
         self.scale = scale

@@ -118,7 +118,7 @@ def attach_quantization(model: nnx.Module, method: str, embeddings: bool = True)
     """
     for path, node in list(nnx.iter_graph(model)):
         weight = getattr(node, "weight", None)
-        if not isinstance(weight, nnx.Param) or len(weight.get_metadata("axes")) < 2:
+        if not isinstance(weight, nnx.Param) or not getattr(node, "can_be_quantised", False):
             continue
         shape, axes = weight.shape, weight.get_metadata("axes")
         if path[0] == "layers":

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from sft_jax.models.architecture import Architecture
-from sft_jax.models.layers import AdapterParam, Linear
+from sft_jax.models.layers import AdapterParam, Linear, Projection
 from sft_jax.models.quantized import Quantized
 from sft_jax.models.stages import stacks_of
 from sft_jax.tree import Path
@@ -59,11 +59,12 @@ def stored_tensors(model: nnx.Module, arch: Architecture) -> dict[Path, Stored]:
 def _parameters(model: nnx.Module) -> Iterator[tuple[Path, tuple[int, ...], bool, dict[str, str]]]:
     """Path, shape, whether it is a matrix of a linear layer, and the names of adapter parameters."""
     for path, node in nnx.iter_graph(model):
-        is_linear = isinstance(node, Linear)
-        names = dict(node.variant.tensor_names()) if is_linear and node.variant is not None else {}
+        names = dict(node.variant.tensor_names()) if isinstance(node, Linear) and node.variant is not None else {}
         for name, leaf in vars(node).items() if isinstance(node, nnx.Module) else ():
             if isinstance(leaf, nnx.Variable | Quantized) and not isinstance(node, Quantized):
-                is_matrix = is_linear and (name == "weight" or (isinstance(leaf, AdapterParam) and leaf.ndim > 2))
+                is_matrix = isinstance(node, Projection) and (
+                    name == "weight" or (isinstance(leaf, AdapterParam) and leaf.ndim > 2)
+                )
                 yield (*map(str, path), name), leaf.shape, is_matrix, names
 
 

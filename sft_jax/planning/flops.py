@@ -7,7 +7,7 @@ from typing import Any
 
 from flax import nnx
 
-from sft_jax.models.layers import Linear
+from sft_jax.models.layers import Projection
 from sft_jax.models.split import FROZEN, Split
 from sft_jax.tree import flatten
 
@@ -79,7 +79,7 @@ class Sizes:
         products, mixers = [], []
         for path, node in nnx.iter_graph(model.layers):
             name = ".".join(map(str, ("layers", *path)))
-            if isinstance(node, Linear):
+            if isinstance(node, Projection):
                 products.append(_product(name, node, split))
             elif hasattr(node, "mixing_flops"):
                 mixers.append((len(split.layers(("layers", *map(str, path)))), node))
@@ -96,7 +96,7 @@ class Sizes:
         return sum(count * module.mixing_flops(squares) for count, module in self.mixers)
 
 
-def _product(name: str, module: Linear, split: Split) -> Product:
+def _product(name: str, module: Projection, split: Split) -> Product:
     *stack, inputs, outputs = module.weight.shape
     count = 1
     for size in stack:

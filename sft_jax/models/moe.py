@@ -1,0 +1,80 @@
+"""A mixture of experts: a router picks a few MLPs for each token; none is dropped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from sft_jax.models.context import Context
+from sft_jax.models.layers import Initializer, Projection
+from sft_jax.models.mlp import ACTIVATIONS, MLPSpec
+from sft_jax.models.quantized import in_dtype
+from sft_jax.models.remat import PRODUCT, keep
+from sft_jax.typing import Array, Float, Int
+
+
+@dataclass(frozen=True)
+class ExpertsSpec:
+    """``Σ weight · expert(x)`` over the likeliest experts, whose probabilities are scaled to add up to 1."""
+
+    num_experts: int
+    num_experts_per_token: int
+    expert: MLPSpec
+
+    def module(self, dim: int, make: Initializer, stack: tuple[int, ...]) -> MixtureOfExperts:
+        return MixtureOfExperts(self, dim, make, stack)
+
+
+class MixtureOfExperts(nnx.Module):
+    """What :class:`ExpertsSpec` describes."""
+
+    def __init__(self, spec: ExpertsSpec, dim: int, make: Initializer, stack: tuple[int, ...]):
+        self.spec = spec
+        self.gate = Projection(dim, spec.num_experts, ("embed", "experts"), make, stack)
+        self.gate.can_be_quantised = False
+        self.experts = _Experts(spec, dim, make, stack)
+
+    def __call__(self, x: Float[Array, "B T D"], context: Context) -> Float[Array, "B T D"]:
+        tokens = x.reshape(-1, x.shape[-1])
+        router = in_dtype(self.gate.matrix(context), tokens.dtype)
+        probabilities = jax.nn.softmax(jnp.dot(tokens, router, preferred_element_type=jnp.float32), axis=-1)
+        weights, chosen = lax.top_k(probabilities, self.spec.num_experts_per_token)
+        weights = (weights / jnp.sum(weights, axis=-1, keepdims=True)).astype(x.dtype)
+        outs = self.experts(tokens, chosen, context)
+        return jnp.einsum("nkd,nk->nd", outs, weights).reshape(x.shape)
+
+
+class _Experts(nnx.Module):
+    """MLPs of one shape, as products of groups of tokens (``jax.lax.ragged_dot``)."""
+
+    def __init__(self, spec: ExpertsSpec, dim: int, make: Initializer, stack: tuple[int, ...]):
+        self.spec = spec
+        size, stack = spec.expert.intermediate_size, (*stack, spec.num_experts)
+        self.gate_proj = Projection(dim, size, ("embed", "mlp"), make, stack)
+        self.up_proj = Projection(dim, size, ("embed", "mlp"), make, stack)
+        self.down_proj = Projection(size, dim, ("mlp", "embed"), make, stack)
+        for one in (self.gate_proj, self.up_proj, self.down_proj):
+            one.share = spec.num_experts_per_token / spec.num_experts
+
+    def __call__(
+        self, tokens: Float[Array, "n D"], chosen: Int[Array, "n k"], context: Context
+    ) -> Float[Array, "n k D"]:
+        """What each of a token's experts makes of it.
+
+        Tokens are sorted by expert: three tokens with the experts ``[0 2] [1 2] [0 1]`` become ``0 2 │ 1 2 │ 0 1`` of
+        experts 0, 1 and 2.
+        """
+        num, per_token = chosen.shape
+        order = jnp.argsort(chosen.reshape(-1))
+        sizes = jnp.bincount(chosen.reshape(-1), length=self.spec.num_experts).astype(jnp.int32)
+        x = tokens[order // per_token]
+        gate, up, down = (
+            in_dtype(one.matrix(context), x.dtype) for one in (self.gate_proj, self.up_proj, self.down_proj)
+        )
+        gated, raised = (keep(lax.ragged_dot(x, weight, sizes), PRODUCT) for weight in (gate, up))
+        made = lax.ragged_dot(ACTIVATIONS[self.spec.expert.activation](gated) * raised, down, sizes)
+        return jnp.zeros_like(made).at[order].set(made, unique_indices=True).reshape(num, per_token, -1)
