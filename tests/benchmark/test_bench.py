@@ -63,7 +63,7 @@ def test_a_side_runs(tmp_path, monkeypatch):
     options = {
         "kit": str(made.folder), "batch_size": 2, "mode": "lora", "dtype": "float32", "steps": 2, "warmup": 1,
         "row_length": 128, "remat": "auto", "attention": "auto", "quantization": None, "conversations": 4,
-        "weights": "float32", "moments": "float32",
+        "param_dtype": "float32", "moments": "float32",
     }  # fmt: skip
     monkeypatch.setattr(sys, "argv", [str(TOOLS / "bench.py")])
     monkeypatch.setenv("XLA_FLAGS", os.environ["SFT_JAX_TEST_XLA_FLAGS"])

@@ -59,7 +59,7 @@ def test_model(tiny, chats, tmp_path):
     refused(run_config("some/model", chats, out), "'some/model' is no local folder and could not be fetched")
     refused(run_config(tmp_path, chats, out), "has no config.json")
     refused(run_config(broken("gpt", {"model_type": "gpt2"}), chats, out), "'gpt2' is not supported", "llama")
-    refused(run_config(broken("gelu", {"hidden_act": "gelu"}), chats, out), "hidden_act 'gelu'")
+    refused(run_config(broken("mish", {"hidden_act": "mish"}), chats, out), "hidden_act 'mish'")
     refused(run_config(broken("quantised", {"quantization_config": {"bits": 4}}), chats, out), "quantised")
     scaling = {"rope_type": "longrope", "factor": 4.0, "short_factor": [1.0] * 6, "long_factor": [2.0] * 6}
     longrope = broken("longrope", {"rope_scaling": scaling | {"original_max_position_embeddings": 64}})
@@ -156,9 +156,9 @@ def test_adapter_to_continue_from(tiny, chats, tmp_path):
     refused(run_config(tiny, chats, out, lora__init_from=start, lora__alpha=3.0), "set lora.alpha=8")
     refused(run_config(tiny, chats, out, lora__init_from=start, lora__target_modules=["q_proj"]), "add its module")
     refused(run_config(tiny, chats, out, lora__init_from=str(tmp_path)), "has no adapter_config.json")
-    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text()) | {"use_dora": True}
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text()) | {"use_qalora": True}
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
-    refused(run_config(tiny, chats, out, lora__init_from=start), "use_dora=True is not supported")
-    config = config | {"use_dora": False, "init_lora_weights": "pissa"}
+    refused(run_config(tiny, chats, out, lora__init_from=start), "use_qalora=True is not supported")
+    config = config | {"use_qalora": False, "init_lora_weights": "pissa"}
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
     refused(run_config(tiny, chats, out, lora__init_from=start), "init_lora_weights='pissa' has changed the base model")

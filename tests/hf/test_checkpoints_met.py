@@ -111,7 +111,7 @@ def test_an_adapter_of_options_that_are_not_read_has_a_way_out(base, chats, tmp_
     export(tmp_path / "run", tmp_path / "adapter")
     path = tmp_path / "adapter" / "adapter_config.json"
     config = json.loads(path.read_text())
-    for change in ({"use_dora": True}, {"target_modules": "all-linear"}, {"init_lora_weights": "pissa"}):
+    for change in ({"use_qalora": True}, {"target_modules": "all-linear"}, {"init_lora_weights": "pissa"}):
         path.write_text(json.dumps(config | change))
         done = sft_jax("generate", tmp_path / "adapter", "--prompt", "river")
         assert done.returncode == 2

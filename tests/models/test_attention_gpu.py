@@ -9,7 +9,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import pytest
-from sft_jax.models.attention.mosaic_gpu import mosaic_gpu_attention
 from test_attention import ROWS, assert_alike, dense_attention, device, llama, random_inputs
 
 from sft_jax.errors import UserError
@@ -23,19 +22,6 @@ from sft_jax.sharding import make_mesh
 @pytest.mark.parametrize("window", [None, 1, 5])
 def test_cudnn_is_given_the_right_mask(window):
     assert_alike(partial(cudnn_attention, implementation="xla"), *random_inputs(ROWS, 6, 2, 6), window=window)
-
-
-# tokamax's plain backward pass
-@pytest.mark.filterwarnings("ignore:jax.core.DropVar:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:core.Jaxpr is missing a DebugInfo:DeprecationWarning")
-@pytest.mark.parametrize("window", [None, 1, 5])
-@pytest.mark.parametrize("softcap", [None, 2.0])
-def test_mosaic_gpu_is_given_the_right_mask(window, softcap):
-    from tokamax._src.ops.attention.base import DotProductAttention, DotProductAttentionVjp
-
-    plain = DotProductAttention(vjp=DotProductAttentionVjp())
-    ours = partial(mosaic_gpu_attention, operation=plain)
-    assert_alike(ours, *random_inputs(ROWS, 6, 2, 6), window=window, softcap=softcap)
 
 
 def test_a_correct_kernel_passes_the_check():
@@ -107,7 +93,7 @@ def test_which_backends_are_checked(monkeypatch):
         check_backend(Backend(name, 128), make_mesh(), llama(head_dim=128))
     assert [call[0] for call in called] == list(CHECKED)
     assert all(call[2:5] == (2, 128, [None]) for call in called)
-    assert [call[5] for call in called] == ["cudnn", "xla"]
+    assert [call[6] for call in called] == ["cudnn", "xla"]
 
 
 def test_what_is_checked_is_what_parts_of_rows_need():

@@ -15,7 +15,7 @@ from sft_jax.config import LoraConfig
 from sft_jax.errors import UserError
 from sft_jax.hf.config import read_architecture
 from sft_jax.hf.reader import TensorReader
-from sft_jax.models.quantize import NF4_LEVELS, dequantize, kernel_format, quantize, table_format
+from sft_jax.models.quantize import NF4_LEVELS, dequantize, linear_format, quantize, vocab_format
 from sft_jax.models.split import FROZEN
 from sft_jax.sharding import make_mesh
 from sft_jax.training.loss import batch_loss
@@ -62,7 +62,7 @@ def test_levels_are_the_published_quantiles():
 
 @smoke
 def test_the_worked_example():
-    fmt = kernel_format("nf4", 4, 1)
+    fmt = linear_format("nf4", 4, 1)
     arrays = quantize(jnp.asarray([[0.30], [-1.50], [0.75], [0.05]]), fmt)
     assert arrays["codes"].ravel().tolist() == [9 + 16 * 12, 0 + 16 * 7]
     np.testing.assert_allclose(dequantize(arrays, fmt, jnp.float32).ravel(), [0.24, -1.5, 0.66, 0.0], atol=5e-3)
@@ -71,7 +71,7 @@ def test_the_worked_example():
 @smoke
 @pytest.mark.parametrize(("shape", "block"), [((128, 512), 64), ((112, 36), 56), ((48, 7), 48)])
 def test_nf4_against_a_slow_reference(shape, block):
-    weight, fmt = normal(*shape), kernel_format("nf4", *shape)
+    weight, fmt = normal(*shape), linear_format("nf4", *shape)
     assert fmt.block == (block, 1)
     arrays = {name: np.asarray(x) for name, x in quantize(jnp.asarray(weight), fmt).items()}
     codes, absmax = slow_nf4(weight, block)
@@ -87,7 +87,7 @@ def test_nf4_against_a_slow_reference(shape, block):
 
 @smoke
 def test_int8_against_a_slow_reference():
-    weight, fmt = normal(256, 12), kernel_format("int8", 256, 12)
+    weight, fmt = normal(256, 12), linear_format("int8", 256, 12)
     arrays = quantize(jnp.asarray(weight), fmt)
     blocks = weight.reshape(2, 128, 12).astype(np.float64)
     scales = np.abs(blocks).max(axis=1) / 127
@@ -98,7 +98,7 @@ def test_int8_against_a_slow_reference():
 @smoke
 def test_error_bounds():
     weight = normal(512, 512)
-    nf4, int8 = (there_and_back(weight, kernel_format(method, 512, 512)) - weight for method in ("nf4", "int8"))
+    nf4, int8 = (there_and_back(weight, linear_format(method, 512, 512)) - weight for method in ("nf4", "int8"))
     absmax = np.repeat(np.abs(weight.reshape(8, 64, 512)).max(axis=1), 64, axis=0)
     half_gap = max(np.diff(NF4_LEVELS)) / 2  # between -1 and the level after it
     of_scale = np.ptp(absmax) / 255 / 2
@@ -114,13 +114,13 @@ def test_what_a_format_can_express_survives_exactly():
     levels[::64] = 1.0
     scales = 2.0 ** rng.integers(-4, 4, (2, 2))  # one for each block of scales
     weight = (levels.reshape(2, 64, 2, 256) * scales[:, None, :, None]).reshape(128, 512).astype(np.float32)
-    assert np.array_equal(there_and_back(weight, kernel_format("nf4", 128, 512)), weight)
+    assert np.array_equal(there_and_back(weight, linear_format("nf4", 128, 512)), weight)
     numbers = rng.integers(-127, 128, (256, 40)).astype(np.float32)
     numbers[::128] = 127
-    assert np.array_equal(there_and_back(numbers / 64, kernel_format("int8", 256, 40)), numbers / 64)
+    assert np.array_equal(there_and_back(numbers / 64, linear_format("int8", 256, 40)), numbers / 64)
     for method in ("nf4", "int8"):
-        assert not there_and_back(np.zeros((128, 8), np.float32), kernel_format(method, 128, 8)).any()
-    fmt = kernel_format("nf4", 128, 512)
+        assert not there_and_back(np.zeros((128, 8), np.float32), linear_format(method, 128, 8)).any()
+    fmt = linear_format("nf4", 128, 512)
     once = there_and_back(weight, fmt, jnp.bfloat16)
     assert once.dtype == jnp.bfloat16
     assert np.array_equal(once, weight.astype(jnp.bfloat16))
@@ -140,13 +140,13 @@ def test_llama_3_8b_shrinks_as_promised(method, most):
     assert weights == 8_030_261_248
     assert most - 0.02 < size / (2 * weights) <= most
     assert {split.labels[path] for path in leaves} == {FROZEN}
-    norms = {leaf.dtype for path, leaf in leaves.items() if path[-1] == "scale"}
+    norms = {leaf.dtype for path, leaf in leaves.items() if path[-2].endswith("norm")}
     assert norms == {jnp.dtype(jnp.bfloat16)}
 
 
 def load(base, method, mesh, lora=LORA, embeddings=False):
     arch = read_architecture(base)
-    split = build(arch, mesh, lora, "float32", "full", token_table, quantization=method)
+    split = build(arch, mesh, lora, "float32", "full", embeddings, quantization=method)
     return split, *load_weights(split, TensorReader(base), lora)
 
 
@@ -167,7 +167,7 @@ def test_loading_does_not_depend_on_the_mesh(untied, method):
         name = ".".join(path[1:-1])
         files = [f"model.layers.{i}.{name}.weight" for i in range(3)] if path[0] == "layers" else [f"{path[0]}.weight"]
         files = ["model.embed_tokens.weight"] if path[0] == "embed_tokens" else files
-        weights = np.stack([tensors[file] if path[-1] == "embedding" else tensors[file].T for file in files])
+        weights = np.stack([tensors[file] if path[0] == "embed_tokens" else tensors[file].T for file in files])
         weights = weights if path[0] == "layers" else weights[0]
         assert leaf.shape == weights.shape
         bound = 0.16 if path[0] == "layers" and method == "nf4" else 0.005
@@ -260,6 +260,6 @@ def test_refusals():
         with pytest.raises(UserError, match=words):
             run_config("model", **changes)
     with pytest.raises(UserError, match="an odd number; use int8"):
-        kernel_format("nf4", 41, 8)
-    assert table_format((10, 6), 0).block == (1, 6)
-    assert table_format((6, 10), 1).block == (6, 1)
+        linear_format("nf4", 41, 8)
+    assert vocab_format((10, 6), 0).block == (1, 6)
+    assert vocab_format((6, 10), 1).block == (6, 1)

@@ -76,6 +76,28 @@ FAMILIES = {
         "Qwen2",
         {"hidden_size": 48, "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2},
     ),
+    "gemma3_text": (
+        "Gemma3",
+        {
+            "head_dim": 10,
+            "num_hidden_layers": 8,
+            "sliding_window": 9,
+            "query_pre_attn_scalar": 18,
+            "tie_word_embeddings": True,
+            "final_logit_softcapping": 20.0,
+        },
+    ),
+    "mixtral": (
+        "Mixtral",
+        {
+            "hidden_size": 48,  # torch's grouped products want multiples of 4
+            "intermediate_size": 100,
+            "head_dim": 10,
+            "num_local_experts": 5,
+            "num_experts_per_tok": 2,
+            "sliding_window": None,
+        },
+    ),
     "qwen3": ("Qwen3", {"head_dim": 20}),
     "qwen3-tied": (
         "Qwen3",
@@ -86,7 +108,7 @@ FAMILIES = {
 
 def reference(name: str, folder, shard: str | None = None):
     kind, changes = FAMILIES[name]
-    config = getattr(transformers, f"{kind}Config")(**(SHAPE | changes))
+    config = getattr(transformers, f"{kind}{'Text' * (kind == 'Gemma3')}Config")(**(SHAPE | changes))
     torch.manual_seed(0)
     model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
     for parameter in model.parameters():
@@ -150,7 +172,7 @@ def test_sharded_files(name, tmp_path):
 def test_bfloat16_stays_itself(tmp_path):
     model = reference("qwen3", tmp_path / "float32").to(torch.bfloat16)
     model.save_pretrained(tmp_path / "bfloat16")
-    _, _, params = load_model(tmp_path / "bfloat16")  # float32 master weights
+    _, split, params = load_model(tmp_path / "bfloat16")  # float32 master weights
     reader = TensorReader(tmp_path / "bfloat16")
     for name, tensor in file_tensors(params, split.stored).items():
         assert tensor.astype(reader.dtype(name)).tobytes() == reader.read(name).tobytes()

@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 from kit import ROOT, process, run_config, sft_jax
 
@@ -79,7 +80,7 @@ def test_weights_that_chips_share_are_gathered_whole(tmp_path, full):
     path.write_text(json.dumps({"model_type": "llama", "num_hidden_layers": 2, "tie_word_embeddings": False} | size))
     config = tmp_path / "config.yaml"
     config.write_text(
-        f"model: {{path: none/none, remat: full, weights: {'bfloat16' if full else 'float32'}}}\n"
+        f"model: {{path: none/none, remat: full, param_dtype: {'bfloat16' if full else 'float32'}}}\n"
         f"lora: {'null' if full else '{}'}\n"
         "data: {train: [{path: none.jsonl}], max_length: 1024}\n"
         "training: {output_dir: run, batch_size: 16}\n"

@@ -48,7 +48,7 @@ def test_a_quantised_run_and_all_that_opens_it(tiny, chats, tmp_path, capsys, me
     last = train(run_config(tiny, chats, run, training__max_steps=6, **changes), one_device())
     said = capsys.readouterr().err
     assert re.search(
-        rf"base  {method} in blocks of 48( and 56)?( and 112)? inputs, token table int8: [\d.]+ MB, 0\.\d\d", said
+        rf"base  {method} in blocks of 48( and 56)?( and 112)? inputs, embed_tokens int8: [\d.]+ MB, 0\.\d\d", said
     )
     train(run_config(tiny, chats, whole, training__max_steps=6, **changes), one_device())
     for step in (run / "checkpoints").iterdir():
@@ -101,7 +101,7 @@ def test_exports_go_with_the_unquantised_base(tiny, chats, tmp_path, method):
 def test_trained_embeddings_are_not_quantised(tiny, chats, tmp_path, capsys, method):
     changes = {"model__quantization": method, "data__added_tokens": ["<|new|>"]}
     train(run_config(tiny, chats, tmp_path / "run", **changes), one_device())
-    assert "token table as it is" in capsys.readouterr().err
+    assert "embeddings as they are" in capsys.readouterr().err
     opened = open_model(str(tmp_path / "run"), devices=one_device())
     assert ("embed_tokens", "weight") not in opened.split.quantized
     assert flatten(opened.adapter)["embed_tokens", "weight"].dtype == jnp.float32

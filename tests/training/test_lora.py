@@ -14,7 +14,8 @@ from sft_jax.adapters.attach import attach_adapters
 from sft_jax.adapters.lora import LoRA
 from sft_jax.config import OptimizerConfig
 from sft_jax.errors import UserError
-from sft_jax.models.decoder import Decoder, _everywhere
+from sft_jax.models.decoder import Decoder
+from sft_jax.models.layers import everywhere
 from sft_jax.models.projection import Adapter, project
 from sft_jax.models.split import FROZEN, split_params
 from sft_jax.sharding import make_mesh
@@ -83,7 +84,7 @@ def test_every_leaf_has_one_label_and_the_right_dtype():
     assert {leaf.dtype for leaf in frozen.values()} == {jnp.dtype(jnp.bfloat16)}
     full = make(full=True)
     assert not full.frozen
-    assert {full.labels[p] for p in full.labels if p[-1] == "scale"} == {"full_no_decay"}
+    assert {full.labels[p] for p in full.labels if p[-2].endswith("norm")} == {"full_no_decay"}
     assert {full.labels[p] for p in full.labels if p[-2].endswith("_proj")} == {"full"}
     with_table = make(embeddings=True)
     assert {p for p, label in with_table.labels.items() if label == "full"} == {
@@ -264,7 +265,7 @@ def test_gradients_of_thin_leaves_are_added_up_in_float32():
     rng = np.random.default_rng(0)
     x, d_out = (jnp.asarray(rng.normal(size=(2, 8192, 12)) + 1.0, jnp.bfloat16) for _ in range(2))
     exact = lambda a: np.asarray(a, np.float64).reshape(-1, 12)  # noqa: E731
-    _, pullback = jax.vjp(lambda vector: _everywhere(vector, x), jnp.ones(12))
+    _, pullback = jax.vjp(lambda vector: everywhere(vector, x), jnp.ones(12))
     np.testing.assert_allclose(pullback(d_out)[0], exact(d_out).sum(0), rtol=1e-5)
 
     adapter = Adapter(*(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((12, 3), (3, 12))))

@@ -228,8 +228,8 @@ def test_each_layer_is_factored_by_itself_and_rank_one_is_adam():
 ARCH = architecture(256, 64, 96, 2, 8, 2, 8, False)
 
 
-def network(mesh, weights="bfloat16", lora=None, dtype="float32"):
-    return build(ARCH, mesh, lora, dtype, weights=weights)
+def network(mesh, param_dtype="bfloat16", lora=None, dtype="float32"):
+    return build(ARCH, mesh, lora, dtype, param_dtype=param_dtype)
 
 
 def filled(split, scale, seed=0):
@@ -268,7 +268,7 @@ def test_the_same_bits_on_every_mesh(moments, sizes):
     for path, leaf in flatten(spread).items():
         one, many = bits(flatten(alone)[path]), bits(leaf)
         differing, total = differing + np.count_nonzero(one != many), total + one.size
-        assert not leaf.sharding.is_fully_replicated or leaf.ndim == 1 or path[-1] == "scale"
+        assert not leaf.sharding.is_fully_replicated or leaf.ndim == 1 or path[-2].endswith("norm")
     assert differing <= 1e-3 * total
     assert len(jax.tree.leaves(state)) > 10
     # No device makes random words, or anything else, for all of a weight.
@@ -318,9 +318,9 @@ def batch_of(rows, seed=0):
     return Batch(*(jnp.asarray(x, dtype) for x, dtype in zip(fields, "iifii", strict=True)))
 
 
-def stepped(mesh, parts=1, dtype="float32", weights="bfloat16", steps=1):
-    split = network(mesh, weights, dtype=dtype)
-    moments = "float32" if weights == "float32" else "bfloat16"
+def stepped(mesh, parts=1, dtype="float32", param_dtype="bfloat16", steps=1):
+    split = network(mesh, param_dtype, dtype=dtype)
+    moments = "float32" if param_dtype == "float32" else "bfloat16"
     optimizer = make_optimizer(OptimizerConfig(moments=moments), split.labels)
     shardings = state_shardings(split.trainable, optimizer, mesh)
     step = make_train_step(split, optimizer, lambda _: jnp.float32(1e-3), parts, None, shardings, rounding_key=KEY)

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--remat", default="full")
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--quantization", choices=("int8", "nf4"))
-    parser.add_argument("--weights", choices=("float32", "bfloat16"), default="float32", help="with --mode full")
+    parser.add_argument("--param-dtype", choices=("float32", "bfloat16"), default="float32", help="with --mode full")
     parser.add_argument("--moments", choices=("float32", "bfloat16", "factored"), default="float32")
     parser.add_argument("--layers", type=int, help="instead of the shape's")
     parser.add_argument("--json", action="store_true")
@@ -38,7 +38,7 @@ def bench_ahead(options: argparse.Namespace) -> None:
         print(json.dumps(found))
         return
     mib = {key: f"{found[key] / 2**20:,.0f}" for key in ("peak_bytes", "argument_bytes")}
-    kept = options.quantization or (f"weights {options.weights}" if options.mode == "full" else "bfloat16")
+    kept = options.quantization or (f"weights {options.param_dtype}" if options.mode == "full" else "bfloat16")
     print(
         f"{options.shape} {options.mode} ({kept}, moments {options.moments}) on {options.topology}, "
         f"{options.rows}×{options.row_length} a chip, remat {found['remat']}, attention {found['attention']}: "
@@ -70,7 +70,7 @@ def compile_ahead(options: argparse.Namespace) -> dict[str, Any]:
             remat=options.remat,
             attention=options.attention,
             quantization=options.quantization,
-            weights=options.weights,
+            param_dtype=options.param_dtype,
         ),
         lora=LoraConfig() if options.mode == "lora" else None,
         data=DataConfig(train=[SourceConfig(path="none")], max_length=options.row_length),

@@ -117,7 +117,7 @@ def _options(options: argparse.Namespace, kit: Kit, mode: str, length: int, how:
         "conversations": max(1, round(options.tokens / float(kit.lengths.mean()))),
         "attention": "auto",
         "quantization": None,
-        "weights": kept,
+        "param_dtype": kept,
         "moments": kept,
         **how,
     }

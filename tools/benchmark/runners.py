@@ -69,7 +69,7 @@ def run_sft_jax(options: dict[str, Any]) -> dict[str, Any]:
                 remat=options["remat"],
                 attention=options["attention"],
                 quantization=options["quantization"],
-                weights=options["weights"],
+                param_dtype=options["param_dtype"],
             ),
             lora=LoraConfig(rank=16, alpha=32.0) if options["mode"] == "lora" else None,
             data=DataConfig(
