@@ -10,10 +10,24 @@ from typing import TYPE_CHECKING, Any
 from sft_jax.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from sft_jax.api import Config, Model, Run, UserError, evaluate, export, inspect, load, load_config, plan, train
+    from sft_jax.api import (
+        Config,
+        Event,
+        Model,
+        Run,
+        UserError,
+        evaluate,
+        export,
+        inspect,
+        load,
+        load_config,
+        plan,
+        train,
+    )
 
 __all__ = [
-    "Config", "Model", "Run", "UserError", "evaluate", "export", "inspect", "load", "load_config", "plan", "train",
+    "Config", "Event", "Model", "Run", "UserError",
+    "evaluate", "export", "inspect", "load", "load_config", "plan", "train",
 ]  # fmt: skip
 
 

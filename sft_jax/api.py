@@ -8,7 +8,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import base64
+import dataclasses
+import html
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,24 +21,26 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from sft_jax import config as configs
-from sft_jax.commands import evaluate as _evaluate
-from sft_jax.commands import export as _export
-from sft_jax.commands import generate as _generate
-from sft_jax.commands import inspect as _inspect
-from sft_jax.commands import plan as _plan
-from sft_jax.commands import score as _score
-from sft_jax.commands import train as _train
+from sft_jax import assembly
+from sft_jax import config_file as configs
 from sft_jax.config import Config
-from sft_jax.data.chat import prompt_ids
+from sft_jax.data.memory import source_of
+from sft_jax.errors import Stopped
 from sft_jax.errors import UserError as UserError
-from sft_jax.inference.generator import Generator
+from sft_jax.evaluation import score as _score
 from sft_jax.inference.sampling import Sampling
-from sft_jax.metrics import read_metrics
 from sft_jax.models.architecture import Architecture
-from sft_jax.opening import Opened, open_model
-from sft_jax.run_folder import RunFolder
+from sft_jax.planning import plan as _plan
+from sft_jax.run import evaluate as _evaluate
+from sft_jax.run import export as _export
+from sft_jax.run import generate as _generate
+from sft_jax.run import inspect as _inspect
+from sft_jax.run import train as _train
+from sft_jax.store.folder import RunFolder
+from sft_jax.store.metrics import read_metrics
 from sft_jax.tree import Params
+
+Rows = Iterable[Mapping[str, Any]]  # a list of dicts, a dataset of Hugging Face
 
 
 class Model:
@@ -44,18 +51,18 @@ class Model:
         architecture: sizes, as a dataclass.
     """
 
-    def __init__(self, opened: Opened):
-        self._opened = opened
-        self.tokenizer = opened.tokenizer
-        self.architecture: Architecture = opened.arch
+    def __init__(self, model: assembly.Model):
+        self._model = model
+        self.tokenizer = model.tokenizer
+        self.architecture: Architecture = model.arch
 
     def __repr__(self) -> str:
-        return f"Model({self._opened.description!r})"
+        return f"Model({self._model.description!r})"
 
     @property
     def params(self) -> dict[str, Params]:
         """Weights as nested dicts of ``jax.Array``: ``adapter`` (float32) and ``frozen``."""
-        return {"adapter": self._opened.adapter, "frozen": self._opened.frozen}
+        return {"adapter": self._model.params, "frozen": self._model.frozen}
 
     def generate(
         self,
@@ -82,7 +89,7 @@ class Model:
             UserError: no chat template, or a prompt that fills the context.
         """
         sampling = Sampling(temperature, top_k, top_p, seed)
-        found = _generate.generate(self._opened, [*prompts], max_new_tokens, sampling, raw, system, batch_size)
+        found = _generate.generate(self._model, [*prompts], max_new_tokens, sampling, raw, system, batch_size)
         return [text for _, text in found]
 
     def chat(self, messages: Sequence[Mapping[str, Any]], max_new_tokens: int = 256, temperature: float = 0.0) -> str:
@@ -91,10 +98,8 @@ class Model:
         Raises:
             UserError: as :meth:`generate`.
         """
-        ids = prompt_ids(self.tokenizer, [dict(message) for message in messages])
-        opened, sampling = self._opened, Sampling(temperature)
-        (written,) = self._generator(opened.adapter, opened.frozen, [ids], max_new_tokens, sampling)
-        return self.tokenizer.decode(written.ids, skip_special_tokens=True).strip()
+        ids = _generate.chat(self._model, messages, max_new_tokens, Sampling(temperature))
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
 
     def score(self, prompt: str | list[dict[str, Any]], responses: Sequence[str], raw: bool = False) -> list[float]:
         """Log-likelihoods of responses: natural logarithms, summed over their tokens and the stop token.
@@ -103,22 +108,18 @@ class Model:
             UserError: a response that is too long, or cannot be told apart from its prompt.
         """
         rows = [{"prompt": prompt, "responses": [*responses]}]
-        return [one.log_likelihood for one in _score.score(self._opened, rows, raw, "the prompt")]
+        return [one.log_likelihood for one in _score.score(self._model, rows, raw, "the prompt")]
 
     def logits(self, ids: Sequence[Sequence[int]] | np.ndarray) -> np.ndarray:
-        """All logits ``[B, T, V]`` (float32) of rows of tokens ``[B, T]`` that have one length."""
+        """All logits ``[B, T, V]`` (float32) of sequences of tokens ``[B, T]`` that have one length."""
         tokens = jnp.asarray(np.asarray(ids, np.int32))
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        model = self._opened.split.merge(self._opened.adapter, self._opened.frozen)
-        return np.asarray(model.logits(model(tokens, jnp.ones_like(tokens), positions)), np.float32)
-
-    @cached_property
-    def _generator(self) -> Generator:
-        return self._opened.generator()
+        network = self._model.network()
+        return np.asarray(network.logits(network(tokens, jnp.ones_like(tokens), positions)), np.float32)
 
 
 class Run:
-    """A run folder.
+    """A run directory. In a notebook it shows its loss curve.
 
     Attributes:
         folder: where it is.
@@ -130,10 +131,27 @@ class Run:
     def __repr__(self) -> str:
         return f"Run({str(self.folder)!r})"
 
+    def _repr_html_(self) -> str:
+        """The loss curve and the newest metrics."""
+        curve = self._opened.local / "report" / "loss.png"
+        image = ""
+        if curve.is_file():
+            data = base64.b64encode(curve.read_bytes()).decode()
+            image = f'<img alt="loss by step" style="max-width:100%" src="data:image/png;base64,{data}">'
+        newest: dict[str, Any] = {}
+        for row in self.metrics:
+            newest |= {key: value for key, value in row.items() if isinstance(value, int | float)}
+        told = ", ".join(f"{key} {newest[key]:.4g}" for key in ("step", "loss", "eval_loss") if key in newest)
+        return f"<div><code>{html.escape(str(self.folder))}</code> {told}<br>{image}</div>"
+
+    @property
+    def _opened(self) -> RunFolder:
+        return RunFolder(str(self.folder))
+
     @property
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of ``metrics.jsonl``."""
-        return read_metrics(RunFolder(str(self.folder)).local / "metrics.jsonl")
+        return read_metrics(self._opened.local / "metrics.jsonl")
 
     @cached_property
     def model(self) -> Model:
@@ -142,12 +160,28 @@ class Run:
 
     def evaluate(self, step: int | None = None) -> dict[str, dict[str, float | int]]:
         """Measure base beside tuned on ``data.eval``, as the config of the run says; see :func:`evaluate`."""
-        config = configs.load(RunFolder(str(self.folder)).local / "config.yaml")
-        return evaluate(config, step)
+        return evaluate(configs.load(self._opened.local / "config.yaml"), step)
 
     def export(self, out: str | Path, format: str | None = None, step: int | None = None) -> Path:
         """Write an adapter or a merged model; see :func:`export`."""
         return export(self.folder, out, format, step)
+
+
+@dataclass(frozen=True)
+class Event:
+    """What a callback is told.
+
+    Attributes:
+        kind: ``step``, ``evaluation``, ``samples``, ``save`` or ``end``.
+        step: steps done.
+        metrics: of the event, as ``metrics.jsonl`` has them.
+        run: the run directory.
+    """
+
+    kind: str
+    step: int
+    metrics: dict[str, Any]
+    run: Run
 
 
 def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequence[str] = ()) -> Config:
@@ -168,16 +202,32 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequ
     return configs.load(source, [*overrides])
 
 
-def train(config: Config | Mapping[str, Any]) -> Run:
-    """Train, or continue, what a config describes.
+def train(
+    config: Config | Mapping[str, Any],
+    train_data: Rows | None = None,
+    eval_data: Rows | None = None,
+    callbacks: Sequence[Callable[[Event], object]] = (),
+) -> Run:
+    """Train, or resume, what a config describes.
+
+    Args:
+        train_data, eval_data: rows instead of the files in ``data.train`` and ``data.eval``.
+        callbacks: called with each :class:`Event`, by process 0; one that returns ``"stop"`` ends the run after the
+            step that is under way, saved.
 
     Raises:
-        UserError: anything wrong with config, model, data or run folder; told before the first step.
+        UserError: anything wrong with config, model, data or run directory; told before the first step.
         Preempted: the machine is taken away; the state is saved.
     """
-    config = load_config(config)
-    _train.train(config)
-    return Run(config.training.output_dir)
+    config = _with_rows(config, train_data, eval_data)
+    run = Run(config.training.output_dir)
+
+    def told(callback: Callable[[Event], object]) -> Callable[[str, int, dict[str, Any]], object]:
+        return lambda kind, step, metrics: callback(Event(kind, step, metrics, run))
+
+    with suppress(Stopped):  # as a callback asked
+        _train.train(config, callbacks=[told(callback) for callback in callbacks])
+    return run
 
 
 def evaluate(config: Config | Mapping[str, Any], step: int | None = None) -> dict[str, dict[str, float | int]]:
@@ -186,8 +236,7 @@ def evaluate(config: Config | Mapping[str, Any], step: int | None = None) -> dic
     Raises:
         UserError: no such run, or nothing to evaluate on.
     """
-    config = load_config(config)
-    return _evaluate.evaluate(config, step).summary
+    return _evaluate.evaluate(load_config(config), step).summary
 
 
 def inspect(config: Config | Mapping[str, Any], rows: int | None = None) -> dict[str, Any]:
@@ -200,7 +249,7 @@ def inspect(config: Config | Mapping[str, Any], rows: int | None = None) -> dict
 
 
 def plan(config: Config | Mapping[str, Any], topology: str, advice: bool = True) -> dict[str, Any]:
-    """Compile the train step for hardware that need not be there; print and return what it takes.
+    """Compile the train step ahead of time for a TPU slice or GPUs; print and return what it takes.
 
     Args:
         topology: such as ``v5e:4x4`` or ``h100:8``.
@@ -209,8 +258,7 @@ def plan(config: Config | Mapping[str, Any], topology: str, advice: bool = True)
     Raises:
         UserError: hardware that is not known, or a config that cannot be compiled.
     """
-    config = load_config(config)
-    return _plan.plan(config, topology, advice=advice)
+    return _plan.plan(load_config(config), topology, advice=advice)
 
 
 def load(name: str | Path, base: str | None = None, dtype: str | None = None, step: int | None = None) -> Model:
@@ -224,7 +272,7 @@ def load(name: str | Path, base: str | None = None, dtype: str | None = None, st
     Raises:
         UserError: nothing of that name, or a base that does not fit.
     """
-    return Model(open_model(str(name), base, step, dtype))
+    return Model(assembly.open_model(str(name), base, step, dtype))
 
 
 def export(
@@ -240,3 +288,13 @@ def export(
     """
     _export.export(run, str(out), format, step, base)
     return Path(out)
+
+
+def _with_rows(config: Config | Mapping[str, Any], train_data: Rows | None, eval_data: Rows | None) -> Config:
+    given = {"train": train_data, "eval": eval_data}
+    sources = {key: [source_of(rows, f"{key}_data")] for key, rows in given.items() if rows is not None}
+    if isinstance(config, Mapping) and sources:  # which needs no data of its own then
+        of_files = {key: [dataclasses.asdict(one) for one in found] for key, found in sources.items()}
+        return load_config({**config, "data": {**config.get("data", {}), **of_files}})
+    config = load_config(config)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **sources)) if sources else config

@@ -1,19 +1,15 @@
-"""The configuration: frozen dataclasses, read from YAML with dotted overrides.
+"""The configuration, as frozen dataclasses that check their values. :mod:`sft_jax.config_file` reads and writes it.
 
-OmegaConf is used inside :func:`load` only; everything else receives plain frozen dataclasses or the values themselves.
-No jax import, so that ``sft-jax --help`` and a mistyped key answer at once.
+The comment behind a field is what ``configs/README.md`` says of its key. No jax import, so that ``sft-jax --help`` and
+a mistyped key answer at once.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 from sft_jax.errors import UserError
@@ -32,14 +28,14 @@ def _one_of(value: str, key: str, choices: tuple[str, ...]) -> None:
 class ModelConfig:
     """Which base model, in which dtype, and how it is computed."""
 
-    path: str = "???"
+    path: str = "???"  # builtin:tiny, a folder with config.json, or a Hugging Face id
     revision: str | None = None  # branch, tag or commit of a Hugging Face id
-    dtype: str = "bfloat16"  # compute and frozen weights
-    param_dtype: str = "float32"  # base weights that are trained; adapters are always float32
-    init: str = "pretrained"  # random: pretraining from config.json
-    attention: str = "auto"  # the fastest backend that can compute the mask, or splash | triton | cudnn | xla
-    remat: str = "auto"  # what is kept for the backward pass: the fastest of dots | attention | full that fits, or none
-    quantization: str | None = None  # of the frozen base under LoRA: int8 | nf4 (QLoRA)
+    dtype: str = "bfloat16"  # of computing and of frozen weights: bfloat16 | float32
+    param_dtype: str = "float32"  # of base weights that are trained: float32 | bfloat16; adapters are float32
+    init: str = "pretrained"  # or random: pretraining from config.json
+    attention: str = "auto"  # auto, the fastest backend that can compute the mask; or splash | triton | cudnn | xla
+    remat: str = "auto"  # rematerialization: auto, the fastest of dots | attention | full that fits; or none
+    quantization: str | None = None  # of frozen weights under LoRA: int8 | nf4 (QLoRA)
 
     def __post_init__(self) -> None:
         _one_of(self.dtype, "model.dtype", ("bfloat16", "float32"))
@@ -60,11 +56,11 @@ class ModelConfig:
 class LoraConfig:
     """LoRA (Hu et al. 2021) with the conventions of PEFT: the update is alpha/rank · B·A, B starts at zero."""
 
-    method: str = "lora"  # or dora
-    rank: int = 16
-    alpha: float = 32.0
-    target_modules: Any = "all-linear"  # or a list of PEFT-style names
-    dropout: float = 0.0
+    method: str = "lora"  # of the adapters: lora | dora
+    rank: int = 16  # r
+    alpha: float = 32.0  # lora_alpha: the update is multiplied by alpha / rank
+    target_modules: Any = "all-linear"  # or a list of module names as in PEFT, such as [q_proj, v_proj]
+    dropout: float = 0.0  # of the input of adapters
     train_embeddings: bool = False  # also train the embeddings and lm_head, whole, as is done where tokens are added
     init_from: str | None = None  # a PEFT adapter folder to continue from
 
@@ -101,15 +97,15 @@ SET_BY_RENDERING = ("messages", "tools", "documents", "add_generation_prompt", "
 class SourceConfig:
     """One source of rows: a file, a folder, a glob, or a Hugging Face dataset id."""
 
-    path: str = "???"
-    format: str = "auto"
+    path: str = "???"  # a file, a folder, a glob, a URL such as gs://…, or a Hugging Face dataset id
+    format: str = "auto"  # messages | sharegpt | alpaca | question-answer | prompt-completion | text | tokens
     weight: float = 1.0  # how often an epoch sees each of its rows; a fraction takes a new random share each epoch
     max_rows: int | None = None  # of each file, the first so many
     columns: dict[str, str] = field(default_factory=dict)  # our name of a column to the file's: {question: problem}
     ignore_columns: list[str] = field(default_factory=list)  # and keys of messages: left out on purpose
     name: str | None = None  # of a Hugging Face dataset id, which of its configurations
-    split: str = "train"
-    revision: str | None = None
+    split: str = "train"  # of a Hugging Face dataset id
+    revision: str | None = None  # branch, tag or commit of a Hugging Face dataset id
 
     def __post_init__(self) -> None:
         _one_of(self.format, "data.*.format", ROW_FORMATS)
@@ -128,13 +124,13 @@ def _is_day(text: str) -> bool:
 class DataConfig:
     """What is trained on, and which of its tokens carry loss."""
 
-    train: list[SourceConfig] = field(default_factory=list)
-    eval: list[SourceConfig] = field(default_factory=list)
-    max_length: int = 2048
-    overlong: str = "drop"
-    packing: bool = True
-    shuffle: bool = True
-    train_on: str = "assistant"
+    train: list[SourceConfig] = field(default_factory=list)  # sources, each with a path
+    eval: list[SourceConfig] = field(default_factory=list)  # sources of held-out data
+    max_length: int = 2048  # tokens of a sequence, and of the longest example
+    overlong: str = "drop"  # what becomes of longer examples: drop | truncate | error; counted and reported
+    packing: bool = True  # several examples share a sequence; attention never crosses from one to another
+    shuffle: bool = True  # anew each epoch
+    train_on: str = "assistant"  # whose tokens carry loss: assistant | last_assistant | all
     reasoning: str = "include"  # what an assistant thought before it answered; exclude takes it out of the data
     on_bad_row: str = "error"  # skip: leave out and count rows that cannot be proven right
     num_workers: int | None = None  # processes that tokenise; null: as many as the data and this machine allow
@@ -144,7 +140,7 @@ class DataConfig:
     template_kwargs: dict[str, Any] = field(default_factory=dict)  # arguments of it, such as {enable_thinking: false}
     added_tokens: list[str] = field(default_factory=list)  # special tokens the tokenizer does not have yet
     stop_token: str | None = None  # ends a completion or a document; default the tokenizer's eos token
-    date: str | None = None  # the day that templates tell which tell one, YYYY-MM-DD; null: on which the run began
+    date: str | None = None  # used by strftime_now of templates that print a date, YYYY-MM-DD; null: the day the run began
 
     def __post_init__(self) -> None:
         _require(self.max_length >= 2, "data.max_length", f"{self.max_length} is not at least 2")
@@ -164,16 +160,16 @@ class DataConfig:
 class OptimizerConfig:
     """AdamW (Loshchilov & Hutter 2019) and its schedule; weight decay spares norms and biases."""
 
-    name: str = "adamw"
-    learning_rate: float = 2.0e-4
-    schedule: str = "cosine"
+    name: str = "adamw"  # AdamW
+    learning_rate: float = 2.0e-4  # at its peak
+    schedule: str = "cosine"  # constant | linear | cosine | wsd (warmup, stable, decay)
     warmup_ratio: float = 0.03  # share of all steps
-    weight_decay: float = 0.0
-    max_grad_norm: float | None = 1.0
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1.0e-8
-    moments: str = "float32"  # how Adam's two are kept: float32 | bfloat16 | factored (the second by rows and columns)
+    weight_decay: float = 0.0  # decoupled; norms and biases are spared
+    max_grad_norm: float | None = 1.0  # clipping by the global norm; null: none
+    b1: float = 0.9  # of Adam
+    b2: float = 0.999  # of Adam
+    eps: float = 1.0e-8  # of Adam
+    moments: str = "float32"  # dtype of Adam's: float32 | bfloat16 | factored (the second by rows and columns)
 
     def __post_init__(self) -> None:
         _one_of(self.name, "optimizer.name", ("adamw",))
@@ -196,29 +192,26 @@ class OptimizerConfig:
 class TrainingConfig:
     """How long, in which batches, and where the run is kept."""
 
-    output_dir: str = "???"
-    num_train_epochs: float = 3.0
+    output_dir: str = "???"  # the run directory; a run in it resumes
+    num_train_epochs: float = 3.0  # a fraction is allowed
     max_steps: int | None = None  # counts instead of epochs
-    batch_size: int = 16  # rows of max_length per optimizer step, over all devices
-    num_microbatches: int = 1  # batch_size is computed in this many parts
-    eval_every: int = 100
-    save_every: int = 200
-    log_every: int = 1
-    keep_checkpoints: int = 2  # the last so many
-    keep_best: int = 0  # besides, so many with the lowest held-out loss
-    keep_every: int | None = None  # besides, those of every so many steps
+    batch_size: int = 16  # sequences of an optimizer step, over all devices
+    num_microbatches: Any = 1  # batch_size is computed in this many parts; auto: the fewest that fit
+    eval_every: int = 100  # steps between measurements of the held-out loss
+    save_every: int = 200  # steps between checkpoints
+    log_every: int = 1  # steps between rows of metrics.jsonl
+    keep_checkpoints: int = 2  # keeps the newest N checkpoints
+    keep_best: int = 0  # also keeps the N with the lowest held-out loss
+    keep_every: int | None = None  # also keeps those of every N steps
     label_smoothing: float = 0.0  # this share of a target is spread over the vocabulary
-    z_loss: float = (
-        0.0  # this times the squared log of the softmax's denominator is added; 1e-4 keeps logits from drifting
-    )
-    seed: int = 0
-    tensorboard: bool = True
-    wandb_project: str | None = None
+    z_loss: float = 0.0  # weight of the squared log of the softmax's denominator; 1e-4 keeps logits from drifting
+    seed: int = 0  # of shuffling, dropout and fresh adapters
+    tensorboard: bool = True  # write event files
+    wandb_project: str | None = None  # of Weights & Biases
 
     def __post_init__(self) -> None:
         for name in (
             "batch_size",
-            "num_microbatches",
             "eval_every",
             "save_every",
             "log_every",
@@ -235,10 +228,16 @@ class TrainingConfig:
         _require(0 <= self.label_smoothing < 1, "training.label_smoothing", f"{self.label_smoothing} is not in [0, 1)")
         _require(self.z_loss >= 0, "training.z_loss", f"{self.z_loss} is negative")
         _require(self.max_steps is None or self.max_steps >= 0, "training.max_steps", f"{self.max_steps} is negative")
+        parts = self.num_microbatches
         _require(
-            self.batch_size % self.num_microbatches == 0,
+            parts == "auto" or (isinstance(parts, int) and not isinstance(parts, bool) and parts >= 1),
             "training.num_microbatches",
-            f"{self.num_microbatches} does not divide batch_size {self.batch_size}",
+            f"{parts!r} is neither auto nor a positive number",
+        )
+        _require(
+            parts == "auto" or self.batch_size % parts == 0,
+            "training.num_microbatches",
+            f"{parts} does not divide batch_size {self.batch_size}",
         )
 
 
@@ -248,13 +247,13 @@ class EvaluationConfig:
 
     at_end: bool = False  # evaluate when training ends
     documents: list[SourceConfig] = field(default_factory=list)  # plain text on which forgetting is measured
-    answer: str = "text"  # how answers are compared
-    max_new_tokens: int = 256
+    answer: str = "text"  # how answers are compared: exact | text | number | gsm8k | choice
+    max_new_tokens: int = 256  # of an answer
     num_questions: int | None = 200  # held-out conversations that are answered; null: all
     batch_size: int = 32  # prompts answered at a time
     shots: int = 0  # answered questions before each one, for the base model with few-shot prompting; 0: none
     samples: list[str] = field(default_factory=list)  # prompts answered while training
-    samples_every: int = 100  # steps
+    samples_every: int = 100  # steps between samples
 
     def __post_init__(self) -> None:
         _one_of(self.answer, "evaluation.answer", ("exact", "text", "number", "gsm8k", "choice"))
@@ -272,10 +271,10 @@ class EvaluationConfig:
 class MeshConfig:
     """How many devices along each axis; -1 takes all that remain."""
 
-    data: int = 1
-    fsdp: int = -1
-    sequence: int = 1  # splits the slots of rows, for long context
-    tensor: int = 1
+    data: int = 1  # replicas of the model
+    fsdp: int = -1  # shards of weights and of the batch
+    sequence: int = 1  # shards of each sequence, for long context
+    tensor: int = 1  # shards of heads, MLP channels and vocabulary
 
     def __post_init__(self) -> None:
         sizes = dataclasses.asdict(self)
@@ -331,118 +330,3 @@ class Config:
             "evaluation.at_end",
             "there is nothing to evaluate on; name held-out conversations in data.eval",
         )
-
-
-def load(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Read a YAML file, apply dotted overrides such as ``optimizer.learning_rate=2e-5``, check everything.
-
-    Relative paths inside the file stay as they are: they are relative to the folder the command is started in.
-
-    Raises:
-        UserError: missing or malformed file, unknown key, wrong type, value out of range, missing mandatory key.
-    """
-    import yaml
-    from omegaconf import OmegaConf
-
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such config file")
-    try:
-        given = OmegaConf.load(path)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {_one_line(error)}") from error
-    if not OmegaConf.is_dict(given):
-        raise UserError(
-            f"{path}: a config is a mapping with the keys {', '.join(f.name for f in dataclasses.fields(Config))}"
-        )
-    return _merged(given, overrides or [], str(path))
-
-
-def from_dict(given: Mapping[str, Any], overrides: list[str] | None = None) -> Config:
-    """A config from nested dicts with the keys of a file; see :func:`load`.
-
-    Raises:
-        UserError: as :func:`load`.
-    """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    try:
-        return _merged(OmegaConf.create(_escaped(dict(given))), overrides or [], "config")
-    except OmegaConfBaseException as error:
-        raise UserError(f"config: {_explain(error)}") from error
-
-
-def _merged(given: Any, overrides: list[str], name: str) -> Config:
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    try:
-        for override in overrides:
-            key, equals, value = override.partition("=")
-            if not equals or not key:
-                raise UserError(f"override {override!r}: write key=value, such as optimizer.learning_rate=2e-5")
-            OmegaConf.update(given, key, _parse_value(override, value), merge=True)
-        merged = OmegaConf.merge(OmegaConf.structured(Config), given)
-        missing = sorted(OmegaConf.missing_keys(merged))
-        if missing:
-            raise UserError(f"{name}: {missing[0]} is required and not set")
-        return OmegaConf.to_object(merged)  # type: ignore[return-value]
-    except (OmegaConfBaseException, TypeError) as error:
-        raise UserError(f"{name}: {_explain(error)}") from error
-
-
-def _parse_value(override: str, text: str) -> Any:
-    """The right side of an override, read as the YAML the config file itself is written in."""
-    import yaml
-    from omegaconf import OmegaConf
-
-    try:
-        return OmegaConf.to_container(OmegaConf.create(f"value: {text}"))["value"]  # type: ignore[index,call-overload]
-    except yaml.YAMLError as error:
-        raise UserError(f"override {override!r}: not valid YAML: {_one_line(error)}") from error
-
-
-def to_dict(config: Config) -> dict[str, Any]:
-    """The config as plain nested dicts, the way it is written into a run folder."""
-    return dataclasses.asdict(config)
-
-
-def save(config: Config, path: Path) -> None:
-    """Write the resolved config as YAML; :func:`load` reads it back to an equal object."""
-    from omegaconf import OmegaConf
-
-    written = OmegaConf.create(_escaped(to_dict(config)))  # its YAML quotes what it would read as a number
-    path.write_text(OmegaConf.to_yaml(written), encoding="utf-8")
-
-
-def _escaped(value: Any) -> Any:
-    """With ``${`` written so that it is read as these characters and not as a reference to another key."""
-    if isinstance(value, dict):
-        return {key: _escaped(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_escaped(one) for one in value]
-    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
-
-
-def _one_line(error: object) -> str:
-    return " ".join(str(error).split())
-
-
-def _explain(error: Any) -> str:
-    """One line for an OmegaConf error: the full key, what is wrong, and the nearest key that exists."""
-    from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
-
-    key = getattr(error, "full_key", None) or ""
-    section = getattr(error, "object_type", None)
-    if isinstance(error, ConfigKeyError) and dataclasses.is_dataclass(section):
-        known = [f.name for f in dataclasses.fields(section)]
-        close = difflib.get_close_matches(str(error.key), known, n=1)
-        way_out = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
-        return f"unknown key {key!r}; {way_out}"
-    if isinstance(error, IndexError) or not isinstance(error, OmegaConfBaseException):  # data.eval.0.path=x
-        at = f"{key}: " if key else ""
-        return f"{at}no such entry of a list; give the list as a whole, such as 'data.eval=[{{path: heldout.jsonl}}]'"
-    message = _one_line(getattr(error, "msg", None) or error)
-    message = message.split(" full_key:")[0]
-    return f"{key}: {message}" if key else message

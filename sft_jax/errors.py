@@ -19,6 +19,10 @@ class Preempted(Exception):
     """The machine is about to be taken away; the state is saved."""
 
 
+class Stopped(Preempted):
+    """A callback asked the run to stop; the state is saved."""
+
+
 class Unreachable(RuntimeError):
     """Another process of the run did not come."""
 

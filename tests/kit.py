@@ -201,8 +201,8 @@ def losses(run: Path) -> list[float]:
 
 def trained_leaves(run: Path, step: int | None = None) -> dict:
     """What a run has trained, by path."""
-    from sft_jax.commands.export import whole
-    from sft_jax.runs import open_run
+    from sft_jax.run.export import whole
+    from sft_jax.store.opened import open_run
 
     opened = open_run(run, step)
     return whole(opened, opened.trained)
@@ -296,10 +296,10 @@ def logits(model, ids: np.ndarray) -> np.ndarray:
 
 def run_model(run: Path):
     """The network of a run as its last checkpoint has it: frozen base from the files, trained leaves restored."""
-    from sft_jax.opening import open_model
+    from sft_jax.assembly import open_model
 
     opened = open_model(str(run), devices=one_device())
-    return opened.split.merge(opened.adapter, opened.frozen)
+    return opened.network()
 
 
 class Group:

@@ -95,10 +95,10 @@ def write_data(world: World, folder: Path) -> None:
 
 def pretrain(world: World, work: Path) -> dict[str, Any]:
     """Pretrain and export into ``work/tiny``; returns what is written into its recipe.json."""
-    from sft_jax import config as configs
-    from sft_jax.commands.export import export
-    from sft_jax.commands.train import train
-    from sft_jax.metrics import read_metrics
+    from sft_jax import config_file as configs
+    from sft_jax.run.export import export
+    from sft_jax.run.train import train
+    from sft_jax.store.metrics import read_metrics
 
     texts = list(documents(world, NUM_DOCUMENTS, seed=0))
     write_rows(work / "documents.jsonl", ({"text": text} for text in texts))

@@ -1,1 +1,1 @@
-"""What the commands do, one file each: Python functions that the command line and the Python face call."""
+"""The commands, a file each: arguments in, one call, text out. They import what they need when they run."""

@@ -1,84 +1,28 @@
-"""The evaluation of a run: the base beside the tuned network, as a table, JSON and one page."""
+"""``sft-jax evaluate``."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from collections.abc import Sequence
+import argparse
 from typing import Any
 
-import jax
-
-from sft_jax.announce import Announcer
-from sft_jax.config import Config
-from sft_jax.data.packing import row_lengths
-from sft_jax.evaluation.compare import Comparison, Networks, compare, prepare
-from sft_jax.hf.config import stop_ids
-from sft_jax.hf.ties import architecture_of
-from sft_jax.metrics import read_metrics
-from sft_jax.models.attention.backend import check_backend
-from sft_jax.report import table
-from sft_jax.report.write import write_report
-from sft_jax.runs import open_run
-from sft_jax.sharding import check_batch, check_heads, check_lengths, make_mesh
-from sft_jax.training.assembly import backend_of, network_of
-from sft_jax.training.compilation import keep_programs
-from sft_jax.training.weights import load_weights
-from sft_jax.tree import flatten, unflatten
+from sft_jax.commands.shared import add_config, config_of, quiet_imports
 
 
-def evaluate(
-    config: Config,
-    step: int | None = None,
-    as_json: bool = False,
-    devices: Sequence[Any] | None = None,
-    base: str | None = None,
-) -> Comparison:
-    """Evaluate the run in ``training.output_dir``: what ``data.eval`` and ``evaluation`` say, base beside tuned.
+def add(commands: Any) -> None:
+    """The command's options."""
+    parser = commands.add_parser("evaluate", help="measure a run on held-out data: base beside tuned")
+    add_config(parser, "evaluation.shots=4", "its training.output_dir is the run")
+    parser.add_argument("--step", type=int, help="default: the last checkpoint")
+    parser.add_argument("--base", help="the base model, where it has moved")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    parser.set_defaults(command=run)
 
-    Writes ``report/summary.json``, ``report/answers.jsonl`` and ``report/report.html`` into the run folder, and prints
-    a table, or the summary as JSON.
 
-    Args:
-        step: a checkpoint; by default the last.
-        devices: which to use; by default all there are.
-        base: the base model, where it is not where it was.
+def run(options: argparse.Namespace) -> int:
+    """Evaluate, and print."""
+    config = config_of(options)
+    quiet_imports()
+    from sft_jax.run.evaluate import evaluate
 
-    Raises:
-        UserError: no such run, nothing to evaluate on, or data that cannot be used.
-    """
-    say = Announcer(jax.process_index() == 0)
-    run = open_run(config.training.output_dir, step, base)
-    trained = run.config
-    data = dataclasses.replace(config.data, date=config.data.date or trained.data.date)
-    config = dataclasses.replace(config, model=trained.model, lora=trained.lora, data=data)
-    mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
-    check_batch(config.training.batch_size, config.training.num_microbatches, mesh)
-    check_lengths(row_lengths(config.data), mesh)
-    say.mesh(mesh)
-    keep_programs(mesh.devices.flat[0])
-    arch = architecture_of(run.base, run.reader)
-    old_vocab_size = arch.vocab_size
-    arch = dataclasses.replace(arch, vocab_size=run.vocab_size)
-    check_heads(arch.attention_specs, mesh)
-    task = prepare(config, arch, run.tokenizer, stop_ids(run.base))
-    say.task(task)
-    backend = backend_of(config, arch, mesh)
-    check_backend(backend, mesh, arch.attention_specs)
-    split = network_of(config, arch, mesh, backend, run.trains_embeddings, remat="none")
-    say.model(config, split, backend)
-    untuned, frozen = load_weights(split, run.reader, None, old_vocab_size, trained.training.seed)
-    tuned = unflatten(run.restore(flatten(split.trainable)))
-    stops = list(dict.fromkeys([*run.stop_ids, *stop_ids(run.base)]))
-    networks = Networks(split, mesh, arch, run.tokenizer, stops, frozen, untuned, tuned)
-    comparison = compare(config, task, networks)
-    if jax.process_index() == 0:
-        folder = run.folder.local
-        page = write_report(config, folder, run.step, comparison, read_metrics(folder / "metrics.jsonl"), run.tokenizer)
-        run.folder.push(last=True)
-        if as_json:
-            print(json.dumps(comparison.summary))
-        else:
-            print(table.as_text(comparison))
-            say("report", f"{run.folder}/{page.relative_to(folder)}")
-    return comparison
+    evaluate(config, options.step, options.json, base=options.base)
+    return 0

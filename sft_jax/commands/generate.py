@@ -1,98 +1,101 @@
-"""Writing with a model: answers to prompts, or a conversation at the terminal."""
+"""``sft-jax generate``: answers to prompts, or a conversation at the terminal."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
-from sft_jax.data.chat import context_ids, prompt_ids
-from sft_jax.data.lines import read_json_lines
+from sft_jax.commands.shared import add_model, quiet_imports
 from sft_jax.errors import UserError
-from sft_jax.inference.generator import Generated
-from sft_jax.inference.sampling import Sampling
-from sft_jax.opening import Opened, open_model
+
+if TYPE_CHECKING:
+    from sft_jax.assembly import Model
+    from sft_jax.inference.sampling import Sampling
 
 
-def generate(
-    model: Opened,
-    prompts: Sequence[str],
-    max_new_tokens: int = 256,
-    sampling: Sampling | None = None,
-    raw: bool = False,
-    system: str | None = None,
-    batch_size: int = 16,
-    progress: Callable[[int], object] = lambda prompts: None,
-) -> list[tuple[Generated, str]]:
-    """An answer to each prompt: ids, and text without special tokens (an answer in a chat also without outer blanks).
-
-    Args:
-        raw: continue the prompt as plain text; otherwise it is a user's message in the model's chat template.
-        system: a system message before each prompt.
-
-    Raises:
-        UserError: no chat template, or a prompt that is empty or leaves no room in the context.
-    """
-    encoded = [_encode(model.tokenizer, prompt, raw, system) for prompt in prompts]
-    written = model.generator()(
-        model.adapter, model.frozen, encoded, max_new_tokens, sampling, batch_size, progress=progress
-    )
-    return [(one, _text(model.tokenizer, one.ids, raw)) for one in written]
+def add(commands: Any) -> None:
+    """The command's options."""
+    parser = commands.add_parser("generate", help="answer prompts, or talk")
+    add_model(parser)
+    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
+    parser.add_argument("--file", help="prompts: one a line, or the 'prompt' of each row of a .jsonl")
+    parser.add_argument("--chat", action="store_true", help="a conversation at the terminal")
+    parser.add_argument("--raw", action="store_true", help="continue plain text, without the chat template")
+    parser.add_argument("--system", metavar="TEXT", help="a system message before each prompt")
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="default 0: the likeliest token")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest; default 0: all")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest that make up P")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="prompts answered at a time")
+    parser.add_argument("--json", action="store_true", help="one JSON object a prompt")
+    parser.set_defaults(command=run)
 
 
-def run_generate(
-    name: str,
-    prompts: Sequence[str],
-    max_new_tokens: int,
-    sampling: Sampling,
-    raw: bool = False,
-    system: str | None = None,
-    batch_size: int = 16,
-    base: str | None = None,
-    step: int | None = None,
-    dtype: str | None = None,
-    as_json: bool = False,
-) -> None:
-    """``sft-jax generate`` with prompts: prints the answers; a single one as it is written.
+def run(options: argparse.Namespace) -> int:
+    """Answer, and print."""
+    if options.chat and (options.prompt or options.file or options.raw or options.json):
+        raise UserError("--chat reads what you type; leave out --prompt, --file, --raw and --json")
+    if not options.chat and not options.prompt and not options.file:
+        raise UserError("nothing to answer; give --prompt TEXT, --file FILE, or --chat")
+    if options.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens: {options.max_new_tokens} is not at least 1")
+    if options.batch_size < 1:
+        raise UserError(f"--batch-size: {options.batch_size} is not at least 1")
+    quiet_imports()
+    from sft_jax.assembly import open_model
+    from sft_jax.inference.sampling import Sampling
 
-    Raises:
-        UserError: as :func:`generate` and :func:`open_model`.
-    """
-    model = _open(name, base, step, dtype)
-    if as_json or len(prompts) > 1:
-        with tqdm(total=len(prompts), unit="prompt", leave=False, disable=None) as bar:
-            answers = generate(model, prompts, max_new_tokens, sampling, raw, system, batch_size, bar.update)
-        for prompt, (one, text) in zip(prompts, answers, strict=True):
-            if as_json:
-                row = {"prompt": prompt, "text": text, "token_ids": one.ids, "finish_reason": one.finish_reason}
-                print(json.dumps(row, ensure_ascii=False))
-            else:
-                print(f"{prompt}\n→ {text}\n", flush=True)
-        return
-    ids = _encode(model.tokenizer, prompts[0], raw, system)
-    _print_stream(model, model.generator().stream(model.adapter, model.frozen, ids, max_new_tokens, sampling), raw)
+    sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
+    prompts = [*options.prompt, *(read_prompts(options.file) if options.file else [])]
+    model = open_model(options.model, options.base, options.step, options.dtype)
+    stops = ", ".join(repr(token) for token in model.tokenizer.convert_ids_to_tokens(model.stop_ids))
+    print(f"{model.description}; stops at {stops or 'the length limit only'}", file=sys.stderr)
+    if options.chat:
+        _talk(model, options.max_new_tokens, sampling, options.system)
+    elif options.json or len(prompts) > 1:
+        _answer(model, prompts, sampling, options)
+    else:
+        from sft_jax.run.generate import encode
+
+        ids = encode(model.tokenizer, prompts[0], options.raw, options.system)
+        stream = model.generator.stream(model.params, model.frozen, ids, options.max_new_tokens, sampling)
+        _print_stream(model, stream, options.raw)
+    return 0
 
 
-def run_chat(
-    name: str,
-    max_new_tokens: int,
-    sampling: Sampling,
-    system: str | None = None,
-    base: str | None = None,
-    step: int | None = None,
-    dtype: str | None = None,
-) -> None:
-    """``sft-jax generate --chat``: a conversation with history, until the input ends.
+def _answer(model: Model, prompts: Sequence[str], sampling: Sampling, options: argparse.Namespace) -> None:
+    from tqdm import tqdm
 
-    Raises:
-        UserError: as :func:`open_model`.
-    """
-    model = _open(name, base, step, dtype)
-    generator = model.generator()
+    from sft_jax.run.generate import generate
+
+    with tqdm(total=len(prompts), unit="prompt", leave=False, disable=None) as bar:
+        answers = generate(
+            model,
+            prompts,
+            options.max_new_tokens,
+            sampling,
+            options.raw,
+            options.system,
+            options.batch_size,
+            bar.update,
+        )
+    for prompt, (one, text) in zip(prompts, answers, strict=True):
+        if options.json:
+            row = {"prompt": prompt, "text": text, "token_ids": one.ids, "finish_reason": one.finish_reason}
+            print(json.dumps(row, ensure_ascii=False))
+        else:
+            print(f"{prompt}\n→ {text}\n", flush=True)
+
+
+def _talk(model: Model, max_new_tokens: int, sampling: Sampling, system: str | None) -> None:
+    """A conversation with history, until the input ends."""
+    from sft_jax.run.generate import chat
+
     start: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     messages = list(start)
     print("/reset forgets the conversation, /exit or the end of input ends it", file=sys.stderr)
@@ -108,10 +111,8 @@ def run_chat(
         if not said:
             continue
         asked = [*messages, {"role": "user", "content": said}]
-        ids = prompt_ids(model.tokenizer, asked)
         try:
-            stream = generator.stream(model.adapter, model.frozen, ids, max_new_tokens, sampling)
-            answer = _print_stream(model, stream, raw=False)
+            answer = _print_stream(model, chat(model, asked, max_new_tokens, sampling), raw=False)
         except UserError as error:  # the context is full; what was said before is still there
             print(f"{error}; /reset starts anew", file=sys.stderr)
             continue
@@ -124,6 +125,8 @@ def read_prompts(path: str) -> list[str]:
     Raises:
         UserError: no such file, a row without a prompt, or none at all.
     """
+    from sft_jax.data.lines import read_json_lines
+
     file = Path(path)
     if not file.is_file():
         raise UserError(f"{path}: no such file")
@@ -139,37 +142,20 @@ def read_prompts(path: str) -> list[str]:
     return prompts
 
 
-def _open(name: str, base: str | None, step: int | None, dtype: str | None) -> Opened:
-    model = open_model(name, base, step, dtype)
-    stops = ", ".join(repr(token) for token in model.tokenizer.convert_ids_to_tokens(model.stop_ids))
-    print(f"{model.description}; stops at {stops or 'the length limit only'}", file=sys.stderr)
-    return model
-
-
-def _encode(tokenizer: Any, prompt: str, raw: bool, system: str | None) -> list[int]:
-    if raw:
-        return context_ids(tokenizer, prompt)
-    start = [{"role": "system", "content": system}] if system else []
-    return prompt_ids(tokenizer, [*start, {"role": "user", "content": prompt}])
-
-
-def _text(tokenizer: Any, ids: Sequence[int], raw: bool) -> str:
-    text = tokenizer.decode(ids, skip_special_tokens=True)
-    return text if raw else text.strip()
-
-
-def _print_stream(model: Opened, stream: Iterator[int], raw: bool) -> str:
+def _print_stream(model: Model, stream: Iterator[int], raw: bool) -> str:
     """Print text as its tokens come, each character once it is whole; returns all of it."""
+    from sft_jax.run.generate import text_of
+
     ids: list[int] = []
     shown = ""
     for token in stream:
         if token not in model.stop_ids:
             ids.append(token)
-        text = _text(model.tokenizer, ids, raw)
+        text = text_of(model.tokenizer, ids, raw)
         if text.startswith(shown):  # blanks at the end may belong to a next word, or to nothing
             whole = text.rstrip("\ufffd")
             print(whole[len(shown) :], end="", flush=True)
             shown = max(shown, whole, key=len)
-    text = _text(model.tokenizer, ids, raw)
+    text = text_of(model.tokenizer, ids, raw)
     print(text[len(shown) :], flush=True)
     return text

@@ -1,266 +1,44 @@
-"""What a config needs on given hardware, found by compiling its step for it: whether it fits, why, and what does."""
+"""``sft-jax plan``."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import sys
-import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+import argparse
+import os
 from typing import Any
 
-from sft_jax.config import Config
-from sft_jax.errors import UserError
-from sft_jax.hf.hub import find_config
-from sft_jax.planning.advice import Advice, Outcome, advise
-from sft_jax.planning.changes import as_text
-from sft_jax.planning.network import Sent
-from sft_jax.planning.roofline import Roofline, roofline
-from sft_jax.planning.search import Candidate, Choice, candidates, choose
-from sft_jax.planning.step import AbstractStep, Base, Compiled, abstract_step, compile_step, read_base
-from sft_jax.planning.text import plan_text
-from sft_jax.planning.topology import Topology, devices_of, parse_topology, usable_bytes
-from sft_jax.sharding import num_heads
+from sft_jax.commands.shared import add_config, config_of, quiet_imports
 
 
-@dataclass(frozen=True)
-class Assumed:
-    """What depends on data, which are not read."""
-
-    target_share: float = 0.5  # of all slots, that carry loss
-    document_length: int | None = None  # slots; None: a document fills its row
-
-    def __post_init__(self) -> None:
-        if not 0.0 < self.target_share <= 1.0:
-            raise UserError(f"--target-share: {self.target_share} is not in (0, 1]")
-        if self.document_length is not None and self.document_length < 1:
-            raise UserError(f"--document-length: {self.document_length} is not at least 1")
-
-    def length(self, config: Config) -> int:
-        """Of a document."""
-        return min(self.document_length or config.data.max_length, config.data.max_length)
-
-
-def plan(
-    config: Config,
-    topology: str,
-    architecture: str | Path | None = None,
-    assumed: Assumed | None = None,
-    as_json: bool = False,
-    advice: bool = True,
-    search: bool = False,
-    quiet: bool = False,
-) -> dict[str, Any]:
-    """Compile the step that ``train`` would run on ``topology`` and print what it takes; returns the figures.
-
-    No data and no weights are read; of the model, ``config.json``.
-
-    Args:
-        topology: such as ``v5e:4x4`` or ``h100:8``.
-        architecture: a ``config.json`` instead of the model's.
-        advice: where it does not fit, look for changes with which it does.
-        search: also look for the mesh, rows at a time and rematerialisation that are fastest by prediction.
-        quiet: print nothing.
-
-    Raises:
-        UserError: what ``train`` would refuse; an unknown topology; a compiler that is not installed.
-    """
-    say = _Progress(enabled=not quiet)
-    where = parse_topology(topology)
-    assumed = assumed or Assumed()
-    with _folder_of(config, architecture) as folder:
-        base = read_base(config, folder)
-    found = _Planner(base, assumed, say)
-    step, compiled = found.compile(config, where, "the step")
-    bounds = found.bounds(step, compiled, where)
-    result = figures(step, compiled, bounds, where, assumed)
-    if not compiled.fits and advice:
-        result["advice"] = _advice(found.advise(config, where, step, compiled))
-    if search:
-        result["search"] = [_choice(choice) for choice in found.search(config, where)]
-    if not quiet:
-        print(json.dumps(result) if as_json else plan_text(result), flush=True)
-    return result
+def add(commands: Any) -> None:
+    """The command's options."""
+    parser = commands.add_parser("plan", help="compile the step ahead of time for a TPU slice or GPUs: does it fit?")
+    add_config(parser, "training.batch_size=32")
+    parser.add_argument(
+        "--topology", required=True, metavar="CHIP:SHAPE", help="such as v5e:4x4, v5p:64, h100:8, h100:2x8"
+    )
+    parser.add_argument("--architecture", metavar="FILE", help="a config.json to use instead of the model's")
+    parser.add_argument("--target-share", type=float, default=0.5, metavar="X", help="of tokens with loss; default 0.5")
+    parser.add_argument(
+        "--document-length", type=int, metavar="N", help="tokens of a conversation; default: it fills its sequence"
+    )
+    parser.add_argument(
+        "--no-advice", dest="advice", action="store_false", help="if it does not fit, look for nothing else"
+    )
+    parser.add_argument(
+        "--search", action="store_true", help="look for the fastest mesh, microbatches and remat that fit"
+    )
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    parser.set_defaults(command=run)
 
 
-class _Planner:
-    """Compiles the steps of one model."""
+def run(options: argparse.Namespace) -> int:
+    """Compile, and print."""
+    config = config_of(options)
+    os.environ["JAX_PLATFORMS"] = "cpu"  # programs are compiled for other machines, and nothing is computed here
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # compilers' warnings about programs that are too large
+    quiet_imports()
+    from sft_jax.planning.plan import Assumed, plan
 
-    def __init__(self, base: Base, assumed: Assumed, say: _Progress):
-        self._base, self._assumed, self._say = base, assumed, say
-
-    def compile(self, config: Config, where: Topology, name: str) -> tuple[AbstractStep, Compiled]:
-        step = abstract_step(config, self._base, devices_of(where))
-        return step, self._compiled(step, where, name)
-
-    def bounds(self, step: AbstractStep, compiled: Compiled, where: Topology) -> Roofline:
-        sent = None if compiled.collectives is None else sum((one.sent for one in compiled.collectives), Sent())
-        if step.mesh.size == 1:
-            sent = Sent()
-        return self._roofline(step, compiled.remat, where, sent)
-
-    def advise(self, config: Config, where: Topology, step: AbstractStep, compiled: Compiled) -> Advice:
-        """Changes with which it fits."""
-
-        def compile_with(changed: Config, there: Topology) -> Outcome:
-            return _outcome(*self.compile(changed, there, f"with {_difference(config, changed)}"))
-
-        usable = usable_bytes(where.chip)
-        return advise(
-            config, where, num_heads(self._base.arch.attention_specs), usable, _outcome(step, compiled), compile_with
-        )
-
-    def search(self, config: Config, where: Topology) -> list[Choice]:
-        """Combinations that were compiled, the fastest by prediction first."""
-        devices = devices_of(where)
-        ranked = candidates(
-            config,
-            lambda changed: abstract_step(changed, self._base, devices),
-            where.num_devices,
-            where.chip,
-            self._assumed.target_share,
-            self._assumed.length(config),
-        )
-        self._say(f"{len(ranked)} combinations of mesh, rows at a time and remat; the fastest by formula are compiled")
-
-        def compile_with(candidate: Candidate) -> Compiled:
-            return self._compiled(candidate.step, where, f"with {as_text(candidate.changes)}")
-
-        def predict(candidate: Candidate, compiled: Compiled) -> Roofline:
-            if compiled.collectives is None:
-                return candidate.expected
-            return self.bounds(candidate.step, compiled, where)
-
-        return choose(ranked, usable_bytes(where.chip), compile_with, predict)
-
-    def _compiled(self, step: AbstractStep, where: Topology, name: str) -> Compiled:
-        self._say(f"compiling {name} for {where} …")
-        compiled = compile_step(step, usable_bytes(where.chip), self._assumed.target_share)
-        size = "" if compiled.peak_bytes is None else f", {compiled.peak_bytes / 2**30:.2f} GiB"
-        verdict = "fits" if compiled.fits else "does not fit"
-        self._say(f"{verdict}: remat {compiled.remat}{size}, {compiled.seconds:.1f} s")
-        return compiled
-
-    def _roofline(self, step: AbstractStep, remat: str, where: Topology, sent: Sent | None) -> Roofline:
-        length = self._assumed.length(step.config)
-        return roofline(step, remat, where.chip, sent, self._assumed.target_share, length)
-
-
-def figures(
-    step: AbstractStep, compiled: Compiled, bounds: Roofline, where: Topology, assumed: Assumed
-) -> dict[str, Any]:
-    """What was found, for programs and for :func:`sft_jax.planning.text.plan_text`; bytes are those of a chip."""
-    config = step.config
-    sizes = step.sizes()
-    tokens = config.training.batch_size * config.data.max_length
-    collectives = None
-    if compiled.collectives is not None:
-        collectives = [
-            {"kind": one.kind, "count": one.count} | dataclasses.asdict(one.sent) for one in compiled.collectives
-        ]
-    return {
-        "topology": str(where),
-        "num_devices": where.num_devices,
-        "mesh": dict(step.mesh.shape),
-        "fits": compiled.fits,
-        "peak_bytes": compiled.peak_bytes,
-        "argument_bytes": compiled.argument_bytes,
-        "temp_bytes": compiled.temp_bytes,
-        "spare_bytes": compiled.spare_bytes,
-        "room_bytes": compiled.room_bytes,
-        "hbm_bytes": where.chip.hbm_bytes,
-        "usable_bytes": usable_bytes(where.chip),
-        "part_bytes": sizes,
-        "remat": compiled.remat,
-        "attention": str(step.backend),
-        "rows_at_a_time": step.rows,
-        "tokens_per_step": tokens,
-        "target_share": assumed.target_share,
-        "document_length": assumed.length(config),
-        "collectives": collectives,
-        "model_flops_per_step": bounds.model_flops,
-        "flops_per_step": bounds.flops,
-        "compute_seconds": bounds.compute_seconds,
-        "memory_seconds": bounds.memory_seconds,
-        "network_seconds": bounds.network_seconds,
-        "roofline_step_seconds": bounds.seconds,
-        "roofline_tokens_per_second": tokens / bounds.seconds,
-        "bound": bounds.bound,
-        "compile_seconds": compiled.seconds,
-        "compile_cpu_seconds": compiled.cpu_seconds,
-    }
-
-
-def _advice(advice: Advice) -> dict[str, Any]:
-    return {
-        "changes": None if advice.changes is None else as_text(advice.changes),
-        "topology": str(advice.topology),
-        "peak_bytes": advice.outcome.peak_bytes,
-        "tried": [
-            {
-                "changes": as_text(changes),
-                "topology": str(where),
-                "fits": outcome.fits,
-                "peak_bytes": outcome.peak_bytes,
-            }
-            for changes, where, outcome in advice.tried
-        ],
-    }
-
-
-def _choice(choice: Choice) -> dict[str, Any]:
-    predicted = choice.predicted
-    return {
-        "changes": as_text(choice.candidate.changes),
-        "fits": choice.compiled.fits,
-        "peak_bytes": choice.compiled.peak_bytes,
-        "roofline_step_seconds": None if predicted is None else predicted.seconds,
-        "roofline_tokens_per_second": None if predicted is None else choice.tokens_per_second,
-        "bound": None if predicted is None else predicted.bound,
-    }
-
-
-def _outcome(step: AbstractStep, compiled: Compiled) -> Outcome:
-    return Outcome(compiled.fits, compiled.peak_bytes, step.resident_bytes())
-
-
-def _difference(old: Config, new: Config) -> str:
-    """What was changed, as on the command line."""
-    changes = {
-        f"{section.name}.{key.name}": getattr(value, key.name)
-        for section in dataclasses.fields(Config)
-        if dataclasses.is_dataclass(value := getattr(new, section.name))
-        for key in dataclasses.fields(value)
-        if getattr(value, key.name) != getattr(getattr(old, section.name), key.name)
-    }
-    return as_text(changes) or "more chips"
-
-
-@contextmanager
-def _folder_of(config: Config, architecture: str | Path | None) -> Iterator[Path]:
-    """A folder with the model's ``config.json``."""
-    if architecture is None:
-        yield find_config(config.model.path, config.model.revision)
-        return
-    path = Path(architecture)
-    if not path.is_file():
-        raise UserError(f"--architecture: no such file {path}")
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_bytes(path.read_bytes())
-        yield Path(folder)
-
-
-class _Progress:
-    """Lines on standard error with the seconds since the start."""
-
-    def __init__(self, enabled: bool) -> None:
-        self._enabled = enabled
-        self._began = time.perf_counter()
-
-    def __call__(self, text: str) -> None:
-        if self._enabled:
-            print(f"{time.perf_counter() - self._began:7.1f} s  {text}", file=sys.stderr, flush=True)
+    assumed = Assumed(options.target_share, options.document_length)
+    plan(config, options.topology, options.architecture, assumed, options.json, options.advice, options.search)
+    return 0

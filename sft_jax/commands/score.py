@@ -1,112 +1,46 @@
-"""Log-likelihoods of given responses: what a preference method would compare, and what SFT alone cannot rank."""
+"""``sft-jax score``: one line a candidate; without ``--json`` the likelier of a row's candidates has a star."""
 
 from __future__ import annotations
 
+import argparse
 import json
+import math
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from tqdm import tqdm
-
-from sft_jax.data.chat import STRADDLING, Encoded, Encoder
-from sft_jax.data.examples import join
-from sft_jax.data.formats import parse
-from sft_jax.data.lines import read_json_lines
-from sft_jax.data.rows import RowError
-from sft_jax.errors import UserError
-from sft_jax.evaluation.likelihood import Scorer
-from sft_jax.opening import Opened, open_model
-
-_SLOTS = 8192  # of a batch
+from sft_jax.commands.shared import add_model, quiet_imports
 
 
-@dataclass(frozen=True)
-class Score:
-    """One response to one prompt."""
-
-    row: int
-    candidate: int
-    log_likelihood: float  # natural logarithm, summed over the response's tokens, its stop token included
-    num_tokens: int
-    response: str
-
-    @property
-    def per_token(self) -> float:
-        """Mean log-likelihood of a token."""
-        return self.log_likelihood / self.num_tokens
+def add(commands: Any) -> None:
+    """The command's options."""
+    parser = commands.add_parser("score", help="log-likelihood of given responses")
+    add_model(parser)
+    parser.add_argument("file", metavar="FILE.jsonl", help="rows of 'prompt' and 'responses' (or chosen and rejected)")
+    parser.add_argument("--raw", action="store_true", help="plain text, without the chat template")
+    parser.add_argument("--json", action="store_true", help="one JSON object a response")
+    parser.set_defaults(command=run)
 
 
-def score(
-    model: Opened, rows: list[dict[str, Any]], raw: bool = False, name: str = "rows", stop_token: str | None = None
-) -> list[Score]:
-    """Score every candidate response of every row.
+def run(options: argparse.Namespace) -> int:
+    """Score, and print."""
+    quiet_imports()
+    from sft_jax.assembly import open_model
+    from sft_jax.data.lines import read_json_lines
+    from sft_jax.evaluation.score import score
 
-    Args:
-        rows: each has ``prompt`` (text or messages) and either ``responses`` (a list), ``completion``, or ``chosen``
-            and ``rejected``; a response is text, or a list of messages where the prompt is one.
-        raw: a text prompt is plain text, blanks at its end being the responses'; otherwise it is a user's message in
-            the model's chat template.
-        name: of the file, for error messages.
-        stop_token: ends a plain response; default the tokenizer's eos token.
-
-    Raises:
-        UserError: a row that is not such a row, or is longer than the context.
-    """
-    chat = Encoder(model.tokenizer, "last_assistant", stop_token)
-    scores, encoded = [], []
-    for i, row in enumerate(rows):
-        for j, (response, one) in enumerate(_candidates(row, chat, raw, f"{name} row {i}")):
-            if len(one.ids) > model.arch.max_positions:
-                raise UserError(
-                    f"{name} row {i}: prompt and response {j} have {len(one.ids)} tokens, the model's context has "
-                    f"{model.arch.max_positions}"
-                )
-            scores.append((i, j, response))
-            encoded.append(one)
-    examples = join(encoded, name)
-    longest = max(16, 1 << (int(examples.slots.max()) - 1).bit_length())
-    shards = model.mesh.shape["data"] * model.mesh.shape["fsdp"]
-    num_rows = shards * max(1, _SLOTS // longest // shards)
-    scorer = Scorer(model.split, model.mesh, longest, num_rows)
-    with tqdm(total=len(examples), unit="response", leave=False, disable=None) as bar:
-        tokens = scorer.score(model.adapter, model.frozen, examples, bar.update)
-    found = []
-    for number, (i, j, response) in enumerate(scores):
-        trained = examples[number][1][1:] > 0
-        log_probs = tokens.log_prob[tokens.starts[number] : tokens.starts[number + 1]][trained]
-        found.append(Score(i, j, float(log_probs.sum(dtype=np.float64)), len(log_probs), response))
-    return found
-
-
-def run_score(
-    name: str,
-    path: str,
-    raw: bool = False,
-    base: str | None = None,
-    step: int | None = None,
-    dtype: str | None = None,
-    as_json: bool = False,
-) -> None:
-    """``sft-jax score``: prints one line a candidate; without ``--json`` the likelier of a row's candidates has a star.
-
-    Raises:
-        UserError: as :func:`score` and :func:`open_model`.
-    """
-    rows = read_json_lines(Path(path))
-    model = open_model(name, base, step, dtype)
+    rows = read_json_lines(Path(options.file))
+    model = open_model(options.model, options.base, options.step, options.dtype)
     print(model.description, file=sys.stderr)
-    scores = score(model, rows, raw, path)
-    if as_json:
+    scores = score(model, rows, options.raw, options.file)
+    if options.json:
         for one in scores:
             row = {"row": one.row, "candidate": one.candidate}
             print(json.dumps(row | {"log_likelihood": one.log_likelihood, "num_tokens": one.num_tokens}))
-        return
+        return 0
     best: dict[int, float] = {}
     for one in scores:
-        best[one.row] = max(best.get(one.row, -np.inf), one.log_likelihood)
+        best[one.row] = max(best.get(one.row, -math.inf), one.log_likelihood)
     print(f"{'row':>5} {'cand.':>5} {'log-likelihood':>15} {'tokens':>7} {'per token':>10}  response")
     for one in scores:
         star = "*" if one.log_likelihood == best[one.row] else " "
@@ -115,38 +49,4 @@ def run_score(
             f"{one.row:>5} {one.candidate:>5} {one.log_likelihood:>15.4f} {one.num_tokens:>7} {one.per_token:>10.4f} "
             f"{star} {text!r}"
         )
-
-
-def _candidates(row: dict[str, Any], encoder: Encoder, raw: bool, where: str) -> list[tuple[str, Encoded]]:
-    prompt = row.get("prompt")
-    if isinstance(row.get("responses"), list) and row["responses"]:
-        responses = row["responses"]
-    elif "chosen" in row and "rejected" in row:
-        responses = [row["chosen"], row["rejected"]]
-    elif "completion" in row:
-        responses = [row["completion"]]
-    else:
-        raise UserError(f"{where}: has neither 'responses' (a list), nor 'chosen' and 'rejected', nor 'completion'")
-    if isinstance(prompt, str) and not raw:
-        prompt = [{"role": "user", "content": prompt}]
-    space = ""
-    if isinstance(prompt, str):  # " word" is one token in most vocabularies: the blank is the response's
-        prompt, space = prompt.rstrip(), prompt[len(prompt.rstrip()) :]
-    encoded = []
-    for j, response in enumerate(responses):
-        text = response[-1].get("content", "") if isinstance(response, list) and response else response
-        if isinstance(prompt, list) and isinstance(response, str):
-            response = [{"role": "assistant", "content": response}]
-        elif isinstance(response, str):
-            response = space + response
-        straddling = encoder.tally.notes[STRADDLING]
-        try:
-            found = encoder.encode([parse("prompt-completion", {"prompt": prompt, "completion": response})])[0]
-            if isinstance(found, RowError):
-                raise found
-        except RowError as error:
-            raise UserError(f"{where}, response {j}: {error}") from error
-        if encoder.tally.notes[STRADDLING] > straddling:
-            raise UserError(f"{where}, response {j}: a token spans prompt and response; end the prompt with a word")
-        encoded.append((str(text), found[-1]))
-    return encoded
+    return 0

@@ -11,8 +11,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
-from sft_jax import processes
 from sft_jax.data.tokenised import FILES
+from sft_jax.distributed import processes
 from sft_jax.errors import UserError
 
 _ROUND_BYTES = 16 * 2**20  # of all processes together, that each device holds at a time

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from sft_jax import builtin
-from sft_jax.buckets import is_url
 from sft_jax.config import SourceConfig
 from sft_jax.data.formats import COLUMNS, FORMATS, detect, is_message, missing_column, parse, suggestion
 from sft_jax.data.rows import Row, RowError
 from sft_jax.data.scratch import scratch_folder
 from sft_jax.data.tables import Dataset, Table, kind_of, open_file
 from sft_jax.errors import UserError
+from sft_jax.files.buckets import is_url
 
 _KINDS = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
 _NOT_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # about a data set

@@ -22,8 +22,8 @@ from sft_jax.data.chat import Encoder
 from sft_jax.data.loader import local_rows, to_mesh
 from sft_jax.data.rows import RowError
 from sft_jax.data.sources import Source, open_sources
+from sft_jax.distributed.processes import gather
 from sft_jax.errors import UserError
-from sft_jax.processes import gather
 from sft_jax.typing import Batch
 
 _FIRST_ROWS = 1000

@@ -23,13 +23,13 @@ import jinja2
 import tokenizers
 import transformers
 
-from sft_jax import processes
 from sft_jax.data.chat import Encoder
 from sft_jax.data.scratch import scratch_folder
 from sft_jax.data.shares import exchange_parts, share_of
 from sft_jax.data.sources import Source
 from sft_jax.data.tokenised import Tokenised, Writer, read_tokenised
 from sft_jax.data.workers import encode_in_processes, encode_into, options, tokenizer_digest
+from sft_jax.distributed import processes
 from sft_jax.errors import UserError
 from sft_jax.version import __version__
 

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from sft_jax.assembly import Model
 from sft_jax.config import Config
 from sft_jax.data.examples import Examples
 from sft_jax.data.prepare import Prepared, prepare_data
@@ -19,9 +20,8 @@ from sft_jax.errors import UserError
 from sft_jax.evaluation.answers import same_answer
 from sft_jax.evaluation.likelihood import Scorer, TokenScores
 from sft_jax.evaluation.questions import Question, cut_at_blank_line, exchanges, few_shot_prompts, questions
-from sft_jax.inference.generator import Generated, Generator
+from sft_jax.inference.generator import Generated
 from sft_jax.models.architecture import Architecture
-from sft_jax.models.split import Split
 from sft_jax.tree import Params
 
 
@@ -53,20 +53,6 @@ class Comparison:
     summary: dict[str, dict[str, float | int]]
     asked: list[Question]
     answers: dict[str, list[Answered]]
-
-
-@dataclass(frozen=True)
-class Networks:
-    """Two settings of the trainable leaves of one network: before and after."""
-
-    split: Split
-    mesh: Mesh
-    arch: Architecture
-    tokenizer: Any
-    stop_ids: Sequence[int]
-    frozen: Params
-    base: Params
-    tuned: Params
 
 
 def prepare(config: Config, arch: Architecture, tokenizer: Any, stop_ids: Sequence[int]) -> Task:
@@ -111,12 +97,20 @@ def prepare(config: Config, arch: Architecture, tokenizer: Any, stop_ids: Sequen
     return Task(held_out.examples, asked, few_shot, documents, data)
 
 
-def compare(config: Config, task: Task, networks: Networks) -> Comparison:
-    """Measure both networks, with a bar on a terminal."""
-    options, training, n = config.evaluation, config.training, networks
-    rows = training.batch_size // training.num_microbatches
-    scorer = Scorer(n.split, n.mesh, config.data.max_length, rows)
-    generator = Generator(n.split, n.arch.max_positions, n.stop_ids, n.mesh)
+def rows_at_a_time(config: Config, mesh: Mesh) -> int:
+    """Sequences that are evaluated together: those of a microbatch, or about 4,096 tokens of a device."""
+    training = config.training
+    if training.num_microbatches != "auto":
+        return training.batch_size // training.num_microbatches
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    return min(training.batch_size, shards * max(1, 4096 // config.data.max_length))
+
+
+def compare(config: Config, task: Task, model: Model, before: Params) -> Comparison:
+    """Measure a tuned model, and the same with the trainable leaves it had ``before``, with a bar on a terminal."""
+    options, n = config.evaluation, model
+    scorer = Scorer(n.split, config.data.max_length, rows_at_a_time(config, n.mesh))
+    generator = n.generator
     summary: dict[str, dict[str, float | int]] = {}
     answers: dict[str, list[Answered]] = {}
 
@@ -130,7 +124,7 @@ def compare(config: Config, task: Task, networks: Networks) -> Comparison:
         with _bar(f"{name} reads", len(examples)) as bar:
             return scorer.score(params, n.frozen, examples, bar.update)
 
-    for name, params in (("base", n.base), ("tuned", n.tuned)):
+    for name, params in (("base", before), ("tuned", n.params)):
         metrics = held_out_metrics(task.held_out, read(name, params, task.held_out), n.stop_ids)
         if task.asked:
             written = write(name, params, [question.prompt_ids for question in task.asked])
@@ -145,10 +139,10 @@ def compare(config: Config, task: Task, networks: Networks) -> Comparison:
             metrics["document_perplexity"] = math.exp(-scores.log_prob.mean(dtype=np.float64))
         summary[name] = metrics
     if task.documents is not None:
-        summary["tuned"]["document_kl"] = scorer.divergence(n.base, n.tuned, n.frozen, task.documents)
+        summary["tuned"]["document_kl"] = scorer.divergence(before, n.params, n.frozen, task.documents)
     if task.few_shot:
         answers["few_shot"] = []
-        for question, one in zip(task.asked, write("few-shot", n.base, task.few_shot), strict=True):
+        for question, one in zip(task.asked, write("few-shot", before, task.few_shot), strict=True):
             text, ended = cut_at_blank_line(n.tokenizer.decode(one.ids, skip_special_tokens=True))
             right = same_answer(text, question.answer, options.answer)
             answers["few_shot"].append(Answered(text.strip(), right, ended or one.stopped, len(one.ids)))

@@ -9,16 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh
 
 from sft_jax.data.examples import Examples
 from sft_jax.data.loader import local_rows, make_batch, to_mesh
 from sft_jax.data.packing import plan_run
+from sft_jax.distributed.processes import fetch
 from sft_jax.models.compiler import compiler_options
 from sft_jax.models.decoder import Decoder
 from sft_jax.models.head import Head
 from sft_jax.models.split import Split
-from sft_jax.processes import fetch
 from sft_jax.sharding import constrain
 from sft_jax.training.cross_entropy import masked_cross_entropy
 from sft_jax.tree import Params
@@ -44,8 +43,8 @@ class Scorer:
         num_rows: rows of a batch.
     """
 
-    def __init__(self, split: Split, mesh: Mesh, row_length: int, num_rows: int):
-        self._mesh, self._row_length, self._num_rows = mesh, row_length, num_rows
+    def __init__(self, split: Split, row_length: int, num_rows: int):
+        self._mesh, self._row_length, self._num_rows = split.mesh, row_length, num_rows
         options = compiler_options(split, gradients=False)
         self._score = jax.jit(
             lambda trainable, frozen, batch: _token_scores(split.merge(trainable, frozen), batch),

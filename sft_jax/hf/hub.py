@@ -12,8 +12,8 @@ from pathlib import Path
 import fsspec
 
 from sft_jax import builtin
-from sft_jax.buckets import is_url, reason
 from sft_jax.errors import UserError
+from sft_jax.files.buckets import is_url, reason
 
 # No pickle (.bin, .pt), no code (.py): what is not named here is not downloaded.
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "LICENSE*"]

@@ -10,14 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh
 
+from sft_jax.distributed.processes import fetch
 from sft_jax.errors import UserError
 from sft_jax.inference.sampling import Sampling, sample
 from sft_jax.models.compiler import compiler_options
 from sft_jax.models.decoder import Cache, grown, written
 from sft_jax.models.split import Split
-from sft_jax.processes import fetch
 from sft_jax.sharding import constrain
 from sft_jax.tree import Params
 from sft_jax.typing import Array, Bool, Int
@@ -56,15 +55,13 @@ class Generator:
 
     Args:
         split: the network.
-        max_positions: its longest context, prompt and answer together.
         stop_ids: any of them ends an answer.
-        mesh: where the weights are.
     """
 
-    def __init__(self, split: Split, max_positions: int, stop_ids: Sequence[int], mesh: Mesh):
-        self._max_positions = max_positions
+    def __init__(self, split: Split, stop_ids: Sequence[int]):
+        self._max_positions = split.arch.max_positions  # of prompt and answer together
         self._stop_ids = tuple(sorted(set(stop_ids)))
-        self._mesh = mesh
+        self._mesh = mesh = split.mesh
         self._shards = mesh.shape["data"] * mesh.shape["fsdp"]
         stops = np.asarray(self._stop_ids, np.int32)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import jax
-
 from sft_jax.models.split import Split, is_adapter
 from sft_jax.tree import flatten
 
@@ -31,8 +29,7 @@ def compiler_options(split: Split, gradients: bool = True) -> dict[str, str]:
     Returns:
         Nothing for other platforms.
     """
-    mesh = jax.tree.leaves((split.trainable, split.frozen))[0].sharding.mesh
-    if mesh.devices.flat[0].platform != "tpu":
+    if split.mesh.devices.flat[0].platform != "tpu":
         return {}
     trains_layers = any(path[0] == "layers" and not is_adapter(split.labels[path]) for path in flatten(split.trainable))
     return _ONE_PRODUCT_A_GATHER | (_RINGS_OF_GRADIENTS if gradients and trains_layers else _NO_RINGS)

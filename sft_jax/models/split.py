@@ -15,6 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from sft_jax.models.architecture import Architecture
+from sft_jax.models.attention.backend import Backend
 from sft_jax.models.decoder import Decoder
 from sft_jax.models.layers import AdapterParam, Variant
 from sft_jax.models.quantized import QuantizedLeaf, QuantizedParam, quantized_leaves
@@ -58,6 +59,16 @@ class Split:
     def layers(self, path: Path) -> tuple[int, ...]:
         """The numbers of the decoder layers that a leaf of ``layers`` is stacked from."""
         return stacks_of(self.arch.layers)[path[1]]
+
+    @property
+    def mesh(self) -> Mesh:
+        """Of the devices that its leaves are on."""
+        return jax.tree.leaves((self.trainable, self.frozen))[0].sharding.mesh
+
+    @property
+    def backend(self) -> Backend:
+        """Of attention."""
+        return self.abstract().backend
 
     def abstract(self) -> Decoder:
         """The network without values: what ``plan`` asks for sizes."""

@@ -76,7 +76,7 @@ def candidates(
         for parts in _divisors(batch // shards):
             for remat in CANDIDATES:
                 changes = base | {"training.num_microbatches": parts, "model.remat": remat}
-                there = dataclasses.replace(step, config=changed(config, changes))
+                there = dataclasses.replace(step, config=changed(config, changes), ways=((remat, parts),))
                 work = there.work(target_share, document_length)
                 sent = expected_sent(there, remat, work, hosts)
                 bounds = roofline(there, remat, chip, sent, target_share, document_length)

@@ -15,14 +15,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from sft_jax.assembly import check_mesh, network_of, step_of
 from sft_jax.config import Config
-from sft_jax.data.packing import row_lengths
 from sft_jax.errors import UserError
 from sft_jax.hf.reader import TensorReader
 from sft_jax.hf.ties import architecture_of
 from sft_jax.hf.tokenizer import load_tokenizer
 from sft_jax.models.architecture import Architecture
-from sft_jax.models.attention.backend import Backend
 from sft_jax.models.split import Split
 from sft_jax.planning.collectives import Collective, count_collectives
 from sft_jax.planning.flops import Sizes, Work
@@ -32,15 +31,11 @@ from sft_jax.planning.topology import GPU_COMPILER
 from sft_jax.sharding import (
     axis_names,
     bytes_per_device,
-    check_batch,
     check_heads,
-    check_lengths,
-    make_mesh,
     named_sharding,
     num_parts,
 )
-from sft_jax.training.assembly import backend_of, network_of, step_of
-from sft_jax.training.compilation import CANDIDATES, SHARE, temp_bytes
+from sft_jax.training.compilation import SHARE, Way, temp_bytes, ways_of
 from sft_jax.training.cross_entropy import chunk_size
 from sft_jax.training.optimizer import labels_of, make_optimizer
 from sft_jax.training.state import TrainState, abstract_state, state_shardings
@@ -65,15 +60,20 @@ class AbstractStep:
     config: Config
     base: Base
     mesh: Mesh
-    backend: Backend
     split: Split
     network: Sizes
     state: TrainState
     batch: Batch
+    ways: tuple[Way, ...]  # rematerialization policies and numbers of microbatches, as train would try them
 
     @property
     def arch(self) -> Architecture:
         return self.base.arch
+
+    def in_parts(self, num_microbatches: int) -> AbstractStep:
+        """The same with another number of microbatches."""
+        training = dataclasses.replace(self.config.training, num_microbatches=num_microbatches)
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, training=training))
 
     @property
     def shards(self) -> int:
@@ -145,7 +145,7 @@ class AbstractStep:
 
     def step(self, remat: str) -> TrainStep:
         """The jitted step with a rematerialisation policy."""
-        network = network_of(self.config, self.arch, self.mesh, self.backend, self.base.embeddings, remat)
+        network = network_of(self.config, self.arch, self.mesh, self.base.embeddings, remat)
         sources = len({source.path for source in self.config.data.train})
         optimizer = _optimizer(self.config, self.split)
         shardings = state_shardings(self.split.trainable, optimizer, self.mesh)
@@ -156,6 +156,7 @@ class AbstractStep:
             self.config.training.max_steps or _STEPS,
             shardings,
             sources if sources > 1 else 0,
+            self.config.training.num_microbatches,
         )
 
 
@@ -164,6 +165,7 @@ class Compiled:
     """What the compiler says of a step; bytes are those of a device."""
 
     remat: str
+    num_microbatches: int
     fits: bool
     peak_bytes: int | None  # None: too large, and the compiler did not say by how much
     argument_bytes: int | None
@@ -199,12 +201,10 @@ def abstract_step(config: Config, base: Base, devices: Sequence[Any]) -> Abstrac
     Raises:
         UserError: a mesh, batch, attention backend or LoRA target that ``train`` would refuse.
     """
-    mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
-    check_batch(config.training.batch_size, config.training.num_microbatches, mesh)
+    mesh = check_mesh(config, devices)
     check_heads(base.arch.attention_specs, mesh)
-    check_lengths(row_lengths(config.data), mesh)
-    backend = backend_of(config, base.arch, mesh)
-    split = network_of(config, base.arch, mesh, backend, base.embeddings)
+    split = network_of(config, base.arch, mesh, base.embeddings)
+    ways = ways_of(config, mesh)
     state = abstract_state(split.trainable, _optimizer(config, split), mesh)
     shape = (config.training.batch_size, config.data.max_length)
     sharding = named_sharding(mesh, ("batch", "length"), shape)
@@ -215,37 +215,41 @@ def abstract_step(config: Config, base: Base, devices: Sequence[Any]) -> Abstrac
     ids = column(jnp.int32)
     sources = ids if len({source.path for source in config.data.train}) > 1 else None
     batch = Batch(ids, ids, column(jnp.float32), ids, ids, sources)
-    return AbstractStep(config, base, mesh, backend, split, Sizes.of(split), state, batch)
+    return AbstractStep(config, base, mesh, split, Sizes.of(split), state, batch, tuple(ways)).in_parts(ways[0][1])
 
 
 def compile_step(step: AbstractStep, usable_bytes: int, target_share: float = 1.0) -> Compiled:
-    """Compile with the policy of the config; with ``auto``, as ``train`` does, with the first that fits.
+    """Compile as the config says; what is ``auto`` there, as ``train`` does, in the first way that fits.
 
-    A policy that would keep more than there is room for is passed over without being compiled.
+    A way that would keep more than there is room for is passed over without being compiled.
 
     Args:
         usable_bytes: of a device.
         target_share: of positions that carry loss, for the turns of the loop over them.
     """
-    remat = step.config.model.remat
-    if remat != "auto":
+    if len(step.ways) == 1:
         # A TPU's compiler knows all that a program needs; a GPU's does not know the workspaces of libraries.
         share = 1.0 if step.mesh.devices.flat[0].platform == "tpu" else SHARE
-        return _compile(step, remat, usable_bytes, target_share, share)
+        return _compile(step, step.ways[0], usable_bytes, target_share, share)
     room = usable_bytes - step.resident_bytes()
-    *larger, smallest = CANDIDATES
+    *larger, smallest = step.ways
     seconds = cpu_seconds = 0.0
-    for policy in [policy for policy in larger if step.kept_bytes(policy) <= room]:
-        found = _compile(step, policy, usable_bytes, target_share, SHARE)
+    for remat, parts in larger:
+        if step.in_parts(parts).kept_bytes(remat) > room:
+            continue
+        found = _compile(step, (remat, parts), usable_bytes, target_share, SHARE)
         seconds, cpu_seconds = seconds + found.seconds, cpu_seconds + found.cpu_seconds
         if found.fits:
             return dataclasses.replace(found, seconds=seconds, cpu_seconds=cpu_seconds)
     found = _compile(step, smallest, usable_bytes, target_share, SHARE)
-    return dataclasses.replace(found, seconds=seconds + found.seconds, cpu_seconds=cpu_seconds + found.cpu_seconds)
+    seconds, cpu_seconds = seconds + found.seconds, cpu_seconds + found.cpu_seconds
+    return dataclasses.replace(found, seconds=seconds, cpu_seconds=cpu_seconds)
 
 
-def _compile(step: AbstractStep, remat: str, usable_bytes: int, target_share: float, share: float) -> Compiled:
-    """With one policy; it fits if the step takes no more than a share of what its arguments leave free."""
+def _compile(step: AbstractStep, way: Way, usable_bytes: int, target_share: float, share: float) -> Compiled:
+    """In one way; it fits if the step takes no more than a share of what its arguments leave free."""
+    remat, parts = way
+    step = step.in_parts(parts)
     began, cpu_began = time.perf_counter(), time.process_time()
 
     def spent() -> tuple[float, float]:
@@ -261,7 +265,7 @@ def _compile(step: AbstractStep, remat: str, usable_bytes: int, target_share: fl
                 raise UserError(f"attention by cuDNN is compiled with cuDNN, but no GPU: {GPU_COMPILER}") from error
             if "RESOURCE_EXHAUSTED" not in str(error):  # the compiler's word for a program that does not fit
                 raise
-            return Compiled(remat, False, _size_in(str(error)), None, None, None, None, *spent(), None)
+            return Compiled(remat, parts, False, _size_in(str(error)), None, None, None, None, *spent(), None)
     seconds = spent()
     memory = program.memory_analysis()
     arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
@@ -273,7 +277,7 @@ def _compile(step: AbstractStep, remat: str, usable_bytes: int, target_share: fl
     collectives = None
     if text is not None:
         collectives = count_collectives(text, hosts_of(step.mesh), step.loss_chunks(target_share))
-    return Compiled(remat, room >= 0, peak, arguments, temporary, spare, room, *seconds, collectives)
+    return Compiled(remat, parts, room >= 0, peak, arguments, temporary, spare, room, *seconds, collectives)
 
 
 def _size_in(message: str) -> int | None:

@@ -8,7 +8,7 @@ _NOT_COUNTED = "not counted: the compiler's text for this chip could not be had"
 
 
 def plan_text(plan: dict[str, Any]) -> str:
-    """The figures of a plan (see :func:`sft_jax.commands.plan.figures`) as a table."""
+    """The figures of a plan (see :func:`sft_jax.planning.plan.figures`) as a table."""
     lines = [*_heading(plan), "", *_memory(plan), "", *_network(plan), "", *_speed(plan), "", *_verdict(plan)]
     if "search" in plan:
         lines += ["", *_search(plan["search"])]

@@ -91,6 +91,7 @@ def make_optimizer(
         "lora_b": decayed,
         "full": decayed,
         "full_no_decay": plain,
+        "adapter_vector": plain,
         FROZEN: optax.set_to_zero(),
     }
     by_label = optax.multi_transform(transforms, unflatten(dict(labels)))

@@ -13,55 +13,53 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from sft_jax.models.compiler import compiler_options
 from sft_jax.models.split import Split
-from sft_jax.training.cross_entropy import PLAIN, Terms
-from sft_jax.training.loss import LossSums, batch_loss, no_sums
+from sft_jax.training.losses import Loss, Sums, cross_entropy_loss
 from sft_jax.training.rounding import apply_updates
 from sft_jax.training.state import TrainState
 from sft_jax.tree import Params
 from sft_jax.typing import Array, Batch
 
 Metrics = dict[str, Array]
-Sums = tuple[Array, LossSums, Params]  # loss, what goes with it, gradients
+Found = tuple[Sums, Params]  # sums of a loss, and gradients
 TrainStep = Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]
-EvalStep = Callable[[Params, Params, Batch], Metrics]
+EvalStep = Callable[[Params, Params, Batch], Sums]
 
 
 def make_train_step(
     split: Split,
     optimizer: optax.GradientTransformationExtraArgs,
     schedule: Callable[[Array], Array],
-    accumulation: int = 1,
+    num_microbatches: int = 1,
     dropout_key: Array | None = None,
     out_shardings: Any = None,
-    num_sources: int = 0,
-    terms: Terms = PLAIN,
+    loss: Loss | None = None,
     rounding_key: Array | None = None,
 ) -> TrainStep:
     """``step(state, frozen, batch) -> (state, metrics)``, jitted; the given state's buffers are reused.
 
-    Only trainable leaves are differentiated. The batch is computed in ``accumulation`` parts of equal row counts;
-    loss sums, target weights and gradients are added up in float32 and divided once by the weight of all targets. The
-    gradient of one part has the dtype of its weight: where that is bfloat16, it was added up over positions and devices
-    in float32 and then rounded once, to the nearest. (Those of norms a TPU's compiler rounds before devices add them.)
+    Only trainable leaves are differentiated. The batch is computed in ``num_microbatches`` of as many sequences each;
+    the loss's sums and gradients are added up in float32 and divided once by the weight of the global batch. The
+    gradient of a microbatch has the dtype of its weight: where that is bfloat16, it was added up over positions and
+    devices in float32 and then rounded once. (Those of norms a TPU's compiler rounds before devices add them.)
 
     A batch without targets has loss 0 and changes nothing but the step counter. A loss or gradient that is not finite
     halts the state: from then on no step changes it, so what is saved is the state before the fault.
 
     Args:
-        dropout_key: turns adapter dropout on; each step and part has its own key.
+        dropout_key: turns adapter dropout on; each step and microbatch has its own key.
         out_shardings: of the new state; gradients are constrained to those of the weights.
-        num_sources: how many sources ``batch.sources`` tells apart.
-        terms: what the loss has besides the negative log-likelihood.
+        loss: what is minimised; by default the cross-entropy of supervised tokens.
         rounding_key: for weights that are kept in bfloat16; each step has its own key.
 
     Returns:
-        A function whose metrics are ``loss, grad_norm, learning_rate, token_accuracy, entropy, target_tokens,
-        real_tokens, finite`` and ``by_source``, summed loss and weight of each source. Accuracy and entropy are means
-        over target tokens.
+        A function whose metrics are those of the loss, ``grad_norm, learning_rate, target_tokens, real_tokens, finite``
+        and ``source_weight``, the weight of each source.
     """
+    loss = loss or cross_entropy_loss()
 
-    def loss_of(trainable: Params, frozen: Params, batch: Batch, key: Array | None) -> tuple[Array, LossSums]:
-        return batch_loss(split.merge(trainable, frozen), batch, key, num_sources, terms)
+    def loss_of(trainable: Params, frozen: Params, batch: Batch, key: Array | None) -> tuple[Array, Sums]:
+        sums = loss.sums(split.merge(trainable, frozen), batch, key)
+        return sums["loss"], sums
 
     def placed(grads: Params) -> Params:
         if out_shardings is not None:
@@ -71,29 +69,28 @@ def make_train_step(
         # 8,956 MiB a chip for Llama-3-8B in float32 on 16 TPU v5e. Stacked leaves lie as the loop over them wants.
         return jax.tree.map(lambda g: with_layout_constraint(g, Layout((0, 1))) if g.ndim == 2 else g, grads)
 
-    def part(params: Params, frozen: Params, batch: Batch, key: Array | None) -> Sums:
-        (loss, sums), grads = jax.value_and_grad(loss_of, has_aux=True)(params, frozen, batch, key)
-        return loss, sums, placed(grads)
+    def microbatch(params: Params, frozen: Params, batch: Batch, key: Array | None) -> Found:
+        (_, sums), grads = jax.value_and_grad(loss_of, has_aux=True)(params, frozen, batch, key)
+        return sums, placed(grads)
 
-    def total(params: Params, frozen: Params, batch: Batch, key: Array | None) -> Sums:
-        if accumulation == 1:
-            return part(params, frozen, batch, key)
-        keys = None if key is None else jax.random.split(key, accumulation)
+    def total(params: Params, frozen: Params, batch: Batch, key: Array | None) -> Found:
+        if num_microbatches == 1:
+            return microbatch(params, frozen, batch, key)
+        keys = None if key is None else jax.random.split(key, num_microbatches)
         zero_grads = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
-        zero = (jnp.zeros(()), no_sums(num_sources), placed(zero_grads))
+        zero = ({name: jnp.asarray(one) for name, one in loss.zeros.items()}, placed(zero_grads))
 
-        def add(so_far: Sums, scanned: tuple[Batch, Array | None]) -> tuple[Sums, None]:
-            found = part(params, frozen, *scanned)
+        def add(so_far: Found, scanned: tuple[Batch, Array | None]) -> tuple[Found, None]:
+            found = microbatch(params, frozen, *scanned)
             return jax.tree.map(lambda total, one: total + one.astype(jnp.float32), so_far, found), None
 
-        return lax.scan(add, zero, (_interleave(batch, accumulation), keys))[0]
+        return lax.scan(add, zero, (_interleave(batch, num_microbatches), keys))[0]
 
     def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, state.step)
-        loss_sum, sums, grad_sums = total(state.params, frozen, batch, key)
-        weight = sums.weight
+        sums, grad_sums = total(state.params, frozen, batch, key)
+        weight, told = sums["weight"], loss.metrics(sums)
         denominator = jnp.where(weight > 0, weight, 1.0)
-        loss = loss_sum / denominator
         grads = jax.tree.map(lambda g: g.astype(jnp.float32) / denominator, grad_sums)
         grad_norm = optax.tree.norm(grads)
         learning_rate = schedule(state.step)
@@ -101,23 +98,20 @@ def make_train_step(
         now = None if rounding_key is None else jax.random.fold_in(rounding_key, state.step)
         params = apply_updates(state.params, updates, now)  # type: ignore[arg-type]
 
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        finite = jnp.isfinite(told["loss"]) & jnp.isfinite(grad_norm)
         halted = state.halted | ~finite
         applies = ~halted & (weight > 0)
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(applies, new, old), (params, opt_state), (state.params, state.opt_state)
         )
         step = state.step + jnp.where(halted, 0, 1).astype(jnp.int32)
-        metrics = {
-            "loss": loss,
+        metrics = told | {
             "grad_norm": grad_norm,
             "learning_rate": learning_rate,
-            "token_accuracy": sums.correct / jnp.maximum(sums.targets, 1.0),
-            "entropy": sums.entropy / jnp.maximum(sums.targets, 1.0),
-            "target_tokens": sums.targets,
+            "target_tokens": sums["targets"],
             "real_tokens": jnp.sum(batch.segment_ids > 0, dtype=jnp.float32),
             "finite": finite,
-            "by_source": sums.by_source,
+            "source_weight": sums["source_weight"],
         }
         return TrainState(step=step, params=params, opt_state=opt_state, halted=halted), metrics
 
@@ -126,15 +120,11 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0, out_shardings=shardings, compiler_options=options)
 
 
-def make_eval_step(split: Split, num_sources: int = 0) -> EvalStep:
-    """``step(trainable, frozen, batch)`` with the sums of the loss, without dropout.
+def make_eval_step(split: Split, loss: Loss) -> EvalStep:
+    """``step(trainable, frozen, batch)`` with the sums of a loss, without dropout."""
 
-    They are ``loss``, ``weight``, ``targets``, ``correct``, ``entropy`` and ``by_source``.
-    """
-
-    def eval_step(trainable: Params, frozen: Params, batch: Batch) -> Metrics:
-        loss, sums = batch_loss(split.merge(trainable, frozen), batch, None, num_sources)
-        return {"loss": loss} | vars(sums)
+    def eval_step(trainable: Params, frozen: Params, batch: Batch) -> Sums:
+        return loss.sums(split.merge(trainable, frozen), batch, None)
 
     return jax.jit(eval_step, compiler_options=compiler_options(split, gradients=False))
 

@@ -10,7 +10,7 @@ from kit import conversations, losses, one_device, run_config, sft_jax, write_js
 from transformers import AutoTokenizer
 
 import sft_jax as face
-from sft_jax.config import to_dict
+from sft_jax.config_file import to_dict
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -81,3 +81,39 @@ def test_what_the_commands_print_comes_back(tiny, tmp_path, run, capsys):
     assert face.inspect(config, rows=0)["rows"] == 6
     assert face.evaluate(config).keys() == {"base", "tuned"}
     assert "exact match" in capsys.readouterr().out
+
+
+def test_rows_in_memory_train_as_a_file_does(tiny, tmp_path):
+    """The same losses, and a second call of the same rows resumes; what is no row is refused by its number."""
+    rows = conversations(8)
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    of_file = face.train(run_config(tiny, path, tmp_path / "file", training__max_steps=2))
+    config = to_dict(run_config(tiny, "none", tmp_path / "memory", training__max_steps=2))
+    del config["data"]["train"]
+    events = []
+    in_memory = face.train(config, train_data=rows, eval_data=rows[:3], callbacks=[events.append])
+    assert [row["loss"] for row in of_file.metrics] == [row["loss"] for row in in_memory.metrics if "loss" in row]
+    kinds = [(event.kind, event.step) for event in events]
+    assert kinds == [("evaluation", 0), ("step", 1), ("step", 2), ("evaluation", 2), ("save", 2), ("end", 2)]
+    assert all(repr(event.run) == repr(in_memory) for event in events)
+    assert events[2].metrics["loss"] == in_memory.metrics[-2]["loss"]
+    again = face.train(config, train_data=iter(rows), eval_data=rows[:3])
+    assert again.metrics == in_memory.metrics
+    for bad, words in (
+        ([{"messages": object()}], "train_data row 0: cannot be written as JSON"),
+        ([rows[0], "a text"], "train_data row 1: is a str, not a dict"),
+        ([], "train_data: has no rows"),
+    ):
+        with pytest.raises(face.UserError, match=words):
+            face.train(config, train_data=bad)
+
+
+def test_a_callback_stops_a_run_that_resumes(tiny, chats, tmp_path):
+    whole = face.train(run_config(tiny, chats, tmp_path / "whole", training__max_steps=5))
+    config = run_config(tiny, chats, tmp_path / "run", training__max_steps=5)
+    run = face.train(config, callbacks=[lambda event: "stop" if event.step == 2 else None])
+    stopped = [row["step"] for row in run.metrics]
+    assert stopped[-1] < 5
+    face.train(config)
+    assert [row["loss"] for row in run.metrics] == [row["loss"] for row in whole.metrics]
+    assert "data:image/png;base64," in run._repr_html_()

@@ -9,11 +9,11 @@ import pytest
 from kit import conversations, one_device, process, run_config, write_jsonl
 from safetensors.numpy import load_file, save_file
 
-from sft_jax import config as configs
-from sft_jax.commands.export import export
-from sft_jax.commands.train import train
+from sft_jax import config_file as configs
 from sft_jax.config import MeshConfig
 from sft_jax.errors import UserError
+from sft_jax.run.export import export
+from sft_jax.run.train import train
 
 
 def refused(config, *words):

@@ -11,8 +11,9 @@ import pytest
 from kit import ROOT
 from omegaconf import OmegaConf
 
-from sft_jax import config
+from sft_jax import config_file as config
 from sft_jax.cli import main
+from sft_jax.config import Config, EvaluationConfig
 from sft_jax.errors import UserError
 
 pytestmark = pytest.mark.smoke
@@ -49,7 +50,7 @@ def test_saved_config_reads_back_equal(smallest, tmp_path):
 def test_any_text_is_saved_as_it_is(smallest, tmp_path, text):
     loaded = config.load(smallest)
     model = dataclasses.replace(loaded.model, revision=text)
-    given = dataclasses.replace(loaded, model=model, evaluation=config.EvaluationConfig(samples=[text]))
+    given = dataclasses.replace(loaded, model=model, evaluation=EvaluationConfig(samples=[text]))
     config.save(given, tmp_path / "resolved.yaml")
     assert config.load(tmp_path / "resolved.yaml") == given
 
@@ -141,7 +142,7 @@ def test_example_config_has_every_key_at_its_default():
                 same_keys(part, getattr(instance, name))
 
     same_keys(written, loaded)
-    defaults = config.Config(data=loaded.data)
+    defaults = Config(data=loaded.data)
     for name in ("lora", "optimizer", "mesh"):
         assert getattr(loaded, name) == getattr(defaults, name)
 

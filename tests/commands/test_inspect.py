@@ -8,9 +8,7 @@ import numpy as np
 import pytest
 from kit import conversations, one_device, run_config, sft_jax, write_jsonl
 
-from sft_jax import config as configs
-from sft_jax.commands.inspect import inspect
-from sft_jax.commands.train import train
+from sft_jax import config_file as configs
 from sft_jax.config import EvaluationConfig, SourceConfig
 from sft_jax.data.chat import Encoder
 from sft_jax.data.examples import encode_sources
@@ -19,6 +17,8 @@ from sft_jax.data.sources import open_sources
 from sft_jax.errors import UserError
 from sft_jax.hf.hub import find_model
 from sft_jax.hf.tokenizer import load_tokenizer
+from sft_jax.run.inspect import inspect
+from sft_jax.run.train import train
 
 
 @pytest.fixture

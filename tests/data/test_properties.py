@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kit import CHATML, CHATML_UNMARKED, load_model, make_tokenizer, one_device, run_config, write_chats
 
-from sft_jax.commands.train import train
 from sft_jax.config import SourceConfig
 from sft_jax.data.chat import MARKED_STRADDLING, STRADDLING, Encoded, Encoder
 from sft_jax.data.examples import encode_sources, join
@@ -22,8 +21,9 @@ from sft_jax.data.packing import pack
 from sft_jax.data.rows import RowError
 from sft_jax.data.segments import SegmentEncoder
 from sft_jax.data.sources import open_sources
+from sft_jax.run.train import train
 from sft_jax.training.cross_entropy import masked_cross_entropy
-from sft_jax.training.loss import batch_loss
+from sft_jax.training.losses import batch_loss
 
 pytestmark = pytest.mark.smoke
 
@@ -140,7 +140,7 @@ def test_segments_are_as_the_whole(texts):
 def loss_and_gradients(tiny):
     """Summed loss of a batch and its gradients with respect to every weight, compiled once a shape."""
     _, split, params = load_model(tiny)
-    compute = jax.jit(jax.value_and_grad(lambda p, batch: batch_loss(split.merge(p, {}), batch)[0]))
+    compute = jax.jit(jax.value_and_grad(lambda p, batch: batch_loss(split.merge(p, {}), batch)["loss"]))
     return lambda batch: compute(params, jax.tree.map(jnp.asarray, batch))
 
 
@@ -199,12 +199,14 @@ def test_losses_by_source_are_those_of_each_source_alone(tiny, tmp_path):
         batch = jax.tree.map(jnp.asarray, make_batch(examples, chosen, len(chosen), 256))
         return batch_loss(opened, batch, num_sources=3)
 
-    loss, both = sums(rows)
+    both = sums(rows)
     for source in range(3):
         mine = [row[examples.source[row] == source] for row in rows]
-        alone, weight = sums(mine)
-        np.testing.assert_allclose(both.by_source[source], [alone, weight.weight], rtol=1e-5)
-    np.testing.assert_allclose(both.by_source.sum(0), [loss, both.weight], rtol=1e-5)
+        alone = sums(mine)
+        for key in ("loss", "weight"):
+            np.testing.assert_allclose(both[f"source_{key}"][source], alone[key], rtol=1e-5)
+    for key in ("loss", "weight"):
+        np.testing.assert_allclose(both[f"source_{key}"].sum(), both[key], rtol=1e-5)
 
 
 def test_weights_of_messages_weigh_the_loss(tiny, tmp_path):
@@ -218,8 +220,8 @@ def test_weights_of_messages_weigh_the_loss(tiny, tmp_path):
         row["messages"][1]["weight"], row["messages"][3]["weight"] = first, second
         ((one,),) = Encoder(made).encode([parse("messages", row)])
         batch = jax.tree.map(jnp.asarray, make_batch(join([one], "row"), [np.arange(1)], 1, 64))
-        total, sums = batch_loss(model, batch)
-        return float(total), float(sums.weight)
+        sums = batch_loss(model, batch)
+        return float(sums["loss"]), float(sums["weight"])
 
     (first, n), (second, m) = loss(1, 0), loss(0, 1)
     np.testing.assert_allclose(loss(0.5, 2), (0.5 * first + 2 * second, 0.5 * n + 2 * m), rtol=1e-6)

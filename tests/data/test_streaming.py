@@ -12,8 +12,6 @@ import pyarrow.parquet as pq
 import pytest
 from kit import conversations, losses, make_tokenizer, one_device, run_config, write_jsonl
 
-from sft_jax.commands import train as train_module
-from sft_jax.commands.train import train
 from sft_jax.config import SourceConfig
 from sft_jax.data import streaming
 from sft_jax.data.chat import Encoder
@@ -22,6 +20,8 @@ from sft_jax.data.packing import row_lengths
 from sft_jax.data.sources import Source, open_sources
 from sft_jax.data.streaming import stream
 from sft_jax.errors import UserError
+from sft_jax.run import due
+from sft_jax.run.train import train
 from sft_jax.sharding import make_mesh
 
 
@@ -181,13 +181,13 @@ def test_held_out_rows_have_the_lengths_that_were_checked(config, monkeypatch):
     """A stream has rows of one length, and so has its held-out loss, also without packing."""
     data = dataclasses.replace(config.data, packing=False, eval=config.data.train[:1])
     seen = []
-    plan = train_module.plan_run
+    plan = due.plan_run
 
     def noting(*given, **options):
         seen.append(plan(*given, **options))
         return seen[-1]
 
-    monkeypatch.setattr(train_module, "plan_run", noting)
+    monkeypatch.setattr(due, "plan_run", noting)
     training = dataclasses.replace(config.training, max_steps=1, eval_every=1)
     train(dataclasses.replace(config, data=data, training=training), one_device())
     assert {int(length) for one in seen for length in one.lengths} == set(row_lengths(data)) == {128}

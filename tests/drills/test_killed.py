@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from kit import child_environment, config_of, trained_leaves
 
-from sft_jax import config as configs
+from sft_jax import config_file as configs
 
 STEPS = 160
 

@@ -6,11 +6,11 @@ import pytest
 from kit import ROOT, one_device
 
 from sft_jax import builtin
-from sft_jax import config as configs
-from sft_jax.commands.generate import generate
-from sft_jax.commands.train import train
+from sft_jax import config_file as configs
+from sft_jax.assembly import open_model
 from sft_jax.evaluation.answers import same_answer
-from sft_jax.opening import open_model
+from sft_jax.run.generate import generate
+from sft_jax.run.train import train
 
 HELD_OUT = builtin.locate("builtin:countries/heldout.jsonl", "test")
 

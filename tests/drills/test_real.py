@@ -12,7 +12,7 @@ from kit import ROOT, process, run_config, write_jsonl
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sft_jax import config as configs
+from sft_jax import config_file as configs
 from sft_jax.config import LoraConfig, SourceConfig
 
 NUM_BOUNDARIES, NUM_GENERATIONS, CONTEXT = 150, 40, 512

@@ -23,11 +23,9 @@ from kit import (
     write_jsonl,
 )
 
-from sft_jax import config as configs
+from sft_jax import config_file as configs
+from sft_jax.assembly import open_model
 from sft_jax.cli import main
-from sft_jax.commands.evaluate import evaluate
-from sft_jax.commands.score import score
-from sft_jax.commands.train import train
 from sft_jax.config import EvaluationConfig, SourceConfig
 from sft_jax.data.chat import Encoder
 from sft_jax.data.examples import encode_sources
@@ -38,9 +36,11 @@ from sft_jax.evaluation.answers import NORMALIZERS, same_answer
 from sft_jax.evaluation.compare import answer_metrics, held_out_metrics
 from sft_jax.evaluation.likelihood import Scorer
 from sft_jax.evaluation.questions import Question, cut_at_blank_line, few_shot_prompts, last_run, questions
+from sft_jax.evaluation.score import score
 from sft_jax.hf.reader import TensorReader
 from sft_jax.hf.tokenizer import load_tokenizer
-from sft_jax.opening import open_model
+from sft_jax.run.evaluate import evaluate
+from sft_jax.run.train import train
 from sft_jax.sharding import make_mesh
 from sft_jax.training.weights import build, load_weights
 
@@ -123,8 +123,8 @@ def test_scores_are_the_dense_ones(tiny, encoded, devices):
     _, examples, _ = encoded
     model, _, _ = load_model(tiny)
     opened = open_model(str(tiny), devices=jax.devices()[:devices])
-    scorer = Scorer(opened.split, opened.mesh, 128, 8)
-    scores = scorer.score(opened.adapter, opened.frozen, examples)
+    scorer = Scorer(opened.split, 128, 8)
+    scores = scorer.score(opened.params, opened.frozen, examples)
     for i in range(0, len(examples), 5):
         ids, _ = examples[i]
         dense = log_softmax(logits(model, ids[None])[0, :-1].astype(np.float64))
@@ -138,7 +138,7 @@ def test_divergence_is_the_dense_one(tmp_path, encoded):
     folder = make_model(tmp_path / "model")
     model, split, params = load_model(folder)
     other = jax.tree.map(lambda x: x * 1.05, params)
-    scorer = Scorer(split, make_mesh(devices=one_device()), 128, 4)
+    scorer = Scorer(split, 128, 4)
     total, count = 0.0, 0
     for i in range(len(examples)):
         ids = examples[i][0]
@@ -155,9 +155,7 @@ def test_divergence_is_the_dense_one(tmp_path, encoded):
     spread = build(model.arch, mesh, None, "float32")
     params, _ = load_weights(spread, TensorReader(folder))
     other = jax.tree.map(lambda x: x * 1.05, params)
-    np.testing.assert_allclose(
-        Scorer(spread, mesh, 128, 4).divergence(params, other, {}, examples), total / count, rtol=1e-4
-    )
+    np.testing.assert_allclose(Scorer(spread, 128, 4).divergence(params, other, {}, examples), total / count, rtol=1e-4)
 
 
 @pytest.mark.smoke
@@ -172,7 +170,7 @@ def test_metrics_by_hand(tiny, encoded, ending):
     examples, _ = encode_sources(rows, Encoder(tokenizer), 128)
     assert (examples[0][1][-1] > 0) == ending.startswith("'<|im_end|>\n")
     opened = open_model(str(tiny), devices=one_device())
-    scores = Scorer(opened.split, opened.mesh, 128, 4).score(opened.adapter, opened.frozen, examples)
+    scores = Scorer(opened.split, 128, 4).score(opened.params, opened.frozen, examples)
     metrics = held_out_metrics(examples, scores, [2])
     nll, right, stops = [], [], []
     for i in range(len(examples)):
@@ -344,7 +342,7 @@ def test_samples_while_training(evaluated):
     assert [sample["prompt"] for sample in samples[5]] == config.evaluation.samples
     assert samples[0] != samples[10]
     model = open_model(str(folder / "run"), devices=one_device())
-    from sft_jax.commands.generate import generate
+    from sft_jax.run.generate import generate
 
     for sample, (one, text) in zip(samples[10], generate(model, config.evaluation.samples, 16), strict=True):
         assert sample["finish_reason"] == one.finish_reason

@@ -12,13 +12,13 @@ from kit import make_model, one_device, run_config, sft_jax, write_jsonl
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from sft_jax.checkpoint import check_same_run
-from sft_jax.commands.export import export
-from sft_jax.commands.train import train
+from sft_jax.assembly import open_model
 from sft_jax.errors import UserError
 from sft_jax.hf.reader import TensorReader, is_other_weights, is_same_model
 from sft_jax.hf.ties import architecture_of
-from sft_jax.opening import open_model
+from sft_jax.run.export import export
+from sft_jax.run.train import train
+from sft_jax.store.checkpoint import check_same_run
 
 IDS = np.random.default_rng(0).integers(0, 380, (2, 60))
 TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -157,7 +157,7 @@ def test_a_head_of_its_own_beside_a_tied_config(tmp_path, chats, noise, lora):
         with torch.no_grad():
             theirs = AutoModelForCausalLM.from_pretrained(folder).eval()(torch.tensor(IDS)).logits.numpy()
         opened = open_model(str(folder), devices=one_device())
-        model = opened.split.merge(opened.adapter, opened.frozen)
+        model = opened.network()
         ids = np.asarray(IDS, np.int32)
         positions = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
         ours = np.asarray(model.logits(model(ids, np.ones_like(ids), positions)))

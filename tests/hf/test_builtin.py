@@ -10,10 +10,10 @@ import pytest
 from kit import ROOT, load_model, logits, one_device, sft_jax
 
 from sft_jax import builtin
-from sft_jax import config as configs
-from sft_jax.commands.train import train
+from sft_jax import config_file as configs
+from sft_jax.assembly import open_model
 from sft_jax.errors import UserError
-from sft_jax.opening import open_model
+from sft_jax.run.train import train
 
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tools" / "tiny")]
 
@@ -108,7 +108,7 @@ def test_the_base_knows_what_it_has_read_and_nothing_else(world):
     facts = [(country, attribute) for country in world.countries for attribute in starts]
     texts = [starts[attribute].format(c=country) for country, attribute in facts]
     prompts = [opened.tokenizer(text[0].upper() + text[1:])["input_ids"] for text in texts]
-    written = opened.generator()(opened.adapter, opened.frozen, prompts, 16, batch_size=256)
+    written = opened.generator(opened.params, opened.frozen, prompts, 16, batch_size=256)
     known = {
         fact: opened.tokenizer.decode(one.ids).strip().startswith(world.countries[fact[0]][fact[1]])
         for fact, one in zip(facts, written, strict=True)

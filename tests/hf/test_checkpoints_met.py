@@ -8,12 +8,12 @@ import pytest
 from kit import logits, make_model, one_device, run_config, run_model, sft_jax
 from safetensors.numpy import load_file, save_file
 
-from sft_jax.commands.export import export
-from sft_jax.commands.train import train
+from sft_jax.assembly import open_model
 from sft_jax.errors import UserError
 from sft_jax.hf.config import read_architecture
 from sft_jax.hf.tokenizer import load_tokenizer
-from sft_jax.opening import open_model
+from sft_jax.run.export import export
+from sft_jax.run.train import train
 
 IDS = np.random.default_rng(0).integers(0, 380, (2, 40))
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 19572\n"
@@ -28,7 +28,7 @@ def base(tmp_path):
 
 def opened_logits(folder):
     opened = open_model(str(folder), devices=one_device())
-    model = opened.split.merge(opened.adapter, opened.frozen)
+    model = opened.network()
     return logits(model, IDS)
 
 

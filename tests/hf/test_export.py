@@ -11,10 +11,10 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sft_jax.commands.export import export
-from sft_jax.commands.train import train
 from sft_jax.errors import UserError
 from sft_jax.hf.card import model_card
+from sft_jax.run.export import export
+from sft_jax.run.train import train
 
 IDS = np.random.default_rng(0).integers(0, 380, (2, 60))
 

@@ -6,8 +6,8 @@ import pytest
 from kit import CHATML, CHATML_UNMARKED, make_model, one_device, run_config
 from transformers import AutoTokenizer
 
-from sft_jax.commands.export import export
-from sft_jax.commands.train import train
+from sft_jax.run.export import export
+from sft_jax.run.train import train
 
 TEXT = "<|im_start|>user\nriver bread<|im_end|>\n<think>so</think> ⟂"
 _KEYS = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")

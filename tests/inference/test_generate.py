@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 from kit import CHATML, exchanged, load_model, logits, make_model, one_device, run_config, sft_jax
 
+from sft_jax.assembly import open_model
 from sft_jax.cli import main
-from sft_jax.commands.export import export
-from sft_jax.commands.generate import generate, read_prompts
-from sft_jax.commands.train import train
+from sft_jax.commands.generate import read_prompts
 from sft_jax.config import LoraConfig
 from sft_jax.errors import UserError
 from sft_jax.hf.config import read_architecture
@@ -24,7 +23,9 @@ from sft_jax.models.attention.backend import attention
 from sft_jax.models.attention.cached import cached_attention
 from sft_jax.models.cache import KeyValues
 from sft_jax.models.decoder import grown, written
-from sft_jax.opening import open_model
+from sft_jax.run.export import export
+from sft_jax.run.generate import generate
+from sft_jax.run.train import train
 from sft_jax.sharding import make_mesh
 from sft_jax.training.weights import build, load_weights
 
@@ -102,9 +103,7 @@ def test_greedy_text_is_transformers_text(data_dir):
     prompts = [opened.tokenizer(text)["input_ids"] for text in texts]
     num = min(256, opened.arch.max_positions - max(map(len, prompts)))
     assert num == 256
-    ours = Generator(opened.split, opened.arch.max_positions, [], opened.mesh)(
-        opened.adapter, opened.frozen, prompts, num
-    )
+    ours = Generator(opened.split, [])(opened.params, opened.frozen, prompts, num)
     for prompt, one in zip(prompts, ours, strict=True):
         with torch.no_grad():
             theirs = reference.generate(
@@ -153,7 +152,7 @@ def opened(tiny):
 
 
 def ids_of(opened, prompts, num=20, sampling=None, **options):
-    return [one.ids for one in opened.generator()(opened.adapter, opened.frozen, prompts, num, sampling, **options)]
+    return [one.ids for one in opened.generator(opened.params, opened.frozen, prompts, num, sampling, **options)]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -170,10 +169,10 @@ def test_an_answer_does_not_depend_on_its_neighbours(opened, temperature):
 
 @pytest.mark.smoke
 def test_one_program_a_bucket(opened):
-    generator = opened.generator()
+    generator = Generator(opened.split, opened.stop_ids)
     for length in (5, 9, 14):  # a prompt of up to 16 tokens, and up to 32 with the answer
-        generator(opened.adapter, opened.frozen, [list(range(20, 20 + length))] * 3, 12)
-    generator(opened.adapter, opened.frozen, [[5, 6, 7, 8, 9]] * 4, 12, Sampling(0.9, 3, 0.7, 1))
+        generator(opened.params, opened.frozen, [list(range(20, 20 + length))] * 3, 12)
+    generator(opened.params, opened.frozen, [[5, 6, 7, 8, 9]] * 4, 12, Sampling(0.9, 3, 0.7, 1))
     assert (generator._start._cache_size(), generator._go_on._cache_size()) == (1, 1)
 
 
@@ -189,7 +188,7 @@ def test_meshes_do_not_matter(tiny, opened, sizes):
     mesh = make_mesh(*sizes)
     split = build(opened.arch, mesh, None, "float32", full=False)
     _, frozen = load_weights(split, TensorReader(tiny))
-    generator = Generator(split, opened.arch.max_positions, opened.stop_ids, mesh)
+    generator = Generator(split, opened.stop_ids)
     assert [one.ids for one in generator({}, frozen, PROMPTS, 20)] == ids_of(opened, PROMPTS)
 
 
@@ -200,7 +199,7 @@ def test_weights_are_not_gathered_for_a_token(tmp_path, quantization):
     sizes = {"hidden_size": 512, "intermediate_size": 640, "head_dim": 64, "tie_word_embeddings": False}
     arch, mesh = read_architecture(make_model(tmp_path / "model", **sizes)), make_mesh(1, 4, 1, 2)
     split = build(arch, mesh, LoraConfig(rank=4, alpha=8.0), "bfloat16", quantization=quantization)
-    generator = Generator(split, arch.max_positions, [2], mesh)
+    generator = Generator(split, [2])
     weights = split.trainable, split.frozen
     ids, keys, numbers = np.ones((8, 16), np.int32), jax.random.split(jax.random.key(0), 8), Sampling().numbers
     with jax.set_mesh(mesh):
@@ -217,19 +216,19 @@ def test_stopping_and_streaming(opened):
     at = 7
     stop = free[1][at]
     first = free[1].index(stop)
-    generator = Generator(opened.split, opened.arch.max_positions, [stop], opened.mesh)
-    answers = generator(opened.adapter, opened.frozen, PROMPTS, 30)
+    generator = Generator(opened.split, [stop])
+    answers = generator(opened.params, opened.frozen, PROMPTS, 30)
     assert answers[1].ids == free[1][:first]
     assert answers[1].finish_reason == "stop"
     for one, whole in zip(answers, free, strict=True):
         assert one.ids == (whole[: whole.index(stop)] if stop in whole else whole)
         assert one.stopped == (stop in whole)
-    assert list(generator.stream(opened.adapter, opened.frozen, PROMPTS[1], 30)) == [*answers[1].ids, stop]
+    assert list(generator.stream(opened.params, opened.frozen, PROMPTS[1], 30)) == [*answers[1].ids, stop]
     for prompt, whole in zip(PROMPTS, free, strict=True):
-        assert list(opened.generator().stream(opened.adapter, opened.frozen, prompt, 9)) == whole[:9]
+        assert list(opened.generator.stream(opened.params, opened.frozen, prompt, 9)) == whole[:9]
     sampling = Sampling(1.0, seed=5)
     drawn = ids_of(opened, PROMPTS[:1], 9, sampling)[0]
-    assert list(opened.generator().stream(opened.adapter, opened.frozen, PROMPTS[0], 9, sampling)) == drawn
+    assert list(opened.generator.stream(opened.params, opened.frozen, PROMPTS[0], 9, sampling)) == drawn
 
 
 @pytest.mark.smoke
@@ -301,7 +300,7 @@ def test_what_cannot_be_opened(tuned, tiny, tmp_path):
         ({"name": str(tmp_path)}, "neither a run, nor a Hugging Face model, nor a PEFT adapter"),
         ({"name": str(tuned / "lora"), "step": 3}, "no checkpoint of step 3; there are 8"),
         ({"name": str(tuned / "lora"), "base": "x"}, "--base: no folder 'x'"),
-        ({"name": str(tiny), "step": 3}, "only run folders have steps"),
+        ({"name": str(tiny), "step": 3}, "only run directories have steps"),
         ({"name": str(tiny), "base": "x"}, "only runs and adapters have a base"),
     ):
         with pytest.raises(UserError) as raised:
@@ -336,12 +335,10 @@ def test_command_line(tuned, tiny, tmp_path):
 def test_chat_keeps_what_was_said(tiny, monkeypatch, capsys):
     import io
 
-    from sft_jax.commands.generate import run_chat
-
     run = str(tiny)
     model = open_model(run, devices=one_device())
     monkeypatch.setattr("sys.stdin", io.StringIO("Which river?\nAnd bread?\n/reset\nAnd bread?\n"))
-    run_chat(run, 10, Sampling())
+    assert main(["generate", run, "--chat", "--max-new-tokens", "10"]) == 0
     first, second, fresh = capsys.readouterr().out.splitlines()
     said = [{"role": "user", "content": "Which river?"}]
     for shown, messages in (

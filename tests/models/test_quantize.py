@@ -18,7 +18,7 @@ from sft_jax.hf.reader import TensorReader
 from sft_jax.models.quantize import NF4_LEVELS, dequantize, linear_format, quantize, vocab_format
 from sft_jax.models.split import FROZEN
 from sft_jax.sharding import make_mesh
-from sft_jax.training.loss import batch_loss
+from sft_jax.training.losses import batch_loss
 from sft_jax.training.weights import build, load_weights
 from sft_jax.tree import flatten, unflatten
 from sft_jax.typing import Batch
@@ -217,7 +217,7 @@ def test_gradients_are_those_of_the_dequantised_weights(method, remat, tied):
 
     def gradients(split, frozen):
         def loss(adapter, frozen, batch):
-            return batch_loss(split.merge(adapter, frozen), batch)[0]
+            return batch_loss(split.merge(adapter, frozen), batch)["loss"]
 
         compiled = jax.jit(jax.value_and_grad(loss)).lower(adapter, frozen, batch).compile()
         return compiled(adapter, frozen, batch), compiled.as_text()
@@ -240,7 +240,7 @@ def test_codes_are_gathered_and_not_weights(untied):
     ids = jnp.zeros((8, 16), jnp.int32)
 
     def loss(adapter, frozen, ids):
-        return batch_loss(split.merge(adapter, frozen), Batch(ids, ids, jnp.ones(ids.shape), ids + 1, ids))[0]
+        return batch_loss(split.merge(adapter, frozen), Batch(ids, ids, jnp.ones(ids.shape), ids + 1, ids))["loss"]
 
     with jax.set_mesh(mesh):
         program = jax.jit(jax.grad(loss)).lower(adapter, frozen, ids).compile().as_text()

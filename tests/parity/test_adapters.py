@@ -13,13 +13,13 @@ from transformers import AutoModelForCausalLM
 
 from sft_jax.adapters.attach import methods
 from sft_jax.adapters.lora import LoRA
-from sft_jax.commands.export import export
-from sft_jax.commands.train import train
 from sft_jax.config import LoraConfig
 from sft_jax.hf.config import read_architecture
 from sft_jax.hf.reader import TensorReader
+from sft_jax.run.export import export
+from sft_jax.run.train import train
 from sft_jax.sharding import make_mesh
-from sft_jax.training.loss import batch_loss
+from sft_jax.training.losses import batch_loss
 from sft_jax.training.weights import build, load_weights
 from sft_jax.tree import flatten
 from sft_jax.typing import Batch
@@ -101,7 +101,7 @@ def test_gradients_are_those_of_peft(tiny, tmp_path, method, dropout, monkeypatc
         row[:, :-1], row[:, 1:], jnp.ones((1, 32)), jnp.ones((1, 32), jnp.int32), jnp.arange(32, dtype=jnp.int32)[None]
     )
     key = jax.random.key(0) if dropout else None
-    grads = jax.jit(jax.grad(lambda one: batch_loss(split.merge(one, frozen), batch, key)[0]))(params)
+    grads = jax.jit(jax.grad(lambda one: batch_loss(split.merge(one, frozen), batch, key)["loss"]))(params)
     assert len(expected) == sum(len(split.stored[path].names) for path in flatten(grads))
     for path, leaf in flatten(grads).items():
         stored = split.stored[path]

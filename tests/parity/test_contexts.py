@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 from kit import CHATML, CHATML_UNMARKED, conversations, make_model, one_device, run_config, write_jsonl
 
-from sft_jax.commands.train import train
+from sft_jax.assembly import open_model
 from sft_jax.data.chat import Encoder, prompt_ids
 from sft_jax.data.formats import parse
 from sft_jax.data.rows import RowError
 from sft_jax.data.template import ChatTemplates
 from sft_jax.data.turns import TurnFinder
-from sft_jax.opening import open_model
+from sft_jax.run.train import train
 
 _HEADER = "{{ '<|im_start|>assistant\n' }}"
 _LOOP = (
@@ -207,7 +207,7 @@ def test_a_model_that_has_learned_four_rows_answers_them(name, tmp_path):
     train(config, one_device())
     opened = open_model(str(tmp_path / "run"), devices=one_device())
     prompts = [prompt_ids(opened.tokenizer, [user(asked)]) for asked, _ in pairs]
-    written = opened.generator()(opened.adapter, opened.frozen, prompts, 24)
+    written = opened.generator(opened.params, opened.frozen, prompts, 24)
     for (_, answered), one in zip(pairs, written, strict=True):
         assert one.stopped
         assert opened.tokenizer.decode(one.ids).split("</think>")[-1].strip() == answered

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from kit import losses, make_model, one_device, run_config, write_chats
 
-from sft_jax.commands.train import train
 from sft_jax.config import LoraConfig
+from sft_jax.run.train import train
 
 
 @pytest.mark.parametrize("mode", ["full", "lora"])

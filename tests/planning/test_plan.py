@@ -10,11 +10,11 @@ import pytest
 from kit import ROOT, process, run_config, sft_jax
 
 from sft_jax.cli import main
-from sft_jax.commands.plan import Assumed, plan
-from sft_jax.config import load
+from sft_jax.config_file import load
 from sft_jax.errors import UserError
 from sft_jax.hf.config import read_architecture
 from sft_jax.planning.chips import CHIPS
+from sft_jax.planning.plan import Assumed, plan
 from sft_jax.planning.text import plan_text
 from sft_jax.planning.topology import parse_topology
 from sft_jax.sharding import make_mesh

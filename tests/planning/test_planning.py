@@ -204,7 +204,7 @@ def test_the_step_on_eight_devices(tiny, base):
     assert sum(one.sent.bytes for one in compiled.collectives) > 0
     assert not compile_step(step, usable_bytes=compiled.peak_bytes - 1).fits
 
-    auto = dataclasses.replace(step, config=changed(config, {"model.remat": "auto"}))
+    auto = abstract_step(changed(config, {"model.remat": "auto"}), base, jax.devices())
     assert compile_step(auto, usable_bytes=2**30).remat == CANDIDATES[0]
     nothing = compile_step(auto, usable_bytes=compiled.argument_bytes + 1000)
     assert (nothing.fits, nothing.remat) == (False, CANDIDATES[-1])

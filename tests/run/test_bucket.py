@@ -10,7 +10,7 @@ from fake_gcs import Bucket
 from kit import Child, Group, run_config
 from safetensors.numpy import load, load_file
 
-from sft_jax.config import to_dict
+from sft_jax.config_file import to_dict
 
 
 @pytest.fixture(scope="module")

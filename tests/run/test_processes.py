@@ -19,15 +19,16 @@ import yaml
 from kit import ROOT, Group, child_environment, conversations, losses, make_tokenizer, run_config, sft_jax, write_jsonl
 from safetensors.numpy import load_file
 
-from sft_jax import processes
-from sft_jax.checkpoint import Checkpoints
-from sft_jax.config import SourceConfig, to_dict
+from sft_jax.config import SourceConfig
+from sft_jax.config_file import to_dict
 from sft_jax.data.chat import Encoder
 from sft_jax.data.sources import open_sources
 from sft_jax.data.tokenise import tokenise
+from sft_jax.distributed import processes
+from sft_jax.distributed.preemption import watch_notices
 from sft_jax.errors import UserError
 from sft_jax.hf.reader import TensorReader
-from sft_jax.preemption import watch_notices
+from sft_jax.store.checkpoint import Checkpoints
 
 STEPS = 24
 
@@ -101,7 +102,8 @@ def test_resumed_by_other_numbers_of_processes(config, alone, tmp_path):
 _COMMANDS = """
 import json, sys
 from contextlib import nullcontext
-from sft_jax import cli, processes
+from sft_jax import cli
+from sft_jax.distributed import processes
 found = sys.argv[-6:]
 with processes.joined(found[1], int(found[3]), int(found[5])):
     processes.joined = lambda *_: nullcontext()
@@ -183,11 +185,11 @@ def test_a_killed_process_ends_all(config, tmp_path, whom):
 def test_an_error_of_one_process_ends_all(config, tmp_path):
     """The other prints the reason too, and ends with the same code."""
     python = (
-        "import sys, jax; from sft_jax import cli; from sft_jax.commands import train\n"
+        "import sys, jax; from sft_jax import cli; from sft_jax.run import start\n"
         "from sft_jax.errors import UserError\n"
         "def bad(*_):\n"
         "    if jax.process_index() == 1: raise UserError('data.train: no such file on this host')\n"
-        "train.check_backend = bad\n"
+        "start.check_backend = bad\n"
         "sys.exit(cli.main())"
     )
     group = Group(2, "train", config, f"training.output_dir={tmp_path / 'run'}", python=python)
@@ -200,7 +202,7 @@ def test_an_error_of_one_process_ends_all(config, tmp_path):
 _TOKENISE = """
 import json, sys
 from pathlib import Path
-from sft_jax import processes
+from sft_jax.distributed import processes
 from sft_jax.config import SourceConfig
 from sft_jax.data.chat import Encoder
 from sft_jax.data.sources import Source, open_sources
@@ -261,7 +263,7 @@ def test_exchange_between_processes_with_other_numbers_of_devices():
     python = (
         "import os, sys; me = int(sys.argv[-1])\n"
         "os.environ['XLA_FLAGS'] = f'--xla_force_host_platform_device_count={me + 1}'\n"
-        "from sft_jax import processes\n"
+        "from sft_jax.distributed import processes\n"
         "with processes.joined(sys.argv[2], 3, me):\n"
         "    for data in (bytes(range(5 * me)), b''):\n"
         "        print([list(one) for one in processes.exchange(data)], file=sys.stderr)\n"
@@ -287,7 +289,8 @@ def test_process_0_says_what_a_run_that_goes_on_lacks(tmp_path):
         (tmp_path / str(i)).mkdir()
         write_jsonl(tmp_path / str(i) / "metrics.jsonl", [row])
     python = (
-        "import sys; from pathlib import Path; from sft_jax import processes; from sft_jax.continuation import is_due\n"
+        "import sys; from pathlib import Path\n"
+        "from sft_jax.distributed import processes; from sft_jax.run.continuation import is_due\n"
         "with processes.joined(sys.argv[3], 2, int(sys.argv[7])):\n"
         "    run = Path(sys.argv[1].replace('PROCESS', sys.argv[7]))\n"
         "    print(is_due(run, 8, 4, 'samples'), is_due(run, 8, 3, 'samples'), is_due(run, None, 3, 'samples'),"
@@ -301,7 +304,7 @@ def test_process_0_says_what_a_run_that_goes_on_lacks(tmp_path):
 def test_one_that_does_not_come_is_named():
     """A meeting that one process misses."""
     python = (
-        "import sys, threading, jax; from sft_jax import processes\n"
+        "import sys, threading, jax; from sft_jax.distributed import processes\n"
         "with processes.joined(sys.argv[2], int(sys.argv[4]), int(sys.argv[6])):\n"
         "    processes.gather('the first', str(jax.process_index()))\n"
         "    if jax.process_index() == 2: threading.Event().wait()\n"

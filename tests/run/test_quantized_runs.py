@@ -8,12 +8,12 @@ import pytest
 from kit import conversations, losses, make_model, one_device, run_config, write_jsonl
 from safetensors.numpy import load_file
 
-from sft_jax.commands.evaluate import evaluate
-from sft_jax.commands.export import export
-from sft_jax.commands.score import score
-from sft_jax.commands.train import train
+from sft_jax.assembly import open_model
 from sft_jax.config import MeshConfig, SourceConfig
-from sft_jax.opening import open_model
+from sft_jax.evaluation.score import score
+from sft_jax.run.evaluate import evaluate
+from sft_jax.run.export import export
+from sft_jax.run.train import train
 from sft_jax.tree import flatten
 
 METHODS = pytest.mark.parametrize("method", ["nf4", "int8"])
@@ -65,7 +65,7 @@ def test_a_quantised_run_and_all_that_opens_it(tiny, chats, tmp_path, capsys, me
     assert leaves["layers", "0", "mlp", "up_proj", "weight", "codes"].dtype == ("uint8" if method == "nf4" else "int8")
     rows = [{"prompt": "seven river", "responses": ["bridge", "market garden"]}]
     assert all(np.isfinite(one.log_likelihood) for one in score(opened, rows))
-    assert len(opened.generator()(opened.adapter, opened.frozen, [[5, 6, 7]], 4)[0].ids) <= 4
+    assert len(opened.generator(opened.params, opened.frozen, [[5, 6, 7]], 4)[0].ids) <= 4
 
 
 @METHODS
@@ -104,8 +104,8 @@ def test_trained_embeddings_are_not_quantised(tiny, chats, tmp_path, capsys, met
     assert "embeddings as they are" in capsys.readouterr().err
     opened = open_model(str(tmp_path / "run"), devices=one_device())
     assert ("embed_tokens", "weight") not in opened.split.quantized
-    assert flatten(opened.adapter)["embed_tokens", "weight"].dtype == jnp.float32
-    assert opened.split.merge(opened.adapter, opened.frozen).head().vocab_size == 385
+    assert flatten(opened.params)["embed_tokens", "weight"].dtype == jnp.float32
+    assert opened.network().head().vocab_size == 385
     export(tmp_path / "run", tmp_path / "adapter")
     with_adapter = open_model(str(tmp_path / "adapter"), devices=one_device())
     assert with_adapter.arch.vocab_size == 385

@@ -12,15 +12,15 @@ import pytest
 from etils import epath
 from kit import CHATML, config_of, conversations, losses, make_model, one_device, trained_leaves, write_jsonl
 
-from sft_jax import config as configs
-from sft_jax.checkpoint import Checkpoints
-from sft_jax.commands.evaluate import evaluate
-from sft_jax.commands.train import train
+from sft_jax import config_file as configs
 from sft_jax.config import SourceConfig
 from sft_jax.data.chat import prompt_ids
 from sft_jax.errors import UserError
 from sft_jax.hf.tokenizer import load_tokenizer
-from sft_jax.run_folder import RunFolder
+from sft_jax.run.evaluate import evaluate
+from sft_jax.run.train import train
+from sft_jax.store.checkpoint import Checkpoints
+from sft_jax.store.folder import RunFolder
 from sft_jax.training.state import TrainState
 
 
@@ -61,7 +61,7 @@ def test_a_template_that_tells_the_day_tells_the_first(tiny, chats, tmp_path, mo
     config = config_of(tiny, chats, tmp_path / "run", **changes)
 
     def on(day):
-        monkeypatch.setattr("sft_jax.continuation.date", SimpleNamespace(today=lambda: date.fromisoformat(day)))
+        monkeypatch.setattr("sft_jax.run.continuation.date", SimpleNamespace(today=lambda: date.fromisoformat(day)))
         train(config, one_device())
         return configs.load(tmp_path / "run" / "config.yaml").data.date
 
@@ -77,7 +77,7 @@ def test_a_template_that_tells_the_day_tells_the_first(tiny, chats, tmp_path, mo
         asked.append(config.data.date)
         raise InterruptedError
 
-    monkeypatch.setattr("sft_jax.commands.evaluate.prepare", prepare)
+    monkeypatch.setattr("sft_jax.run.evaluate.prepare", prepare)
     for day in (None, "2024-05-01"):
         with pytest.raises(InterruptedError):
             evaluate(dataclasses.replace(config, data=dataclasses.replace(config.data, date=day)), devices=one_device())

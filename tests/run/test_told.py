@@ -11,14 +11,15 @@ import yaml
 from kit import losses, make_model, one_device, run_config, sft_jax, trained_leaves
 from safetensors.numpy import load_file, save_file
 
-from sft_jax import checkpoint, outside_faults
-from sft_jax.commands.export import export
-from sft_jax.commands.train import train
-from sft_jax.config import to_dict
+from sft_jax import outside_faults
+from sft_jax.store import checkpoint
+from sft_jax.assembly import open_model
+from sft_jax.config_file import to_dict
 from sft_jax.errors import UserError
 from sft_jax.hf.reader import TensorReader
 from sft_jax.hf.untrained import untrained_rows
-from sft_jax.opening import open_model
+from sft_jax.run.export import export
+from sft_jax.run.train import train
 
 TABLE = "model.embed_tokens.weight"
 
@@ -82,7 +83,8 @@ def test_faults_of_the_machine_have_a_way_out(config, monkeypatch, error, comman
     def fail(*_, **__):
         raise RuntimeError("what a library makes of it") from error
 
-    monkeypatch.setattr(f"sft_jax.commands.{command}.{'run_generate' if command == 'generate' else command}", fail)
+    called = {"train": "api.train", "inspect": "run.inspect.inspect", "export": "api.export"}
+    monkeypatch.setattr(f"sft_jax.{called.get(command, 'assembly.open_model')}", fail)
     arguments = {"train": [config], "inspect": [config], "export": ["run", "out"], "generate": ["m", "--prompt", "a"]}
     done = sft_jax(command, *arguments[command])
     assert done.returncode == 2

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from kit import conversations, losses, one_device, run_config, trained_leaves, write_jsonl
 
-from sft_jax import config as configs
-from sft_jax.commands.train import train
+from sft_jax import config_file as configs
 from sft_jax.config import MeshConfig, SourceConfig
 from sft_jax.errors import UserError
+from sft_jax.run.train import train
 
 FIELDS = {
     "step",

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from kit import losses, one_device, run_config
 
-from sft_jax.commands.train import train
 from sft_jax.config import LoraConfig
 from sft_jax.errors import UserError
 from sft_jax.hf.config import read_architecture
 from sft_jax.hf.reader import TensorReader
 from sft_jax.models.remat import POLICIES
+from sft_jax.run.train import train
 from sft_jax.sharding import make_mesh
-from sft_jax.training.compilation import CANDIDATES, Steps, free_bytes
-from sft_jax.training.loss import batch_loss
+from sft_jax.training.compilation import CANDIDATES, Steps, free_bytes, ways_to_fit
+from sft_jax.training.losses import batch_loss
 from sft_jax.training.weights import build, load_weights
 from sft_jax.typing import Batch
 
@@ -36,7 +36,9 @@ def gradient_with(tiny):
 
     def make(policy):
         split = build(arch, mesh, LoraConfig(rank=4), "float32", policy)
-        return split, jax.jit(jax.grad(lambda params, frozen, batch: batch_loss(split.merge(params, frozen), batch)[0]))
+        return split, jax.jit(
+            jax.grad(lambda params, frozen, batch: batch_loss(split.merge(params, frozen), batch)["loss"])
+        )
 
     split, _ = make("full")
     params, frozen = load_weights(split, TensorReader(tiny), LoraConfig(rank=4))
@@ -82,21 +84,29 @@ def test_auto_takes_the_first_that_fits(gradient_with):
         policy: make(policy).lower(params, frozen, batch).compile().memory_analysis().temp_size_in_bytes
         for policy in CANDIDATES
     }
+    ways = ways_to_fit("auto", 1, 4, 256)
+
+    def with_policy(policy, num_microbatches):
+        assert num_microbatches == 1
+        return make(policy)
+
     for policy in CANDIDATES:
         told = []
-        steps = Steps(make, "auto", device(int(sizes[policy] / 0.92) + 4096), told.append)
+        steps = Steps(with_policy, ways, device(int(sizes[policy] / 0.92) + 4096), told.append)
         steps.prepare(params, frozen, batch_of(4, 64), 256)
-        assert [(one.remat, one.row_length) for one in told] == [(policy, 256)]
+        assert [(one.remat, one.length) for one in told] == [(policy, 256)]
         steps(params, frozen, batch_of(4, 64))  # shorter rows: another program, the same policy
         steps(params, frozen, batch)
         steps(params, frozen, batch_of(4, 64))
-        assert [(one.remat, one.row_length) for one in told] == [(policy, 256), (policy, 64)]
-    nothing = Steps(make, "auto", device(1000))
+        assert [(one.remat, one.length) for one in told] == [(policy, 256), (policy, 64)]
+    nothing = Steps(with_policy, ways, device(1000))
     said = r"does not fit on card with dots or attention or full: it needs 0\.0\d GiB, 92% of the 0\.00 GiB free may be"
     with pytest.raises(UserError, match=said):
         nothing.prepare(params, frozen, batch, 256)
     told = []
-    Steps(make, "none", device(1000), told.append).prepare(params, frozen, batch, 256)  # what is asked for is done
+    Steps(with_policy, [("none", 1)], device(1000), told.append).prepare(
+        params, frozen, batch, 256
+    )  # what is asked for is done
     assert told[0].remat == "none"
 
 

@@ -12,11 +12,11 @@ import pytest
 from kit import architecture, losses, make_model, one_device, run_config, trained_leaves
 from safetensors.numpy import load_file, save_file
 
-from sft_jax.commands.export import export
-from sft_jax.commands.train import train
+from sft_jax.assembly import open_model
 from sft_jax.config import OptimizerConfig, SourceConfig
 from sft_jax.models.quantized import rows_of
-from sft_jax.opening import open_model
+from sft_jax.run.export import export
+from sft_jax.run.train import train
 from sft_jax.sharding import make_mesh, named_sharding
 from sft_jax.training.moments import Factored, Rounded, scale_by_factored_adam, scale_by_rounded_adam
 from sft_jax.training.optimizer import labels_of, make_optimizer
@@ -413,7 +413,7 @@ def test_bfloat16_weights_in_and_out(chats, tmp_path):
     opened = open_model(str(run), devices=one_device())
     table = flatten(opened.frozen)["embed_tokens", "weight"]
     assert np.array_equal(table, after["model.embed_tokens.weight"].astype(np.float32))
-    assert len(opened.generator()({}, opened.frozen, [[5, 6]], 3)) == 1
+    assert len(opened.generator({}, opened.frozen, [[5, 6]], 3)) == 1
 
 
 def test_under_lora_adapters_stay_float32(tiny, chats, tmp_path, capsys):

@@ -49,7 +49,6 @@ def bench_ahead(options: argparse.Namespace) -> None:
 
 def compile_ahead(options: argparse.Namespace) -> dict[str, Any]:
     """What ``plan`` says of a config with these options."""
-    from sft_jax.commands.plan import plan
     from sft_jax.config import (
         Config,
         DataConfig,
@@ -60,6 +59,7 @@ def compile_ahead(options: argparse.Namespace) -> dict[str, Any]:
         SourceConfig,
         TrainingConfig,
     )
+    from sft_jax.planning.plan import plan
     from sft_jax.planning.topology import parse_topology
 
     mesh = MeshConfig(*map(int, options.mesh.split(",")))

@@ -19,16 +19,13 @@ from benchmark.timing import median_seconds
 
 
 def run_sft_jax(options: dict[str, Any]) -> dict[str, Any]:
-    """Train with :func:`sft_jax.commands.train.train` as the command does; its own metrics give times and tokens."""
+    """Train with :func:`sft_jax.run.train.train` as the command does; its own metrics give times and tokens."""
     from sft_jax.without_torch import leave_out_torch
 
     leave_out_torch()
 
     import jax
 
-    from sft_jax.announce import Announcer
-    from sft_jax.checkpoint import Checkpoints
-    from sft_jax.commands.train import train
     from sft_jax.config import (
         Config,
         DataConfig,
@@ -38,11 +35,14 @@ def run_sft_jax(options: dict[str, Any]) -> dict[str, Any]:
         SourceConfig,
         TrainingConfig,
     )
-    from sft_jax.metrics import MetricsWriter, read_metrics
+    from sft_jax.run.announce import Announcer
+    from sft_jax.run.train import train
+    from sft_jax.store.checkpoint import Checkpoints
+    from sft_jax.store.metrics import MetricsWriter, read_metrics
 
     first_row: list[float] = []
     compiled: list[Any] = []
-    kernels: list[str] = []
+    backends: list[str] = []
     write, tell, tell_model = MetricsWriter.write, Announcer.compiled, Announcer.model
 
     def noting_write(self: MetricsWriter, row: dict[str, Any]) -> None:
@@ -54,7 +54,7 @@ def run_sft_jax(options: dict[str, Any]) -> dict[str, Any]:
         tell(self, step)
 
     def noting_model(self: Announcer, *given: Any) -> None:
-        kernels.append(given[-1].name)
+        backends.append(given[-1].backend.name)
         tell_model(self, *given)
 
     MetricsWriter.write, Announcer.compiled = noting_write, noting_tell  # type: ignore[method-assign]
@@ -101,7 +101,7 @@ def run_sft_jax(options: dict[str, Any]) -> dict[str, Any]:
         "first_step_at": first_row[0],
         "compile_seconds": sum(step.seconds for step in compiled),
         "remat": compiled[0].remat,
-        "attention": kernels[0],
+        "attention": backends[0],
         "device": jax.devices()[0].device_kind,
         "device_peak_bytes": stats.get("peak_bytes_in_use"),
         "host_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -284,7 +284,7 @@ def serve(who: str) -> None:
     from sft_jax.without_torch import leave_out_torch
 
     leave_out_torch()
-    import sft_jax.commands.train  # noqa: F401
+    import sft_jax.run.train  # noqa: F401
 
     for line in sys.stdin:
         child = os.fork()

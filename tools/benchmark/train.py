@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--remat", default="auto")
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--quantization", choices=("int8", "nf4"))
-    parser.add_argument("--param-dtype", choices=("float32", "bfloat16"), default="float32", help="that --mode full trains")
+    parser.add_argument("--param-dtype", choices=("float32", "bfloat16"), default="float32", help="of full")
     parser.add_argument("--moments", choices=("float32", "bfloat16", "factored"), default="float32")
     parser.add_argument(
         "--peer-checkpointing", choices=("off", "on", "both"), default="both", help="TRL's gradient checkpointing"

@@ -95,8 +95,8 @@ class Laboratory:
                 "split": split,
                 "optimizer": optimizer,
                 "step": make_train_step(split, optimizer, make_schedule(options, STEPS)),
-                "scorer": Scorer(split, self.mesh, LENGTH, ROWS),
-                "generator": Generator(split, self.arch.max_positions, self.stops, self.mesh),
+                "scorer": Scorer(split, LENGTH, ROWS),
+                "generator": Generator(split, self.stops),
             }
         return self._kinds[name]
 

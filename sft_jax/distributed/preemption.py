@@ -52,6 +52,12 @@ class Preemption:
             return multihost_utils.reached_preemption_sync_point(step)
         return self._asked
 
+    def ask(self) -> None:
+        """Ask the run to stop, as the machine would."""
+        if jax.process_count() > 1:  # jax's service tells the others
+            os.kill(os.getpid(), signal.SIGTERM)
+        self._asked = True
+
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self._asked = True
         signal.signal(number, signal.SIG_DFL)

@@ -17,7 +17,6 @@ from sft_jax.data.examples import Examples, Report
 from sft_jax.data.packing import Plan
 from sft_jax.data.prepare import Prepared
 from sft_jax.evaluation.compare import Task
-from sft_jax.models.attention.backend import Backend
 from sft_jax.models.split import Split
 from sft_jax.sharding import bytes_per_device
 from sft_jax.training.compilation import Compiled
@@ -92,6 +91,14 @@ class Announcer:
             f"{plan.num_steps:,} steps of {rows}, {len(plan.epoch_ends)} epoch(s), {packing}, {filled:.1%} filled",
         )
 
+    def made_up(self, num_tokens: int, num_embeddings: int) -> None:
+        """Tokens beyond the embeddings."""
+        self(
+            "",
+            f"the tokenizer has {num_tokens:,} tokens, the model {num_embeddings:,} embeddings: those of the others "
+            "are made up and not trained",
+        )
+
     def untrained(self, tokenizer: Any, ids: Sequence[int]) -> None:
         """Special tokens that mean nothing to the base model, and that LoRA leaves so."""
         if ids:
@@ -105,7 +112,8 @@ class Announcer:
     def compiled(self, step: Compiled) -> None:
         """How long it took, what is kept for the backward pass, and the memory that takes."""
         memory = "" if step.temp_bytes is None else f", {step.temp_bytes / 2**20:,.0f} MiB beside weights and state"
-        self("compiled", f"rows of {step.row_length} in {step.seconds:.1f} s; remat {step.remat}{memory}")
+        parts = f", {step.num_microbatches} microbatches" if step.num_microbatches > 1 else ""
+        self("compiled", f"sequences of {step.length} in {step.seconds:.1f} s; remat {step.remat}{parts}{memory}")
 
     def optimizer(self, config: OptimizerConfig, split: Split, file_dtype: np.dtype | None) -> None:
         """How moments are kept, and what is rounded; ``file_dtype`` is that of the base model's files."""
@@ -119,7 +127,7 @@ class Announcer:
                 self("", f"the files are {file_dtype}; trained weights are rounded to bfloat16 as they are read")
         self("optimizer", f"{config.name}, {moments}" + (", updates rounded stochastically" if rounded else ""))
 
-    def model(self, config: Config, split: Split, backend: Backend) -> None:
+    def model(self, config: Config, split: Split) -> None:
         """What is trained, in which dtype, and which attention backend computes it."""
 
         def count(params: Params) -> int:
@@ -152,7 +160,7 @@ class Announcer:
                 f"each device holds {_bytes(held)} of weights, where its share would be {_bytes(share)}: their "
                 "dimensions do not divide by mesh.fsdp or mesh.tensor; use sizes that do, and mesh.data for the rest",
             )
-        self("compute", f"{config.model.dtype}, attention {backend}")
+        self("compute", f"{config.model.dtype}, attention {split.backend}")
         precision: str | None = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
         if config.model.dtype == "float32" and jax.default_backend() != "cpu" and precision is None:
             self("", "products of float32 take fewer bits on this device; JAX_DEFAULT_MATMUL_PRECISION=highest: all")

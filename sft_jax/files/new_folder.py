@@ -13,9 +13,9 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from sft_jax.buckets import connect, failures, is_url, reason
+from sft_jax.distributed.processes import LONG_WAIT_SECONDS, gather, of_first, passing
 from sft_jax.errors import UserError
-from sft_jax.processes import LONG_WAIT_SECONDS, gather, of_first, passing
+from sft_jax.files.buckets import connect, failures, is_url, reason
 
 _UNFINISHED = "export.unfinished"  # is in a bucket's folder until an export is done
 _LAST = ("config.json", "adapter_config.json")  # without one of these a folder is not a model

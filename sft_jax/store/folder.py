@@ -11,8 +11,8 @@ from typing import Any
 
 from etils import epath
 
-from sft_jax.buckets import connect, failures, is_url, reason
 from sft_jax.errors import UserError
+from sft_jax.files.buckets import connect, failures, is_url, reason
 
 
 class RunFolder:

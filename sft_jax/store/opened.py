@@ -12,8 +12,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from sft_jax import config as configs
-from sft_jax.checkpoint import Checkpoints, restore_leaves
+from sft_jax import config_file as configs
 from sft_jax.config import Config
 from sft_jax.errors import UserError
 from sft_jax.hf.config import read_config
@@ -21,12 +20,13 @@ from sft_jax.hf.hub import absolute, find_model, weights_of
 from sft_jax.hf.reader import TensorReader, is_same_model
 from sft_jax.hf.tokenizer import load_tokenizer
 from sft_jax.models.split import EMBEDDINGS
-from sft_jax.run_folder import RunFolder
+from sft_jax.store.checkpoint import Checkpoints, restore_leaves
+from sft_jax.store.folder import RunFolder
 from sft_jax.tree import Path as LeafPath
 
 
 @dataclass(frozen=True)
-class Run:
+class OpenedRun:
     """A run folder, opened at one checkpoint."""
 
     folder: RunFolder
@@ -58,7 +58,7 @@ class Run:
         return restore_leaves(self.folder.checkpoints, self.step, abstract)
 
 
-def open_run(name: str | Path | RunFolder, step: int | None = None, base: str | None = None) -> Run:
+def open_run(name: str | Path | RunFolder, step: int | None = None, base: str | None = None) -> OpenedRun:
     """Read a run folder.
 
     Args:
@@ -101,4 +101,4 @@ def open_run(name: str | Path | RunFolder, step: int | None = None, base: str | 
         checkpoints.close()
     tokenizer, _ = load_tokenizer(folder.local / "tokenizer")
     stops, size = identity["stop_ids"], identity["vocab_size"]
-    return Run(folder, config, step, trained, found, reader, fingerprint, tokenizer, stops, size)
+    return OpenedRun(folder, config, step, trained, found, reader, fingerprint, tokenizer, stops, size)

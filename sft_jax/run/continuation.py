@@ -9,13 +9,13 @@ from typing import Any
 
 import jax
 
-from sft_jax import config as configs
-from sft_jax.checkpoint import latest_step
+from sft_jax import config_file as configs
 from sft_jax.config import Config
 from sft_jax.data.template import ChatTemplates
-from sft_jax.metrics import read_metrics
-from sft_jax.processes import LONG_WAIT_SECONDS, of_first
-from sft_jax.run_folder import RunFolder
+from sft_jax.distributed.processes import LONG_WAIT_SECONDS, of_first
+from sft_jax.store.checkpoint import latest_step
+from sft_jax.store.folder import RunFolder
+from sft_jax.store.metrics import read_metrics
 
 
 def last_step(folder: RunFolder) -> int | None:

@@ -1,0 +1,89 @@
+"""What other tools, and earlier versions, call the keys of a config: each mistake is answered with ours."""
+
+from __future__ import annotations
+
+# A key as it is written elsewhere, to ours, and what differs where something does.
+NAMES: dict[str, tuple[str, str]] = {
+    # earlier versions
+    "gradient_accumulation_steps": (
+        "training.num_microbatches",
+        "it divides training.batch_size, which stays the global batch",
+    ),
+    "weights": ("model.param_dtype", ""),
+    "token_table": ("lora.train_embeddings", ""),
+    # TRL, transformers, PEFT
+    "model_name_or_path": ("model.path", ""),
+    "torch_dtype": ("model.dtype", ""),
+    "attn_implementation": ("model.attention", ""),
+    "load_in_4bit": ("model.quantization=nf4", ""),
+    "load_in_8bit": ("model.quantization=int8", ""),
+    "gradient_checkpointing": ("model.remat", "auto is the default"),
+    "r": ("lora.rank", ""),
+    "lora_r": ("lora.rank", ""),
+    "lora_alpha": ("lora.alpha", ""),
+    "lora_dropout": ("lora.dropout", ""),
+    "lora_target_modules": ("lora.target_modules", ""),
+    "use_dora": ("lora.method=dora", ""),
+    "modules_to_save": ("lora.train_embeddings=true", "for embed_tokens and lm_head"),
+    "dataset_name": ("data.train", "a list of sources, each with a path"),
+    "dataset_text_field": ("data.train.0.columns={text: COLUMN}", ""),
+    "max_seq_length": ("data.max_length", ""),
+    "assistant_only_loss": ("data.train_on=assistant", "the default"),
+    "completion_only_loss": ("data.train_on=assistant", "the default"),
+    "eos_token": ("data.stop_token", ""),
+    "lr": ("optimizer.learning_rate", ""),
+    "lr_scheduler_type": ("optimizer.schedule", ""),
+    "adam_beta1": ("optimizer.b1", ""),
+    "adam_beta2": ("optimizer.b2", ""),
+    "adam_epsilon": ("optimizer.eps", ""),
+    "gradient_clipping": ("optimizer.max_grad_norm", ""),
+    "warmup_steps": ("optimizer.warmup_ratio", "a share of all steps"),
+    "per_device_train_batch_size": ("training.batch_size", "sequences of a step over all devices"),
+    "train_batch_size": ("training.batch_size", "sequences of a step over all devices"),
+    "eval_steps": ("training.eval_every", ""),
+    "save_steps": ("training.save_every", ""),
+    "logging_steps": ("training.log_every", ""),
+    "save_total_limit": ("training.keep_checkpoints", ""),
+    "report_to": ("training.tensorboard, training.wandb_project", ""),
+    # Axolotl, LLaMA-Factory, Unsloth
+    "base_model": ("model.path", ""),
+    "adapter": ("lora", "null is full fine-tuning, model.quantization makes it QLoRA"),
+    "finetuning_type": ("lora", "null is full fine-tuning, model.quantization makes it QLoRA"),
+    "lora_rank": ("lora.rank", ""),
+    "lora_target": ("lora.target_modules", ""),
+    "lora_target_linear": ("lora.target_modules=all-linear", ""),
+    "datasets": ("data.train", "a list of sources, each with a path"),
+    "dataset": ("data.train", "a list of sources, each with a path"),
+    "sequence_len": ("data.max_length", ""),
+    "cutoff_len": ("data.max_length", ""),
+    "sample_packing": ("data.packing", ""),
+    "train_on_inputs": ("data.train_on=all", ""),
+    "template": ("data.chat_template", "a Jinja file"),
+    "micro_batch_size": ("training.batch_size", "sequences of a step over all devices, in num_microbatches parts"),
+    "num_epochs": ("training.num_train_epochs", ""),
+    "epochs": ("training.num_train_epochs", ""),
+}
+# Names that we have too, in another section.
+for _section, _names in {
+    "optimizer": ("learning_rate", "weight_decay", "max_grad_norm", "warmup_ratio", "optim"),
+    "training": ("num_train_epochs", "max_steps", "batch_size", "output_dir", "seed", "num_microbatches"),
+    "data": ("packing", "max_length", "chat_template", "train_on", "streaming"),
+    "model": ("dtype", "attention", "quantization", "remat"),
+    "lora": ("rank", "alpha", "target_modules"),
+}.items():
+    for _name in _names:
+        NAMES.setdefault(_name, (f"{_section}.{_name}", ""))
+NAMES["optim"] = ("optimizer.name", "adamw; optimizer.moments for 8 bits and less")
+
+
+def of_other_tools(key: str) -> str | None:
+    """What to write instead of a key that is not known, by its last part; None where no tool has it.
+
+    >>> of_other_tools("training.per_device_train_batch_size")
+    'here training.batch_size, sequences of a step over all devices'
+    """
+    name = key.rpartition(".")[2]
+    if name not in NAMES or NAMES[name][0] == key:
+        return None
+    ours, differs = NAMES[name]
+    return f"here {ours}" + (f", {differs}" if differs else "")

@@ -1,0 +1,117 @@
+"""What a run does every so many steps, and at its last: evaluate, write samples, save."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from sft_jax.assembly import Model
+from sft_jax.config import Config
+from sft_jax.data.chat import prompt_ids
+from sft_jax.data.examples import Examples
+from sft_jax.data.loader import Loader
+from sft_jax.data.packing import plan_run
+from sft_jax.evaluation.compare import rows_at_a_time
+from sft_jax.run.continuation import is_due
+from sft_jax.run.prepare import Inputs
+from sft_jax.run.recorder import Recorder, source_losses
+from sft_jax.run.start import Session, num_groups
+from sft_jax.training.losses import cross_entropy_loss
+from sft_jax.training.step import make_eval_step
+from sft_jax.tree import Params
+
+
+@dataclass(frozen=True)
+class Task:
+    """Something that is due at times.
+
+    Attributes:
+        key: of the metrics that it writes; None where it writes none.
+        every: so many steps, and at the last.
+        do: with the number of the step.
+        when_stopping: whether it is done where a run is asked to stop, instead of where it would be due.
+    """
+
+    key: str | None
+    every: int
+    do: Callable[[int], None]
+    when_stopping: bool = False
+
+    def is_due(self, step: int, total_steps: int, stopping: bool) -> bool:
+        """After a step."""
+        return self.when_stopping if stopping else step % self.every == 0 or step == total_steps
+
+    def is_due_at_start(self, inputs: Inputs) -> bool:
+        """Before the first step; of a run that resumes, where the one before was stopped before it came to it."""
+        return self.key is not None and is_due(inputs.folder.local, inputs.latest, self.every, self.key)
+
+
+def tasks_of(inputs: Inputs, session: Session, recorder: Recorder) -> list[Task]:
+    """Those of a run, in their order: a checkpoint comes after the evaluation that may tell it is the best."""
+    config, tasks, evaluated = inputs.config, [], {}
+    if inputs.held_out is not None:
+        evaluator = Evaluator(config, inputs.held_out.examples, session.model)
+
+        def evaluate(step: int) -> None:
+            row = evaluator(session.state.params)
+            evaluated[step] = row["eval_loss"]
+            recorder.evaluated(step, row)
+
+        tasks.append(Task("eval_loss", config.training.eval_every, evaluate))
+    if config.evaluation.samples:
+        sampler = Sampler(config, session.model)
+        every = config.evaluation.samples_every
+        tasks.append(Task("samples", every, lambda step: recorder.sampled(step, sampler(session.state.params))))
+
+    def save(step: int) -> None:
+        session.save(step, evaluated.get(step))
+        recorder.tell("save", step, {})
+
+    return [*tasks, Task(None, config.training.save_every, save, when_stopping=True)]
+
+
+class Evaluator:
+    """The loss of held-out data per supervised token (by weight): sums over all batches, divided once."""
+
+    def __init__(self, config: Config, examples: Examples, model: Model):
+        rows = rows_at_a_time(config, model.mesh)
+        length, packing = config.data.max_length, config.data.packing or config.data.streaming  # as row_lengths says
+        plan = plan_run(examples.slots, length, rows, 1, packing=packing, shuffle=False)
+        self._groups, self._frozen = examples.groups, model.frozen
+        self._loss = cross_entropy_loss(num_groups(examples))
+        self._make_loader = lambda: Loader(examples, plan, model.mesh, rows)
+        self._step = make_eval_step(model.split, self._loss)
+
+    def __call__(self, params: Params) -> dict[str, Any]:
+        sums = [jax.device_get(self._step(params, self._frozen, batch)) for batch in self._make_loader()]
+        totals = {key: sum(one[key].astype(float) for one in sums) for key in self._loss.zeros}
+        found = jax.device_get(self._loss.metrics(totals)) | {"source_weight": totals["source_weight"]}
+        by_source = source_losses(self._groups, found)
+        row: dict[str, Any] = {f"eval_{key}": float(value) for key, value in found.items()}
+        return row | ({"eval_source_loss": by_source} if by_source else {})
+
+
+class Sampler:
+    """Answers to the prompts of ``evaluation.samples``."""
+
+    def __init__(self, config: Config, model: Model):
+        self._config, self._model = config.evaluation, model
+        today = config.data.date
+        self._prompts: Sequence[list[int]] = [
+            prompt_ids(model.tokenizer, [{"role": "user", "content": text}], today) for text in self._config.samples
+        ]
+
+    def __call__(self, params: Params) -> list[dict[str, Any]]:
+        model = self._model
+        written = model.generator(params, model.frozen, self._prompts, self._config.max_new_tokens)
+        return [
+            {
+                "prompt": prompt,
+                "text": model.tokenizer.decode(one.ids, skip_special_tokens=True).strip(),
+                "finish_reason": one.finish_reason,
+            }
+            for prompt, one in zip(self._config.samples, written, strict=True)
+        ]

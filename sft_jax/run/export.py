@@ -1,0 +1,226 @@
+"""A run as a Hugging Face folder: a PEFT adapter, or a whole model with the adapter merged in.
+
+Tensors are made one at a time from the base model's files and the run's trained leaves: base weights that were not
+trained are copied bit by bit, and no network is built. Several processes write one folder, each its own files; each
+holds its part of one trained leaf at a time, and one tensor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from tqdm import tqdm
+
+from sft_jax import builtin
+from sft_jax.adapters.lora import LoRA
+from sft_jax.errors import UserError
+from sft_jax.files.buckets import is_url
+from sft_jax.files.new_folder import new_folder, num_bytes
+from sft_jax.hf.card import model_card
+from sft_jax.hf.config import read_architecture, read_config, stop_ids
+from sft_jax.hf.hub import absolute, commit_of
+from sft_jax.hf.peft import save_adapter
+from sft_jax.hf.reader import chunks
+from sft_jax.hf.save import Tensor, TensorWriter
+from sft_jax.hf.ties import architecture_of
+from sft_jax.hf.tokenizer_files import write_tokenizer
+from sft_jax.models.split import Split, is_adapter
+from sft_jax.models.tensors import Stored
+from sft_jax.sharding import make_mesh
+from sft_jax.store.metrics import read_metrics
+from sft_jax.store.opened import OpenedRun, open_run
+from sft_jax.training.weights import build
+from sft_jax.tree import Path as LeafPath
+
+
+def export(
+    run: str | Path, out: str | Path, form: str | None = None, step: int | None = None, base: str | None = None
+) -> None:
+    """Write a run's result to ``out``, which must not exist yet or be empty; it appears whole or not at all.
+
+    Args:
+        run: a run folder; it and ``out`` may be in a bucket.
+        form: ``adapter`` or ``merged``; by default what was trained.
+        step: a checkpoint; by default the last.
+        base: the base model, where it is not where it was.
+
+    Raises:
+        UserError: no such run or step, a folder that is not empty, or an adapter asked of full fine-tuning.
+    """
+    opened = open_run(run, step, base)
+    is_main = jax.process_index() == 0
+    form = form or ("merged" if opened.config.lora is None else "adapter")
+    if form == "adapter" and opened.config.lora is None:
+        raise UserError(f"{run}: was fully fine-tuned, so there is no adapter; use --format merged")
+    split = _network(opened)
+    with new_folder(str(out)) as folder:
+        if form == "adapter":
+            _write_adapter(opened, split, folder)
+        else:
+            _write_merged(opened, split, folder)
+        if is_main:
+            _write_generation_config(opened, folder)
+            write_tokenizer(opened.tokenizer, opened.base, folder)
+            losses = read_metrics(opened.folder.local / "metrics.jsonl")
+            card = model_card(opened.config, form, opened.step, losses, opened.dtype("model.embed_tokens.weight"))
+            (folder / "README.md").write_text(card, encoding="utf-8")
+    if is_main:
+        print(f"{out}: {form} of step {opened.step}, {num_bytes(str(out)) / 1e6:.1f} MB")
+        if form == "adapter" and opened.trains_embeddings:
+            print(
+                "it carries the embeddings and lm_head whole, which PEFT reads and vLLM and llama.cpp do not: give "
+                "these --format merged"
+            )
+        of = opened.config.model.path
+        if form == "adapter" and is_url(of):
+            print(f"its base is {of}, which PEFT does not open: name a copy in adapter_config.json, or --format merged")
+
+
+def _network(run: OpenedRun) -> Split:
+    """The network of a run, abstract: what its leaves are called in files."""
+    arch = dataclasses.replace(architecture_of(run.base, run.reader), vocab_size=run.vocab_size)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    return build(arch, mesh, run.config.lora, "float32", embeddings=run.trains_embeddings)
+
+
+def _write_adapter(run: OpenedRun, split: Split, folder: Path) -> None:
+    """The adapter, and embeddings that were trained beside it, whole."""
+    leaves = whole(run, run.trained)
+    if jax.process_index() != 0:
+        return
+    assert isinstance(split.variant, LoRA)
+    tensors = {}
+    for path, leaf in leaves.items():
+        stored = split.stored[path]
+        for number, name in enumerate(stored.names):
+            dtype = leaf.dtype if is_adapter(split.labels[path]) else run.dtype(name)
+            tensors[name] = _as_in_file(leaf[stored.index(number)], stored, dtype)
+    modules = {path[-2] for path in leaves if is_adapter(split.labels[path])}
+    of = run.config.model.path
+    save_adapter(
+        folder,
+        tensors,
+        split.variant,
+        modules,
+        str(run.base) if of.startswith(builtin.PREFIX) else absolute(of),
+        commit_of(run.base) or run.config.model.revision,
+        run.fingerprint,
+    )
+
+
+def _write_merged(run: OpenedRun, split: Split, folder: Path) -> None:
+    """Untrained and merged tensors by the process whose file they are in; trained ones a leaf at a time, by all."""
+    arch = split.arch
+    trained = {path: leaf for path, leaf in run.trained.items() if not is_adapter(split.labels[path])}
+    tensors = {
+        name: Tensor(split.stored[path].shape(leaf.shape), run.dtype(name))
+        for path, leaf in trained.items()
+        for name in split.stored[path].names
+    }
+    reader = run.reader
+    untrained = set() if reader is None else reader.names - set(tensors)
+    if arch.tie_word_embeddings and "model.embed_tokens.weight" in tensors:
+        untrained -= {"lm_head.weight"}  # some tied models carry a copy of the embeddings, which is now out of date
+    if reader is not None:
+        tensors |= {name: Tensor(reader.shape(name), reader.dtype(name)) for name in untrained}
+    updates = _updates(run, split)
+    tensors = dict(sorted(tensors.items()))
+    with (
+        TensorWriter(folder, tensors, process=jax.process_index(), num_processes=jax.process_count()) as writer,
+        tqdm(total=writer.num_bytes, unit="B", unit_scale=True, desc="writing", leave=False, disable=None) as bar,
+    ):
+
+        def write(name: str, rows: np.ndarray, start: int = 0) -> None:
+            writer.write(name, rows, start)
+            bar.update(rows.nbytes)
+
+        for name in filter(writer.owns, sorted(untrained)):
+            assert reader is not None
+            if name in updates:
+                write(name, _merged(split.variant, reader.read(name), updates[name]))
+            else:
+                for start, rows in chunks(reader, name):
+                    write(name, rows, start)
+        for path, leaf in trained.items():
+            stored = split.stored[path]
+            for name, element in zip(stored.names, elements(run, path, leaf, stored.stack), strict=True):
+                if writer.owns(name):
+                    write(name, _as_in_file(jax.device_get(element), stored, run.dtype(name)))
+    if jax.process_index() == 0:
+        # What the file has: a tokenizer may have tokens that the base's embeddings never had rows for.
+        config: dict[str, Any] = read_config(run.base) | {"vocab_size": tensors["model.embed_tokens.weight"].shape[0]}
+        if names := config.get("architectures"):  # saved without its head, a model is not named as one that has one
+            config["architectures"] = [re.sub("Model$", "ForCausalLM", name) for name in names]
+        if read_architecture(run.base).tie_word_embeddings and not arch.tie_word_embeddings:
+            config["tie_word_embeddings"] = False  # as the files have it
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _merged(variant: Any, weight: np.ndarray, parameters: Mapping[str, np.ndarray]) -> np.ndarray:
+    """``weight [out, in]`` with an adapter in it, computed in float32 and rounded once."""
+    if not variant.changes(parameters):
+        return weight
+    return variant.merge(weight.T.astype(np.float32), parameters).T.astype(weight.dtype)
+
+
+def _write_generation_config(run: OpenedRun, folder: Path) -> None:
+    """The base's generation config, with the trained stop tokens first among the eos ids."""
+    path = run.base / "generation_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    ids = list(dict.fromkeys([*run.stop_ids, *stop_ids(run.base)]))
+    config["eos_token_id"] = ids[0] if len(ids) == 1 else ids
+    (folder / "generation_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def whole(run: OpenedRun, leaves: Mapping[LeafPath, jax.ShapeDtypeStruct]) -> dict[LeafPath, np.ndarray]:
+    """Small trained leaves, whole on each process."""
+    everywhere = NamedSharding(_all_devices(), PartitionSpec())
+    abstract = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere) for path, x in leaves.items()}
+    return jax.device_get(run.restore(abstract))
+
+
+def elements(run: OpenedRun, path: LeafPath, leaf: jax.ShapeDtypeStruct, stack: tuple[int, ...]) -> Iterator[jax.Array]:
+    """The elements of a stacked leaf, each whole on each process; the leaf itself is split over all of them.
+
+    Args:
+        stack: the leading dimensions; empty for a leaf that is not stacked.
+    """
+    mesh = _all_devices()
+    first = len(stack)
+    sizes = leaf.shape[first:]
+    longest = first + max(range(len(sizes)), key=lambda dim: (sizes[dim] % mesh.size == 0, sizes[dim]))
+    divides = leaf.shape[longest] % mesh.size == 0
+    spec = PartitionSpec(*("all" if dim == longest and divides else None for dim in range(len(leaf.shape))))
+    abstract = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+    array = run.restore({path: abstract})[path]
+    one = jax.jit(lambda x, index: x[index], out_shardings=NamedSharding(mesh, PartitionSpec()))
+    for index in np.ndindex(*stack):
+        yield one(array, tuple(map(np.int32, index)))
+
+
+def _all_devices() -> Mesh:
+    return jax.make_mesh((jax.device_count(),), ("all",), axis_types=(AxisType.Auto,))
+
+
+def _as_in_file(element: np.ndarray, stored: Stored, dtype: np.dtype) -> np.ndarray:
+    # Contiguous, because the safetensors library writes an array's memory as it lies.
+    return np.ascontiguousarray((element.T if stored.transposed else element).astype(dtype))
+
+
+def _updates(run: OpenedRun, split: Split) -> dict[str, dict[str, np.ndarray]]:
+    """Base tensors that an adapter changes: file name to the parameters of its adapter."""
+    updates: dict[str, dict[str, np.ndarray]] = {}
+    adapter = {path: leaf for path, leaf in run.trained.items() if is_adapter(split.labels[path])}
+    for path, leaf in whole(run, adapter).items():
+        stored = split.stored[(*path[:-1], "weight")]
+        for number, name in enumerate(stored.names):
+            updates.setdefault(name, {})[path[-1]] = leaf[stored.index(number)]
+    return updates

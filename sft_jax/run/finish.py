@@ -1,0 +1,77 @@
+"""The end of a run: the report, or why it ended before."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sft_jax.errors import UserError
+from sft_jax.evaluation.compare import compare
+from sft_jax.report import table
+from sft_jax.report.loss import plot_loss
+from sft_jax.report.write import write_report
+from sft_jax.run.announce import Announcer
+from sft_jax.run.prepare import Inputs
+from sft_jax.run.recorder import NotFinite, Recorder
+from sft_jax.run.start import Session
+from sft_jax.store.metrics import read_metrics
+from sft_jax.training.weights import load_weights
+
+
+def finish(inputs: Inputs, session: Session, recorder: Recorder, say: Announcer) -> dict[str, Any]:
+    """Draw the loss curve, compare with the base model where the config says so; returns the last metrics."""
+    config, folder, total = inputs.config, inputs.folder, inputs.total_steps
+    is_main = jax.process_index() == 0
+    rows = read_metrics(folder.local / "metrics.jsonl") if is_main else []
+    if is_main:
+        curve = plot_loss(folder.local, rows).relative_to(folder.local)
+        say("done", f"{total} steps; loss curve in {folder}/{curve}")
+    if inputs.task is not None:
+        tuned = session.model.with_params(session.state.params)
+        del session.state  # the optimizer's memory is the base's now
+        old_size, seed = inputs.base.arch.vocab_size, config.training.seed
+        before, _ = load_weights(
+            tuned.split, inputs.base.reader, None, old_size, seed, part="trainable", frozen=tuned.frozen
+        )
+        comparison = compare(config, inputs.task, tuned, before)
+        recorder.last.update({f"tuned_{key}": value for key, value in comparison.summary["tuned"].items()})
+        if is_main:
+            page = write_report(config, folder.local, total, comparison, rows, inputs.tokenizer)
+            print(table.as_text(comparison), flush=True)
+            say("report", f"{folder}/{page.relative_to(folder.local)}")
+    if is_main:
+        folder.push(last=True)
+    recorder.tell("end", total, dict(recorder.last))
+    say("next", f"sft-jax generate {folder} --chat, or sft-jax export {folder} OUT")
+    return recorder.last
+
+
+def stop_not_finite(inputs: Inputs, session: Session, fault: NotFinite) -> UserError:
+    """Save the state before a loss or gradient that is not finite, write down the batch's rows, and say so."""
+    step, values, folder = fault.step, fault.values, inputs.folder
+    session.state = dataclasses.replace(session.state, halted=jnp.zeros_like(session.state.halted))
+    session.save(step - 1)
+    session.checkpoints.wait()
+    rows = None
+    if inputs.plan is not None:
+        examples = inputs.data.examples
+        rows = [examples.describe(int(i)) for row in inputs.plan.rows_of(step - 1) for i in row]
+    name = f"report/not_finite_step_{step}.json"
+    if jax.process_index() == 0:
+        path = folder.local / name
+        path.parent.mkdir(exist_ok=True)
+        found = {key: repr(values[key]) for key in ("loss", "grad_norm")}
+        path.write_text(json.dumps({"step": step, **found, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    shown = "rows of a stream, which are not kept apart"
+    if rows is not None:
+        shown = (
+            ", ".join(rows[:4]) + (f" and {len(rows) - 4} more" if len(rows) > 4 else "") + f" (all in {folder}/{name})"
+        )
+    return UserError(
+        f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; the batch holds {shown}; the state "
+        f"before it is saved as step {step - 1}"
+    )

@@ -1,0 +1,128 @@
+"""What a run is given, read and checked before its weights are loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from sft_jax.assembly import Base, check_mesh, open_base
+from sft_jax.config import Config
+from sft_jax.data.packing import Plan, plan_of
+from sft_jax.data.prepare import Prepared, prepare_data
+from sft_jax.data.streaming import first_rows
+from sft_jax.evaluation.compare import Task
+from sft_jax.evaluation.compare import prepare as prepare_task
+from sft_jax.hf.hub import absolute
+from sft_jax.hf.tokenizer import load_tokenizer
+from sft_jax.models.architecture import Architecture
+from sft_jax.run.announce import Announcer
+from sft_jax.run.continuation import dated, last_step
+from sft_jax.sharding import check_heads
+from sft_jax.store.folder import RunFolder
+from sft_jax.store.metrics import check_wandb
+from sft_jax.training.compilation import keep_programs
+from sft_jax.training.optimizer import check_rates
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The devices, model folder, tokenizer and data of a run.
+
+    Attributes:
+        config: with the absolute path of the model, and the date that templates print.
+        latest: the step that the run resumes from; None for a new one.
+        num_added: tokens of ``data.added_tokens`` that the tokenizer did not have.
+        plan: of batches; None for a stream.
+    """
+
+    config: Config
+    mesh: Mesh
+    folder: RunFolder
+    latest: int | None
+    base: Base
+    tokenizer: Any
+    num_added: int
+    data: Prepared
+    held_out: Prepared | None
+    task: Task | None
+    plan: Plan | None
+    total_steps: int
+
+    @property
+    def arch(self) -> Architecture:
+        """Of the network that is trained: with room for added tokens."""
+        size = max(self.base.arch.vocab_size, len(self.tokenizer))
+        return dataclasses.replace(self.base.arch, vocab_size=size)
+
+    @property
+    def trains_embeddings(self) -> bool:
+        """Whether embeddings and ``lm_head`` are trained beside adapters."""
+        lora = self.config.lora
+        return self.num_added > 0 or (lora is not None and lora.train_embeddings)
+
+    @property
+    def longest(self) -> int:
+        """The longest sequence of a batch, in tokens."""
+        return self.config.data.max_length if self.plan is None else int(self.plan.lengths.max(initial=1))
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """The stop tokens of the data, then those of the base model."""
+        return list(dict.fromkeys([*self.data.examples.stop_ids, *self.base.stop_ids]))
+
+
+def prepare(config: Config, devices: Sequence[Any] | None, say: Announcer) -> Inputs:
+    """Read and check everything but weights; nothing is written.
+
+    Raises:
+        UserError: anything wrong with config, model, data or run directory.
+    """
+    # -- devices and run directory ------------------------------------------------------------------------------------
+    mesh = check_mesh(config, devices)
+    if jax.process_index() == 0:
+        check_wandb(config.training.wandb_project)
+    folder = RunFolder(config.training.output_dir)
+    folder.check()
+    latest = last_step(folder)
+    say.mesh(mesh)
+    keep_programs(mesh.devices.flat[0])
+
+    # -- model folder and tokenizer -----------------------------------------------------------------------------------
+    base = open_base(config.model.path, config.model.revision, init=config.model.init)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=absolute(config.model.path)))
+    tokenizer, num_added = load_tokenizer(
+        base.folder, config.data.chat_template, config.data.added_tokens, config.data.template_kwargs
+    )
+    config = dated(config, tokenizer, folder.local, latest)
+
+    # -- data ---------------------------------------------------------------------------------------------------------
+    settings, positions = config.data, base.arch.max_positions
+    is_stream = settings.streaming
+    given = first_rows(settings.train) if is_stream else settings.train
+    data = prepare_data(settings, given, tokenizer, base.stop_ids, positions)
+    say.data("stream" if is_stream else "data", data)
+    held_out = None
+    if settings.eval:
+        held_out = prepare_data(settings, settings.eval, tokenizer, base.stop_ids, positions)
+        say.data("held out", held_out)
+    task = None
+    if config.evaluation.at_end:
+        task = prepare_task(config, base.arch, tokenizer, base.stop_ids)
+        say.task(task, names=("documents",))
+
+    # -- plan ---------------------------------------------------------------------------------------------------------
+    plan = None if is_stream else plan_of(settings, config.training, data.examples)
+    total_steps = config.training.max_steps if plan is None else plan.num_steps
+    assert total_steps is not None
+    say.plan(config, data.examples, plan)
+    check_rates(config.optimizer, total_steps)
+    inputs = Inputs(config, mesh, folder, latest, base, tokenizer, num_added, data, held_out, task, plan, total_steps)
+    if len(tokenizer) > base.arch.vocab_size and not num_added and config.lora is not None:
+        say.made_up(len(tokenizer), base.arch.vocab_size)
+    check_heads(inputs.arch.attention_specs, mesh)
+    return inputs

@@ -1,0 +1,138 @@
+"""What is told of a run while it runs: metrics, progress, callbacks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from sft_jax import config_file as configs
+from sft_jax.distributed.preemption import Preemption
+from sft_jax.run.prepare import Inputs
+from sft_jax.store.metrics import MetricsWriter, Progress
+from sft_jax.typing import Array
+
+Callback = Callable[[str, int, dict[str, Any]], object]  # kind of event, step, metrics; "stop" ends the run
+
+
+class NotFinite(Exception):
+    """A loss or gradient that is not finite."""
+
+    def __init__(self, step: int, values: dict[str, Any]):
+        self.step, self.values = step, values
+
+
+class Recorder:
+    """Writes metrics one step late, so that the device never waits for them.
+
+    Attributes:
+        last: the newest metrics of each name.
+        stops: a callback asked to stop.
+    """
+
+    def __init__(self, inputs: Inputs, first_step: int, preemption: Preemption, callbacks: Sequence[Callback] = ()):
+        training, is_main = inputs.config.training, jax.process_index() == 0
+        self.last: dict[str, Any] = {"step": first_step}
+        self.stops = False
+        self._total, self._every = inputs.total_steps, training.log_every
+        self._groups = inputs.data.examples.groups
+        self._callbacks = callbacks if is_main else ()
+        self._preemption = preemption
+        self._writer = MetricsWriter(
+            inputs.folder.local,
+            keep_until=-1 if inputs.latest is None else inputs.latest,
+            tensorboard=training.tensorboard,
+            wandb_project=training.wandb_project,
+            config=configs.to_dict(inputs.config),
+            enabled=is_main,
+        )
+        self._progress = Progress(first_step, self._total, enabled=is_main)
+        self._pending: tuple[int, dict[str, Array], int] | None = None
+        self._since = time.perf_counter()
+
+    def started(self, step: int, metrics: dict[str, Array], num_tokens: int) -> None:
+        """A step was handed to the device: wait for the one before it.
+
+        Args:
+            num_tokens: of the batch, padding included.
+
+        Raises:
+            NotFinite: of the one before.
+        """
+        self.catch_up()
+        self._pending = (step, metrics, num_tokens)
+
+    def catch_up(self) -> None:
+        """Wait for the step that is under way, and write its metrics.
+
+        Raises:
+            NotFinite: its loss or gradient is not.
+        """
+        if self._pending is None:
+            return
+        (step, metrics, num_tokens), self._pending = self._pending, None
+        fetched = jax.device_get(metrics)
+        by_source = source_losses(self._groups, fetched)
+        values = {key: value.item() for key, value in fetched.items() if value.ndim == 0}
+        finite, now = values.pop("finite"), time.perf_counter()
+        row = {
+            "step": step,
+            **{key: int(value) if key.endswith("_tokens") else value for key, value in values.items()},
+            "slot_tokens": num_tokens,
+            "real_tokens_per_second": values["real_tokens"] / (now - self._since),
+            "step_seconds": now - self._since,
+        }
+        if by_source:
+            row["source_loss"] = by_source
+        self.last.update(row)
+        if step % self._every == 0 or step == self._total or not finite:
+            self._writer.write(row)
+        self._progress.update(step, row["loss"], row["real_tokens_per_second"])
+        self._since = now
+        if not finite:
+            raise NotFinite(step, values)
+        self.tell("step", step, row)
+
+    def evaluated(self, step: int, row: dict[str, Any]) -> None:
+        """Metrics of held-out data."""
+        self.last.update(row)
+        self._writer.write({"step": step, **row})
+        self.say(step, f"held-out loss {row['eval_loss']:.4f}")
+        self.tell("evaluation", step, row)
+
+    def sampled(self, step: int, samples: list[dict[str, Any]]) -> None:
+        """Answers of the network as it is."""
+        self._writer.write_samples(step, samples)
+        for sample in samples:
+            self.say(step, f"{sample['prompt']!r} → {sample['text']!r}")
+        self.tell("samples", step, {"samples": samples})
+
+    def say(self, step: int, text: str) -> None:
+        """A line about a step."""
+        self._progress.say(f"step {step}/{self._total}  {text}")
+
+    def tell(self, kind: str, step: int, metrics: dict[str, Any]) -> None:
+        """Call the callbacks; one that returns ``"stop"`` asks to stop after the step that is under way."""
+        for callback in self._callbacks:
+            if callback(kind, step, metrics) == "stop":
+                self.stops = True
+                self._preemption.ask()
+
+    def restart_clock(self) -> None:
+        """What was done since the last step does not count as its time."""
+        self._since = time.perf_counter()
+
+    def close(self) -> None:
+        """Leave bar and files as they are."""
+        self._progress.close()
+        self._writer.close()
+
+
+def source_losses(groups: Sequence[str], fetched: dict[str, Any]) -> dict[str, float]:
+    """The loss of each source that has any; they are taken out of ``fetched``."""
+    losses, weights = fetched.pop("source_loss"), fetched.pop("source_weight")
+    pairs = zip(groups, np.asarray(losses), np.asarray(weights), strict=False)
+    return {name: float(loss) for name, loss, weight in pairs if weight > 0}

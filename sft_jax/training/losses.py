@@ -1,0 +1,95 @@
+"""Losses, as sums: never means.
+
+A loss is a function from a batch to named sums. They are carried through microbatches and devices and divided once, by
+the step, so that the result does not depend on how a batch was cut up. Whoever adds sums up, or divides them, does not
+know their names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sft_jax.models.decoder import Decoder
+from sft_jax.training.cross_entropy import PLAIN, Terms, masked_cross_entropy
+from sft_jax.typing import Array, Batch
+
+Sums = dict[str, Array]  # float32, of any shape
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What is minimised, and what is told of it.
+
+    Attributes:
+        sums: of a batch, with a key for dropout or None. ``loss`` is differentiated, and divided by ``weight``.
+        zeros: where adding up starts.
+        ratios: what is told: the name of a metric to the names of the sum and of what it is divided by.
+    """
+
+    sums: Callable[[Decoder, Batch, Array | None], Sums]
+    zeros: Mapping[str, np.ndarray]
+    ratios: Mapping[str, tuple[str, str]]
+
+    def metrics(self, sums: Mapping[str, Any]) -> dict[str, Any]:
+        """The ratios of some sums, traced or not; 0 where nothing was summed."""
+        return {name: _ratio(sums[one], sums[by]) for name, (one, by) in self.ratios.items()}
+
+
+def _ratio(one: Any, by: Any) -> Any:
+    where = jnp.where if isinstance(by, jax.Array) else np.where
+    return one / where(by > 0, by, 1.0)
+
+
+def batch_loss(
+    model: Decoder, batch: Batch, dropout_key: Array | None = None, num_sources: int = 0, terms: Terms = PLAIN
+) -> Sums:
+    """Next-token cross-entropy over the tokens of the loss mask, weighted by it.
+
+    Args:
+        num_sources: how many ``batch.sources`` tells apart; 0 for not at all.
+        terms: what the loss has besides the negative log-likelihood.
+
+    Returns:
+        ``loss, weight``; ``targets, correct, entropy`` of supervised tokens, each counted once; and
+        ``source_loss, source_weight`` ``[S]``.
+    """
+    hidden = model(batch.inputs, batch.segment_ids, batch.positions, dropout_key)
+    loss, tokens = masked_cross_entropy(hidden, model.head(), batch.targets, batch.loss_mask, terms)
+    weights = batch.loss_mask.astype(jnp.float32)
+    by_source = jnp.zeros((0, 2), jnp.float32)
+    if num_sources:
+        assert batch.sources is not None
+        both = jnp.stack([tokens.loss, weights], axis=-1).reshape(-1, 2)
+        by_source = jax.ops.segment_sum(both, batch.sources.reshape(-1), num_sources)
+    return {
+        "loss": loss,
+        "weight": jnp.sum(weights),
+        "targets": jnp.sum(weights != 0, dtype=jnp.float32),
+        "correct": jnp.sum(tokens.correct, dtype=jnp.float32),
+        "entropy": jnp.sum(tokens.entropy),
+        "source_loss": by_source[:, 0],
+        "source_weight": by_source[:, 1],
+    }
+
+
+def cross_entropy_loss(num_sources: int = 0, terms: Terms = PLAIN) -> Loss:
+    """:func:`batch_loss` with its metrics."""
+    zeros: dict[str, np.ndarray] = {}
+    for names, shape in (("loss weight targets correct entropy", ()), ("source_loss source_weight", num_sources)):
+        zeros |= {name: np.zeros(shape, np.float32) for name in names.split()}
+    return Loss(
+        lambda model, batch, key: batch_loss(model, batch, key, num_sources, terms),
+        zeros,
+        {
+            "loss": ("loss", "weight"),
+            "token_accuracy": ("correct", "targets"),
+            "entropy": ("entropy", "targets"),
+            "source_loss": ("source_loss", "source_weight"),
+        },
+    )
