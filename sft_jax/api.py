@@ -24,7 +24,7 @@ import numpy as np
 from sft_jax import assembly
 from sft_jax import config_file as configs
 from sft_jax.config import Config
-from sft_jax.data.memory import source_of
+from sft_jax.data.read.memory import source_of
 from sft_jax.errors import Stopped
 from sft_jax.errors import UserError as UserError
 from sft_jax.evaluation import score as _score

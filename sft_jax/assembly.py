@@ -20,7 +20,7 @@ import optax
 from jax.sharding import Mesh
 
 from sft_jax.config import Config, LoraConfig
-from sft_jax.data.packing import row_lengths
+from sft_jax.data.batches.packing import row_lengths
 from sft_jax.errors import UserError
 from sft_jax.hf.config import read_config, stop_ids
 from sft_jax.hf.hub import find_model, weights_of

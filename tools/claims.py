@@ -40,7 +40,7 @@ from laboratory import (
     without_stop,
 )
 
-from sft_jax.data.examples import join
+from sft_jax.data.tokens.examples import join
 from sft_jax.evaluation.answers import same_answer
 from sft_jax.evaluation.questions import cut_at_blank_line, exchanges, few_shot_prompts
 from sft_jax.tree import flatten

@@ -125,7 +125,7 @@ def read_prompts(path: str) -> list[str]:
     Raises:
         UserError: no such file, a row without a prompt, or none at all.
     """
-    from sft_jax.data.lines import read_json_lines
+    from sft_jax.data.read.lines import read_json_lines
 
     file = Path(path)
     if not file.is_file():

@@ -26,7 +26,7 @@ def run(options: argparse.Namespace) -> int:
     """Score, and print."""
     quiet_imports()
     from sft_jax.assembly import open_model
-    from sft_jax.data.lines import read_json_lines
+    from sft_jax.data.read.lines import read_json_lines
     from sft_jax.evaluation.score import score
 
     rows = read_json_lines(Path(options.file))

@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 from sft_jax.assembly import Model
 from sft_jax.config import Config
-from sft_jax.data.examples import Examples
-from sft_jax.data.prepare import Prepared, prepare_data
-from sft_jax.data.sources import open_sources
+from sft_jax.data.read.sources import open_sources
+from sft_jax.data.tokens.examples import Examples
+from sft_jax.data.tokens.prepare import Prepared, prepare_data
 from sft_jax.errors import UserError
 from sft_jax.evaluation.answers import same_answer
 from sft_jax.evaluation.likelihood import Scorer, TokenScores

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from sft_jax.data.examples import Examples
-from sft_jax.data.loader import local_rows, make_batch, to_mesh
-from sft_jax.data.packing import plan_run
+from sft_jax.data.batches.loader import local_rows, make_batch, to_mesh
+from sft_jax.data.batches.packing import plan_run
+from sft_jax.data.tokens.examples import Examples
 from sft_jax.distributed.processes import fetch
 from sft_jax.models.compiler import compiler_options
 from sft_jax.models.decoder import Decoder

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from sft_jax.data.examples import Examples
-from sft_jax.data.rows import RowError
-from sft_jax.data.sources import Source
+from sft_jax.data.read.rows import RowError
+from sft_jax.data.read.sources import Source
+from sft_jax.data.tokens.examples import Examples
 from sft_jax.errors import UserError
 
 

@@ -9,10 +9,10 @@ import numpy as np
 from tqdm import tqdm
 
 from sft_jax.assembly import Model
-from sft_jax.data.chat import STRADDLING, Encoded, Encoder
-from sft_jax.data.examples import join
-from sft_jax.data.formats import parse
-from sft_jax.data.rows import RowError
+from sft_jax.data.chat.encoder import STRADDLING, Encoded, Encoder
+from sft_jax.data.read.formats import parse
+from sft_jax.data.read.rows import RowError
+from sft_jax.data.tokens.examples import join
 from sft_jax.errors import UserError
 from sft_jax.evaluation.likelihood import Scorer
 

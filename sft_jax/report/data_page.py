@@ -15,7 +15,7 @@ def write_data_page(path: Path, title: str, summary: dict[str, Any], rows: Seque
     """Write the page; it needs no network and no other file.
 
     Args:
-        summary: of :func:`sft_jax.data.summary.summarise`.
+        summary: of :func:`sft_jax.data.batches.summary.summarise`.
         rows: examples to show.
     """
     lengths = summary["lengths"]

@@ -22,7 +22,7 @@ class ShownRow:
 
 
 def summary_text(summary: dict[str, Any]) -> str:
-    """The figures of :func:`sft_jax.data.summary.summarise`."""
+    """The figures of :func:`sft_jax.data.batches.summary.summarise`."""
     lines = ["", f"  {'source':<44} {'format':<18} {'rows':>9} {'kept':>9} {'tokens':>12} {'targets':>12}"]
     for one in [*summary["sources"], *([_total(summary)] if len(summary["sources"]) > 1 else [])]:
         name = one["name"] if len(one["name"]) <= 44 else "…" + one["name"][-43:]

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from sft_jax.config import Config
-from sft_jax.data.pieces import pieces
-from sft_jax.data.prepare import encoder_of
-from sft_jax.data.rows import RowError
-from sft_jax.data.sources import open_sources
+from sft_jax.data.chat.pieces import pieces
+from sft_jax.data.read.rows import RowError
+from sft_jax.data.read.sources import open_sources
+from sft_jax.data.tokens.prepare import encoder_of
 from sft_jax.evaluation.compare import Comparison
 from sft_jax.report.page import write_page
 

@@ -13,9 +13,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sft_jax.config import Config, OptimizerConfig
-from sft_jax.data.examples import Examples, Report
-from sft_jax.data.packing import Plan
-from sft_jax.data.prepare import Prepared
+from sft_jax.data.batches.packing import Plan
+from sft_jax.data.tokens.examples import Examples, Report
+from sft_jax.data.tokens.prepare import Prepared
 from sft_jax.evaluation.compare import Task
 from sft_jax.models.split import Split
 from sft_jax.sharding import bytes_per_device

@@ -11,7 +11,7 @@ import jax
 
 from sft_jax import config_file as configs
 from sft_jax.config import Config
-from sft_jax.data.template import ChatTemplates
+from sft_jax.data.chat.template import ChatTemplates
 from sft_jax.distributed.processes import LONG_WAIT_SECONDS, of_first
 from sft_jax.store.checkpoint import latest_step
 from sft_jax.store.folder import RunFolder

@@ -10,10 +10,10 @@ import jax
 
 from sft_jax.assembly import Model
 from sft_jax.config import Config
-from sft_jax.data.chat import prompt_ids
-from sft_jax.data.examples import Examples
-from sft_jax.data.loader import Loader
-from sft_jax.data.packing import plan_run
+from sft_jax.data.batches.loader import Loader
+from sft_jax.data.batches.packing import plan_run
+from sft_jax.data.chat.encoder import prompt_ids
+from sft_jax.data.tokens.examples import Examples
 from sft_jax.evaluation.compare import rows_at_a_time
 from sft_jax.run.continuation import is_due
 from sft_jax.run.prepare import Inputs

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from sft_jax.assembly import Model
-from sft_jax.data.chat import context_ids, prompt_ids
+from sft_jax.data.chat.encoder import context_ids, prompt_ids
 from sft_jax.inference.generator import Generated
 from sft_jax.inference.sampling import Sampling
 

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from sft_jax.config import Config
-from sft_jax.data.pieces import pieces
-from sft_jax.data.prepare import Prepared, check_data, look_at_data
-from sft_jax.data.summary import summarise
+from sft_jax.data.batches.summary import summarise
+from sft_jax.data.chat.pieces import pieces
+from sft_jax.data.tokens.prepare import Prepared, check_data, look_at_data
 from sft_jax.errors import UserError
 from sft_jax.evaluation.compare import prepare
 from sft_jax.hf.config import read_architecture, stop_ids

@@ -12,9 +12,9 @@ from jax.sharding import Mesh
 
 from sft_jax.assembly import Base, check_mesh, open_base
 from sft_jax.config import Config
-from sft_jax.data.packing import Plan, plan_of
-from sft_jax.data.prepare import Prepared, prepare_data
-from sft_jax.data.streaming import first_rows
+from sft_jax.data.batches.packing import Plan, plan_of
+from sft_jax.data.batches.streaming import first_rows
+from sft_jax.data.tokens.prepare import Prepared, prepare_data
 from sft_jax.evaluation.compare import Task
 from sft_jax.evaluation.compare import prepare as prepare_task
 from sft_jax.hf.hub import absolute

@@ -11,9 +11,9 @@ import jax
 
 from sft_jax import config_file as configs
 from sft_jax.assembly import Model, network_of, step_of
-from sft_jax.data.examples import Examples
-from sft_jax.data.loader import Loader
-from sft_jax.data.streaming import StreamLoader, stream
+from sft_jax.data.batches.loader import Loader
+from sft_jax.data.batches.streaming import StreamLoader, stream
+from sft_jax.data.tokens.examples import Examples
 from sft_jax.distributed.processes import LONG_WAIT_SECONDS, gather
 from sft_jax.errors import UserError
 from sft_jax.hf.hub import commit_of

@@ -13,7 +13,7 @@ import jax
 from jax.sharding import Mesh
 
 from sft_jax.config import Config
-from sft_jax.data.tokenise import cache_folder
+from sft_jax.data.read.folders import cache_folder
 from sft_jax.distributed.processes import gather
 from sft_jax.errors import UserError
 from sft_jax.tree import Params

@@ -10,10 +10,10 @@ from kit import conversations, one_device, run_config, sft_jax, write_jsonl
 
 from sft_jax import config_file as configs
 from sft_jax.config import EvaluationConfig, SourceConfig
-from sft_jax.data.chat import Encoder
-from sft_jax.data.examples import encode_sources
-from sft_jax.data.packing import plan_run
-from sft_jax.data.sources import open_sources
+from sft_jax.data.batches.packing import plan_run
+from sft_jax.data.chat.encoder import Encoder
+from sft_jax.data.read.sources import open_sources
+from sft_jax.data.tokens.examples import encode_sources
 from sft_jax.errors import UserError
 from sft_jax.hf.hub import find_model
 from sft_jax.hf.tokenizer import load_tokenizer

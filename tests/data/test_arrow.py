@@ -9,8 +9,8 @@ import pytest
 from kit import conversations
 
 from sft_jax.config import SourceConfig
-from sft_jax.data.rows import RowError
-from sft_jax.data.sources import open_sources
+from sft_jax.data.read.rows import RowError
+from sft_jax.data.read.sources import open_sources
 
 CALL = {"type": "function", "function": {"name": "cook", "arguments": {"dish": "soup", "salt": None}}}
 MESSAGES = [

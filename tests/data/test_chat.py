@@ -8,13 +8,13 @@ import pytest
 from kit import CHATML, CHATML_UNMARKED, conversations, make_tokenizer, write_jsonl
 
 from sft_jax.config import SourceConfig
-from sft_jax.data.chat import JOINED, STRADDLING, Encoded, Encoder, context_ids, prompt_ids
-from sft_jax.data.examples import encode_sources, join
-from sft_jax.data.formats import parse
-from sft_jax.data.loader import make_batch
-from sft_jax.data.rows import RowError
-from sft_jax.data.sources import open_sources
-from sft_jax.data.template import ChatTemplate
+from sft_jax.data.batches.loader import make_batch
+from sft_jax.data.chat.encoder import JOINED, STRADDLING, Encoded, Encoder, context_ids, prompt_ids
+from sft_jax.data.chat.template import ChatTemplate
+from sft_jax.data.read.formats import parse
+from sft_jax.data.read.rows import RowError
+from sft_jax.data.read.sources import open_sources
+from sft_jax.data.tokens.examples import encode_sources, join
 from sft_jax.errors import UserError
 
 pytestmark = pytest.mark.smoke

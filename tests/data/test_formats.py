@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from kit import CHATML, conversations, make_tokenizer, write_jsonl
 
 from sft_jax.config import ROW_FORMATS, SourceConfig
-from sft_jax.data.chat import Encoder
-from sft_jax.data.examples import encode_sources
-from sft_jax.data.formats import FORMATS, detect, parse
-from sft_jax.data.rows import Conversation, Document, RowError, Tokens
-from sft_jax.data.sources import open_sources
+from sft_jax.data.chat.encoder import Encoder
+from sft_jax.data.read.formats import FORMATS, detect, parse
+from sft_jax.data.read.rows import Conversation, Document, RowError, Tokens
+from sft_jax.data.read.sources import open_sources
+from sft_jax.data.tokens.examples import encode_sources
 from sft_jax.errors import UserError
 
 pytestmark = pytest.mark.smoke
@@ -308,7 +308,7 @@ def test_templates_that_fail_or_pry(template, words):
 
 
 def test_a_template_without_an_end(monkeypatch):
-    monkeypatch.setattr("sft_jax.data.template.SECONDS", 0.3)
+    monkeypatch.setattr("sft_jax.data.chat.template.SECONDS", 0.3)
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     try:

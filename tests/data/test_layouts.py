@@ -6,11 +6,11 @@ import pytest
 from kit import conversations, write_jsonl
 
 from sft_jax.config import SourceConfig
-from sft_jax.data.examples import Report, SourceReport
-from sft_jax.data.formats import detect, parse
-from sft_jax.data.rows import Document, RowError
-from sft_jax.data.sources import open_sources
-from sft_jax.data.tokenised import RowErrorAt
+from sft_jax.data.read.formats import detect, parse
+from sft_jax.data.read.rows import Document, RowError
+from sft_jax.data.read.sources import open_sources
+from sft_jax.data.tokens.examples import Report, SourceReport
+from sft_jax.data.tokens.tokenised import RowErrorAt
 from sft_jax.errors import UserError
 
 pytestmark = pytest.mark.smoke

@@ -6,11 +6,11 @@ import pytest
 from kit import make_tokenizer, write_chats
 
 from sft_jax.config import SourceConfig
-from sft_jax.data.chat import Encoder
-from sft_jax.data.examples import encode_sources
-from sft_jax.data.loader import Loader, StepSource, local_rows
-from sft_jax.data.packing import plan_run
-from sft_jax.data.sources import open_sources
+from sft_jax.data.batches.loader import Loader, StepSource, local_rows
+from sft_jax.data.batches.packing import plan_run
+from sft_jax.data.chat.encoder import Encoder
+from sft_jax.data.read.sources import open_sources
+from sft_jax.data.tokens.examples import encode_sources
 from sft_jax.sharding import make_mesh
 
 pytestmark = pytest.mark.smoke

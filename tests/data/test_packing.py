@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sft_jax.data.packing import buckets, pack, plan_run
+from sft_jax.data.batches.packing import buckets, pack, plan_run
 
 pytestmark = pytest.mark.smoke
 

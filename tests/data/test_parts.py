@@ -5,9 +5,9 @@ import json
 import pytest
 from kit import CHATML, CHATML_UNMARKED
 
-from sft_jax.data.chat import Encoder
-from sft_jax.data.formats import parse
-from sft_jax.data.rows import RowError
+from sft_jax.data.chat.encoder import Encoder
+from sft_jax.data.read.formats import parse
+from sft_jax.data.read.rows import RowError
 from sft_jax.errors import UserError
 
 pytestmark = pytest.mark.smoke

@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from kit import CHATML, CHATML_UNMARKED, load_model, make_tokenizer, one_device, run_config, write_chats
 
 from sft_jax.config import SourceConfig
-from sft_jax.data.chat import MARKED_STRADDLING, STRADDLING, Encoded, Encoder
-from sft_jax.data.examples import encode_sources, join
-from sft_jax.data.formats import parse
-from sft_jax.data.loader import make_batch
-from sft_jax.data.packing import pack
-from sft_jax.data.rows import RowError
-from sft_jax.data.segments import SegmentEncoder
-from sft_jax.data.sources import open_sources
+from sft_jax.data.batches.loader import make_batch
+from sft_jax.data.batches.packing import pack
+from sft_jax.data.chat.encoder import MARKED_STRADDLING, STRADDLING, Encoded, Encoder
+from sft_jax.data.chat.segments import SegmentEncoder
+from sft_jax.data.read.formats import parse
+from sft_jax.data.read.rows import RowError
+from sft_jax.data.read.sources import open_sources
+from sft_jax.data.tokens.examples import encode_sources, join
 from sft_jax.run.train import train
 from sft_jax.training.cross_entropy import masked_cross_entropy
 from sft_jax.training.losses import batch_loss

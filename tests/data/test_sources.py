@@ -8,7 +8,7 @@ import pytest
 from kit import conversations, write_jsonl
 
 from sft_jax.config import SourceConfig
-from sft_jax.data.sources import open_sources
+from sft_jax.data.read.sources import open_sources
 from sft_jax.errors import UserError
 
 

@@ -13,12 +13,12 @@ import pytest
 from kit import conversations, losses, make_tokenizer, one_device, run_config, write_jsonl
 
 from sft_jax.config import SourceConfig
-from sft_jax.data import streaming
-from sft_jax.data.chat import Encoder
-from sft_jax.data.examples import encode_sources
-from sft_jax.data.packing import row_lengths
-from sft_jax.data.sources import Source, open_sources
-from sft_jax.data.streaming import stream
+from sft_jax.data.batches import streaming
+from sft_jax.data.batches.packing import row_lengths
+from sft_jax.data.batches.streaming import stream
+from sft_jax.data.chat.encoder import Encoder
+from sft_jax.data.read.sources import Source, open_sources
+from sft_jax.data.tokens.examples import encode_sources
 from sft_jax.errors import UserError
 from sft_jax.run import due
 from sft_jax.run.train import train

@@ -10,11 +10,11 @@ import pytest
 from kit import CHATML, CHATML_UNMARKED, conversations, make_tokenizer, write_jsonl
 
 from sft_jax.config import SourceConfig
-from sft_jax.data import workers
-from sft_jax.data.chat import Encoder
-from sft_jax.data.examples import encode_sources
-from sft_jax.data.sources import open_sources
-from sft_jax.data.tokenise import tokenise
+from sft_jax.data.chat.encoder import Encoder
+from sft_jax.data.read.sources import open_sources
+from sft_jax.data.tokens import workers
+from sft_jax.data.tokens.examples import encode_sources
+from sft_jax.data.tokens.tokenise import tokenise
 from sft_jax.errors import UserError
 
 
@@ -167,9 +167,9 @@ def test_processes_work_from_a_script_without_a_main_guard(path, tmp_path):
     script.write_text(
         "from transformers import AutoTokenizer\n"
         "from sft_jax.config import SourceConfig\n"
-        "from sft_jax.data.chat import Encoder\n"
-        "from sft_jax.data.examples import encode_sources\n"
-        "from sft_jax.data.sources import open_sources\n"
+        "from sft_jax.data.chat.encoder import Encoder\n"
+        "from sft_jax.data.tokens.examples import encode_sources\n"
+        "from sft_jax.data.read.sources import open_sources\n"
         f"encoder = Encoder(AutoTokenizer.from_pretrained({str(tmp_path / 'tokenizer')!r}))\n"
         f"sources = open_sources([SourceConfig(path={str(path)!r})])\n"
         "examples, _ = encode_sources(sources, encoder, 128, num_workers=2)\n"

@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 from kit import CHATML, CHATML_UNMARKED, make_tokenizer, write_jsonl
 
 from sft_jax.config import SourceConfig
-from sft_jax.data.chat import Encoder
-from sft_jax.data.examples import encode_sources
-from sft_jax.data.flags import FLAGS
-from sft_jax.data.formats import FORMATS, detect, parse
-from sft_jax.data.rows import Conversation, RowError
-from sft_jax.data.sources import open_sources
+from sft_jax.data.chat.encoder import Encoder
+from sft_jax.data.read.flags import FLAGS
+from sft_jax.data.read.formats import FORMATS, detect, parse
+from sft_jax.data.read.rows import Conversation, RowError
+from sft_jax.data.read.sources import open_sources
+from sft_jax.data.tokens.examples import encode_sources
 
 pytestmark = pytest.mark.smoke
 

@@ -27,10 +27,10 @@ from sft_jax import config_file as configs
 from sft_jax.assembly import open_model
 from sft_jax.cli import main
 from sft_jax.config import EvaluationConfig, SourceConfig
-from sft_jax.data.chat import Encoder
-from sft_jax.data.examples import encode_sources
-from sft_jax.data.pieces import pieces
-from sft_jax.data.sources import open_sources
+from sft_jax.data.chat.encoder import Encoder
+from sft_jax.data.chat.pieces import pieces
+from sft_jax.data.read.sources import open_sources
+from sft_jax.data.tokens.examples import encode_sources
 from sft_jax.errors import UserError
 from sft_jax.evaluation.answers import NORMALIZERS, same_answer
 from sft_jax.evaluation.compare import answer_metrics, held_out_metrics

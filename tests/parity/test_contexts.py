@@ -6,11 +6,11 @@ import pytest
 from kit import CHATML, CHATML_UNMARKED, conversations, make_model, one_device, run_config, write_jsonl
 
 from sft_jax.assembly import open_model
-from sft_jax.data.chat import Encoder, prompt_ids
-from sft_jax.data.formats import parse
-from sft_jax.data.rows import RowError
-from sft_jax.data.template import ChatTemplates
-from sft_jax.data.turns import TurnFinder
+from sft_jax.data.chat.encoder import Encoder, prompt_ids
+from sft_jax.data.chat.template import ChatTemplates
+from sft_jax.data.chat.turns import TurnFinder
+from sft_jax.data.read.formats import parse
+from sft_jax.data.read.rows import RowError
 from sft_jax.run.train import train
 
 _HEADER = "{{ '<|im_start|>assistant\n' }}"

@@ -8,10 +8,10 @@ import pytest
 from kit import CHATML, ROOT, conversations
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from sft_jax.data.chat import STRADDLING, Encoder
-from sft_jax.data.formats import parse
-from sft_jax.data.rows import RowError
-from sft_jax.data.template import ChatTemplate
+from sft_jax.data.chat.encoder import STRADDLING, Encoder
+from sft_jax.data.chat.template import ChatTemplate
+from sft_jax.data.read.formats import parse
+from sft_jax.data.read.rows import RowError
 
 TEMPLATES = ("qwen2_5", "qwen3", "llama3", "gemma", "phi3")
 TOKENIZERS = ("qwen2", "olmo_gpt_neox")
@@ -227,8 +227,8 @@ DATA += ("axolotl_fixtures/conversation.missingturns.json", "axolotl_fixtures/co
 def test_all_real_files_are_understood(data_dir):
     """By detection, no row refused, and every answer in the text of its row is trained."""
     from sft_jax.config import SourceConfig
-    from sft_jax.data.examples import encode_sources
-    from sft_jax.data.sources import open_sources
+    from sft_jax.data.read.sources import open_sources
+    from sft_jax.data.tokens.examples import encode_sources
 
     tokenizer = AutoTokenizer.from_pretrained(data_dir / "tokenizers" / "qwen2")
     tokenizer.chat_template = template(data_dir, "qwen2_5")
@@ -265,7 +265,7 @@ def test_a_tool_call_of_another_row_leaves_no_trace(tmp_path, data_dir):
     rows = [CONVERSATIONS["tool call"], {"messages": [user("Route?"), {"role": "assistant", "tool_calls": [other]}]}]
     (tmp_path / "calls.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     from sft_jax.config import SourceConfig
-    from sft_jax.data.sources import open_sources
+    from sft_jax.data.read.sources import open_sources
 
     (source,) = open_sources([SourceConfig(path=str(tmp_path / "calls.jsonl"))])
     first, second = (found[0] for found in Encoder(tokenizer).encode(list(source.read(0, 2))))

@@ -21,9 +21,9 @@ from safetensors.numpy import load_file
 
 from sft_jax.config import SourceConfig
 from sft_jax.config_file import to_dict
-from sft_jax.data.chat import Encoder
-from sft_jax.data.sources import open_sources
-from sft_jax.data.tokenise import tokenise
+from sft_jax.data.chat.encoder import Encoder
+from sft_jax.data.read.sources import open_sources
+from sft_jax.data.tokens.tokenise import tokenise
 from sft_jax.distributed import processes
 from sft_jax.distributed.preemption import watch_notices
 from sft_jax.errors import UserError
@@ -204,9 +204,9 @@ import json, sys
 from pathlib import Path
 from sft_jax.distributed import processes
 from sft_jax.config import SourceConfig
-from sft_jax.data.chat import Encoder
-from sft_jax.data.sources import Source, open_sources
-from sft_jax.data.tokenise import tokenise
+from sft_jax.data.chat.encoder import Encoder
+from sft_jax.data.read.sources import Source, open_sources
+from sft_jax.data.tokens.tokenise import tokenise
 from kit import make_tokenizer
 read, original = [], Source.read
 def counting(self, start, stop, *rest):

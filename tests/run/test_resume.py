@@ -14,7 +14,7 @@ from kit import CHATML, config_of, conversations, losses, make_model, one_device
 
 from sft_jax import config_file as configs
 from sft_jax.config import SourceConfig
-from sft_jax.data.chat import prompt_ids
+from sft_jax.data.chat.encoder import prompt_ids
 from sft_jax.errors import UserError
 from sft_jax.hf.tokenizer import load_tokenizer
 from sft_jax.run.evaluate import evaluate

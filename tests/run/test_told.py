@@ -12,7 +12,6 @@ from kit import losses, make_model, one_device, run_config, sft_jax, trained_lea
 from safetensors.numpy import load_file, save_file
 
 from sft_jax import outside_faults
-from sft_jax.store import checkpoint
 from sft_jax.assembly import open_model
 from sft_jax.config_file import to_dict
 from sft_jax.errors import UserError
@@ -20,6 +19,7 @@ from sft_jax.hf.reader import TensorReader
 from sft_jax.hf.untrained import untrained_rows
 from sft_jax.run.export import export
 from sft_jax.run.train import train
+from sft_jax.store import checkpoint
 
 TABLE = "model.embed_tokens.weight"
 

@@ -10,11 +10,11 @@ from kit import architecture, make_tokenizer, one_device, write_jsonl
 from sft_jax.adapters.attach import attach_adapters
 from sft_jax.adapters.lora import LoRA
 from sft_jax.config import OptimizerConfig, SourceConfig
-from sft_jax.data.chat import Encoder
-from sft_jax.data.examples import encode_sources
-from sft_jax.data.loader import Loader
-from sft_jax.data.packing import plan_run
-from sft_jax.data.sources import open_sources
+from sft_jax.data.batches.loader import Loader
+from sft_jax.data.batches.packing import plan_run
+from sft_jax.data.chat.encoder import Encoder
+from sft_jax.data.read.sources import open_sources
+from sft_jax.data.tokens.examples import encode_sources
 from sft_jax.models.architecture import Norm
 from sft_jax.models.decoder import Decoder
 from sft_jax.models.split import split_params

@@ -56,7 +56,7 @@ def bench_plan(options: argparse.Namespace) -> None:
     """Lengths as of conversations (log-normal, median 148 tokens), one epoch in rows of 2,048."""
     import numpy as np
 
-    from sft_jax.data.packing import plan_run
+    from sft_jax.data.batches.packing import plan_run
 
     slots = np.clip(np.random.default_rng(0).lognormal(5, 0.6, options.rows).astype(np.int64), 8, 2048)
     began = time.perf_counter()
@@ -109,9 +109,9 @@ def one_data(options: argparse.Namespace) -> None:
 
 def prepare_sft_jax(file: str, tokenizer: Any, processes: int) -> tuple[float, int]:
     from sft_jax.config import SourceConfig
-    from sft_jax.data.chat import Encoder
-    from sft_jax.data.examples import encode_sources
-    from sft_jax.data.sources import open_sources
+    from sft_jax.data.chat.encoder import Encoder
+    from sft_jax.data.read.sources import open_sources
+    from sft_jax.data.tokens.examples import encode_sources
 
     began = time.perf_counter()
     sources = open_sources([SourceConfig(path=file)])

@@ -15,13 +15,13 @@ import jax
 import numpy as np
 
 from sft_jax.config import LoraConfig, OptimizerConfig, SourceConfig
-from sft_jax.data.chat import Encoded, Encoder
-from sft_jax.data.examples import Examples, encode_sources, join
-from sft_jax.data.formats import parse
-from sft_jax.data.loader import Loader
-from sft_jax.data.packing import plan_run
-from sft_jax.data.rows import RowError
-from sft_jax.data.sources import open_sources
+from sft_jax.data.batches.loader import Loader
+from sft_jax.data.batches.packing import plan_run
+from sft_jax.data.chat.encoder import Encoded, Encoder
+from sft_jax.data.read.formats import parse
+from sft_jax.data.read.rows import RowError
+from sft_jax.data.read.sources import open_sources
+from sft_jax.data.tokens.examples import Examples, encode_sources, join
 from sft_jax.evaluation.answers import same_answer
 from sft_jax.evaluation.likelihood import Scorer
 from sft_jax.evaluation.questions import Question, exchanges, questions

@@ -10,9 +10,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from sft_jax.data.encodings import check_first_bytes
-from sft_jax.data.rows import RowError
-from sft_jax.data.text_files import JsonLines, decompressed, file_digest, open_csv, open_json
+from sft_jax.data.read.encodings import check_first_bytes
+from sft_jax.data.read.rows import RowError
+from sft_jax.data.read.text_files import JsonLines, decompressed, file_digest, open_csv, open_json
 from sft_jax.errors import UserError
 
 _COMPRESSED = (".gz", ".zst")

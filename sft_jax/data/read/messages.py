@@ -6,8 +6,8 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from sft_jax.data.flags import FLAGS, refuse_telling, weight_of
-from sft_jax.data.rows import Message, RowError, shown
+from sft_jax.data.read.flags import FLAGS, refuse_telling, weight_of
+from sft_jax.data.read.rows import Message, RowError, shown
 
 # Who speaks, in the words of many data sets, as chat templates call them; in any case of letters.
 _ROLES = {

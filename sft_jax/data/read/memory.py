@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_jax.config import SourceConfig
-from sft_jax.data.tokenise import cache_folder
+from sft_jax.data.read.folders import cache_folder
 from sft_jax.errors import UserError
 
 

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from sft_jax.data.encodings import not_utf8
-from sft_jax.data.rows import RowError
-from sft_jax.data.scratch import scratch_folder
+from sft_jax.data.read.encodings import not_utf8
+from sft_jax.data.read.folders import scratch_folder
+from sft_jax.data.read.rows import RowError
 from sft_jax.errors import UserError
 
 _CHUNK = 1 << 24  # bytes read at a time

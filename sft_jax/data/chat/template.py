@@ -18,7 +18,7 @@ import jinja2.meta
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from sft_jax.config import SET_BY_RENDERING
-from sft_jax.data.rows import Message, RowError
+from sft_jax.data.read.rows import Message, RowError
 from sft_jax.errors import UserError
 
 _rendering = threading.Lock()  # a compiled template keeps the marks of the one text it is writing

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sft_jax.config import DataConfig, TrainingConfig
-from sft_jax.data.examples import Examples
+from sft_jax.data.tokens.examples import Examples
 
 WINDOW = 8192  # examples whose lengths are looked at together
 MAX_BUCKETS = 5  # row lengths of a run that does not pack; the step is compiled for each of them

@@ -9,9 +9,9 @@ from typing import Any
 from tqdm import tqdm
 
 from sft_jax.config import DataConfig, SourceConfig
-from sft_jax.data.chat import Encoder
-from sft_jax.data.examples import Examples, Report, encode_sources, refuse_bad, refuse_empty
-from sft_jax.data.sources import Source, open_sources
+from sft_jax.data.chat.encoder import Encoder
+from sft_jax.data.read.sources import Source, open_sources
+from sft_jax.data.tokens.examples import Examples, Report, encode_sources, refuse_bad, refuse_empty
 from sft_jax.errors import UserError
 
 

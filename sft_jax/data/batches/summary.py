@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from sft_jax.config import DataConfig, TrainingConfig
-from sft_jax.data.packing import plan_of
-from sft_jax.data.prepare import Prepared
+from sft_jax.data.batches.packing import plan_of
+from sft_jax.data.tokens.prepare import Prepared
 
 _BARS = 16  # of the histogram
 _SHOWN_REASONS = 20

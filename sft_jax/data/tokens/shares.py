@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
-from sft_jax.data.tokenised import FILES
+from sft_jax.data.tokens.tokenised import FILES
 from sft_jax.distributed import processes
 from sft_jax.errors import UserError
 
@@ -57,7 +57,7 @@ def exchange_parts(mine: Path, into: Path) -> list[Path]:
     """The parts of all processes, in the order of their rows, as folders; all processes have to ask.
 
     Args:
-        mine: what a :class:`~sft_jax.data.tokenised.Writer` has written here.
+        mine: what a :class:`~sft_jax.data.tokens.tokenised.Writer` has written here.
         into: where the others' parts are written.
     """
     processes.gather("the tokens", wait=processes.LONG_WAIT_SECONDS)

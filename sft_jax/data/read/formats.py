@@ -3,7 +3,7 @@
 ==================  ==================================================================================================
 ``messages``        ``{"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]}``;
                     also in a message ``tool_calls``, ``name``, ``reasoning_content`` or ``thinking``, and whether it is
-                    trained (:mod:`sft_jax.data.flags`)
+                    trained (:mod:`sft_jax.data.read.flags`)
 ``sharegpt``        ``{"conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]}``;
                     also turns from ``function_call`` and ``observation``
 ``alpaca``          ``{"instruction": "Add.", "input": "2+2", "output": "4"}``; also ``history``
@@ -24,8 +24,8 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from sft_jax.data.flags import refuse_telling, weights_of_row
-from sft_jax.data.messages import (
+from sft_jax.data.read.flags import refuse_telling, weights_of_row
+from sft_jax.data.read.messages import (
     MEDIA,
     checked,
     read_json,
@@ -34,7 +34,7 @@ from sft_jax.data.messages import (
     read_text,
     read_tools,
 )
-from sft_jax.data.rows import Conversation, Document, Message, Row, RowError, Tokens, shown
+from sft_jax.data.read.rows import Conversation, Document, Message, Row, RowError, Tokens, shown
 
 # In the order they are looked for: each with the columns that tell it.
 _TELLING: tuple[tuple[str, tuple[str, ...]], ...] = (

@@ -23,12 +23,12 @@ import jinja2
 import tokenizers
 import transformers
 
-from sft_jax.data.chat import Encoder
-from sft_jax.data.scratch import scratch_folder
-from sft_jax.data.shares import exchange_parts, share_of
-from sft_jax.data.sources import Source
-from sft_jax.data.tokenised import Tokenised, Writer, read_tokenised
-from sft_jax.data.workers import encode_in_processes, encode_into, options, tokenizer_digest
+from sft_jax.data.chat.encoder import Encoder
+from sft_jax.data.read.folders import cache_folder, scratch_folder
+from sft_jax.data.read.sources import Source
+from sft_jax.data.tokens.shares import exchange_parts, share_of
+from sft_jax.data.tokens.tokenised import Tokenised, Writer, read_tokenised
+from sft_jax.data.tokens.workers import encode_in_processes, encode_into, options, tokenizer_digest
 from sft_jax.distributed import processes
 from sft_jax.errors import UserError
 from sft_jax.version import __version__
@@ -119,14 +119,6 @@ def _find(kept: Path | None) -> Tokenised | None:
     if found is None:
         shutil.rmtree(kept, ignore_errors=True)  # damaged: made anew
     return found
-
-
-def cache_folder() -> Path:
-    """``$SFT_JAX_CACHE``, or ``sft-jax`` in the user's cache folder."""
-    given = os.environ.get("SFT_JAX_CACHE")
-    if given:
-        return Path(given).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sft-jax"
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from sft_jax.data.rows import RowError, shown
+from sft_jax.data.read.rows import RowError, shown
 
 # What true means: a number between is a weight of the loss. Ours and OpenAI's `weight`; `loss` is ms-swift's and
 # LLaMA-Factory's, `loss_mask` that of NeMo and slime, `training` Axolotl's, `masked` TorchTune's.

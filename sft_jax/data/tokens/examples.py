@@ -11,10 +11,10 @@ from functools import cached_property
 
 import numpy as np
 
-from sft_jax.data.chat import Encoded, Encoder, Tally
-from sft_jax.data.sources import Source
-from sft_jax.data.tokenise import Origin, tokenise
-from sft_jax.data.tokenised import RowErrorAt, Tokenised
+from sft_jax.data.chat.encoder import Encoded, Encoder, Tally
+from sft_jax.data.read.sources import Source
+from sft_jax.data.tokens.tokenise import Origin, tokenise
+from sft_jax.data.tokens.tokenised import RowErrorAt, Tokenised
 from sft_jax.errors import UserError
 
 

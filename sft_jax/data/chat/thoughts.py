@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from sft_jax.data.messages import REASONING
-from sft_jax.data.rows import Message
+from sft_jax.data.read.messages import REASONING
+from sft_jax.data.read.rows import Message
 
 # How a thought begins and ends before the answer, in the templates of several families.
 _MARKS = (

@@ -18,10 +18,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sft_jax.config import Config, DataConfig, SourceConfig
-from sft_jax.data.chat import Encoder
-from sft_jax.data.loader import local_rows, to_mesh
-from sft_jax.data.rows import RowError
-from sft_jax.data.sources import Source, open_sources
+from sft_jax.data.batches.loader import local_rows, to_mesh
+from sft_jax.data.chat.encoder import Encoder
+from sft_jax.data.read.rows import RowError
+from sft_jax.data.read.sources import Source, open_sources
 from sft_jax.distributed.processes import gather
 from sft_jax.errors import UserError
 from sft_jax.typing import Batch

@@ -13,12 +13,12 @@ from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-from sft_jax.data.forms import in_form
-from sft_jax.data.messages import REASONING
-from sft_jax.data.rows import Conversation, Message, RowError
-from sft_jax.data.seen import Tools, parts_of, unseen
-from sft_jax.data.template import ChatTemplate, ChatTemplates, Span
-from sft_jax.data.thoughts import openings, thought_of
+from sft_jax.data.chat.forms import in_form
+from sft_jax.data.chat.seen import Tools, parts_of, unseen
+from sft_jax.data.chat.template import ChatTemplate, ChatTemplates, Span
+from sft_jax.data.chat.thoughts import openings, thought_of
+from sft_jax.data.read.messages import REASONING
+from sft_jax.data.read.rows import Conversation, Message, RowError
 
 _THINK = re.compile(r"</?think>")
 _PLAIN = {"role", "content", *REASONING}

@@ -20,11 +20,11 @@ from typing import Any
 
 import transformers
 
-from sft_jax.data.chat import Encoder
-from sft_jax.data.scratch import scratch_folder
-from sft_jax.data.sources import Source
-from sft_jax.data.tables import open_file
-from sft_jax.data.tokenised import Writer
+from sft_jax.data.chat.encoder import Encoder
+from sft_jax.data.read.folders import scratch_folder
+from sft_jax.data.read.sources import Source
+from sft_jax.data.read.tables import open_file
+from sft_jax.data.tokens.tokenised import Writer
 from sft_jax.errors import UserError
 
 _BATCH = 1000  # rows at a time
@@ -109,7 +109,7 @@ def encode_in_processes(
 def _run_all(jobs: list[Path], progress: Callable[[int], object]) -> None:
     """Run a worker a job, add up what they say they have done, and let none of them outlive this."""
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
-    command = [sys.executable, "-m", "sft_jax.data.workers"]
+    command = [sys.executable, "-m", "sft_jax.data.tokens.workers"]
     workers = [
         subprocess.Popen(
             [*command, str(job)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment

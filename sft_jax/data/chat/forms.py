@@ -6,10 +6,10 @@ import json
 from contextlib import suppress
 from dataclasses import replace
 
-from sft_jax.data.rows import Conversation, Message, RowError
-from sft_jax.data.seen import Tools, parts_of, unseen
-from sft_jax.data.template import ChatTemplate
-from sft_jax.data.thoughts import with_known_key
+from sft_jax.data.chat.seen import Tools, parts_of, unseen
+from sft_jax.data.chat.template import ChatTemplate
+from sft_jax.data.chat.thoughts import with_known_key
+from sft_jax.data.read.rows import Conversation, Message, RowError
 
 
 def in_form(template: ChatTemplate, conversation: Conversation) -> Conversation:

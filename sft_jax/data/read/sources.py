@@ -12,10 +12,10 @@ from typing import Any
 
 from sft_jax import builtin
 from sft_jax.config import SourceConfig
-from sft_jax.data.formats import COLUMNS, FORMATS, detect, is_message, missing_column, parse, suggestion
-from sft_jax.data.rows import Row, RowError
-from sft_jax.data.scratch import scratch_folder
-from sft_jax.data.tables import Dataset, Table, kind_of, open_file
+from sft_jax.data.read.folders import scratch_folder
+from sft_jax.data.read.formats import COLUMNS, FORMATS, detect, is_message, missing_column, parse, suggestion
+from sft_jax.data.read.rows import Row, RowError
+from sft_jax.data.read.tables import Dataset, Table, kind_of, open_file
 from sft_jax.errors import UserError
 from sft_jax.files.buckets import is_url
 

@@ -8,8 +8,8 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
-from sft_jax.data.messages import REASONING, Arguments
-from sft_jax.data.rows import Message, RowError
+from sft_jax.data.read.messages import REASONING, Arguments
+from sft_jax.data.read.rows import Message, RowError
 
 Tools = list[dict[str, Any]] | None
 _READ_ELSEWHERE = {"role", "content", "tool_calls", *REASONING}

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from sft_jax.data.examples import Examples
-from sft_jax.data.packing import Plan
+from sft_jax.data.batches.packing import Plan
+from sft_jax.data.tokens.examples import Examples
 from sft_jax.sharding import named_sharding
 from sft_jax.typing import Batch
 

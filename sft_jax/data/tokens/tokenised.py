@@ -12,8 +12,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from sft_jax.data.chat import Encoded, Tally
-from sft_jax.data.rows import RowError
+from sft_jax.data.chat.encoder import Encoded, Tally
+from sft_jax.data.read.rows import RowError
 from sft_jax.errors import UserError
 
 _META = "meta.json"

@@ -1,7 +1,7 @@
 """From one row to token ids and the mask of what is trained: always made together, by one function.
 
 The mask never follows from a token id. It comes from where the template puts each assistant turn
-(:mod:`sft_jax.data.turns`), found in the text and carried over to tokens by their offsets.
+(:mod:`sft_jax.data.chat.turns`), found in the text and carried over to tokens by their offsets.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from sft_jax.data.rows import Conversation, Document, Message, Row, RowError, Tokens
-from sft_jax.data.segments import SegmentEncoder
-from sft_jax.data.template import ChatTemplates, can_be_interrupted
-from sft_jax.data.turns import Rendered, TurnFinder
+from sft_jax.data.chat.segments import SegmentEncoder
+from sft_jax.data.chat.template import ChatTemplates, can_be_interrupted
+from sft_jax.data.chat.turns import Rendered, TurnFinder
+from sft_jax.data.read.rows import Conversation, Document, Message, Row, RowError, Tokens
 from sft_jax.errors import UserError
 
 STRADDLING = "tokens across the edge of a trained turn, not trained"

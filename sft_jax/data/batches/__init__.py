@@ -1,0 +1,1 @@
+"""Examples to batches: packing, plan, loader, stream."""

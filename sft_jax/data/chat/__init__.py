@@ -1,0 +1,1 @@
+"""Conversations to ids and mask, made by one call."""

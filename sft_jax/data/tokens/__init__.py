@@ -1,0 +1,1 @@
+"""Rows to examples, in several processes and once only."""
