@@ -140,9 +140,7 @@ class DataConfig:
     template_kwargs: dict[str, Any] = field(default_factory=dict)  # arguments of it, such as {enable_thinking: false}
     added_tokens: list[str] = field(default_factory=list)  # special tokens the tokenizer does not have yet
     stop_token: str | None = None  # ends a completion or a document; default the tokenizer's eos token
-    date: str | None = (
-        None  # used by strftime_now of templates that print a date, YYYY-MM-DD; null: the run's first day
-    )
+    date: str | None = None  # used by strftime_now of templates that print one, YYYY-MM-DD; null: the run's first day
 
     def __post_init__(self) -> None:
         _require(self.max_length >= 2, "data.max_length", f"{self.max_length} is not at least 2")

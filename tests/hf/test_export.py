@@ -163,7 +163,7 @@ def test_a_tokenizer_with_more_tokens_than_the_table(tmp_path, chats, capsys):
     tokenizer.add_tokens(["<|never|>"], special_tokens=True)
     tokenizer.save_pretrained(base)
     train(run_config(base, chats, tmp_path / "run", training__max_steps=2), one_device())
-    assert f"{size + 1:,} tokens, the model's table {size:,} rows" in capsys.readouterr().err
+    assert f"{size + 1:,} tokens, the model {size:,} embeddings" in capsys.readouterr().err
     export(tmp_path / "run", tmp_path / "merged", "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert merged.config.vocab_size == size

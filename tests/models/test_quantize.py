@@ -164,7 +164,7 @@ def test_loading_does_not_depend_on_the_mesh(untied, method):
     tensors = load_file(untied / "model.safetensors")
     for path, leaf in split.quantized.items():
         arrays = {name: one[(*path, name)] for name in leaf.arrays}
-        name = ".".join(path[1:-1])
+        name = ".".join(path[2:-1])
         files = [f"model.layers.{i}.{name}.weight" for i in range(3)] if path[0] == "layers" else [f"{path[0]}.weight"]
         files = ["model.embed_tokens.weight"] if path[0] == "embed_tokens" else files
         weights = np.stack([tensors[file] if path[0] == "embed_tokens" else tensors[file].T for file in files])

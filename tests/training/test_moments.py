@@ -298,7 +298,7 @@ def test_what_is_kept_lives_where_its_weight_does(moments):
     dtype = jnp.float32 if moments == "float32" else jnp.bfloat16  # whatever the weights are
 
     def at(tree):
-        return tree["layers"]["mlp"]["up_proj"]["kernel"]
+        return tree["layers"]["0"]["mlp"]["up_proj"]["weight"]
 
     for leaf in [at(kept.mu)] if moments == "factored" else [at(kept.mu), at(kept.nu)]:
         assert leaf.sharding == weight.sharding
