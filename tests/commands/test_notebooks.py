@@ -49,7 +49,7 @@ def test_every_cell_is_python():
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebooks(notebook, tmp_path):
     (tmp_path / "cells.json").write_text(json.dumps(code_of(notebook)))
-    said = run_in(tmp_path, "-W", "error", "-c", _KERNEL, "cells.json")
+    said = run_in(tmp_path, "-c", _KERNEL, "cells.json")
     outs = [line for line in said.splitlines() if line.startswith("OUT ")]
     expected = {
         "quickstart": ["OUT <div><code>runs/tour</code>", "Bishkek"],
