@@ -1,4 +1,4 @@
-"""What a run says before its first step: devices, data, mask, plan, model. Nothing is chosen in silence."""
+"""Lines that a run prints before its first step: devices, data, mask, plan, model. No choice is silent."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from sft_jax.tree import Params, flatten
 
 
 class Announcer:
-    """Lines of ``name  text`` on standard error, from one process only."""
+    """Prints lines of ``name  text`` on standard error, on one process only."""
 
     def __init__(self, enabled: bool):
         self._enabled = enabled
@@ -39,12 +39,12 @@ class Announcer:
         self("devices", f"{mesh.size} × {mesh.devices.flat[0].device_kind}, mesh {shape}")
 
     def data(self, name: str, data: Prepared) -> None:
-        """Rows kept and left out, how the mask was found, and what ends a turn."""
+        """Counts of rows and tokens, the source of the loss mask, and the stop token."""
         report, encoder = data.report, data.encoder
         rows, examples, kept = (report.total(key) for key in ("rows", "examples", "kept"))
         tokens, targets = report.total("tokens"), report.total("targets")
         of = f"{rows:,} rows" if examples == rows else f"{examples:,} examples from {rows:,} rows"
-        self(name, f"{kept:,} of {of}, {tokens:,} tokens, {targets / tokens:.0%} of them targets")
+        self(name, f"{kept:,} of {of}, {tokens:,} tokens, {targets / tokens:.0%} of them supervised")
         if len(report.sources) > 1:
             for source in report.sources:
                 self("", f"{source.name}: {source.format}, {source.kept:,} kept, {source.tokens:,} tokens")
@@ -52,13 +52,13 @@ class Announcer:
             self("", f"format {report.sources[0].format}, {_origin(report)}")
         if report.total("refused"):
             first = next(source for source in report.sources if source.reasons)
-            self("", f"{report.total('refused'):,} rows refused; the first: {first.reasons[0].at(first.name)}")
+            self("", f"{report.total('refused'):,} rows skipped; the first: {first.reasons[0].at(first.name)}")
         if kept < examples or report.total("truncated"):
             self(
                 "",
                 f"too long: {report.total('dropped'):,} dropped, {report.total('truncated'):,} truncated, "
-                f"{report.total('dropped_without_targets'):,} left without targets; "
-                f"{report.total('targets_lost'):,} targets ({report.share_lost:.1%}) lost",
+                f"{report.total('dropped_without_targets'):,} left without supervised tokens; "
+                f"{report.total('targets_lost'):,} supervised tokens ({report.share_lost:.1%}) lost",
             )
         for line in report.not_read:
             self("not read", line)
@@ -69,54 +69,54 @@ class Announcer:
         self("mask", f"train_on {encoder.train_on}, from {encoder.mask_source}; stop token {stops}")
 
     def task(self, task: Task, names: tuple[str, ...] = ("held out", "documents")) -> None:
-        """What became of the rows to evaluate on."""
+        """The same for data to evaluate on."""
         for name, data in task.data:
             if name in names:
                 self.data(name, data)
 
     def plan(self, config: Config, examples: Examples, plan: Plan | None) -> None:
-        """Steps, epochs and how full the rows are."""
+        """Steps, epochs, sequences, and the share of padding."""
         if plan is None:
-            self("plan", f"{config.training.max_steps:,} steps of a stream; what is above is of its first rows")
+            self("plan", f"{config.training.max_steps:,} steps of a stream; the counts above are those of its first rows")
             return
         if plan.num_steps == 0:
             self("plan", "no steps")
             return
         filled = int(examples.slots[plan.items].sum()) / plan.num_slots
-        packing = "packed" if config.data.packing else "one example a row, similar lengths together"
+        packing = "packed" if config.data.packing else "one example a sequence, similar lengths together"
         lengths = " or ".join(str(length) for length in sorted(set(plan.lengths.tolist())))
-        rows = f"{config.training.batch_size} rows × {lengths} slots"
+        sequences = f"{config.training.batch_size} sequences × {lengths} tokens"
         self(
             "plan",
-            f"{plan.num_steps:,} steps of {rows}, {len(plan.epoch_ends)} epoch(s), {packing}, {filled:.1%} filled",
+            f"{plan.num_steps:,} steps of {sequences}, {len(plan.epoch_ends)} epoch(s), {packing}, {filled:.1%} filled",
         )
 
     def made_up(self, num_tokens: int, num_embeddings: int) -> None:
         """Tokens beyond the embeddings."""
         self(
             "",
-            f"the tokenizer has {num_tokens:,} tokens, the model {num_embeddings:,} embeddings: those of the others "
-            "are made up and not trained",
+            f"the tokenizer has {num_tokens:,} tokens, the model {num_embeddings:,} embeddings; the remaining "
+            "tokens get new embeddings that are not trained",
         )
 
     def untrained(self, tokenizer: Any, ids: Sequence[int]) -> None:
-        """Special tokens that mean nothing to the base model, and that LoRA leaves so."""
+        """Special tokens that the base model was never trained with, and that LoRA does not train."""
         if ids:
             tokens = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(ids)))
             self(
                 "untrained",
-                f"{tokens}: their rows of the token table were never trained (zero, tiny or alike), and LoRA leaves "
-                "them so: the model can hardly tell them apart; lora.train_embeddings=true trains them",
+                f"{tokens}: their embeddings were never trained (zero, tiny or alike), and LoRA does not train them; "
+                "the model can hardly distinguish these tokens; set lora.train_embeddings=true to train them",
             )
 
     def compiled(self, step: Compiled) -> None:
-        """How long it took, what is kept for the backward pass, and the memory that takes."""
-        memory = "" if step.temp_bytes is None else f", {step.temp_bytes / 2**20:,.0f} MiB beside weights and state"
+        """Compile time, rematerialization policy, microbatches, and memory of a step."""
+        memory = "" if step.temp_bytes is None else f", {step.temp_bytes / 2**20:,.0f} MiB of temporary memory"
         parts = f", {step.num_microbatches} microbatches" if step.num_microbatches > 1 else ""
         self("compiled", f"sequences of {step.length} in {step.seconds:.1f} s; remat {step.remat}{parts}{memory}")
 
     def optimizer(self, config: OptimizerConfig, split: Split, file_dtype: np.dtype | None) -> None:
-        """How moments are kept, and what is rounded; ``file_dtype`` is that of the base model's files."""
+        """Dtype of the moments, and what is rounded; ``file_dtype`` is the dtype of the base model's files."""
         moments = f"moments {config.moments}"
         if config.moments == "factored":
             moments += " (the first bfloat16, the second by rows and columns)"
@@ -124,11 +124,11 @@ class Announcer:
         if any(leaf.dtype == jnp.bfloat16 for leaf in flatten(split.trainable).values()):
             rounded = True
             if file_dtype is not None and file_dtype != jnp.bfloat16:
-                self("", f"the files are {file_dtype}; trained weights are rounded to bfloat16 as they are read")
+                self("", f"the files are {file_dtype}; trained weights are rounded to bfloat16 while loading")
         self("optimizer", f"{config.name}, {moments}" + (", updates rounded stochastically" if rounded else ""))
 
     def model(self, config: Config, split: Split) -> None:
-        """What is trained, in which dtype, and which attention backend computes it."""
+        """Trained and frozen parameters, their dtypes, and the attention backend."""
 
         def count(params: Params) -> int:
             return sum(leaf.size for leaf in flatten(params).values())
@@ -136,7 +136,8 @@ class Announcer:
         frozen = {path: leaf for path, leaf in split.base().items() if path not in flatten(split.trainable)}
         num_frozen = sum(leaf.size for leaf in frozen.values())
         lora = config.lora
-        kind = "full fine-tuning" if lora is None else f"LoRA rank {lora.rank}, alpha {lora.alpha:g}"
+        method = type(split.variant).__name__
+        kind = "full fine-tuning" if lora is None else f"{method} rank {lora.rank}, alpha {lora.alpha:g}"
         labels = ", ".join(f"{count} {label}" for label, count in sorted(Counter(split.labels.values()).items()))
         self(
             "model",
@@ -146,7 +147,7 @@ class Announcer:
         if split.quantized:
             size = sum(leaf.size * leaf.dtype.itemsize for leaf in flatten(split.frozen).values())
             of_vocab = [name for name in ("embed_tokens", "lm_head") if (name, "weight") in split.quantized]
-            kept = f"{' and '.join(of_vocab)} int8" if of_vocab else "embeddings as they are, because they are trained"
+            kept = f"{' and '.join(of_vocab)} int8" if of_vocab else "embeddings not quantized because they are trained"
             blocks = sorted({leaf.fmt.block[0] for path, leaf in split.quantized.items() if path[0] == "layers"})
             blocks = f"{config.model.quantization} in blocks of {' and '.join(map(str, blocks))} inputs"
             self("base", f"{blocks}, {kept}: {_bytes(size)}, {size / (2 * num_frozen):.2f} of bfloat16")
@@ -157,17 +158,17 @@ class Announcer:
         if held > 1.5 * share:
             self(
                 "",
-                f"each device holds {_bytes(held)} of weights, where its share would be {_bytes(share)}: their "
-                "dimensions do not divide by mesh.fsdp or mesh.tensor; use sizes that do, and mesh.data for the rest",
+                f"each device holds {_bytes(held)} of weights, and an even split would be {_bytes(share)}: mesh.fsdp or "
+                "mesh.tensor does not divide the dimensions; use sizes that do, and mesh.data for the remaining devices",
             )
         self("compute", f"{config.model.dtype}, attention {split.backend}")
         precision: str | None = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
         if config.model.dtype == "float32" and jax.default_backend() != "cpu" and precision is None:
-            self("", "products of float32 take fewer bits on this device; JAX_DEFAULT_MATMUL_PRECISION=highest: all")
+            self("", "this device multiplies float32 in lower precision; JAX_DEFAULT_MATMUL_PRECISION=highest avoids it")
 
 
 def _dtypes(split: Split) -> str:
-    """Of the trained leaves, with how many weights have each where they are several."""
+    """Dtypes of the trained parameters, with a count for each where there are several."""
     sizes: Counter[str] = Counter()
     for leaf in flatten(split.trainable).values():
         sizes[str(leaf.dtype)] += leaf.size
@@ -184,4 +185,4 @@ def _origin(report: Report) -> str:
         return "tokens from the cache"
     workers = max(origin.num_workers for origin in origins)
     seconds = sum(origin.seconds for origin in origins)
-    return f"tokenised in {seconds:.1f} s" + (f" by {workers} processes" if workers > 1 else "")
+    return f"tokenized in {seconds:.1f} s" + (f" by {workers} processes" if workers > 1 else "")

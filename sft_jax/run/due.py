@@ -15,7 +15,7 @@ from sft_jax.data.batches.packing import plan_run
 from sft_jax.data.chat.encoder import prompt_ids
 from sft_jax.data.tokens.examples import Examples
 from sft_jax.evaluation.compare import rows_at_a_time
-from sft_jax.run.continuation import is_due
+from sft_jax.run.resume import is_due
 from sft_jax.run.prepare import Inputs
 from sft_jax.run.recorder import Recorder, source_losses
 from sft_jax.run.start import Session, num_groups

@@ -1,4 +1,4 @@
-"""What a config trains on, before it trains: counts, lengths, what is left out, and the very mask."""
+"""What a config trains on: counts, lengths, dropped rows, and examples with their loss mask."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from sft_jax.run.announce import Announcer
 def inspect(
     config: Config, rows: int | None = None, as_json: bool = False, html: str | Path | None = None
 ) -> dict[str, Any]:
-    """Show what ``train`` would train on; returns the figures. No weights are read or fetched.
+    """Show what ``train`` would train on, and return the figures. Reads and downloads no weights.
 
     Args:
         rows: how many examples to show; by default 3, and all as JSON.
-        as_json: print one JSON object a line: the summary, then an example each.
-        html: also write a page with the same.
+        as_json: print one JSON object a line: the summary, then one for each example.
+        html: also write this page.
 
     Raises:
-        UserError: whatever ``train`` would say of these data; the figures are printed before.
+        UserError: what ``train`` would raise for these data, after printing the figures.
     """
     folder = find_model(config.model.path, config.model.revision, weights=False)
     arch = read_architecture(folder)

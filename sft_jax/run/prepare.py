@@ -21,7 +21,7 @@ from sft_jax.hf.hub import absolute
 from sft_jax.hf.tokenizer import load_tokenizer
 from sft_jax.models.architecture import Architecture
 from sft_jax.run.announce import Announcer
-from sft_jax.run.continuation import dated, last_step
+from sft_jax.run.resume import dated, last_step
 from sft_jax.sharding import check_heads
 from sft_jax.store.folder import RunFolder
 from sft_jax.store.metrics import check_wandb

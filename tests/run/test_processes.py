@@ -290,7 +290,7 @@ def test_process_0_says_what_a_run_that_goes_on_lacks(tmp_path):
         write_jsonl(tmp_path / str(i) / "metrics.jsonl", [row])
     python = (
         "import sys; from pathlib import Path\n"
-        "from sft_jax.distributed import processes; from sft_jax.run.continuation import is_due\n"
+        "from sft_jax.distributed import processes; from sft_jax.run.resume import is_due\n"
         "with processes.joined(sys.argv[3], 2, int(sys.argv[7])):\n"
         "    run = Path(sys.argv[1].replace('PROCESS', sys.argv[7]))\n"
         "    print(is_due(run, 8, 4, 'samples'), is_due(run, 8, 3, 'samples'), is_due(run, None, 3, 'samples'),"

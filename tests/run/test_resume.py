@@ -61,7 +61,7 @@ def test_a_template_that_tells_the_day_tells_the_first(tiny, chats, tmp_path, mo
     config = config_of(tiny, chats, tmp_path / "run", **changes)
 
     def on(day):
-        monkeypatch.setattr("sft_jax.run.continuation.date", SimpleNamespace(today=lambda: date.fromisoformat(day)))
+        monkeypatch.setattr("sft_jax.run.resume.date", SimpleNamespace(today=lambda: date.fromisoformat(day)))
         train(config, one_device())
         return configs.load(tmp_path / "run" / "config.yaml").data.date
 

@@ -1,4 +1,4 @@
-"""What a run that goes on goes on from; of several processes, process 0 says it."""
+"""Where a run resumes. With several processes, process 0 decides."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from sft_jax.store.metrics import read_metrics
 
 
 def last_step(folder: RunFolder) -> int | None:
-    """The step to go on from, as process 0 sees it: another may see the folder change while it looks."""
+    """The step to resume from, as process 0 sees it; another process may see the directory change while it looks."""
     here = latest_step(folder.checkpoints) if jax.process_index() == 0 else None
     said = of_first("the last step", "" if here is None else str(here))
     return int(said) if said else None
 
 
 def dated(config: Config, tokenizer: Any, run: Path, latest: int | None) -> Config:
-    """With the day that the template tells: the one on which the run began, by process 0's calendar.
+    """The config with the date that ``strftime_now`` of its template prints: the run's first day, by process 0's clock.
 
-    Else the rows of a run that goes on another day, or of a host on the other side of midnight, would be others.
+    Without it, a run that resumes on another day, or a host past midnight, would render other rows.
     """
     templates = ChatTemplates.of(tokenizer)
     if config.data.date is not None or templates is None or not templates.tells_the_day:
@@ -36,18 +36,18 @@ def dated(config: Config, tokenizer: Any, run: Path, latest: int | None) -> Conf
     day = None
     if jax.process_index() == 0:
         day = date.today().isoformat() if latest is None else configs.load(run / "config.yaml").data.date
-    day = of_first("the day", day or "", LONG_WAIT_SECONDS) or None  # the model may still be downloading elsewhere
+    day = of_first("the date", day or "", LONG_WAIT_SECONDS) or None  # the model may still be downloading elsewhere
     return dataclasses.replace(config, data=dataclasses.replace(config.data, date=day))
 
 
 def is_due(run: Path, latest: int | None, every: int, key: str) -> bool:
-    """Whether the metrics of the step that a run goes on from lack a key that they should have.
+    """Whether the metrics of the step that a run resumes from lack a key that they should have.
 
-    Process 0 decides: the others may hold a copy of the folder that is older or newer than its own.
+    Process 0 decides: other processes may see an older or newer copy of the directory.
     """
     if latest is None:
         return True
     due = latest % every == 0 and not any(
         row["step"] == latest and key in row for row in read_metrics(run / "metrics.jsonl")
     )
-    return of_first(f"what step {latest} lacks", "yes" if due else "no") == "yes"
+    return of_first(f"metrics missing at step {latest}", "yes" if due else "no") == "yes"
