@@ -1,6 +1,6 @@
 """Supervised fine-tuning of language models in JAX: a Hugging Face model in, a tuned Hugging Face model out.
 
-The functions and classes of :mod:`sft_jax.api` are here too; jax is imported when the first of them is asked for.
+This package re-exports the functions and classes of :mod:`sft_jax.api`, and imports jax on the first access to one.
 """
 
 from __future__ import annotations

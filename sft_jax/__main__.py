@@ -1,4 +1,4 @@
-"""The process of a command: ``sft-jax``, or ``python -m sft_jax``."""
+"""Entry point of ``sft-jax`` and ``python -m sft_jax``."""
 
 import sys
 
@@ -7,7 +7,7 @@ from sft_jax.without_torch import leave_out_torch
 
 
 def run() -> int:
-    """A command, in a process that is there for nothing else; :func:`sft_jax.cli.main` may share it with others."""
+    """Run a command in a process of its own; :func:`sft_jax.cli.main` also runs inside other programs."""
     leave_out_torch()
     return main()
 

@@ -1,4 +1,4 @@
-"""The Python face: what the commands do, as functions and two objects; ``import sft_jax`` gives it and loads no jax.
+"""The Python API: the commands as functions, and the classes ``Model`` and ``Run``; all are available in ``sft_jax``.
 
 >>> import sft_jax
 >>> run = sft_jax.train(sft_jax.load_config("configs/quickstart.yaml"))  # doctest: +SKIP
@@ -36,19 +36,19 @@ from sft_jax.run import export as _export
 from sft_jax.run import generate as _generate
 from sft_jax.run import inspect as _inspect
 from sft_jax.run import train as _train
-from sft_jax.store.folder import RunFolder
+from sft_jax.store.folder import RunDirectory
 from sft_jax.store.metrics import read_metrics
 from sft_jax.tree import Params
 
-Rows = Iterable[Mapping[str, Any]]  # a list of dicts, a dataset of Hugging Face
+Rows = Iterable[Mapping[str, Any]]  # such as a list of dicts or a Hugging Face dataset
 
 
 class Model:
-    """A model that is ready to be used; see :func:`load`.
+    """A model with its weights and tokenizer, ready to generate and score; see :func:`load`.
 
     Attributes:
-        tokenizer: of transformers.
-        architecture: sizes, as a dataclass.
+        tokenizer: a tokenizer of transformers.
+        architecture: the sizes of the model.
     """
 
     def __init__(self, model: assembly.Model):
@@ -61,7 +61,7 @@ class Model:
 
     @property
     def params(self) -> dict[str, Params]:
-        """Weights as nested dicts of ``jax.Array``: ``adapter`` (float32) and ``frozen``."""
+        """Parameters as nested dicts of ``jax.Array``: ``adapter`` (float32) and ``frozen``."""
         return {"adapter": self._model.params, "frozen": self._model.frozen}
 
     def generate(
@@ -76,24 +76,24 @@ class Model:
         raw: bool = False,
         batch_size: int = 16,
     ) -> list[str]:
-        """Answers to prompts, each a user's message in the model's chat template.
+        """Generate an answer to each prompt, rendered as a user message with the model's chat template.
 
         Args:
-            temperature: 0 takes the likeliest token.
-            top_k, top_p: draw from the likeliest tokens only; 0 and 1 from all.
+            temperature: 0 decodes greedily.
+            top_k, top_p: sample from the most likely tokens only; 0 and 1 disable the limits.
             system: a system message before each prompt.
-            raw: continue plain text, without the chat template.
-            batch_size: prompts that are answered at a time.
+            raw: continue the prompt as plain text, without the chat template.
+            batch_size: prompts generated at a time.
 
         Raises:
             UserError: no chat template, or a prompt that fills the context.
         """
         sampling = Sampling(temperature, top_k, top_p, seed)
-        found = _generate.generate(self._model, [*prompts], max_new_tokens, sampling, raw, system, batch_size)
-        return [text for _, text in found]
+        answers = _generate.generate(self._model, [*prompts], max_new_tokens, sampling, raw, system, batch_size)
+        return [text for _, text in answers]
 
     def chat(self, messages: Sequence[Mapping[str, Any]], max_new_tokens: int = 256, temperature: float = 0.0) -> str:
-        """The answer that comes next in a conversation.
+        """Generate the next answer in a conversation.
 
         Raises:
             UserError: as :meth:`generate`.
@@ -105,13 +105,13 @@ class Model:
         """Log-likelihoods of responses: natural logarithms, summed over their tokens and the stop token.
 
         Raises:
-            UserError: a response that is too long, or cannot be told apart from its prompt.
+            UserError: a response that is too long, or that cannot be separated from its prompt.
         """
         rows = [{"prompt": prompt, "responses": [*responses]}]
         return [one.log_likelihood for one in _score.score(self._model, rows, raw, "the prompt")]
 
     def logits(self, ids: Sequence[Sequence[int]] | np.ndarray) -> np.ndarray:
-        """All logits ``[B, T, V]`` (float32) of sequences of tokens ``[B, T]`` that have one length."""
+        """Logits ``[B, T, V]`` (float32) of token sequences ``[B, T]`` of equal length."""
         tokens = jnp.asarray(np.asarray(ids, np.int32))
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         network = self._model.network()
@@ -119,10 +119,10 @@ class Model:
 
 
 class Run:
-    """A run directory. In a notebook it shows its loss curve.
+    """A run directory. Notebooks display its loss curve.
 
     Attributes:
-        folder: where it is.
+        folder: its path or URL.
     """
 
     def __init__(self, folder: str | Path):
@@ -132,8 +132,8 @@ class Run:
         return f"Run({str(self.folder)!r})"
 
     def _repr_html_(self) -> str:
-        """The loss curve and the newest metrics."""
-        curve = self._opened.local / "report" / "loss.png"
+        """The loss curve and the newest metrics as HTML."""
+        curve = self._directory.local / "report" / "loss.png"
         image = ""
         if curve.is_file():
             data = base64.b64encode(curve.read_bytes()).decode()
@@ -141,26 +141,26 @@ class Run:
         newest: dict[str, Any] = {}
         for row in self.metrics:
             newest |= {key: value for key, value in row.items() if isinstance(value, int | float)}
-        told = ", ".join(f"{key} {newest[key]:.4g}" for key in ("step", "loss", "eval_loss") if key in newest)
-        return f"<div><code>{html.escape(str(self.folder))}</code> {told}<br>{image}</div>"
+        values = ", ".join(f"{key} {newest[key]:.4g}" for key in ("step", "loss", "eval_loss") if key in newest)
+        return f"<div><code>{html.escape(str(self.folder))}</code> {values}<br>{image}</div>"
 
     @property
-    def _opened(self) -> RunFolder:
-        return RunFolder(str(self.folder))
+    def _directory(self) -> RunDirectory:
+        return RunDirectory(str(self.folder))
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of ``metrics.jsonl``."""
-        return read_metrics(self._opened.local / "metrics.jsonl")
+        return read_metrics(self._directory.local / "metrics.jsonl")
 
     @cached_property
     def model(self) -> Model:
-        """The tuned model, of the last checkpoint."""
+        """The tuned model, from the last checkpoint."""
         return load(str(self.folder))
 
     def evaluate(self, step: int | None = None) -> dict[str, dict[str, float | int]]:
-        """Measure base beside tuned on ``data.eval``, as the config of the run says; see :func:`evaluate`."""
-        return evaluate(configs.load(self._opened.local / "config.yaml"), step)
+        """Evaluate the base and the tuned model with the config of the run; see :func:`evaluate`."""
+        return evaluate(configs.load(self._directory.local / "config.yaml"), step)
 
     def export(self, out: str | Path, format: str | None = None, step: int | None = None) -> Path:
         """Write an adapter or a merged model; see :func:`export`."""
@@ -169,12 +169,12 @@ class Run:
 
 @dataclass(frozen=True)
 class Event:
-    """What a callback is told.
+    """The argument of a callback.
 
     Attributes:
         kind: ``step``, ``evaluation``, ``samples``, ``save`` or ``end``.
-        step: steps done.
-        metrics: of the event, as ``metrics.jsonl`` has them.
+        step: number of completed steps.
+        metrics: metrics of the event, as in ``metrics.jsonl``.
         run: the run directory.
     """
 
@@ -185,13 +185,13 @@ class Event:
 
 
 def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequence[str] = ()) -> Config:
-    """A config from a YAML file, from nested dicts with the same keys, or from another config.
+    """Load a config from a YAML file, from nested dicts with the same keys, or from another config.
 
     Args:
-        overrides: such as ``optimizer.learning_rate=1e-4``.
+        overrides: dotted keys with values, such as ``optimizer.learning_rate=1e-4``.
 
     Raises:
-        UserError: an unknown key, a wrong type, a value out of range, or a key that is missing.
+        UserError: an unknown key, a wrong type, a value out of range, or a missing key.
     """
     if isinstance(source, Config):
         if not overrides:
@@ -208,30 +208,30 @@ def train(
     eval_data: Rows | None = None,
     callbacks: Sequence[Callable[[Event], object]] = (),
 ) -> Run:
-    """Train, or resume, what a config describes.
+    """Train the model that a config describes, or resume its run.
 
     Args:
-        train_data, eval_data: rows instead of the files in ``data.train`` and ``data.eval``.
-        callbacks: called with each :class:`Event`, by process 0; one that returns ``"stop"`` ends the run after the
-            step that is under way, saved.
+        train_data, eval_data: rows that replace the files of ``data.train`` and ``data.eval``.
+        callbacks: process 0 calls them with each :class:`Event`. If one returns ``"stop"``, the run saves its state
+            and stops after the current step.
 
     Raises:
-        UserError: anything wrong with config, model, data or run directory; told before the first step.
-        Preempted: the machine is taken away; the state is saved.
+        UserError: anything wrong with config, model, data or run directory; raised before the first step.
+        Preempted: the machine is being preempted; the state is saved.
     """
     config = _with_rows(config, train_data, eval_data)
     run = Run(config.training.output_dir)
 
-    def told(callback: Callable[[Event], object]) -> Callable[[str, int, dict[str, Any]], object]:
+    def with_event(callback: Callable[[Event], object]) -> Callable[[str, int, dict[str, Any]], object]:
         return lambda kind, step, metrics: callback(Event(kind, step, metrics, run))
 
-    with suppress(Stopped):  # as a callback asked
-        _train.train(config, callbacks=[told(callback) for callback in callbacks])
+    with suppress(Stopped):  # a callback returned "stop"
+        _train.train(config, callbacks=[with_event(callback) for callback in callbacks])
     return run
 
 
 def evaluate(config: Config | Mapping[str, Any], step: int | None = None) -> dict[str, dict[str, float | int]]:
-    """Measure the run in ``training.output_dir`` on held-out data: metrics of ``base``, ``tuned`` and ``few_shot``.
+    """Evaluate the run in ``training.output_dir`` on held-out data: metrics of ``base``, ``tuned`` and ``few_shot``.
 
     Raises:
         UserError: no such run, or nothing to evaluate on.
@@ -240,37 +240,37 @@ def evaluate(config: Config | Mapping[str, Any], step: int | None = None) -> dic
 
 
 def inspect(config: Config | Mapping[str, Any], rows: int | None = None) -> dict[str, Any]:
-    """Print what would be trained, and return the figures.
+    """Print examples of the training data with their loss mask; returns counts and lengths.
 
     Raises:
-        UserError: whatever :func:`train` would say of the data.
+        UserError: the errors that :func:`train` raises for these data.
     """
     return _inspect.inspect(load_config(config), rows)
 
 
 def plan(config: Config | Mapping[str, Any], topology: str, advice: bool = True) -> dict[str, Any]:
-    """Compile the train step ahead of time for a TPU slice or GPUs; print and return what it takes.
+    """Compile the train step ahead of time for a TPU slice or GPUs; print and return its memory and time.
 
     Args:
         topology: such as ``v5e:4x4`` or ``h100:8``.
-        advice: where it does not fit, look for changes with which it does.
+        advice: if the step does not fit, search for changes that make it fit.
 
     Raises:
-        UserError: hardware that is not known, or a config that cannot be compiled.
+        UserError: unknown hardware, or a config that cannot be compiled.
     """
     return _plan.plan(load_config(config), topology, advice=advice)
 
 
 def load(name: str | Path, base: str | None = None, dtype: str | None = None, step: int | None = None) -> Model:
-    """A model by what people call it: a Hugging Face folder or id, a run, an adapter, or ``builtin:tiny``.
+    """Load a model: a Hugging Face folder or id, a run, an adapter, or ``builtin:tiny``.
 
     Args:
-        base: the base model of a run or an adapter, where it has moved.
-        dtype: of computing, ``bfloat16`` or ``float32``; by default the run's, or that of the files.
+        base: the base model of a run or an adapter, if it has moved.
+        dtype: compute dtype, ``bfloat16`` or ``float32``; by default that of the run or of the files.
         step: a checkpoint of a run; by default the last.
 
     Raises:
-        UserError: nothing of that name, or a base that does not fit.
+        UserError: no model of that name, or a base model that does not match.
     """
     return Model(assembly.open_model(str(name), base, step, dtype))
 
@@ -278,23 +278,23 @@ def load(name: str | Path, base: str | None = None, dtype: str | None = None, st
 def export(
     run: str | Path, out: str | Path, format: str | None = None, step: int | None = None, base: str | None = None
 ) -> Path:
-    """Write a run's result as a Hugging Face folder, and return it.
+    """Export a run as a Hugging Face folder; returns its path.
 
     Args:
-        format: ``adapter`` or ``merged``; by default what was trained.
+        format: ``adapter`` or ``merged``; by default ``adapter`` for LoRA and ``merged`` for full fine-tuning.
 
     Raises:
-        UserError: no such run, a folder that is not empty, or an adapter of full fine-tuning.
+        UserError: no such run, a folder that is not empty, or ``adapter`` for a fully fine-tuned run.
     """
     _export.export(run, str(out), format, step, base)
     return Path(out)
 
 
 def _with_rows(config: Config | Mapping[str, Any], train_data: Rows | None, eval_data: Rows | None) -> Config:
-    given = {"train": train_data, "eval": eval_data}
-    sources = {key: [source_of(rows, f"{key}_data")] for key, rows in given.items() if rows is not None}
-    if isinstance(config, Mapping) and sources:  # which needs no data of its own then
-        of_files = {key: [dataclasses.asdict(one) for one in found] for key, found in sources.items()}
-        return load_config({**config, "data": {**config.get("data", {}), **of_files}})
+    datasets = {"train": train_data, "eval": eval_data}
+    sources = {key: [source_of(rows, f"{key}_data")] for key, rows in datasets.items() if rows is not None}
+    if isinstance(config, Mapping) and sources:  # the dicts may lack data.train
+        as_dicts = {key: [dataclasses.asdict(source) for source in value] for key, value in sources.items()}
+        return load_config({**config, "data": {**config.get("data", {}), **as_dicts}})
     config = load_config(config)
     return dataclasses.replace(config, data=dataclasses.replace(config.data, **sources)) if sources else config

@@ -1,7 +1,7 @@
-"""A model put together: devices, architecture, network, weights, tokenizer and stop tokens. The only place for it.
+"""Assembles models from devices, architecture, network, weights, tokenizer and stop tokens.
 
-Training, planning and evaluation start from a config; everything else from what a user calls a model: a built-in name,
-a Hugging Face folder or id, a run directory, an adapter.
+Training, planning and evaluation start from a config. Other commands start from a model name: a built-in name, a
+Hugging Face folder or id, a run directory, or an adapter.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from sft_jax.models.attention.backend import choose_backend
 from sft_jax.models.decoder import Decoder
 from sft_jax.models.split import Split
 from sft_jax.sharding import check_batch, check_heads, check_lengths, make_mesh
-from sft_jax.store.folder import RunFolder
+from sft_jax.store.folder import RunDirectory
 from sft_jax.store.opened import OpenedRun, open_run
 from sft_jax.training.compilation import keep_programs
 from sft_jax.training.cross_entropy import Terms
@@ -50,12 +50,12 @@ from sft_jax.typing import Array
 
 @dataclass(frozen=True)
 class Base:
-    """The folder of a base model, before its weights are read.
+    """A base model whose weights are not read yet.
 
     Attributes:
-        reader: of its weights; None where they are random.
-        arch: as the files have it.
-        stop_ids: of its generation config.
+        reader: reads its weights; None if they are initialized at random.
+        arch: the architecture of its files.
+        stop_ids: the stop token ids of its generation config.
     """
 
     folder: Path
@@ -65,7 +65,7 @@ class Base:
 
     @property
     def dtype_of_embeddings(self) -> np.dtype | None:
-        """In its files."""
+        """The dtype of the embeddings in its files."""
         return None if self.reader is None else self.reader.dtype("model.embed_tokens.weight")
 
 
@@ -74,10 +74,10 @@ class Model:
     """A network with its weights on the devices, its tokenizer and its stop tokens.
 
     Attributes:
-        description: what was opened, for people.
+        description: what was opened, to be printed.
         split: the network.
-        params: trainable leaves; adapters are float32.
-        frozen: all other leaves, in the compute dtype or quantised.
+        params: trainable parameters; adapters are float32.
+        frozen: all other parameters, in the compute dtype or quantized.
     """
 
     description: str
@@ -97,7 +97,7 @@ class Model:
 
     @cached_property
     def generator(self) -> Generator:
-        """Generates with these stop tokens."""
+        """Generates until one of the stop tokens."""
         return Generator(self.split, self.stop_ids)
 
     def network(self) -> Decoder:
@@ -105,7 +105,7 @@ class Model:
         return self.split.merge(self.params, self.frozen)
 
     def with_params(self, params: Params) -> Model:
-        """The same network with other trainable leaves."""
+        """The same network with other trainable parameters."""
         return dataclasses.replace(self, params=params)
 
 
@@ -113,30 +113,31 @@ class Model:
 
 
 def check_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh of a config, which divides its batches.
+    """Make the mesh of a config, and check that it divides the batches.
 
     Args:
-        devices: which to use; by default all there are.
+        devices: the devices to use; by default all.
 
     Raises:
-        UserError: sizes that do not multiply to the devices, or that do not divide batch or sequences.
+        UserError: axis sizes that do not multiply to the number of devices, or that do not divide the batch or the
+            sequence length.
     """
     mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
-    parts = config.training.num_microbatches
-    check_batch(config.training.batch_size, 1 if parts == "auto" else parts, mesh)
+    num_microbatches = config.training.num_microbatches
+    check_batch(config.training.batch_size, 1 if num_microbatches == "auto" else num_microbatches, mesh)
     check_lengths(row_lengths(config.data), mesh)
     return mesh
 
 
 def open_base(name: str, revision: str | None = None, asked_by: str = "model.path", init: str = "pretrained") -> Base:
-    """Find a base model, and read all but its weights.
+    """Find a base model and read everything except its weights.
 
     Args:
-        asked_by: the key or option that names it, for messages.
-        init: ``random`` where its weights are not used.
+        asked_by: the config key or option that names the model, for error messages.
+        init: ``random`` if its weights are not used.
 
     Raises:
-        UserError: it is not there, or not supported.
+        UserError: the model is not found or not supported.
     """
     folder = find_model(name, revision, asked_by)
     reader = TensorReader(weights_of(folder)) if init == "pretrained" else None
@@ -144,15 +145,15 @@ def open_base(name: str, revision: str | None = None, asked_by: str = "model.pat
 
 
 def network_of(config: Config, arch: Architecture, mesh: Mesh, embeddings: bool, remat: str = "full") -> Split:
-    """The network that a config describes, taken apart; nothing is allocated.
+    """Build the abstract network of a config; allocates no arrays.
 
     Args:
-        embeddings: train embeddings and ``lm_head`` beside adapters.
-        remat: a rematerialization policy.
+        embeddings: train the embeddings and ``lm_head`` together with adapters.
+        remat: the rematerialization policy.
 
     Raises:
-        UserError: an attention backend that cannot compute this, a LoRA target that matches nothing, a layer that
-            cannot be quantised.
+        UserError: an unsupported attention backend, a LoRA target module that matches nothing, or a layer that cannot
+            be quantized.
     """
     model = config.model
     length = math.gcd(*row_lengths(config.data))
@@ -179,12 +180,12 @@ def step_of(
     num_sources: int,
     num_microbatches: int,
 ) -> TrainStep:
-    """The jitted train step that a config describes; see :func:`sft_jax.training.step.make_train_step`.
+    """Make the jitted train step of a config; see :func:`sft_jax.training.step.make_train_step`.
 
     Args:
-        total_steps: of the schedule.
-        shardings: of the state.
-        num_sources: whose losses are told apart; 0 for not at all.
+        total_steps: length of the schedule.
+        shardings: shardings of the train state.
+        num_sources: number of sources whose losses are reported separately; 0 reports no separate losses.
     """
     training = config.training
     key = jax.random.key(training.seed)
@@ -211,62 +212,63 @@ def open_model(
     dtype: str | None = None,
     devices: Sequence[Any] | None = None,
 ) -> Model:
-    """Open a model by what a user calls it, over all devices.
+    """Open a model by name on all devices.
 
     Args:
         name: ``builtin:tiny``, a Hugging Face folder or id, a run directory, or a PEFT adapter folder.
-        base: the base model of a run or an adapter, where it is not where that says.
+        base: the base model of a run or an adapter, if it has moved.
         step: a checkpoint of a run; by default the last.
-        dtype: of computing; by default the run's, or that of the files.
-        devices: which to use; by default all there are.
+        dtype: compute dtype; by default that of the run or of the files.
+        devices: the devices to use; by default all.
 
     Raises:
-        UserError: nothing of that name, or a base that is missing or does not fit.
+        UserError: no model of that name, or a base model that is missing or does not match.
     """
     folder = Path(name).expanduser()
     mesh = make_mesh(devices=devices)
     keep_programs(mesh.devices.flat[0])
-    if (run := RunFolder(name)).is_run():
+    if (run := RunDirectory(name)).is_run():
         return _open_run(run, base, step, dtype, mesh)
     if step is not None:
-        raise UserError(f"{name}: only run directories have steps, and this is none")
+        raise UserError(f"{name}: only run directories have steps, and this is not one; leave out the step")
     if (folder / "adapter_config.json").is_file():
         return _open_adapter(folder, base, dtype, mesh)
     if base is not None:
-        raise UserError(f"{name}: only runs and adapters have a base model, and this is neither")
+        raise UserError(f"{name}: only runs and adapters have a base model, and this is neither; leave out --base")
     if folder.is_dir() and not (folder / "config.json").is_file():
-        raise UserError(f"{name}: neither a run, nor a Hugging Face model, nor a PEFT adapter is in this folder")
-    found = open_base(name, asked_by="model")
-    tokenizer, _ = load_tokenizer(found.folder)
-    dtype = dtype or _file_dtype(found.folder)
-    split = build(found.arch, mesh, None, dtype, remat="none", full=False)
-    frozen = _frozen(split, found, {})
-    description = f"{name}, {found.arch.family}, {dtype}"
-    return Model(description, split, {}, frozen, tokenizer, _with_eos(found.stop_ids, tokenizer))
+        raise UserError(f"{name}: this folder holds neither a run, nor a Hugging Face model, nor a PEFT adapter")
+    model = open_base(name, asked_by="model")
+    tokenizer, _ = load_tokenizer(model.folder)
+    dtype = dtype or _file_dtype(model.folder)
+    split = build(model.arch, mesh, None, dtype, remat="none", full=False)
+    frozen = _frozen(split, model, {})
+    description = f"{name}, {model.arch.family}, {dtype}"
+    return Model(description, split, {}, frozen, tokenizer, _with_eos(model.stop_ids, tokenizer))
 
 
 def open_tuned(run: OpenedRun) -> tuple[Base, Architecture]:
-    """The base model of a run, and the architecture with its added tokens."""
+    """The base model of a run, and its architecture including added tokens."""
     arch = architecture_of(run.base, run.reader)
     base = Base(run.base, run.reader, arch, stop_ids(run.base))
     return base, dataclasses.replace(arch, vocab_size=run.vocab_size)
 
 
-def _open_run(folder: RunFolder, name: str | None, step: int | None, dtype: str | None, mesh: Mesh) -> Model:
-    run = open_run(folder, step, name)
+def _open_run(directory: RunDirectory, name: str | None, step: int | None, dtype: str | None, mesh: Mesh) -> Model:
+    run = open_run(directory, step, name)
     base, arch = open_tuned(run)
     check_heads(arch.attention_specs, mesh)
     config = run.config
     dtype, quantization = dtype or config.model.dtype, config.model.quantization
-    embeddings = quantization is not None and run.trains_embeddings  # trained, so they are not quantised
+    embeddings = quantization is not None and run.trains_embeddings  # trained embeddings are not quantized
     split = build(arch, mesh, config.lora, dtype, "none", embeddings, full=False, quantization=quantization)
     leaves = flatten(split.trainable) | flatten(split.frozen)
-    given = run.restore({path: leaves[path] for path in run.trained})
-    frozen = _frozen(split, base, given)
+    trained = run.restore({path: leaves[path] for path in run.trained})
+    frozen = _frozen(split, base, trained)
     stops = list(dict.fromkeys([*run.stop_ids, *_with_eos(base.stop_ids, run.tokenizer)]))
-    what = f"{folder} at step {run.step}, {'full fine-tuning' if config.lora is None else 'LoRA'} of "
-    of = f"{config.model.path}, {dtype}" + (f", base in {quantization}" if quantization else "")
-    return Model(f"{what}{of}", split, _params(split, given), frozen, run.tokenizer, stops)
+    method = "full fine-tuning" if config.lora is None else "LoRA"
+    description = f"{directory} at step {run.step}, {method} of {config.model.path}, {dtype}"
+    description += f", base in {quantization}" if quantization else ""
+    return Model(description, split, _params(split, trained), frozen, run.tokenizer, stops)
 
 
 def _open_adapter(folder: Path, name: str | None, dtype: str | None, mesh: Mesh) -> Model:
@@ -277,8 +279,8 @@ def _open_adapter(folder: Path, name: str | None, dtype: str | None, mesh: Mesh)
     trained_on = base_fingerprint(folder)
     if trained_on is not None and is_other_weights(trained_on, base.reader.fingerprint()):
         raise UserError(
-            f"{asked_by}: {base.folder} has other weights of the same shapes than those that {folder} was trained on; "
-            "name the right base with --base"
+            f"{asked_by}: {folder} was trained on a model with other weights than {base.folder}; set the right base "
+            "model with --base"
         )
     arch = dataclasses.replace(base.arch, vocab_size=max(base.arch.vocab_size, num_embeddings(folder) or 0))
     check_heads(arch.attention_specs, mesh)
@@ -287,30 +289,30 @@ def _open_adapter(folder: Path, name: str | None, dtype: str | None, mesh: Mesh)
     dtype = dtype or _file_dtype(base.folder)
     lora = LoraConfig(method=config.method, rank=config.rank, alpha=config.alpha, target_modules=config.target_modules)
     split = build(arch, mesh, lora, dtype, remat="none", full=False)
-    given = load_adapter(str(folder), split, embeddings=True)
-    frozen = _frozen(split, base, given)
+    trained = load_adapter(str(folder), split, embeddings=True)
+    frozen = _frozen(split, base, trained)
     stops = _with_eos(stop_ids(folder) or base.stop_ids, tokenizer)
     description = f"{folder}, adapter of rank {config.rank} on {name or config.base}, {dtype}"
-    return Model(description, split, _params(split, given), frozen, tokenizer, stops)
+    return Model(description, split, _params(split, trained), frozen, tokenizer, stops)
 
 
-def _params(split: Split, given: dict[LeafPath, Array]) -> Params:
-    return unflatten({path: given[path] for path in flatten(split.trainable)})
+def _params(split: Split, trained: dict[LeafPath, Array]) -> Params:
+    return unflatten({path: trained[path] for path in flatten(split.trainable)})
 
 
-def _frozen(split: Split, base: Base, given: dict[LeafPath, Array]) -> Params:
-    """Frozen leaves on the devices: those given as they are, the others from the files."""
-    leaves, of_base = flatten(split.frozen), split.base()
-    loaded = {path: given[path] for path in leaves if path in given}
-    wanted = of_base.keys() - loaded.keys() - flatten(split.trainable).keys()
+def _frozen(split: Split, base: Base, trained: dict[LeafPath, Array]) -> Params:
+    """Frozen parameters on the devices: from ``trained`` where present, otherwise from the files."""
+    leaves, base_leaves = flatten(split.frozen), split.base()
+    loaded = {path: trained[path] for path in leaves if path in trained}
+    missing = base_leaves.keys() - loaded.keys() - flatten(split.trainable).keys()
     if base.reader is not None:
         tied, old_size = split.arch.tie_word_embeddings, base.arch.vocab_size
-        loaded |= load_params(base.reader, of_base, split.stored, wanted, tied, old_size)
+        loaded |= load_params(base.reader, base_leaves, split.stored, missing, tied, old_size)
     return unflatten({path: loaded[path] for path in leaves})
 
 
 def _file_dtype(folder: Path) -> str:
-    """The dtype of a model's files, as far as it is one we compute in: float16 has too small a range."""
+    """The dtype of a model's files if it is float32, otherwise bfloat16: the range of float16 is too small."""
     config = read_config(folder)
     dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
     return "float32" if dtype == "float32" else "bfloat16"

@@ -1,4 +1,4 @@
-"""The command line. Each command imports what it needs when it runs, so that ``--help`` answers at once."""
+"""The command line. Each command imports its dependencies when it runs, so that ``--help`` is fast."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from sft_jax import outside_faults
 from sft_jax.commands import evaluate, export, generate, inspect, plan, score, train
 from sft_jax.errors import (
-    USER_MISTAKE,
+    USER_ERROR,
     Preempted,
     Unreachable,
     UserError,
@@ -19,12 +19,12 @@ from sft_jax.version import __version__
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; 0 on success, 2 on a mistake of the user's, told in one line, 75 where it goes on if run again."""
+    """Run a command. Returns 0 on success, 2 on a user error (one printed line), 75 if running it again resumes it."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    # argparse takes no more of key=value once an option has come between, and that is where people append them.
-    given = hasattr(options, "overrides")
-    if unknown := [one for one in rest if not given or one.startswith("-") or "=" not in one]:
+    # argparse does not accept key=value after an option, but that is where users append overrides.
+    accepts_overrides = hasattr(options, "overrides")
+    if unknown := [one for one in rest if not accepts_overrides or one.startswith("-") or "=" not in one]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if rest:
         options.overrides += rest
@@ -34,10 +34,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"sft-jax: {str(error) or 'interrupted'}", file=sys.stderr)
         return exit_code(error)
     except Exception as error:
-        if (line := outside_faults.told(error, options.name)) is None:
+        if (line := outside_faults.explain(error, options.name)) is None:
             raise
         print(f"sft-jax: {one_line(line)}", file=sys.stderr)
-        return USER_MISTAKE
+        return USER_ERROR
 
 
 def _parser() -> argparse.ArgumentParser:

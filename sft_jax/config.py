@@ -1,7 +1,7 @@
-"""The configuration, as frozen dataclasses that check their values. :mod:`sft_jax.config_file` reads and writes it.
+"""The config: frozen dataclasses that check their values. :mod:`sft_jax.config_file` reads and writes them.
 
-The comment behind a field is what ``configs/README.md`` says of its key. No jax import, so that ``sft-jax --help`` and
-a mistyped key answer at once.
+The comment after each field becomes its description in ``configs/README.md``. This module does not import jax, so that
+``sft-jax --help`` and config errors are fast.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ def _one_of(value: str, key: str, choices: tuple[str, ...]) -> None:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which base model, in which dtype, and how it is computed."""
+    """The base model, its dtypes, and how it is computed."""
 
     path: str = "???"  # builtin:tiny, a folder with config.json, or a Hugging Face id
     revision: str | None = None  # branch, tag or commit of a Hugging Face id
-    dtype: str = "bfloat16"  # of computing and of frozen weights: bfloat16 | float32
-    param_dtype: str = "float32"  # of base weights that are trained: float32 | bfloat16; adapters are float32
-    init: str = "pretrained"  # or random: pretraining from config.json
-    attention: str = "auto"  # auto, the fastest backend that can compute the mask; or splash | triton | cudnn | xla
-    remat: str = "auto"  # rematerialization: auto, the fastest of dots | attention | full that fits; or none
-    quantization: str | None = None  # of frozen weights under LoRA: int8 | nf4 (QLoRA)
+    dtype: str = "bfloat16"  # dtype of computation and of frozen weights: bfloat16 | float32
+    param_dtype: str = "float32"  # dtype of trained base weights: float32 | bfloat16; adapters are always float32
+    init: str = "pretrained"  # pretrained | random (pretraining from config.json)
+    attention: str = "auto"  # backend: auto (the fastest that supports the mask) | splash | triton | cudnn | xla
+    remat: str = "auto"  # rematerialization: auto (the fastest of dots | attention | full that fits) | none
+    quantization: str | None = None  # quantization of the frozen base under LoRA: int8 | nf4 (QLoRA)
 
     def __post_init__(self) -> None:
         _one_of(self.dtype, "model.dtype", ("bfloat16", "float32"))
@@ -48,21 +48,21 @@ class ModelConfig:
             _require(
                 self.init == "pretrained",
                 "model.quantization",
-                "random weights are trained, and only frozen ones can be quantised; set model.quantization: null",
+                "only frozen weights can be quantized, and random weights are trained; set model.quantization: null",
             )
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """LoRA (Hu et al. 2021) with the conventions of PEFT: the update is alpha/rank · B·A, B starts at zero."""
+    """LoRA (Hu et al. 2021) with the conventions of PEFT: the update is alpha/rank · B·A, and B starts at zero."""
 
-    method: str = "lora"  # of the adapters: lora | dora
-    rank: int = 16  # r
+    method: str = "lora"  # kind of adapter: lora | dora
+    rank: int = 16  # LoRA rank r
     alpha: float = 32.0  # lora_alpha: the update is multiplied by alpha / rank
     target_modules: Any = "all-linear"  # or a list of module names as in PEFT, such as [q_proj, v_proj]
-    dropout: float = 0.0  # of the input of adapters
-    train_embeddings: bool = False  # also train the embeddings and lm_head, whole, as is done where tokens are added
-    init_from: str | None = None  # a PEFT adapter folder to continue from
+    dropout: float = 0.0  # dropout on the input of adapters
+    train_embeddings: bool = False  # also train the full embeddings and lm_head; always on if tokens are added
+    init_from: str | None = None  # folder of a PEFT adapter to start from
 
     def __post_init__(self) -> None:
         _require(self.rank >= 1, "lora.rank", f"{self.rank} is not a positive number")
@@ -89,7 +89,7 @@ ROW_FORMATS = (
 )
 
 
-# Arguments of chat templates that are not for a config or a row to give.
+# Arguments of chat templates that a config or a row must not set.
 SET_BY_RENDERING = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message")
 
 
@@ -99,13 +99,13 @@ class SourceConfig:
 
     path: str = "???"  # a file, a folder, a glob, a URL such as gs://…, or a Hugging Face dataset id
     format: str = "auto"  # messages | sharegpt | alpaca | question-answer | prompt-completion | text | tokens
-    weight: float = 1.0  # how often an epoch sees each of its rows; a fraction takes a new random share each epoch
-    max_rows: int | None = None  # of each file, the first so many
-    columns: dict[str, str] = field(default_factory=dict)  # our name of a column to the file's: {question: problem}
-    ignore_columns: list[str] = field(default_factory=list)  # and keys of messages: left out on purpose
-    name: str | None = None  # of a Hugging Face dataset id, which of its configurations
-    split: str = "train"  # of a Hugging Face dataset id
-    revision: str | None = None  # branch, tag or commit of a Hugging Face dataset id
+    weight: float = 1.0  # repetitions of each row per epoch; a fraction draws a new random subset each epoch
+    max_rows: int | None = None  # read only the first N rows of each file
+    columns: dict[str, str] = field(default_factory=dict)  # column mapping, expected name to name in the file
+    ignore_columns: list[str] = field(default_factory=list)  # columns and message keys to ignore
+    name: str | None = None  # configuration of a Hugging Face dataset
+    split: str = "train"  # split of a Hugging Face dataset
+    revision: str | None = None  # branch, tag or commit of a Hugging Face dataset
 
     def __post_init__(self) -> None:
         _one_of(self.format, "data.*.format", ROW_FORMATS)
@@ -113,7 +113,7 @@ class SourceConfig:
         _require(self.max_rows is None or self.max_rows >= 1, "data.*.max_rows", f"{self.max_rows} is not at least 1")
 
 
-def _is_day(text: str) -> bool:
+def _is_date(text: str) -> bool:
     try:
         return datetime.fromisoformat(text).date().isoformat() == text
     except ValueError:
@@ -122,25 +122,25 @@ def _is_day(text: str) -> bool:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is trained on, and which of its tokens carry loss."""
+    """The training and held-out data, and the tokens that carry loss."""
 
-    train: list[SourceConfig] = field(default_factory=list)  # sources, each with a path
+    train: list[SourceConfig] = field(default_factory=list)  # sources of training data, each with a path
     eval: list[SourceConfig] = field(default_factory=list)  # sources of held-out data
-    max_length: int = 2048  # tokens of a sequence, and of the longest example
-    overlong: str = "drop"  # what becomes of longer examples: drop | truncate | error; counted and reported
-    packing: bool = True  # several examples share a sequence; attention never crosses from one to another
-    shuffle: bool = True  # anew each epoch
-    train_on: str = "assistant"  # whose tokens carry loss: assistant | last_assistant | all
-    reasoning: str = "include"  # what an assistant thought before it answered; exclude takes it out of the data
-    on_bad_row: str = "error"  # skip: leave out and count rows that cannot be proven right
-    num_workers: int | None = None  # processes that tokenise; null: as many as the data and this machine allow
-    cache: bool = True  # keep what was tokenised, for the next start
-    streaming: bool = False  # read, tokenise and pack data.train while training; needs training.max_steps
-    chat_template: str | None = None  # a Jinja file; default the tokenizer's own
-    template_kwargs: dict[str, Any] = field(default_factory=dict)  # arguments of it, such as {enable_thinking: false}
-    added_tokens: list[str] = field(default_factory=list)  # special tokens the tokenizer does not have yet
-    stop_token: str | None = None  # ends a completion or a document; default the tokenizer's eos token
-    date: str | None = None  # used by strftime_now of templates that print one, YYYY-MM-DD; null: the run's first day
+    max_length: int = 2048  # sequence length in tokens, and the length of the longest example
+    overlong: str = "drop"  # what to do with longer examples: drop | truncate | error; counted and reported
+    packing: bool = True  # pack several examples into a sequence; attention never crosses their boundaries
+    shuffle: bool = True  # reshuffle every epoch
+    train_on: str = "assistant"  # which messages carry loss: assistant | last_assistant | all
+    reasoning: str = "include"  # the assistant's reasoning: include | exclude (remove it from the data)
+    on_bad_row: str = "error"  # rows that fail a check: error | skip (leave them out and count them)
+    num_workers: int | None = None  # processes that tokenize; null: chosen from the size of the data and the CPU cores
+    cache: bool = True  # cache tokenized data for the next start
+    streaming: bool = False  # read, tokenize and pack data.train during training; needs training.max_steps
+    chat_template: str | None = None  # a Jinja file; null: the tokenizer's own template
+    template_kwargs: dict[str, Any] = field(default_factory=dict)  # arguments of the template: {enable_thinking: false}
+    added_tokens: list[str] = field(default_factory=list)  # special tokens to add to the tokenizer
+    stop_token: str | None = None  # token that ends a completion or a document; null: the tokenizer's EOS token
+    date: str | None = None  # date used by strftime_now in templates, YYYY-MM-DD; null: the first day of the run
 
     def __post_init__(self) -> None:
         _require(self.max_length >= 2, "data.max_length", f"{self.max_length} is not at least 2")
@@ -148,28 +148,28 @@ class DataConfig:
         _one_of(self.train_on, "data.train_on", ("assistant", "last_assistant", "all"))
         _one_of(self.reasoning, "data.reasoning", ("include", "exclude"))
         _one_of(self.on_bad_row, "data.on_bad_row", ("error", "skip"))
-        _require(self.date is None or _is_day(self.date), "data.date", f"{self.date!r} is not a day as YYYY-MM-DD")
+        _require(self.date is None or _is_date(self.date), "data.date", f"{self.date!r} is not a date as YYYY-MM-DD")
         _require(
             self.num_workers is None or self.num_workers >= 1,
             "data.num_workers",
-            f"{self.num_workers} is not at least 1 (null: chosen by itself)",
+            f"{self.num_workers} is not at least 1 (null: chosen automatically)",
         )
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (Loshchilov & Hutter 2019) and its schedule; weight decay spares norms and biases."""
+    """AdamW (Loshchilov & Hutter 2019) and its schedule. Norms and biases have no weight decay."""
 
-    name: str = "adamw"  # AdamW
-    learning_rate: float = 2.0e-4  # at its peak
-    schedule: str = "cosine"  # constant | linear | cosine | wsd (warmup, stable, decay)
-    warmup_ratio: float = 0.03  # share of all steps
-    weight_decay: float = 0.0  # decoupled; norms and biases are spared
-    max_grad_norm: float | None = 1.0  # clipping by the global norm; null: none
-    b1: float = 0.9  # of Adam
-    b2: float = 0.999  # of Adam
-    eps: float = 1.0e-8  # of Adam
-    moments: str = "float32"  # dtype of Adam's: float32 | bfloat16 | factored (the second by rows and columns)
+    name: str = "adamw"  # optimizer: adamw
+    learning_rate: float = 2.0e-4  # peak learning rate
+    schedule: str = "cosine"  # learning rate schedule: constant | linear | cosine | wsd (warmup, stable, decay)
+    warmup_ratio: float = 0.03  # fraction of all steps that are warmup
+    weight_decay: float = 0.0  # decoupled weight decay; not applied to norms and biases
+    max_grad_norm: float | None = 1.0  # gradient clipping by the global norm; null: no clipping
+    b1: float = 0.9  # Adam's beta1
+    b2: float = 0.999  # Adam's beta2
+    eps: float = 1.0e-8  # Adam's epsilon
+    moments: str = "float32"  # Adam's moments: float32 | bfloat16 | factored (second moment by rows and columns)
 
     def __post_init__(self) -> None:
         _one_of(self.name, "optimizer.name", ("adamw",))
@@ -190,24 +190,24 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How long, in which batches, and where the run is kept."""
+    """Number of steps, batch size, evaluation, checkpoints and logging."""
 
-    output_dir: str = "???"  # the run directory; a run in it resumes
-    num_train_epochs: float = 3.0  # a fraction is allowed
-    max_steps: int | None = None  # counts instead of epochs
-    batch_size: int = 16  # sequences of an optimizer step, over all devices
-    num_microbatches: Any = 1  # batch_size is computed in this many parts; auto: the fewest that fit
-    eval_every: int = 100  # steps between measurements of the held-out loss
+    output_dir: str = "???"  # the run directory; training resumes if it holds a run
+    num_train_epochs: float = 3.0  # number of epochs; may be fractional
+    max_steps: int | None = None  # number of steps; overrides num_train_epochs
+    batch_size: int = 16  # global batch: sequences per optimizer step, over all devices
+    num_microbatches: Any = 1  # microbatches that batch_size is split into; auto: the fewest that fit in memory
+    eval_every: int = 100  # steps between evaluations of the held-out loss
     save_every: int = 200  # steps between checkpoints
     log_every: int = 1  # steps between rows of metrics.jsonl
     keep_checkpoints: int = 2  # keeps the newest N checkpoints
-    keep_best: int = 0  # also keeps the N with the lowest held-out loss
-    keep_every: int | None = None  # also keeps those of every N steps
-    label_smoothing: float = 0.0  # this share of a target is spread over the vocabulary
-    z_loss: float = 0.0  # weight of the squared log of the softmax's denominator; 1e-4 keeps logits from drifting
-    seed: int = 0  # of shuffling, dropout and fresh adapters
-    tensorboard: bool = True  # write event files
-    wandb_project: str | None = None  # of Weights & Biases
+    keep_best: int = 0  # also keeps the N checkpoints with the lowest held-out loss
+    keep_every: int | None = None  # also keeps a checkpoint every N steps
+    label_smoothing: float = 0.0  # probability mass of each target that is spread over the vocabulary
+    z_loss: float = 0.0  # weight of the squared log of the softmax denominator; 1e-4 keeps logits from drifting
+    seed: int = 0  # random seed of shuffling, dropout and new adapters
+    tensorboard: bool = True  # write TensorBoard event files
+    wandb_project: str | None = None  # project of Weights & Biases
 
     def __post_init__(self) -> None:
         for name in (
@@ -222,7 +222,7 @@ class TrainingConfig:
         _require(
             self.keep_every is None or self.keep_every >= 1,
             "training.keep_every",
-            f"{self.keep_every} is not at least 1 (null: only the last and the best)",
+            f"{self.keep_every} is not at least 1 (null: keep only the newest and the best)",
         )
         _require(self.num_train_epochs > 0, "training.num_train_epochs", f"{self.num_train_epochs} is not positive")
         _require(0 <= self.label_smoothing < 1, "training.label_smoothing", f"{self.label_smoothing} is not in [0, 1)")
@@ -243,16 +243,16 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """What ``evaluate`` measures on ``data.eval``, and what is written while training."""
+    """What ``evaluate`` measures on ``data.eval``, and the samples generated during training."""
 
     at_end: bool = False  # evaluate when training ends
-    documents: list[SourceConfig] = field(default_factory=list)  # plain text on which forgetting is measured
+    documents: list[SourceConfig] = field(default_factory=list)  # plain text to measure forgetting on
     answer: str = "text"  # how answers are compared: exact | text | number | gsm8k | choice
-    max_new_tokens: int = 256  # of an answer
-    num_questions: int | None = 200  # held-out conversations that are answered; null: all
-    batch_size: int = 32  # prompts answered at a time
-    shots: int = 0  # answered questions before each one, for the base model with few-shot prompting; 0: none
-    samples: list[str] = field(default_factory=list)  # prompts answered while training
+    max_new_tokens: int = 256  # maximum length of an answer
+    num_questions: int | None = 200  # held-out conversations to answer; null: all
+    batch_size: int = 32  # prompts generated at a time
+    shots: int = 0  # examples in the prompt when the base model is measured with few-shot prompting; 0: not measured
+    samples: list[str] = field(default_factory=list)  # prompts to answer during training
     samples_every: int = 100  # steps between samples
 
     def __post_init__(self) -> None:
@@ -269,12 +269,12 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """How many devices along each axis; -1 takes all that remain."""
+    """Number of devices along each mesh axis; -1 takes all remaining devices."""
 
-    data: int = 1  # replicas of the model
-    fsdp: int = -1  # shards of weights and of the batch
-    sequence: int = 1  # shards of each sequence, for long context
-    tensor: int = 1  # shards of heads, MLP channels and vocabulary
+    data: int = 1  # number of model replicas
+    fsdp: int = -1  # shards of the weights and the batch
+    sequence: int = 1  # shards of each sequence, for long contexts
+    tensor: int = 1  # shards of attention heads, MLP channels and vocabulary
 
     def __post_init__(self) -> None:
         sizes = dataclasses.asdict(self)
@@ -285,7 +285,7 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """Everything a run depends on."""
+    """The config of a run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig | None = field(default_factory=LoraConfig)  # null: full fine-tuning
@@ -302,31 +302,31 @@ class Config:
         _require(
             not self.data.streaming or self.training.max_steps is not None,
             "training.max_steps",
-            "has to be set with data.streaming, because the length of an epoch is not known",
+            "has to be set with data.streaming, because the length of an epoch is unknown",
         )
         _require(
             self.model.init == "pretrained" or self.lora is None,
             "model.init",
-            "random weights cannot be the frozen base of an adapter; set lora: null",
+            "random weights cannot be the frozen base of a LoRA adapter; set lora: null",
         )
         _require(
             self.model.quantization is None or self.lora is not None,
             "model.quantization",
-            "only a frozen base can be quantised, and without lora all weights are trained; set lora, or null here",
+            "only a frozen base can be quantized, and full fine-tuning freezes none; set lora, or set this to null",
         )
         _require(
             self.training.keep_best == 0 or len(self.data.eval) > 0,
             "training.keep_best",
-            "no checkpoint is better than another without a held-out loss; name held-out data in data.eval",
+            "needs a held-out loss to compare checkpoints; set data.eval",
         )
         _require(
             self.training.keep_best == 0 or self.training.save_every % self.training.eval_every == 0,
             "training.keep_best",
-            f"only a step that is evaluated has a held-out loss, and save_every {self.training.save_every} is not a "
+            f"every saved step needs a held-out loss, but save_every {self.training.save_every} is not a "
             f"multiple of eval_every {self.training.eval_every}",
         )
         _require(
             not self.evaluation.at_end or len(self.data.eval) > 0,
             "evaluation.at_end",
-            "there is nothing to evaluate on; name held-out conversations in data.eval",
+            "there is nothing to evaluate on; set data.eval to held-out conversations",
         )

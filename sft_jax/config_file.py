@@ -1,6 +1,6 @@
-"""Reading and writing a config: YAML, dotted overrides, nested dicts.
+"""Reads and writes a config: YAML, dotted overrides, nested dicts.
 
-OmegaConf is used here only; everything else receives plain frozen dataclasses or the values themselves.
+Only this module uses OmegaConf; all others receive frozen dataclasses or plain values.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from sft_jax.config import Config
-from sft_jax.config_names import of_other_tools
+from sft_jax.config_names import suggest_key
 from sft_jax.errors import UserError
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Read a YAML file, apply dotted overrides such as ``optimizer.learning_rate=2e-5``, check everything.
+    """Read a YAML file, apply dotted overrides such as ``optimizer.learning_rate=2e-5``, and check all values.
 
-    Relative paths inside the file stay as they are: they are relative to the folder the command is started in.
+    Relative paths inside the file are relative to the current working directory.
 
     Raises:
-        UserError: missing or malformed file, unknown key, wrong type, value out of range, missing mandatory key.
+        UserError: missing or malformed file, unknown key, wrong type, value out of range, missing required key.
     """
     import yaml
     from omegaconf import OmegaConf
@@ -32,18 +32,18 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     if not path.is_file():
         raise UserError(f"{path}: no such config file")
     try:
-        given = OmegaConf.load(path)
+        values = OmegaConf.load(path)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML: {_one_line(error)}") from error
-    if not OmegaConf.is_dict(given):
+    if not OmegaConf.is_dict(values):
         raise UserError(
             f"{path}: a config is a mapping with the keys {', '.join(f.name for f in dataclasses.fields(Config))}"
         )
-    return _merged(given, overrides or [], str(path))
+    return _merged(values, overrides or [], str(path))
 
 
-def from_dict(given: Mapping[str, Any], overrides: list[str] | None = None) -> Config:
-    """A config from nested dicts with the keys of a file; see :func:`load`.
+def from_dict(values: Mapping[str, Any], overrides: list[str] | None = None) -> Config:
+    """A config from nested dicts with the same keys as a file; see :func:`load`.
 
     Raises:
         UserError: as :func:`load`.
@@ -52,12 +52,12 @@ def from_dict(given: Mapping[str, Any], overrides: list[str] | None = None) -> C
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        return _merged(OmegaConf.create(_escaped(dict(given))), overrides or [], "config")
+        return _merged(OmegaConf.create(_escaped(dict(values))), overrides or [], "config")
     except OmegaConfBaseException as error:
         raise UserError(f"config: {_explain(error)}") from error
 
 
-def _merged(given: Any, overrides: list[str], name: str) -> Config:
+def _merged(values: Any, overrides: list[str], name: str) -> Config:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -66,8 +66,8 @@ def _merged(given: Any, overrides: list[str], name: str) -> Config:
             key, equals, value = override.partition("=")
             if not equals or not key:
                 raise UserError(f"override {override!r}: write key=value, such as optimizer.learning_rate=2e-5")
-            OmegaConf.update(given, key, _parse_value(override, value), merge=True)
-        merged = OmegaConf.merge(OmegaConf.structured(Config), given)
+            OmegaConf.update(values, key, _parse_value(override, value), merge=True)
+        merged = OmegaConf.merge(OmegaConf.structured(Config), values)
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
             raise UserError(f"{name}: {missing[0]} is required and not set")
@@ -77,7 +77,7 @@ def _merged(given: Any, overrides: list[str], name: str) -> Config:
 
 
 def _parse_value(override: str, text: str) -> Any:
-    """The right side of an override, read as the YAML the config file itself is written in."""
+    """Parse the value of an override as YAML, as in the config file."""
     import yaml
     from omegaconf import OmegaConf
 
@@ -88,7 +88,7 @@ def _parse_value(override: str, text: str) -> Any:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """The config as plain nested dicts, the way it is written into a run folder."""
+    """The config as nested dicts, as it is written into a run directory."""
     return dataclasses.asdict(config)
 
 
@@ -96,12 +96,12 @@ def save(config: Config, path: Path) -> None:
     """Write the resolved config as YAML; :func:`load` reads it back to an equal object."""
     from omegaconf import OmegaConf
 
-    written = OmegaConf.create(_escaped(to_dict(config)))  # its YAML quotes what it would read as a number
+    written = OmegaConf.create(_escaped(to_dict(config)))  # quotes strings that YAML would read as numbers
     path.write_text(OmegaConf.to_yaml(written), encoding="utf-8")
 
 
 def _escaped(value: Any) -> Any:
-    """With ``${`` written so that it is read as these characters and not as a reference to another key."""
+    """Escape ``${`` in all strings, so that OmegaConf does not read it as a reference to another key."""
     if isinstance(value, dict):
         return {key: _escaped(one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
@@ -114,21 +114,21 @@ def _one_line(error: object) -> str:
 
 
 def _explain(error: Any) -> str:
-    """One line for an OmegaConf error: the full key, what is wrong, and the nearest key that exists."""
+    """One line for an OmegaConf error: the full key, the problem, and the closest existing key."""
     from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
     key = getattr(error, "full_key", None) or ""
     section = getattr(error, "object_type", None)
     if isinstance(error, ConfigKeyError) and dataclasses.is_dataclass(section):
-        if (told := of_other_tools(key)) is not None:
-            return f"unknown key {key!r}: {told}"
+        if (suggestion := suggest_key(key)) is not None:
+            return f"unknown key {key!r}: {suggestion}"
         known = [f.name for f in dataclasses.fields(section)]
         close = difflib.get_close_matches(str(error.key), known, n=1)
-        way_out = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
-        return f"unknown key {key!r}; {way_out}"
+        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+        return f"unknown key {key!r}; {hint}"
     if isinstance(error, IndexError) or not isinstance(error, OmegaConfBaseException):  # data.eval.0.path=x
-        at = f"{key}: " if key else ""
-        return f"{at}no such entry of a list; give the list as a whole, such as 'data.eval=[{{path: heldout.jsonl}}]'"
+        prefix = f"{key}: " if key else ""
+        return f"{prefix}no such list entry; set the whole list, such as 'data.eval=[{{path: heldout.jsonl}}]'"
     message = _one_line(getattr(error, "msg", None) or error)
     message = message.split(" full_key:")[0]
     return f"{key}: {message}" if key else message

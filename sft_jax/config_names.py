@@ -1,13 +1,13 @@
-"""What other tools, and earlier versions, call the keys of a config: each mistake is answered with ours."""
+"""Config keys of other tools and of earlier versions, and the keys that replace them here."""
 
 from __future__ import annotations
 
-# A key as it is written elsewhere, to ours, and what differs where something does.
+# Maps a key of another tool to the key used here, and to a note where the meaning differs.
 NAMES: dict[str, tuple[str, str]] = {
     # earlier versions
     "gradient_accumulation_steps": (
         "training.num_microbatches",
-        "it divides training.batch_size, which stays the global batch",
+        "it splits training.batch_size, which stays the global batch",
     ),
     "weights": ("model.param_dtype", ""),
     "token_table": ("lora.train_embeddings", ""),
@@ -37,9 +37,9 @@ NAMES: dict[str, tuple[str, str]] = {
     "adam_beta2": ("optimizer.b2", ""),
     "adam_epsilon": ("optimizer.eps", ""),
     "gradient_clipping": ("optimizer.max_grad_norm", ""),
-    "warmup_steps": ("optimizer.warmup_ratio", "a share of all steps"),
-    "per_device_train_batch_size": ("training.batch_size", "sequences of a step over all devices"),
-    "train_batch_size": ("training.batch_size", "sequences of a step over all devices"),
+    "warmup_steps": ("optimizer.warmup_ratio", "a fraction of all steps"),
+    "per_device_train_batch_size": ("training.batch_size", "sequences per step over all devices"),
+    "train_batch_size": ("training.batch_size", "sequences per step over all devices"),
     "eval_steps": ("training.eval_every", ""),
     "save_steps": ("training.save_every", ""),
     "logging_steps": ("training.log_every", ""),
@@ -59,11 +59,11 @@ NAMES: dict[str, tuple[str, str]] = {
     "sample_packing": ("data.packing", ""),
     "train_on_inputs": ("data.train_on=all", ""),
     "template": ("data.chat_template", "a Jinja file"),
-    "micro_batch_size": ("training.batch_size", "sequences of a step over all devices, in num_microbatches parts"),
+    "micro_batch_size": ("training.batch_size", "sequences per step over all devices, split into num_microbatches"),
     "num_epochs": ("training.num_train_epochs", ""),
     "epochs": ("training.num_train_epochs", ""),
 }
-# Names that we have too, in another section.
+# Names that also exist here, but in a section.
 for _section, _names in {
     "optimizer": ("learning_rate", "weight_decay", "max_grad_norm", "warmup_ratio", "optim"),
     "training": ("num_train_epochs", "max_steps", "batch_size", "output_dir", "seed", "num_microbatches"),
@@ -76,14 +76,14 @@ for _section, _names in {
 NAMES["optim"] = ("optimizer.name", "adamw; optimizer.moments for 8 bits and less")
 
 
-def of_other_tools(key: str) -> str | None:
-    """What to write instead of a key that is not known, by its last part; None where no tool has it.
+def suggest_key(key: str) -> str | None:
+    """The key to use instead of an unknown one, looked up by its last part; None if no known tool has it.
 
-    >>> of_other_tools("training.per_device_train_batch_size")
-    'here training.batch_size, sequences of a step over all devices'
+    >>> suggest_key("training.per_device_train_batch_size")
+    'use training.batch_size, sequences per step over all devices'
     """
     name = key.rpartition(".")[2]
     if name not in NAMES or NAMES[name][0] == key:
         return None
-    ours, differs = NAMES[name]
-    return f"here {ours}" + (f", {differs}" if differs else "")
+    replacement, note = NAMES[name]
+    return f"use {replacement}" + (f", {note}" if note else "")

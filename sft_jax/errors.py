@@ -1,14 +1,14 @@
-"""What ends a command besides success, and the exit code it has."""
+"""Exceptions of the library, and the exit codes of the command line."""
 
-USER_MISTAKE = 2  # not to be tried again as it is
-AGAIN = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on where this one stopped
+USER_ERROR = 2  # the same command would fail again
+RETRY = 75  # EX_TEMPFAIL of sysexits.h: the same command resumes where this one stopped
 
 
 class UserError(ValueError):
-    """A mistake in a config, a file or a row, told in one line that names it and the way out.
+    """An error in a config, a file or a row. The message is one line that names the cause and the fix.
 
-    The command line prints the message without a traceback and exits with :data:`USER_MISTAKE`; everything else that is
-    raised is a fault of this library and keeps its traceback.
+    The command line prints the message without a traceback and exits with :data:`USER_ERROR`. Any other exception is a
+    bug in this library and keeps its traceback.
     """
 
     def __init__(self, message: str):
@@ -16,7 +16,7 @@ class UserError(ValueError):
 
 
 class Preempted(Exception):
-    """The machine is about to be taken away; the state is saved."""
+    """The machine is being preempted; the state is saved."""
 
 
 class Stopped(Preempted):
@@ -24,28 +24,31 @@ class Stopped(Preempted):
 
 
 class Unreachable(RuntimeError):
-    """Another process of the run did not come."""
+    """Another process of the run could not be reached."""
 
 
 def exit_code(error: BaseException) -> int:
-    """Of a command that ends by ``error``."""
+    """The exit code of a command that ends with ``error``."""
     if isinstance(error, UserError):
-        return USER_MISTAKE
+        return USER_ERROR
     if isinstance(error, (Preempted, Unreachable)):
-        return AGAIN
+        return RETRY
     return 130 if isinstance(error, KeyboardInterrupt) else 1
 
 
 def refuse_lfs_pointer(first: bytes, name: object) -> None:
-    """Refuse a file that begins as git-lfs writes one in place of a large file that was not fetched.
+    """Reject a git-lfs pointer, which stands in for a large file that was not fetched.
+
+    Args:
+        first: the first bytes of the file.
 
     Raises:
-        UserError: it does.
+        UserError: the file is such a pointer.
     """
     if first.startswith(b"version https://git-lfs.github.com/spec/"):
         raise UserError(f"{name}: is a pointer of git-lfs and not the file itself; fetch it with git lfs pull")
 
 
 def one_line(text: str) -> str:
-    """A text that may quote anything, as one line: what cannot be printed is written as an escape."""
+    """Return ``text`` as one line, with unprintable characters written as escapes."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

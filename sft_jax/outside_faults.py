@@ -1,46 +1,47 @@
-"""Faults of the machine that end a command: a full disk, a folder that may not be written, too little memory."""
+"""Messages for errors caused by the machine: a full disk, missing permissions, too little memory."""
 
 import errno
 from collections.abc import Iterator
 
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS}
-_NO_ROOM_WORDS = ("No space left on device", "Disk quota exceeded")  # of the library that writes checkpoints
-_NO_MEMORY_WORDS = ("RESOURCE_EXHAUSTED", "Out of memory")  # of XLA
-_LESS = {
-    "train": "a smaller training.batch_size, more training.num_microbatches, a smaller data.max_length, "
-    "more devices along mesh.fsdp, or model.quantization=nf4 under LoRA take less; sft-jax plan tells how much",
-    "evaluate": "a smaller evaluation.batch_size or training.batch_size, or more devices along mesh.fsdp take less",
-    "generate": "a smaller --batch-size, fewer --max-new-tokens, --dtype bfloat16, or more devices take less",
-    "score": "shorter rows, --dtype bfloat16, or more devices take less",
-    "inspect": "fewer rows (data.*.max_rows) take less",
+_DISK_FULL_MESSAGES = ("No space left on device", "Disk quota exceeded")  # raised by the checkpoint library
+_OUT_OF_MEMORY_MESSAGES = ("RESOURCE_EXHAUSTED", "Out of memory")  # raised by XLA
+_MEMORY_ADVICE = {
+    "train": "use a smaller training.batch_size, more training.num_microbatches, a smaller data.max_length, "
+    "more devices along mesh.fsdp, or model.quantization=nf4 with LoRA; sft-jax plan computes the memory",
+    "evaluate": "use a smaller evaluation.batch_size or training.batch_size, or more devices along mesh.fsdp",
+    "generate": "use a smaller --batch-size, fewer --max-new-tokens, --dtype bfloat16, or more devices",
+    "score": "use shorter rows, --dtype bfloat16, or more devices",
+    "inspect": "use fewer rows (data.*.max_rows)",
 }
 
 
-def told(error: BaseException, command: str) -> str | None:
-    """What to say of an error that is the machine's, in one line with the way out; None of all others.
+def explain(error: BaseException, command: str) -> str | None:
+    """A one-line message with the fix for an error caused by the machine; None for any other error.
 
     Args:
-        command: what ran, ``train`` and so on.
+        command: the command that ran, such as ``train``.
     """
     for one in _chain(error):
         text = " ".join(str(one).split())
-        full = isinstance(one, OSError) and one.errno in _NO_ROOM
-        if full or any(words in text for words in _NO_ROOM_WORDS):
-            where = getattr(one, "filename", None)
-            on = f"{where}: cannot be written" if where else "cannot write"
-            way_on = "; run the command again then, it goes on from the last checkpoint" if command == "train" else ""
-            return f"{on}: no space is left on the device; free some{way_on}" + ("" if where else f" ({text[:120]})")
+        full = isinstance(one, OSError) and one.errno in _DISK_FULL
+        if full or any(words in text for words in _DISK_FULL_MESSAGES):
+            path = getattr(one, "filename", None)
+            problem = f"{path}: cannot be written" if path else "cannot write"
+            retry = " and run the same command again; it resumes from the last checkpoint" if command == "train" else ""
+            details = "" if path else f" ({text[:120]})"
+            return f"{problem}: no space left on the device; free some space{retry}{details}"
         if isinstance(one, OSError) and one.errno in _NO_ACCESS:
-            return f"{one.filename}: {one.strerror}; name another place, or change who may use it"
-        if isinstance(one, MemoryError) or any(words in text for words in _NO_MEMORY_WORDS):
-            less = _LESS.get(command, "stop what runs beside it")
-            return f"memory does not suffice: {less} ({text[:120]})"
+            return f"{one.filename}: {one.strerror}; use another path, or change its permissions"
+        if isinstance(one, MemoryError) or any(words in text for words in _OUT_OF_MEMORY_MESSAGES):
+            advice = _MEMORY_ADVICE.get(command, "stop other programs on this machine")
+            return f"out of memory: {advice} ({text[:120]})"
     return None
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and what it came from."""
+    """An error and its causes."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))

@@ -1,6 +1,6 @@
-"""The mesh and the one table from logical axes to mesh axes.
+"""The device mesh, and the table that maps logical axes to mesh axes.
 
-Modules name what a dimension is (``embed``, ``heads``); only this file knows where it lives.
+Modules name a dimension by its logical axis (``embed``, ``heads``). Only this file maps it to mesh axes.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from sft_jax.typing import Array
 
 MESH_AXES = ("data", "fsdp", "sequence", "tensor")
 
-# logical axis → mesh axis. Weights are split over fsdp and sequence along the model dimension, and over tensor along
-# the dimension that heads, MLP channels or vocabulary entries live on. A batch is split over everything that is not
-# tensor: its rows over data and fsdp, the slots of a row over sequence.
+# Logical axis → mesh axes. Weights are sharded over fsdp and sequence along the model dimension, and over tensor along
+# the dimension of heads, MLP channels or vocabulary entries. A batch is sharded over all axes but tensor: its sequences
+# over data and fsdp, the tokens of a sequence over sequence.
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
-    "replica": "data",  # rows while the model dimension is split over fsdp
-    "embed_of_slots": "fsdp",  # the model dimension while slots are split already and rows are not
+    "replica": "data",  # sequences, where the model dimension is sharded over fsdp
+    "embed_fsdp": "fsdp",  # the model dimension, where the length is sharded and the batch is not yet
     "length": "sequence",
-    "whole_length": None,  # where the model dimension is split over sequence, and where each device sees whole rows
+    "unsplit_length": None,  # where the model dimension is sharded over sequence, or each device needs whole sequences
     "activation": None,
     "layers": None,
     "embed": ("fsdp", "sequence"),
@@ -37,8 +37,8 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "mlp": "tensor",
     "experts": None,
     "vocab": "tensor",
-    "head_vocab": ("fsdp", "sequence", "tensor"),  # where logits are made, with the model dimension whole
-    # of an adapter's matrices, whose moments and gradients would otherwise be whole on every device of fsdp × sequence
+    "head_vocab": ("fsdp", "sequence", "tensor"),  # where logits are computed; the model dimension is not sharded
+    # Adapter matrices. Otherwise their moments and gradients would be replicated over fsdp × sequence.
     "adapter_embed": ("fsdp", "sequence"),
     "adapter_heads": ("tensor", "fsdp", "sequence"),
     "adapter_kv_heads": ("tensor", "fsdp", "sequence"),
@@ -51,13 +51,14 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 def make_mesh(
     data: int = 1, fsdp: int = -1, sequence: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None
 ) -> Mesh:
-    """A mesh with the axes :data:`MESH_AXES`; one size may be -1 and takes all remaining devices.
+    """Creates a mesh with the axes :data:`MESH_AXES`; one size may be -1 and takes all remaining devices.
 
-    Devices of a TPU slice are arranged so that neighbours in the mesh are neighbours in the machine. Several slices
-    meet along ``data`` only, whose one exchange a step the network between them can carry.
+    Neighbors in the mesh are neighbors in the topology of a TPU slice. Only ``data`` crosses slices: it needs one
+    all-reduce per step, which the network between slices can carry.
 
     Raises:
-        UserError: the sizes do not multiply to the number of devices, or ``data`` does not to the number of slices.
+        UserError: the product of the sizes is not the number of devices, or ``data`` is not a multiple of the number
+            of slices.
     """
     devices = list(devices if devices is not None else jax.devices())
     sizes = [data, fsdp, sequence, tensor]
@@ -67,12 +68,12 @@ def make_mesh(
     if math.prod(sizes) != len(devices):
         named = " × ".join(f"{name} {size}" for name, size in zip(MESH_AXES, sizes, strict=True))
         raise UserError(f"mesh: {named} needs {math.prod(sizes)} devices, {len(devices)} are here; -1 infers one axis")
-    return Mesh(_arranged(devices, sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    return Mesh(_arrange_devices(devices, sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def _arranged(devices: Sequence[Any], sizes: Sequence[int]) -> np.ndarray:
-    """Devices as an array of the mesh's shape."""
-    if devices[0].platform == "gpu":  # whose runtime calls each host a slice; the outer axes are to cross hosts
+def _arrange_devices(devices: Sequence[Any], sizes: Sequence[int]) -> np.ndarray:
+    """Returns the devices as an array of the mesh's shape."""
+    if devices[0].platform == "gpu":  # the GPU runtime reports each host as a slice; let the outer axes cross hosts
         devices = sorted(devices, key=lambda device: (device.process_index, device.id))
         return np.asarray(devices).reshape(sizes)
     num_slices = len({getattr(device, "slice_index", 0) for device in devices})
@@ -81,8 +82,8 @@ def _arranged(devices: Sequence[Any], sizes: Sequence[int]) -> np.ndarray:
     data, *rest = sizes
     if data % num_slices:
         raise UserError(
-            f"mesh.data: {data} is not a multiple of the {num_slices} slices, and only data may cross from one to "
-            f"another; use mesh.data={num_slices} mesh.fsdp=-1"
+            f"mesh.data: {data} is not a multiple of the {num_slices} slices, and only data may cross slices; "
+            f"use mesh.data={num_slices} mesh.fsdp=-1"
         )
     within = (data // num_slices, *rest)
     return mesh_utils.create_hybrid_device_mesh(
@@ -90,28 +91,28 @@ def _arranged(devices: Sequence[Any], sizes: Sequence[int]) -> np.ndarray:
     )
 
 
-def check_batch(batch_size: int, parts: int, mesh: Mesh) -> None:
-    """Refuse a batch whose rows, cut into ``parts``, do not divide over the devices.
+def check_batch(batch_size: int, num_microbatches: int, mesh: Mesh) -> None:
+    """Checks that the sequences of each microbatch divide over the devices.
 
     Raises:
-        UserError: with the sizes that do.
+        UserError: they do not; the message names a size that does.
     """
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch_size // parts % shards:
+    if batch_size // num_microbatches % shards:
         raise UserError(
-            f"training.batch_size: {batch_size} rows in {parts} part(s) do not divide over the {shards} devices of "
-            f"data × fsdp; use a multiple of {shards * parts}"
+            f"training.batch_size: {batch_size} sequences in {num_microbatches} microbatch(es) do not divide over the "
+            f"{shards} devices of data × fsdp; use a multiple of {shards * num_microbatches}"
         )
 
 
 def check_lengths(row_lengths: Sequence[int], mesh: Mesh) -> None:
-    """Refuse a sequence axis that does not divide the slots of every row.
+    """Checks that ``mesh.sequence`` divides every sequence length.
 
     Args:
-        row_lengths: all that come, the longest last.
+        row_lengths: all sequence lengths of the run, the longest last.
 
     Raises:
-        UserError: with the sizes that do.
+        UserError: it does not; the message names the sizes that do.
     """
     sequence, common = mesh.shape["sequence"], math.gcd(*row_lengths)
     if common % sequence:
@@ -123,10 +124,10 @@ def check_lengths(row_lengths: Sequence[int], mesh: Mesh) -> None:
 
 
 def check_heads(specs: Sequence[Any], mesh: Mesh) -> None:
-    """Refuse a tensor axis that would cut through a head of an attention layer.
+    """Checks that ``mesh.tensor`` divides the query heads of every attention layer.
 
     Raises:
-        UserError: with the sizes that do not.
+        UserError: it does not; the message names the sizes that do.
     """
     tensor = mesh.shape["tensor"]
     heads = num_heads(specs)
@@ -135,7 +136,7 @@ def check_heads(specs: Sequence[Any], mesh: Mesh) -> None:
 
 
 def num_heads(specs: Sequence[Any]) -> int:
-    """The query heads of attention layers; where they differ, what divides them all."""
+    """Returns the number of query heads; if layers differ, the greatest common divisor."""
     return math.gcd(*(spec.num_heads for spec in specs))
 
 
@@ -144,9 +145,10 @@ def _divisors(size: int) -> str:
 
 
 def partition_spec(axes: Sequence[str], shape: Sequence[int], mesh: Mesh | jax.sharding.AbstractMesh) -> PartitionSpec:
-    """Where each dimension lives: on those of its mesh axes, from the first on, whose devices divide it.
+    """Returns the partition spec of an array with these logical axes.
 
-    ``axes`` may be one shorter than ``shape``: stacked decoder layers carry one leading dimension more.
+    Each dimension is sharded over the longest prefix of its mesh axes whose devices divide it. ``axes`` may be shorter
+    than ``shape``: the parameters of stacked layers have leading dimensions.
     """
     axes = ("layers",) * (len(shape) - len(axes)) + tuple(axes)
     assert len(axes) == len(shape), (axes, shape)
@@ -165,34 +167,34 @@ def named_sharding(mesh: Mesh, axes: Sequence[str], shape: Sequence[int]) -> Nam
 
 
 def bytes_per_device(tree: Any) -> int:
-    """What a device holds of some leaves, abstract or not, that have shardings."""
+    """Returns the bytes that one device holds of a tree of arrays, or abstract arrays, with shardings."""
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The whole array on every device."""
+    """Returns the sharding that replicates an array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def current_mesh() -> jax.sharding.AbstractMesh | None:
-    """The mesh of ``jax.set_mesh``; None outside, and on one device."""
+    """Returns the mesh of ``jax.set_mesh``; None outside of it and on one device."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty or mesh.size == 1 else mesh
 
 
 def axis_names(axis: str, mesh: Mesh | jax.sharding.AbstractMesh) -> tuple[str, ...]:
-    """The mesh axes that a logical axis is split over, without those of size 1."""
+    """Returns the mesh axes that a logical axis is sharded over, without those of size 1."""
     names = RULES[axis] or ()
     return tuple(name for name in ((names,) if isinstance(names, str) else names) if mesh.shape[name] > 1)
 
 
 def num_parts(axis: str, mesh: Mesh | jax.sharding.AbstractMesh) -> int:
-    """How many parts a logical axis is split into, where it divides."""
+    """Returns the number of shards of a logical axis whose size they divide."""
     return math.prod(mesh.shape[name] for name in axis_names(axis, mesh))
 
 
 def constrain(x: Array, *axes: str) -> Array:
-    """Tell the compiler where an intermediate lives; a no-op outside ``jax.set_mesh``."""
+    """Constrains the sharding of an intermediate array; a no-op outside ``jax.set_mesh``."""
     mesh = current_mesh()
     if mesh is None:
         return x

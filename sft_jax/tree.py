@@ -1,14 +1,14 @@
-"""Nested dicts, and the same leaves keyed by path."""
+"""Conversion between nested dicts and flat dicts keyed by path."""
 
 from __future__ import annotations
 
 from typing import Any
 
 Params = dict[str, Any]
-"""A nested dict of arrays; the keys are the attribute names of the network."""
+"""A nested dict of arrays; the keys are the attribute names of the model."""
 
 Path = tuple[str, ...]
-"""A leaf's place in a nested dict: ``("layers", "0", "self_attn", "q_proj", "weight")``."""
+"""The keys that lead to a leaf of a nested dict: ``("layers", "0", "self_attn", "q_proj", "weight")``."""
 
 
 def flatten(tree: Params) -> dict[Path, Any]:

@@ -8,9 +8,9 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
-# What is tested is not how fast LLVM's code is: half the time of the whole run went into making it.
+# Compile quickly instead of for speed: LLVM's optimizations took half of the time of the tests.
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-if version("jaxlib").startswith("0.10."):  # later ones do not know it, and end the process over that
+if version("jaxlib").startswith("0.10."):  # later versions abort on this unknown flag
     QUICK += " --xla_cpu_use_fusion_emitters=false"
 os.environ["JAX_PLATFORMS"] = "cpu"
 if "PYTEST_XDIST_WORKER" not in os.environ:
@@ -19,7 +19,7 @@ os.environ["XLA_FLAGS"] = os.environ["SFT_JAX_TEST_XLA_FLAGS"] + " --xla_force_h
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-if "PYTEST_XDIST_WORKER" not in os.environ:  # one place for all workers and the processes they start, gone at the end
+if "PYTEST_XDIST_WORKER" not in os.environ:  # caches for all workers and child processes, removed at the end
     caches = tempfile.mkdtemp(prefix="sft-jax-tests-")
     atexit.register(shutil.rmtree, caches)
     os.environ["SFT_JAX_CACHE"] = f"{caches}/sft-jax"
@@ -37,7 +37,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
-    """Real data written by others; its place is told by SFT_JAX_TEST_DATA."""
+    """A folder of real data, set by SFT_JAX_TEST_DATA."""
     default = Path(__file__).parents[2] / "shared" / "data"
     folder = Path(os.environ.get("SFT_JAX_TEST_DATA", default))
     if not folder.is_dir():
@@ -62,13 +62,13 @@ def chats(tmp_path_factory) -> Path:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--phases", action="store_true", help="a table of where the time goes, by file")
-    parser.addoption("--phases-to", metavar="FILE.json", help="the same by test, in a new file")
-    parser.addoption("--touched", metavar="COMMIT", help="of drills only those whose rooms changed since this commit")
+    parser.addoption("--phases", action="store_true", help="print where the time goes, by file")
+    parser.addoption("--phases-to", metavar="FILE.json", help="write where the time goes, by test, to a new file")
+    parser.addoption("--touched", metavar="COMMIT", help="run only drills of packages that changed since this commit")
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Half as many again as there are cores, because some tests wait for processes of theirs; at most eight."""
+    """1.5 workers per core, because some tests wait for child processes; at most eight."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(2, min(8, 3 * cores // 2))
 
@@ -76,7 +76,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 def pytest_configure(config: pytest.Config) -> None:
     target = config.getoption("--phases-to")
     if target and Path(target).exists():
-        raise pytest.UsageError(f"--phases-to: {target} is there already")
+        raise pytest.UsageError(f"--phases-to: {target} already exists")
     if target or config.getoption("--phases"):
         from phases import Phases
 
@@ -87,7 +87,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of drills only those whose rooms were touched, if ``--touched`` asks for that; what takes longest comes first."""
+    """With ``--touched``, deselect drills of unchanged packages; run long tests first."""
     if base := config.getoption("--touched"):
         from touched import untouched
 
@@ -98,7 +98,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """Fail if more tests skip than SFT_JAX_MAX_SKIPS allows, so that none disappears unseen."""
+    """Fail if more tests are skipped than SFT_JAX_MAX_SKIPS allows."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     allowed = os.environ.get("SFT_JAX_MAX_SKIPS")
     if allowed is None or reporter is None or hasattr(session.config, "workerinput"):

@@ -1,15 +1,10 @@
-"""What tests are made of: tiny models, a tokenizer trained on the spot, conversations, configs."""
+"""Test helpers: tiny models, a tokenizer trained in the process, conversations, configs."""
 
 import dataclasses
 import io
 import json
-import os
 import re
-import socket
 import subprocess
-import sys
-import threading
-import time
 from contextlib import redirect_stderr, redirect_stdout
 from functools import cache
 from pathlib import Path
@@ -18,6 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from kit_processes import Child as Child
+from kit_processes import Group as Group
+from kit_processes import child_environment as child_environment
+from kit_processes import losses as losses
+from kit_processes import process as process
 
 from sft_jax.cli import main
 from sft_jax.config import (
@@ -50,12 +50,12 @@ _WORDS += ["seven", "twelve", "north", "quiet", "yellow"]
 
 
 def sentence(rng: np.random.Generator, low: int, high: int) -> str:
-    """Some words, at random."""
+    """A few random words."""
     return " ".join(rng.choice(_WORDS, rng.integers(low, high)))
 
 
 def conversations(num: int, seed: int = 0) -> list[dict]:
-    """Rows of ``messages`` with one or two exchanges, some with a system message; answers of very unequal length."""
+    """Rows of ``messages`` with one or two turns, some with a system message; answer lengths vary a lot."""
     rng = np.random.default_rng(seed)
     rows = []
     for i in range(num):
@@ -78,7 +78,7 @@ def write_chats(path: Path, num: int = 40, seed: int = 0) -> Path:
 
 @cache
 def make_tokenizer():
-    """A byte-level BPE of 384 entries, trained here and now."""
+    """Train a byte-level BPE tokenizer with 384 tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -105,7 +105,7 @@ def make_tokenizer():
 def architecture(
     vocab_size, hidden_size, intermediate_size, num_layers, num_heads, num_kv_heads, head_dim, tied, **changes
 ) -> Architecture:
-    """Of a Llama; ``windows`` are those of its layers, other ``changes`` fields of its attention."""
+    """A Llama architecture; ``windows`` has one entry per layer, other ``changes`` are fields of its attention."""
     windows = changes.pop("windows", None) or [None] * num_layers
     norm = Norm(1e-5)
     spec = SelfAttentionSpec(num_heads, num_kv_heads, head_dim, rope=Rope(1e4), **changes)
@@ -115,7 +115,7 @@ def architecture(
 
 
 def make_model(folder: Path, **changes) -> Path:
-    """A random Llama of odd shape in a Hugging Face folder, written without torch."""
+    """Write a random Llama with unusual sizes to a Hugging Face folder, without torch."""
     from safetensors.numpy import save_file
 
     from sft_jax.hf.config import read_architecture
@@ -157,7 +157,7 @@ def make_model(folder: Path, **changes) -> Path:
 
 
 def run_config(model: Path, data: Path | str = "chats.jsonl", out: Path | str = "run", **changes) -> Config:
-    """A small float32 run on one device; ``changes`` are dotted keys with ``__`` for the dot."""
+    """The config of a small float32 run on one device; ``changes`` are dotted keys with ``__`` for the dot."""
     config = Config(
         model=ModelConfig(path=str(model), dtype="float32"),
         lora=LoraConfig(rank=4, alpha=8.0),
@@ -178,7 +178,7 @@ def run_config(model: Path, data: Path | str = "chats.jsonl", out: Path | str = 
 
 
 def config_of(tiny, data, out, **changes):
-    """Dropout on, shuffled and packed, several epochs: everything that could go astray on the way."""
+    """A config with dropout, shuffling, packing and several epochs, so that resuming depends on all of the state."""
     settings = {
         "training__max_steps": 160,
         "training__save_every": 20,
@@ -194,88 +194,29 @@ def one_device() -> list:
     return jax.devices()[:1]
 
 
-def losses(run: Path) -> list[float]:
-    rows = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
-    return [row["loss"] for row in rows if "loss" in row]
-
-
 def trained_leaves(run: Path, step: int | None = None) -> dict:
-    """What a run has trained, by path."""
-    from sft_jax.run.export import whole
+    """The trained weights of a run, by path."""
+    from sft_jax.run.export import restore_replicated
     from sft_jax.store.opened import open_run
 
     opened = open_run(run, step)
-    return whole(opened, opened.trained)
+    return restore_replicated(opened, opened.trained)
 
 
 def sft_jax(*arguments: object) -> subprocess.CompletedProcess:
-    """The command line in this process, on one of its devices: exit code and what is printed."""
-    one, out, err = one_device(), io.StringIO(), io.StringIO()
+    """Run the command line in this process on one device; returns the exit code and the output."""
+    devices, out, err = one_device(), io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "devices", lambda *_: one)
+        patch.setattr(jax, "devices", lambda *_: devices)
         try:
             code = main([*map(str, arguments)])
-        except SystemExit as done:  # argparse's
-            code = done.code
+        except SystemExit as raised:  # raised by argparse
+            code = raised.code
     return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
-def child_environment(**changes: str) -> dict[str, str]:
-    """Of a process of its own: one CPU device, compiled as quickly as here."""
-    flags = os.environ["SFT_JAX_TEST_XLA_FLAGS"]
-    return os.environ | {"XLA_FLAGS": flags, "PYTHONWARNINGS": "default"} | changes
-
-
-def process(*arguments: object, timeout: float = 300, **changes: str) -> subprocess.CompletedProcess:
-    """The command line in a process of its own; ``changes`` are of its environment."""
-    return subprocess.run(
-        [sys.executable, "-m", "sft_jax", *map(str, arguments)],
-        capture_output=True, text=True, timeout=timeout, env=child_environment(**changes), check=False,
-    )  # fmt: skip
-
-
-class Child:
-    """A process with an environment of its own that runs one command after another, started once for all of them."""
-
-    _SECONDS = 300  # that a command may take
-    _PROGRAM = """
-import io, json, os, sys
-from contextlib import redirect_stderr, redirect_stdout
-from sft_jax.without_torch import leave_out_torch
-leave_out_torch()
-from sft_jax.cli import main
-for line in sys.stdin:
-    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
-        code = main(json.loads(line))
-    print(json.dumps([code, out.getvalue(), err.getvalue()]), flush=True)
-"""
-
-    def __init__(self, **changes: str):
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", self._PROGRAM],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=child_environment(**changes),
-        )  # fmt: skip
-
-    def __call__(self, *arguments: object) -> subprocess.CompletedProcess:
-        stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin is not None
-        assert stdout is not None
-        print(json.dumps([*map(str, arguments)]), file=stdin, flush=True)
-        limit = threading.Timer(self._SECONDS, self._process.kill)
-        limit.start()
-        try:
-            answer = stdout.readline()
-        finally:
-            limit.cancel()
-        assert answer, f"the process ended with {self._process.wait()} during {arguments}"
-        return subprocess.CompletedProcess(arguments, *json.loads(answer))
-
-    def close(self) -> None:
-        self._process.communicate(timeout=60)
-
-
 def load_model(folder: Path, dtype=jnp.float32):
-    """A Hugging Face folder as our decoder with all weights in place, and the split it was made from."""
+    """Load a Hugging Face folder; returns the network, its split and the trainable parameters."""
     from sft_jax.hf.config import read_architecture
     from sft_jax.hf.reader import TensorReader
     from sft_jax.sharding import make_mesh
@@ -288,75 +229,22 @@ def load_model(folder: Path, dtype=jnp.float32):
 
 
 def logits(model, ids: np.ndarray) -> np.ndarray:
-    """All logits of unpacked rows ``[B, T]``."""
+    """Logits of unpacked sequences ``[B, T]``."""
     ids = jnp.asarray(ids, jnp.int32)
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
     return np.asarray(model.logits(model(ids, jnp.ones_like(ids), positions)))
 
 
 def run_model(run: Path):
-    """The network of a run as its last checkpoint has it: frozen base from the files, trained leaves restored."""
+    """The network of a run at its last checkpoint."""
     from sft_jax.assembly import open_model
 
     opened = open_model(str(run), devices=one_device())
     return opened.network()
 
 
-class Group:
-    """Processes of one run, all on this machine."""
-
-    def __init__(self, count: int, *arguments: object, python: str | None = None):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        environment = child_environment(PYTHONUNBUFFERED="1")
-        start = ["-m", "sft_jax"] if python is None else ["-c", python]
-        self.processes = [
-            subprocess.Popen(
-                [sys.executable, *start, *map(str, arguments), "--coordinator", f"127.0.0.1:{port}",
-                 "--num-processes", str(count), "--process-id", str(i)],
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
-            )
-            for i in range(count)
-        ]  # fmt: skip
-        self.said = [""] * count
-        self._readers = [threading.Thread(target=self._read, args=(i,), daemon=True) for i in range(count)]
-        for reader in self._readers:
-            reader.start()
-
-    def _read(self, i: int) -> None:
-        stream = self.processes[i].stderr
-        assert stream is not None
-        for line in stream:
-            self.said[i] += line
-
-    def wait(self, timeout: float = 240) -> list[int]:
-        """Exit codes; all are ended if they do not end in time."""
-        until = time.monotonic() + timeout
-        try:
-            codes = [process.wait(max(0.1, until - time.monotonic())) for process in self.processes]
-        finally:
-            for process in self.processes:
-                process.kill()
-        for reader in self._readers:
-            reader.join()
-        for process in self.processes:
-            process.communicate()
-        return codes
-
-    def wait_for(self, run: Path, step: int, timeout: float = 240) -> None:
-        """Until a step is written down."""
-        until = time.monotonic() + timeout
-        while time.monotonic() < until and all(process.poll() is None for process in self.processes):
-            if len(losses(run) if (run / "metrics.jsonl").is_file() else []) >= step:
-                return
-            time.sleep(0.05)
-        self.wait(1)
-        pytest.fail(f"step {step} never came: {self.said}")
-
-
 def exchanged(program: str, *kinds: str) -> set[tuple[str, tuple[int, ...]]]:
-    """dtype and shape of all that devices trade in a compiled program's text, by ``kinds`` of collectives or by any."""
+    """Dtype and shape of the results of collectives (all, or those in ``kinds``) in the text of a compiled program."""
     names = "|".join(kinds or ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute"))
     return {
         (dtype, tuple(map(int, shape.split(","))))

@@ -1,19 +1,19 @@
-"""Speed and memory, side by side with others in one run: who goes first alternates, ratios of medians are printed.
+"""Benchmarks of speed and memory, also against TRL: the sides alternate in one run, and ratios are of medians.
 
     python tools/bench.py train --rows gsm8k/train.jsonl --shape 50m --mode lora
     python tools/bench.py data --rows train.jsonl --tokenizer FOLDER --template chat.jinja --copies 20 --processes 2
 
-``train``: a model of a given shape, trained on conversations by this library and by TRL with PEFT, each in processes of
-its own, and against the rate of this machine's matrix products. On the accelerator that is there, or the CPU.
-``grid``: the same for several shapes, methods and row lengths on a GPU, in minutes.
-``attention``: the kernels that this device has, against the reference and against each other.
-``loss``: the fused head and loss against the plain formula, in time and memory.
-``ahead``: the train step of a shape compiled for hardware that need not be there, as ``sft-jax plan`` does.
-``depth``: what more layers cost the host, in tracing, compiling and for each step.
-``host``: how much memory a host needs to load and export a model, alone and as one of several processes.
-``data``: conversations as ids and masks, against TRL's preparation of the same rows with as many processes. Questions
-and answers (``question``, ``answer``) are written as conversations first, ``--copies`` times.
-``plan``: which examples share a row, for a million of them.
+``train``: trains a model of a given shape on conversations with this library and with TRL and PEFT, each in separate
+processes, and measures the rate of matrix products on the same device (the accelerator, or the CPU).
+``grid``: the same for several shapes, methods and sequence lengths on a GPU, in minutes.
+``attention``: the attention backends of this device, against the reference and against each other.
+``loss``: the fused ``lm_head`` and loss against the plain formula, in time and memory.
+``ahead``: the train step of a shape, compiled ahead of time for any topology, as in ``sft-jax plan``.
+``depth``: the host's cost of more layers: tracing, compiling and dispatching a step.
+``host``: the host memory to load and export a model, in one and in several processes.
+``data``: tokenizing conversations and computing loss masks, against TRL with the same rows and number of processes.
+Rows with ``question`` and ``answer`` are first written as conversations, ``--copies`` times.
+``plan``: packing a million examples.
 """
 
 from __future__ import annotations

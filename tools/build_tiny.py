@@ -1,9 +1,9 @@
-"""Build the built-in tiny model and its data from nothing: documents, tokenizer, pretraining, export.
+"""Builds the built-in tiny model and its data from scratch: documents, tokenizer, pretraining, export.
 
     python tools/build_tiny.py                 # into sft_jax/builtin
-    python tools/build_tiny.py --out FOLDER    # elsewhere, and say whether the weights are the same
+    python tools/build_tiny.py --out FOLDER    # elsewhere, and compare the weights with the package's
 
-The same machine and the same versions give the same weights, bit for bit.
+The same machine and versions give bit-identical weights.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ sys.path[:0] = [str(TOOLS.parent), str(TOOLS / "tiny")]
 
 from documents import documents
 from questions import conversations
-from vocabulary import VOCAB_SIZE, draw_turn_rows, write_tokenizer
+from vocabulary import VOCAB_SIZE, initialize_turn_embeddings, write_tokenizer
 from world import World, read_world
 
 SHIPPED = TOOLS.parent / "sft_jax" / "builtin"
@@ -62,7 +62,7 @@ ARCHITECTURE = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=SHIPPED, help="default: the package itself")
+    parser.add_argument("--out", type=Path, default=SHIPPED, help="output folder; default: the package")
     out: Path = parser.parse_args().out
     world = read_world()
     work = Path(tempfile.mkdtemp(prefix="sft-jax-tiny-"))
@@ -79,11 +79,11 @@ def main() -> None:
     if out != SHIPPED:
         shipped = json.loads((SHIPPED / "tiny" / "recipe.json").read_text(encoding="utf-8"))
         same = shipped["sha256"] == recipe["sha256"]
-        print("the same weights as in the package" if same else "other weights than in the package")
+        print("weights are identical to the package's" if same else "weights differ from the package's")
 
 
 def write_data(world: World, folder: Path) -> None:
-    """What is tuned on and measured with: no row of it is pretrained on."""
+    """Writes the data for fine-tuning and evaluation, none of which is in the pretraining data."""
     folder.mkdir()
     known = [(country, attribute) for country in world.held_out for attribute in world.known(country)]
     taught = [(country, attribute) for country in world.taught for attribute in world.known(country)]
@@ -94,7 +94,7 @@ def write_data(world: World, folder: Path) -> None:
 
 
 def pretrain(world: World, work: Path) -> dict[str, Any]:
-    """Pretrain and export into ``work/tiny``; returns what is written into its recipe.json."""
+    """Pretrains and exports to ``work/tiny``; returns the contents of its recipe.json."""
     from sft_jax import config_file as configs
     from sft_jax.run.export import export
     from sft_jax.run.train import train
@@ -117,8 +117,8 @@ def pretrain(world: World, work: Path) -> dict[str, Any]:
     train(config)
     minutes = (time.perf_counter() - began) / 60
     export(work / "run", work / "tiny")
-    (work / "tiny" / "README.md").unlink()  # the recipe says it all
-    draw_turn_rows(work / "tiny", texts[:NUM_TOKENIZER_DOCUMENTS], config.training.seed)
+    (work / "tiny" / "README.md").unlink()  # recipe.json replaces it
+    initialize_turn_embeddings(work / "tiny", texts[:NUM_TOKENIZER_DOCUMENTS], config.training.seed)
     metrics = read_metrics(work / "run" / "metrics.jsonl")
     weights = (work / "tiny" / "model.safetensors").read_bytes()
     recipe = {
@@ -138,7 +138,7 @@ def pretrain(world: World, work: Path) -> dict[str, Any]:
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """One JSON object a line."""
+    """Writes JSON lines."""
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 

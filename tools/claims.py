@@ -1,9 +1,9 @@
-"""What is said of supervised fine-tuning, measured on the built-in tiny world. Writes configs/CLAIMS.md and its plots.
+"""Measures common claims about supervised fine-tuning on the built-in tiny world.
 
     python tools/claims.py
 
-Every figure is a mean over three seeds with its spread (half of maximum minus minimum). A seed sets the adapter's
-start, the order of the data, which examples are drawn, and which answered questions a prompt is given.
+Writes configs/CLAIMS.md and its plots. Every figure is a mean over three seeds with half of its range. A seed sets the
+adapter's initialization, the order of the data, the sampled examples, and the answered questions in a prompt.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -25,69 +24,29 @@ sys.path[:0] = [str(TOOLS.parent), str(TOOLS / "tiny")]
 
 import jax
 import numpy as np
+from claims_data import few_examples, loss_on_all, no_stop_token, unknown_facts
+from claims_report import RANKS, SEEDS, SHOTS, Report, Standard, plot, spread
 from laboratory import (
+    BATCH_SIZE,
     LEARNING_RATE,
     LENGTH,
     MAX_NEW_TOKENS,
     NUM_QUESTIONS,
-    ROWS,
     STEPS,
     Laboratory,
     Tuned,
-    drawn,
-    kind_of,
-    row_of,
-    without_stop,
 )
 
-from sft_jax.data.tokens.examples import join
 from sft_jax.evaluation.answers import same_answer
 from sft_jax.evaluation.questions import cut_at_blank_line, exchanges, few_shot_prompts
 from sft_jax.tree import flatten
 
-SEEDS = (0, 1, 2)
-SIZES = (4, 8, 16, 32, 64, 128, 256)
-SHOTS = (0, 1, 2, 4, 8)
-RANKS = (1, 4, 16, 64)
 OUT = TOOLS.parent / "configs"
-
-
-@dataclass(frozen=True)
-class Standard:
-    """What everything is compared with: the base, and its tuning as in configs/quickstart.yaml, once a seed."""
-
-    base: Tuned
-    base_answers: dict[str, float]
-    base_perplexity: float  # of documents
-    networks: list[Tuned]
-    answers: list[dict[str, float]]
-
-
-def spread(values: Sequence[float], form: str = "{:.1%}") -> str:
-    """Mean and half the range."""
-    values = list(values)
-    text = form.format(np.mean(values))
-    return f"{text} ± {form.format((max(values) - min(values)) / 2)}" if max(values) > min(values) else text
-
-
-class Report:
-    """Sections of Markdown: a claim, its table, and whether the figures bear it out."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder  # of plots
-        self.lines: list[str] = []
-
-    def section(
-        self, claim: str, header: Sequence[str], rows: Sequence[Sequence[str]], holds: bool, reading: str
-    ) -> None:
-        self.lines += [f"## {claim}", "", "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-        self.lines += ["| " + " | ".join(row) + " |" for row in rows]
-        self.lines += ["", f"**{'Borne out' if holds else 'Not borne out'}.** {reading}", ""]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=OUT, help="folder of CLAIMS.md and claims/; default configs")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder of CLAIMS.md and claims/; default: configs")
     out: Path = parser.parse_args().out
     (out / "claims").mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
@@ -95,34 +54,34 @@ def main() -> None:
     jax.config.update("jax_compilation_cache_dir", cache.name)
     lab, report = Laboratory(), Report(out / "claims")
 
-    def say(text: str) -> None:
+    def log(text: str) -> None:
         print(f"{time.perf_counter() - began:6.0f} s  {text}", flush=True)
 
-    say("the base, and tuned with three seeds")
+    log("base, and tuning with three seeds")
     base = lab.base()
     networks = [lab.tune(lab.train, seed) for seed in SEEDS]
     answers = [lab.answers(network, lab.asked) for network in networks]
     standard = Standard(base, lab.answers(base, lab.asked), lab.document_perplexity(base), networks, answers)
     for claim in (stops, loss_on_all, no_stop_token, few_examples, unknown_facts, few_shot, lora_or_full, preference):
-        say(claim.__name__.replace("_", " "))
+        log(claim.__name__.replace("_", " "))
         claim(lab, report, standard)
     minutes = (time.perf_counter() - began) / 60
     settings = (
-        f"LoRA of rank 16 (learning rate {LEARNING_RATE['lora']:g}) unless said otherwise, full fine-tuning at "
-        f"{LEARNING_RATE['full']:g}; {STEPS} steps of {ROWS} × {LENGTH} tokens; {NUM_QUESTIONS} questions about "
+        f"LoRA of rank 16 (learning rate {LEARNING_RATE['lora']:g}) unless stated otherwise, full fine-tuning at "
+        f"{LEARNING_RATE['full']:g}; {STEPS} steps of {BATCH_SIZE} × {LENGTH} tokens; {NUM_QUESTIONS} questions about "
         f"held-out countries, greedy answers of at most {MAX_NEW_TOKENS} tokens; seeds {', '.join(map(str, SEEDS))}."
     )
     head = [
-        "# What is said of supervised fine-tuning, measured",
+        "# Common claims about supervised fine-tuning, measured",
         "",
-        "On the built-in tiny model and its world of 194 countries, by `python tools/claims.py`; nothing here is "
-        "written by hand. What holds for a model of a million parameters need not hold for a large one.",
+        "Generated by `python tools/claims.py` with the built-in tiny model and its world of 194 countries. Results "
+        "for a model of a million parameters may not hold for a large one.",
         "",
         settings + " ± is half of the range over the seeds.",
         "",
     ]
     (out / "CLAIMS.md").write_text("\n".join([*head, *report.lines]).rstrip() + "\n", encoding="utf-8")
-    say(f"{out / 'CLAIMS.md'} in {minutes:.1f} minutes")
+    log(f"{out / 'CLAIMS.md'} in {minutes:.1f} minutes")
 
 
 def stops(lab: Laboratory, report: Report, standard: Standard) -> None:
@@ -135,166 +94,51 @@ def stops(lab: Laboratory, report: Report, standard: Standard) -> None:
     example = lab.asked[0]
     texts = [lab.write(network, [example.prompt_ids])[0][0] for network in (standard.base, standard.networks[0])]
     holds = standard.base_answers["stop_rate"] < 0.05 and min(a["stop_rate"] for a in standard.answers) > 0.95
-    reading = f"To “{example.question}” the base writes `{texts[0]!r}`, the tuned model `{texts[1]!r}`."
+    comment = f"To “{example.question}” the base writes `{texts[0]!r}`, the tuned model `{texts[1]!r}`."
     report.section(
         "The base continues documents and does not stop; the tuned model answers and stops",
         ("", "exact match", "stops by itself", "mean length"),
         rows,
         holds,
-        reading,
-    )
-
-
-def loss_on_all(lab: Laboratory, report: Report, standard: Standard) -> None:
-    every, _ = lab.read("train", "all")
-    networks = [lab.tune(every, seed) for seed in SEEDS]
-    answers = [lab.answers(network, lab.asked) for network in networks]
-    perplexities = {
-        "assistant tokens": [lab.document_perplexity(network) for network in standard.networks],
-        "all tokens": [lab.document_perplexity(network) for network in networks],
-    }
-    rows = [
-        [
-            name,
-            spread([a["exact_match"] for a in of]),
-            spread([a["stop_rate"] for a in of]),
-            spread(perplexities[name], "{:.2f}"),
-        ]
-        for name, of in (("assistant tokens", standard.answers), ("all tokens", answers))
-    ]
-    gap = np.mean([a["exact_match"] for a in standard.answers]) - np.mean([a["exact_match"] for a in answers])
-    report.section(
-        "The loss should count assistant tokens only",
-        ("loss on", "exact match", "stops by itself", f"perplexity of documents (base {standard.base_perplexity:.2f})"),
-        rows,
-        bool(gap > 0.01),
-        f"Loss on assistant tokens only gives {gap:+.1%} exact match against loss on all tokens, after as many steps.",
-    )
-
-
-def no_stop_token(lab: Laboratory, report: Report, standard: Standard) -> None:
-    masked = without_stop(lab.train, lab.stop)
-    answers = [lab.answers(lab.tune(masked, seed), lab.asked) for seed in SEEDS]
-    rows = [
-        [
-            name,
-            spread([a["stop_rate"] for a in of]),
-            spread([a["mean_length"] for a in of], "{:.1f}"),
-            spread([a["exact_match"] for a in of]),
-        ]
-        for name, of in (("yes", standard.answers), ("no", answers))
-    ]
-    report.section(
-        "Without the stop token among the targets the tuned model does not stop",
-        ("stop token is a target", "stops by itself", "mean length", "exact match"),
-        rows,
-        max(a["stop_rate"] for a in answers) < 0.05,
-        f"Stop rate {spread([a['stop_rate'] for a in answers])} without it.",
-    )
-
-
-def few_examples(lab: Laboratory, report: Report, standard: Standard) -> None:
-    found = {0: [standard.base_answers] * len(SEEDS)}
-    for size in SIZES:
-        found[size] = [lab.answers(lab.tune(drawn(lab.train, size, seed), seed), lab.asked) for seed in SEEDS]
-    found[len(lab.train)] = standard.answers
-    rows = [
-        [str(size), spread([a["exact_match"] for a in of]), spread([a["stop_rate"] for a in of])]
-        for size, of in found.items()
-    ]
-    plot(
-        report.folder / "few_examples.png",
-        "training examples",
-        {"exact match on held-out countries": {size: [a["exact_match"] for a in of] for size, of in found.items()}},
-        log=True,
-    )
-    most = np.mean([a["exact_match"] for a in standard.answers])
-    enough = next(size for size, of in found.items() if np.mean([a["exact_match"] for a in of]) >= 0.9 * most)
-    report.section(
-        "Few examples suffice",
-        ("examples", "exact match", "stops by itself"),
-        rows,
-        enough <= len(lab.train) / 4,
-        f"Nine tenths of what all {len(lab.train)} examples give is reached with {enough}.\n\n"
-        "![exact match against the number of examples](claims/few_examples.png)",
-    )
-
-
-def unknown_facts(lab: Laboratory, report: Report, standard: Standard) -> None:
-    half = len(lab.unknown) // 2
-    told = join(
-        [*(row_of(lab.train, i) for i in range(len(lab.train))), *(row_of(lab.unknown, i) for i in range(half))],
-        "train and unknown",
-    )
-    networks = [lab.tune(told, seed) for seed in SEEDS]
-    first, second = lab.unknown_asked[:half], lab.unknown_asked[half:]
-
-    def match(networks, asked):
-        return spread([lab.answers(network, asked)["exact_match"] for network in networks])
-
-    rows = [
-        ["known from pretraining", spread([a["exact_match"] for a in standard.answers]), match(networks, lab.asked)],
-        ["in no document", match(standard.networks, second), match(networks, second)],
-        ["in no document, told in fine-tuning", match(standard.networks, first), match(networks, first)],
-    ]
-    written = [
-        text
-        for network in standard.networks
-        for text, _, _ in lab.write(network, [q.prompt_ids for q in lab.unknown_asked])
-    ]
-    asked = lab.unknown_asked * len(SEEDS)
-    fitting = np.mean(
-        [t.casefold() in lab.answer_kinds[kind_of(q.question)] for t, q in zip(written, asked, strict=True)]
-    )
-    stay = max(lab.answers(network, second)["exact_match"] for network in (*standard.networks, *networks))
-    examples = "; ".join(
-        f"“{q.question}” → `{t}` (right: {q.answer})" for q, t in list(zip(asked, written, strict=True))[:3]
-    )
-    report.section(
-        "SFT gives format, not knowledge: facts absent from pretraining stay unknown",
-        ("facts", "tuned", f"tuned, with {half} of the absent facts among the examples"),
-        rows,
-        stay <= 0.1,
-        f"None of the answers says so: {fitting:.0%} are of the right kind (a capital where a capital is asked for, a "
-        f"landmark where a landmark is), of some other country. {examples}.",
+        comment,
     )
 
 
 def few_shot(lab: Laboratory, report: Report, standard: Standard) -> None:
     shots = list(exchanges(lab.train_rows[0]))
-    found: dict[int, list[float]] = {}
+    results: dict[int, list[float]] = {}
     for num in SHOTS:
-        found[num] = []
+        results[num] = []
         for seed in SEEDS:
             prompts = few_shot_prompts(lab.asked, shots, num, seed)
             written = lab.write(standard.base, [lab.tokenizer(prompt)["input_ids"] for prompt in prompts])
-            right = [
+            correct = [
                 same_answer(cut_at_blank_line(text)[0], question.answer, "text")
                 for (text, _, _), question in zip(written, lab.asked, strict=True)
             ]
-            found[num].append(float(np.mean(right)))
+            results[num].append(float(np.mean(correct)))
     tuned = [a["exact_match"] for a in standard.answers]
-    rows = [[f"base, {num} shots", spread(values)] for num, values in found.items()] + [
+    rows = [[f"base, {num} shots", spread(values)] for num, values in results.items()] + [
         ["tuned, no shots", spread(tuned)]
     ]
     plot(
         report.folder / "few_shot.png",
         "answered questions in the prompt",
         {
-            "base": dict(found.items()),
-            "tuned, none in the prompt": dict.fromkeys(SHOTS, tuned),
+            "base": dict(results.items()),
+            "tuned, zero-shot": dict.fromkeys(SHOTS, tuned),
         },
     )
-    best = max(found, key=lambda num: np.mean(found[num]))
+    best = max(results, key=lambda num: np.mean(results[num]))
     report.section(
-        "Few-shot prompting of the base against the tuned model without shots",
+        "The tuned model without shots matches few-shot prompting of the base",
         ("", "exact match"),
         rows,
-        bool(np.mean(tuned) >= np.mean(found[best])),
-        f"Prompting changes no weight and reaches {spread(found[best])} at its best (k = {best}), tuning "
-        f"{spread(tuned)}. The prompts have a form that the base has read in quizzes (`Question: … Answer: …`, about "
-        f"the other half of the countries), which is why it needs no shots; with {SHOTS[-1]} shots they are longer "
-        "than anything it has read (128 tokens).\n\n![exact match against shots](claims/few_shot.png)",
+        bool(np.mean(tuned) >= np.mean(results[best])),
+        f"Prompting changes no weight and reaches at best {spread(results[best])} (k = {best}), tuning "
+        f"{spread(tuned)}. The base has read prompts of this form in quizzes (`Question: … Answer: …`, about the other "
+        f"half of the countries), so it needs no shots; with {SHOTS[-1]} shots they are longer than anything that it "
+        "has read (128 tokens).\n\n![exact match against shots](claims/few_shot.png)",
     )
 
 
@@ -326,7 +170,7 @@ def lora_or_full(lab: Laboratory, report: Report, standard: Standard) -> None:
     forgets = float(np.mean(perplexities["rank 16"]) - np.mean(perplexities["full"]))
     share = sizes["rank 16"] / sizes["full"]
     report.section(
-        "LoRA reaches what full fine-tuning reaches, with a fraction of the optimizer memory, and forgets less",
+        "LoRA matches full fine-tuning with a fraction of the optimizer memory, and forgets less",
         (
             "",
             "trained parameters",
@@ -336,15 +180,15 @@ def lora_or_full(lab: Laboratory, report: Report, standard: Standard) -> None:
         ),
         rows,
         gap <= 0.02 and share < 0.5 and forgets < 0,
-        f"Rank 16 against full: {-gap:+.1%} exact match, {share:.0%} of the optimizer moments (two float32 numbers a "
-        f"trained parameter), perplexity of documents {forgets:+.2f}. All ranks have one learning rate and full "
-        "fine-tuning another; how much is forgotten depends on the rate, the steps and the rank more than on the "
+        f"Rank 16 against full: {-gap:+.1%} exact match, {share:.0%} of the optimizer moments (two float32 numbers per "
+        f"trained parameter), perplexity of documents {forgets:+.2f}. All ranks share a learning rate, full "
+        "fine-tuning has another; forgetting depends on learning rate, steps and rank more than on the "
         "method.\n\n![exact match by rank](claims/lora_or_full.png)",
     )
 
 
 def preference(lab: Laboratory, report: Report, standard: Standard) -> None:
-    """Better: the bare answer. Acceptable: the same and a full stop. Wrong: the bare answer to another question."""
+    """Better: the plain answer. Acceptable: the answer with a period. Wrong: the plain answer to another question."""
     source = lab.train_rows[0]
     pairs = list(exchanges(source))
     dotted = [(question, f"{answer}.") for question, answer in pairs]
@@ -368,43 +212,17 @@ def preference(lab: Laboratory, report: Report, standard: Standard) -> None:
     rows = [[name, *(spread(values, "{:.1f}") for values in of.values())] for name, of in means.items()]
     margins = {name: float(np.mean(of["better"]) - np.mean(of["acceptable"])) for name, of in means.items()}
     report.section(
-        "SFT cannot say that one good answer is slightly better than another",
+        "SFT cannot express that one good answer is slightly better than another",
         ("mean log-likelihood of", "the better answer", "the acceptable answer", "a wrong answer"),
         rows,
         abs(margins["SFT on both"]) < 1 and margins["SFT on the acceptable ones"] < 0,
-        "Better is the bare answer, acceptable the same with a full stop, wrong the bare answer to another question. "
+        "Better is the plain answer, acceptable the same with a period, wrong the plain answer to another question. "
         f"Better minus acceptable is {margins['SFT on the better ones']:+.1f} nats after tuning on the better ones, "
         f"{margins['SFT on the acceptable ones']:+.1f} after tuning on the acceptable ones and "
-        f"{margins['SFT on both']:+.1f} after tuning on both: what was shown is likely, in the proportion in which it "
-        "was shown. That both are good and one slightly better has no place in such data; it needs a loss that sees "
-        "both answers at once, as preference methods have.",
+        f"{margins['SFT on both']:+.1f} after tuning on both: the likelihood of an answer follows its frequency in the "
+        "data. Such data cannot express that both are good and one is slightly better; that needs a loss over both "
+        "answers at once, as in preference methods.",
     )
-
-
-def plot(path: Path, xlabel: str, lines: dict, log: bool = False, labels: Sequence[str] | None = None) -> None:
-    """Means with their range over the seeds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
-    for name, points in lines.items():
-        x = list(points)
-        mean = [np.mean(points[i]) for i in x]
-        axes.plot(x, mean, marker="o", label=name)
-        axes.fill_between(x, [min(points[i]) for i in x], [max(points[i]) for i in x], alpha=0.2)
-    if log:
-        axes.set_xscale("symlog", base=2, linthresh=4)
-        axes.set_xticks(list(next(iter(lines.values()))), map(str, next(iter(lines.values()))))
-    if labels is not None:
-        axes.set_xticks(range(len(labels)), labels)
-    axes.set(xlabel=xlabel, ylim=(-0.02, 1.02))
-    axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0 %", "25 %", "50 %", "75 %", "100 %"])
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Write every key of a config into configs/README.md, from the dataclasses of sft_jax/config.py and their comments.
+"""Writes the tables of config keys in configs/README.md from the dataclasses and comments of sft_jax/config.py.
 
     python tools/config_keys.py [--check]
 
-``--check`` writes nothing and fails where the page is out of date.
+``--check`` writes nothing and fails if the page is out of date.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "configs" / "README.md"
 BEGIN, END = "<!-- keys: tools/config_keys.py writes this -->", "<!-- end of keys -->"
 
-# In the order of the page; a source is an entry of data.train, data.eval and evaluation.documents.
+# In page order; a source is an entry of data.train, data.eval and evaluation.documents.
 SECTIONS = {
     "model": config.ModelConfig,
     "lora": config.LoraConfig,
@@ -42,28 +42,28 @@ def main() -> int:
     page = PAGE.read_text(encoding="utf-8")
     before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
-    made = f"{before}{BEGIN}\n{keys()}{END}{after}"
+    new = f"{before}{BEGIN}\n{keys()}{END}{after}"
     if options.check:
-        return int(made != page)
-    PAGE.write_text(made, encoding="utf-8")
+        return int(new != page)
+    PAGE.write_text(new, encoding="utf-8")
     return 0
 
 
 def keys() -> str:
-    """A table for each section."""
-    said = comments()
-    parts = []
+    """Formats a table for each section."""
+    texts = comments()
+    tables = []
     for section, kind in SECTIONS.items():
         rows = ["", f"**{section}**", "", "| key | default | |", "|---|---|---|"]
         for one in dataclasses.fields(kind):
-            text = said[kind.__name__, one.name].replace("|", "\\|")
+            text = texts[kind.__name__, one.name].replace("|", "\\|")
             rows.append(f"| `{one.name}` | {default_of(one)} | {text} |")
-        parts.append("\n".join(rows))
-    return "\n".join(parts).lstrip("\n") + "\n"
+        tables.append("\n".join(rows))
+    return "\n".join(tables).lstrip("\n") + "\n"
 
 
 def default_of(one: dataclasses.Field[Any]) -> str:
-    """As YAML has it."""
+    """Formats a default value as YAML."""
     value = one.default_factory() if one.default_factory is not dataclasses.MISSING else one.default
     if value == "???":
         return "required"
@@ -73,7 +73,7 @@ def default_of(one: dataclasses.Field[Any]) -> str:
 
 
 def comments() -> dict[tuple[str, str], str]:
-    """The comment behind each field, by class and field."""
+    """Maps class and field names to the comment behind the field."""
     source = Path(config.__file__).read_text(encoding="utf-8")
     by_line = {
         token.start[0]: token.string.lstrip("# ")

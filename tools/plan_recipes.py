@@ -1,10 +1,10 @@
-"""Compile recipes with ``sft-jax plan`` and write down what it says: in their headers and in configs/PLANS.md.
+"""Runs ``sft-jax plan`` for all recipes and writes the results to their headers and to configs/PLANS.md.
 
     python tools/plan_recipes.py [--only WORD …] [--again]
 
-A recipe's header ends with a line ``# plan TOPOLOGY: …``, which is rewritten. The table in configs/PLANS.md has some
-models on some topologies with one row of 2,048 a chip. What has a figure is left alone unless ``--again`` is given.
-Each plan is a process of its own. Models are told by configs/architectures/, nothing is downloaded.
+Rewrites the line ``# plan TOPOLOGY: …`` at the end of a recipe's header. The table in configs/PLANS.md has a few models
+and topologies with one sequence of 2,048 tokens per chip. Existing results are kept unless ``--again`` is given. Each
+plan runs in its own process. Model configs come from configs/architectures/; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PLANS = CONFIGS / "PLANS.md"
 NOT_MEASURED = "not measured"
 _PLAN_LINE = re.compile(r"^# plan (\S+): (.*)$", re.MULTILINE)
 
-# The table: a name, the recipe it is made from.
+# Rows of the table: name -> recipe.
 MODELS = {
     "Llama-3.1-8B LoRA": "llama-3.1-8b-lora-v5e-16",
     "Llama-3.1-8B full": "llama-3.1-8b-full-v5e-16",
@@ -47,45 +47,45 @@ COLUMNS = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="in the recipe's name, model or topology")
-    parser.add_argument("--again", action="store_true", help="also what has a figure")
-    parser.add_argument("--timeout", type=float, default=1800, help="seconds for a plan")
+    parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="words of recipe, model or topology")
+    parser.add_argument("--again", action="store_true", help="replace existing results")
+    parser.add_argument("--timeout", type=float, default=1800, help="seconds per plan")
     options = parser.parse_args()
 
-    def wanted(*names: str) -> bool:
+    def selected(*names: str) -> bool:
         return not options.only or any(word in name for word in options.only for name in names)
 
     for recipe in recipes():
-        topology, said = header(recipe)
-        if wanted(recipe.stem, topology) and (options.again or said == NOT_MEASURED):
-            found = run_plan(recipe, topology, [], options.timeout)
-            if found is not None:
-                write_header(recipe, as_line(found))
+        topology, result = header(recipe)
+        if selected(recipe.stem, topology) and (options.again or result == NOT_MEASURED):
+            plan = run_plan(recipe, topology, [], options.timeout)
+            if plan is not None:
+                write_header(recipe, as_line(plan))
     for topology in TOPOLOGIES:
         for model, recipe in MODELS.items():
             rows = read_table()
-            if wanted(model, topology) and (options.again or rows[model, topology][2] == NOT_MEASURED):
+            if selected(model, topology) and (options.again or rows[model, topology][2] == NOT_MEASURED):
                 batch = TOPOLOGIES[topology]
                 changes = [f"training.batch_size={batch}", "training.num_microbatches=1"]
-                found = run_plan(CONFIGS / "recipes" / f"{recipe}.yaml", topology, changes, options.timeout)
-                if found is not None:
-                    write_table(rows | {(model, topology): as_row(model, topology, found)})
+                plan = run_plan(CONFIGS / "recipes" / f"{recipe}.yaml", topology, changes, options.timeout)
+                if plan is not None:
+                    write_table(rows | {(model, topology): as_row(model, topology, plan)})
 
 
 def recipes() -> list[Path]:
-    """All of them."""
+    """Paths of all recipes."""
     return sorted((CONFIGS / "recipes").glob("*.yaml"))
 
 
 def architecture_of(recipe: Path) -> Path:
-    """The file with the hyperparameters of a recipe's model."""
+    """Path of the ``config.json`` of a recipe's model."""
     match = re.search(r"^  path: \S+/(\S+)$", recipe.read_text(encoding="utf-8"), re.MULTILINE)
     assert match is not None, f"{recipe} names no model"
     return CONFIGS / "architectures" / f"{match[1].lower().replace('-instruct', '')}.json"
 
 
 def header(recipe: Path) -> tuple[str, str]:
-    """The topology of a recipe and what was found for it."""
+    """Reads the topology of a recipe and the result of its plan."""
     match = _PLAN_LINE.search(recipe.read_text(encoding="utf-8"))
     assert match is not None, f"{recipe} has no line '# plan TOPOLOGY: …'"
     return match[1], match[2]
@@ -97,7 +97,7 @@ def write_header(recipe: Path, line: str) -> None:
 
 
 def run_plan(recipe: Path, topology: str, changes: list[str], timeout: float) -> dict[str, Any] | None:
-    """What ``plan`` says; None if it failed, which is told."""
+    """Runs ``plan`` and returns its figures; prints the error and returns None if it fails."""
     command = [sys.executable, "-m", "sft_jax", "plan", str(recipe), *changes, "--topology", topology, "--no-advice"]
     command += ["--json", "--architecture", str(architecture_of(recipe))]
     print(f"{recipe.stem} {' '.join(changes)} on {topology} …", file=sys.stderr, flush=True)
@@ -109,40 +109,40 @@ def run_plan(recipe: Path, topology: str, changes: list[str], timeout: float) ->
     if done.returncode:
         print(f"  failed ({done.returncode}): {done.stderr.strip()[-500:]}", file=sys.stderr, flush=True)
         return None
-    found = json.loads(done.stdout.splitlines()[-1])
-    print(f"  {as_line(found)}", file=sys.stderr, flush=True)
-    return found
+    plan = json.loads(done.stdout.splitlines()[-1])
+    print(f"  {as_line(plan)}", file=sys.stderr, flush=True)
+    return plan
 
 
-def as_line(found: dict[str, Any]) -> str:
-    """A plan in one line of a header."""
+def as_line(plan: dict[str, Any]) -> str:
+    """Formats a plan as a line of a header."""
     speed = (
-        f"no faster than {found['roofline_step_seconds'] * 1e3:,.0f} ms a step ({found['bound']}), "
-        f"{found['roofline_tokens_per_second']:,.0f} tokens/s; compiled in {found['compile_cpu_seconds']:.0f} s of CPU "
+        f"no faster than {plan['roofline_step_seconds'] * 1e3:,.0f} ms a step ({plan['bound']}), "
+        f"{plan['roofline_tokens_per_second']:,.0f} tokens/s; compiled in {plan['compile_cpu_seconds']:.0f} s of CPU "
         "time"
     )
-    fits = "fits" if found["fits"] else "does not fit"
-    return f"{fits}, peak {_peak(found)} of {_usable(found)} MiB a chip, remat {found['remat']}; {speed}"
+    fits = "fits" if plan["fits"] else "does not fit"
+    return f"{fits}, peak {_peak(plan)} of {_usable(plan)} MiB a chip, remat {plan['remat']}; {speed}"
 
 
-def as_row(model: str, topology: str, found: dict[str, Any]) -> tuple[str, ...]:
-    """A plan as a row of the table."""
-    fits = "yes" if found["fits"] else "no"
-    seconds = f"{found['roofline_step_seconds'] * 1e3:,.0f} ms"
-    compiled = f"{found['compile_cpu_seconds']:.0f} s"
-    return model, topology, fits, _peak(found), _usable(found), found["remat"], seconds, found["bound"], compiled
+def as_row(model: str, topology: str, plan: dict[str, Any]) -> tuple[str, ...]:
+    """Formats a plan as a row of the table."""
+    fits = "yes" if plan["fits"] else "no"
+    seconds = f"{plan['roofline_step_seconds'] * 1e3:,.0f} ms"
+    compiled = f"{plan['compile_cpu_seconds']:.0f} s"
+    return model, topology, fits, _peak(plan), _usable(plan), plan["remat"], seconds, plan["bound"], compiled
 
 
-def _peak(found: dict[str, Any]) -> str:
-    return "unknown" if found["peak_bytes"] is None else f"{found['peak_bytes'] / 2**20:,.0f}"
+def _peak(plan: dict[str, Any]) -> str:
+    return "unknown" if plan["peak_bytes"] is None else f"{plan['peak_bytes'] / 2**20:,.0f}"
 
 
-def _usable(found: dict[str, Any]) -> str:
-    return f"{found['usable_bytes'] / 2**20:,.0f}"
+def _usable(plan: dict[str, Any]) -> str:
+    return f"{plan['usable_bytes'] / 2**20:,.0f}"
 
 
 def read_table() -> dict[tuple[str, str], tuple[str, ...]]:
-    """The rows of configs/PLANS.md, with a row for whatever it lacks."""
+    """Reads the table of configs/PLANS.md and adds missing rows."""
     rows = {}
     for model in MODELS:
         for topology in TOPOLOGIES:
@@ -162,13 +162,13 @@ def write_table(rows: dict[tuple[str, str], tuple[str, ...]]) -> None:
 
 _TEXT = """# What fits where
 
-Written by `python tools/plan_recipes.py`: the train step compiled by `sft-jax plan` for hardware that is not there, one
-row of 2,048 tokens a chip and step, `remat: auto`, weights and state split over all chips. LoRA has rank 16 on all
-linear layers beside a bfloat16 base, QLoRA an nf4 base; full fine-tuning keeps weights and moments in float32. "of" is
-what a process has of a chip's memory: all that the compiler gives on a TPU, three quarters on a GPU (jax's default;
-workspaces of cuDNN are not counted). "no faster than" is a roofline from published peaks, with half of the tokens as
-targets and one document a row; it is not a measurement of speed. Compile times are CPU time, of all cores together and
-with the policies of rematerialisation that did not fit.
+Written by `python tools/plan_recipes.py`: the train step, compiled ahead of time by `sft-jax plan`, with one sequence
+of 2,048 tokens per chip and step, `remat: auto`, and weights and optimizer state sharded over all chips. LoRA has rank
+16 on all linear layers of a bfloat16 base, QLoRA of an nf4 base; full fine-tuning keeps weights and moments in float32.
+"of" is the memory of a chip that a process can use: on a TPU what the compiler offers, on a GPU three quarters (JAX's
+default; workspaces of cuDNN are not counted). "no faster than" is a roofline from published peak rates, with half of
+the tokens as targets and one document per sequence; it is not a measurement of speed. Compile times are CPU time of all
+cores and include the rematerialization policies that did not fit.
 
 """
 

@@ -1,1 +1,1 @@
-"""Adapters: one file a method. A method's file ends with ``METHOD``, the class that says what it is."""
+"""Adapter methods, one file per method. Each file ends with ``METHOD``, the class that implements the method."""

@@ -1,4 +1,4 @@
-"""Which method, and which layers: adapters put beside the linear layers that a config names."""
+"""Attaches adapters to the target modules of a model."""
 
 from __future__ import annotations
 
@@ -20,42 +20,42 @@ from sft_jax.models.split import EMBEDDINGS
 
 @cache
 def methods() -> dict[str, type[LoRA]]:
-    """Every method by its name, which is that of its file."""
+    """Returns every adapter method by name, which is the name of its file."""
     names = [module.name for module in pkgutil.iter_modules(adapters.__path__)]
-    found = {name: importlib.import_module(f"{adapters.__name__}.{name}") for name in names}
-    return {name: module.METHOD for name, module in found.items() if hasattr(module, "METHOD")}
+    modules = {name: importlib.import_module(f"{adapters.__name__}.{name}") for name in names}
+    return {name: module.METHOD for name, module in modules.items() if hasattr(module, "METHOD")}
 
 
 def method(name: str) -> type[LoRA]:
-    """A method by its name.
+    """Returns an adapter method by name.
 
     Raises:
-        UserError: there is none of that name.
+        UserError: there is no method of that name.
     """
     if name not in methods():
-        raise UserError(f"lora.method: {name!r} is none of {', '.join(methods())}")
+        raise UserError(f"lora.method: {name!r} is not supported; supported are {', '.join(methods())}")
     return methods()[name]
 
 
 def method_name(variant: object) -> str:
-    """The name of a variant's method."""
-    return next(name for name, one in methods().items() if type(variant) is one)
+    """Returns the name of an adapter's method."""
+    return next(name for name, cls in methods().items() if type(variant) is cls)
 
 
 def method_of_peft(config: Mapping[str, Any]) -> str:
-    """The name of the method that the settings of an ``adapter_config.json`` tell."""
-    fitting = [name for name, one in methods().items() if all(config.get(key) == on for key, on in one.PEFT.items())]
-    return max(fitting, key=lambda name: len(methods()[name].PEFT))
+    """Returns the name of the method that an ``adapter_config.json`` describes."""
+    matching = [name for name, cls in methods().items() if all(config.get(key) == on for key, on in cls.PEFT.items())]
+    return max(matching, key=lambda name: len(methods()[name].PEFT))
 
 
 def attach_adapters(model: Decoder, variant: LoRA, targets: str | list[str]) -> list[str]:
-    """Put an adapter beside each targeted linear layer, in place; returns the names of the adapted modules.
+    """Attaches an adapter to each target module, in place, and returns the names of these modules.
 
-    ``targets`` follows PEFT: ``"all-linear"`` means every linear layer but ``lm_head``; a name matches a module whose
-    dotted path is the name or ends with ``.name``. A decoder layer's modules stand for those of all layers.
+    ``targets`` follows PEFT: ``"all-linear"`` means every linear layer except ``lm_head``; a name matches a module
+    whose dotted path is the name or ends with ``.name``. A name matches the module in all decoder layers.
 
     Raises:
-        UserError: a name matches nothing, or names the embeddings or ``lm_head``.
+        UserError: a name matches no linear layer, or is the embeddings or ``lm_head``.
     """
     modules = dict(_linear_modules(model))
     if targets == "all-linear":

@@ -1,4 +1,4 @@
-"""DoRA (Liu et al. 2024): LoRA of a weight's direction, and a trained length of each of its columns."""
+"""DoRA (Liu et al. 2024): LoRA for the direction of a weight, and a trained magnitude per output column."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from sft_jax.adapters.lora import LoRA, low_rank
+from sft_jax.adapters.lora import LoRA, lora_matrices
 from sft_jax.models.context import Context
-from sft_jax.models.layers import AdapterParam, Linear, everywhere
+from sft_jax.models.layers import AdapterParam, Linear, broadcast_like
 from sft_jax.models.projection import Adapter, project
 from sft_jax.models.quantized import Matrix, in_dtype
 from sft_jax.tree import Path
@@ -22,9 +22,9 @@ from sft_jax.typing import Array, Float
 
 @dataclass(frozen=True)
 class DoRA(LoRA):
-    """``y = x · (W + scale · A · B) · magnitude / ‖W + scale · A · B‖``, the norm of each column taken as a constant.
+    """``y = x · (W + scale · A · B) · magnitude / ‖W + scale · A · B‖``, with column norms treated as constants.
 
-    That the norm has no gradient is the paper's section 4.3, and PEFT's.
+    The norm gets no gradient, as in section 4.3 of the paper and in PEFT.
     """
 
     PEFT: ClassVar[Mapping[str, Any]] = {"use_dora": True}
@@ -37,43 +37,43 @@ class DoRA(LoRA):
         *stack, _, out_dim = layer.weight.shape
         layer.attach(self, magnitude=AdapterParam(jnp.zeros((*stack, out_dim)), axes=(f"adapter_{layer.axes[1]}",)))
 
-    def initialise(
+    def initialize(
         self,
         abstract: Mapping[Path, jax.ShapeDtypeStruct],
         layers: Callable[[Path], tuple[int, ...]],
         key: Array,
         weight: Callable[[Path], Matrix],
     ) -> dict[Path, Array]:
-        """As LoRA's, and the lengths of the frozen weight's columns."""
-        fresh = super().initialise(abstract, layers, key, weight)
+        """Initializes A and B as LoRA does, and the magnitude to the column norms of the frozen weight."""
+        fresh = super().initialize(abstract, layers, key, weight)
         for path, leaf in abstract.items():
             if path[-1] == "magnitude":
-                lengths = jax.jit(jax.vmap(lambda matrix: _lengths(matrix, None, 0.0)), out_shardings=leaf.sharding)
-                fresh[path] = lengths(weight(path))
+                norms = jax.jit(jax.vmap(lambda matrix: _column_norms(matrix, None, 0.0)), out_shardings=leaf.sharding)
+                fresh[path] = norms(weight(path))
         return fresh
 
     def apply(self, x: Float[Array, "*B in"], layers: Sequence[Linear], context: Context) -> list[Array]:
         number, key = context.layer, context.dropout_key
         matrices = [layer.matrix(context) for layer in layers]
-        adapters, scales = [low_rank(layer) for layer in layers], [self.scale] * len(layers)
+        adapters, scales = [lora_matrices(layer) for layer in layers], [self.scale] * len(layers)
         factors = [
-            None if adapter is None else layer.parameter("magnitude") / _lengths(matrix, adapter, self.scale)
+            None if adapter is None else layer.parameter("magnitude") / _column_norms(matrix, adapter, self.scale)
             for layer, matrix, adapter in zip(layers, matrices, adapters, strict=True)
         ]
         if key is None or self.dropout == 0:
             outs = project(x, matrices, adapters, scales, number)
             return [
-                out if factor is None else out * everywhere(factor, out)
+                out if factor is None else out * broadcast_like(factor, out)
                 for out, factor in zip(outs, factors, strict=True)
             ]
         outs = project(x, matrices, [None] * len(layers), scales, number)
         for i, one in enumerate(jax.random.split(key, len(layers))):
             factor = factors[i]
-            if factor is not None:  # only what the adapter changes is of the dropped input
-                dropped = self.dropped(x, one)
+            if factor is not None:  # dropout applies to the adapter's contribution only
+                dropped = self.apply_dropout(x, one)
                 (base,) = project(dropped, [matrices[i]], [None], [0.0], number)
                 (added,) = project(dropped, [None], [adapters[i]], [self.scale], number)
-                outs[i] += everywhere(factor, base) * (base + added) - base
+                outs[i] += broadcast_like(factor, base) * (base + added) - base
         return outs
 
     def merge(self, weight: Float[np.ndarray, "in out"], parameters: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -84,10 +84,10 @@ class DoRA(LoRA):
         return True
 
 
-def _lengths(matrix: Matrix, adapter: Adapter | None, scale: float) -> Float[Array, "out"]:
-    """``‖W + scale · A · B‖`` of each column, float32, without a gradient.
+def _column_norms(matrix: Matrix, adapter: Adapter | None, scale: float) -> Float[Array, "out"]:
+    """Returns ``‖W + scale · A · B‖`` of each column in float32, without a gradient.
 
-    The sum is not made: ``‖w + s·A·b‖² = ‖w‖² + 2s · (wᵀA) · b + s² · bᵀ(AᵀA)b``.
+    The sum is never materialized: ``‖w + s·A·b‖² = ‖w‖² + 2s · (wᵀA) · b + s² · bᵀ(AᵀA)b``.
     """
     weight = in_dtype(matrix, jnp.float32)
     squares = jnp.sum(weight * weight, axis=0)

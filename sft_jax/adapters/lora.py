@@ -21,12 +21,12 @@ from sft_jax.typing import Array, Float
 
 @dataclass(frozen=True)
 class LoRA:
-    """The settings of an adapter, and what it does.
+    """The hyperparameters of a LoRA adapter, and its computation.
 
     Attributes:
-        merged: compute with ``W + scale · A · B`` where a layer meets more than a token a sequence; see
+        merged: compute ``x · (W + scale · A · B)`` except in one-token decoding steps; see
             :func:`sft_jax.models.projection.project`.
-        PEFT: the settings in ``adapter_config.json`` that tell this method from plain LoRA.
+        PEFT: the settings in ``adapter_config.json`` that distinguish this method from plain LoRA.
     """
 
     rank: int
@@ -41,11 +41,11 @@ class LoRA:
         return self.alpha / self.rank
 
     def tensor_names(self) -> dict[str, str]:
-        """The parameters, and what PEFT calls each within its module."""
+        """Returns the parameters and their PEFT names within a module."""
         return {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
 
     def attach(self, layer: Linear) -> None:
-        """Give a layer, whose weight need not be there, its parameters."""
+        """Adds the adapter's parameters to a layer, whose weight may be abstract."""
         *stack, in_dim, out_dim = layer.weight.shape
         inner, outer = (f"adapter_{axis}" for axis in layer.axes)
         layer.attach(
@@ -54,22 +54,22 @@ class LoRA:
             lora_b=AdapterParam(jnp.zeros((*stack, self.rank, out_dim)), axes=("rank", outer)),
         )
 
-    def initialise(
+    def initialize(
         self,
         abstract: Mapping[Path, jax.ShapeDtypeStruct],
         layers: Callable[[Path], tuple[int, ...]],
         key: Array,
         weight: Callable[[Path], Matrix],
     ) -> dict[Path, Array]:
-        """Fresh parameters, born sharded: A ~ U(-1/√in, 1/√in), B = 0, so that training starts at the base model.
+        """Initializes sharded parameters: A ~ U(-1/√in, 1/√in) and B = 0, so training starts at the base model.
 
-        The bound is PEFT's Kaiming-uniform with a = √5. The numbers of a layer depend on its number, the name of the
-        parameter within the layer and the key, and not on how layers are stacked.
+        The bound is that of PEFT's Kaiming-uniform with a = √5. The values of a layer depend on its index, the name of
+        the parameter within the layer and the key. They do not depend on how layers are stacked.
 
         Args:
-            abstract: of all adapter parameters.
-            layers: the numbers of the layers that a parameter is stacked from.
-            weight: the frozen weight ``[*stack, in, out]`` beside a parameter, by its path.
+            abstract: shapes, dtypes and shardings of all adapter parameters.
+            layers: returns the indices of the decoder layers in a stacked parameter.
+            weight: returns the frozen weight ``[*stack, in, out]`` of the layer that a parameter belongs to.
         """
         chosen = {path: leaf for path, leaf in abstract.items() if path[-1] in ("lora_a", "lora_b")}
 
@@ -84,40 +84,40 @@ class LoRA:
         bound = leaf.shape[-2] ** -0.5
         name = "/".join(("layers", *path[2:]))
         leaf_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
-        of_all = jax.random.uniform(leaf_key, (max(layers) + 1, *leaf.shape[1:]), leaf.dtype, -bound, bound)
-        return of_all[np.asarray(layers)]
+        values = jax.random.uniform(leaf_key, (max(layers) + 1, *leaf.shape[1:]), leaf.dtype, -bound, bound)
+        return values[np.asarray(layers)]
 
     def apply(self, x: Float[Array, "*B in"], layers: Sequence[Linear], context: Context) -> list[Array]:
-        """What layers make of one input, without their biases; they share products with their A."""
+        """Returns the outputs of layers with the same input, without biases; one product computes ``x·A`` for all."""
         number, key = context.layer, context.dropout_key
-        adapters, scales = [low_rank(layer) for layer in layers], [self.scale] * len(layers)
+        adapters, scales = [lora_matrices(layer) for layer in layers], [self.scale] * len(layers)
         matrices = [layer.matrix(context) for layer in layers]
         if key is None or self.dropout == 0 or not any(adapters):
-            # For a token a sequence it would take longer to add the adapter to the weight than to multiply by both.
-            return project(x, matrices, adapters, scales, number, self.merged and not context.weights_stay)
+            # In one-token decoding steps, merging the adapter costs more than multiplying by both.
+            return project(x, matrices, adapters, scales, number, self.merged and not context.weight_stationary)
         outs = project(x, matrices, [None] * len(layers), scales, number)
         for i, one in enumerate(jax.random.split(key, len(layers))):
             adapter = adapters[i]
-            if adapter is not None:  # each has an input of its own
-                outs[i] += project(self.dropped(x, one), [None], [adapter], [self.scale], number)[0]
+            if adapter is not None:  # each adapter has its own dropout mask
+                outs[i] += project(self.apply_dropout(x, one), [None], [adapter], [self.scale], number)[0]
         return outs
 
-    def dropped(self, x: Float[Array, "*B in"], key: Array) -> Float[Array, "*B in"]:
-        """The input after dropout."""
-        kept = jax.random.bernoulli(key, 1.0 - self.dropout, x.shape)
-        return jnp.where(kept, x / (1.0 - self.dropout), jnp.zeros_like(x))
+    def apply_dropout(self, x: Float[Array, "*B in"], key: Array) -> Float[Array, "*B in"]:
+        """Returns the input after dropout."""
+        keep_mask = jax.random.bernoulli(key, 1.0 - self.dropout, x.shape)
+        return jnp.where(keep_mask, x / (1.0 - self.dropout), jnp.zeros_like(x))
 
     def merge(self, weight: Float[np.ndarray, "in out"], parameters: Mapping[str, np.ndarray]) -> np.ndarray:
-        """The weight with the adapter in it; float32."""
+        """Returns the merged weight in float32."""
         return weight + np.float32(self.scale) * (parameters["lora_a"] @ parameters["lora_b"])
 
     def changes(self, parameters: Mapping[str, np.ndarray]) -> bool:
-        """Whether it changes the weight at all; adding zero would turn -0.0 into 0.0."""
+        """Returns whether merging changes the weight; adding zeros would turn -0.0 into 0.0."""
         return bool(parameters["lora_b"].any())
 
 
-def low_rank(layer: Linear) -> Adapter | None:
-    """The two matrices of a layer, where it has an adapter."""
+def lora_matrices(layer: Linear) -> Adapter | None:
+    """Returns ``lora_a`` and ``lora_b`` of a layer; None without an adapter."""
     return None if layer.variant is None else Adapter(layer.parameter("lora_a"), layer.parameter("lora_b"))
 
 

@@ -1,4 +1,4 @@
-"""What comes with the package: a tiny model that really was pretrained, and data about its world."""
+"""Locates the built-in tiny pretrained model and the data sets about its world."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ _FOLDER = Path(__file__).parent
 
 
 def locate(name: str, asked_by: str) -> Path:
-    """The folder or file behind a name such as ``builtin:tiny`` or ``builtin:countries/train.jsonl``.
+    """Returns the path of a name such as ``builtin:tiny`` or ``builtin:countries/train.jsonl``.
 
     Args:
-        asked_by: the config key or file that has the name, for the error message.
+        asked_by: the config key or file with the name, for the error message.
 
     Raises:
-        UserError: there is no such thing; lists what there is.
+        UserError: unknown name; the message lists the known ones.
     """
     known = {"tiny": _FOLDER / "tiny"}
     known |= {f"countries/{file.name}": file for file in sorted((_FOLDER / "countries").glob("*.jsonl"))}

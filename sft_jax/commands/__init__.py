@@ -1,1 +1,1 @@
-"""The commands, a file each: arguments in, one call, text out. They import what they need when they run."""
+"""The commands, one per file. Each parses its arguments, calls one function, and imports its dependencies lazily."""

@@ -9,17 +9,17 @@ from sft_jax.commands.shared import add_config, config_of, quiet_imports
 
 
 def add(commands: Any) -> None:
-    """The command's options."""
-    parser = commands.add_parser("evaluate", help="measure a run on held-out data: base beside tuned")
-    add_config(parser, "evaluation.shots=4", "its training.output_dir is the run")
+    """Add the command's options."""
+    parser = commands.add_parser("evaluate", help="compare the base and the tuned model of a run on held-out data")
+    add_config(parser, "evaluation.shots=4", "training.output_dir is the run")
     parser.add_argument("--step", type=int, help="default: the last checkpoint")
-    parser.add_argument("--base", help="the base model, where it has moved")
-    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    parser.add_argument("--base", help="the base model, if it has moved")
+    parser.add_argument("--json", action="store_true", help="print the metrics as JSON")
     parser.set_defaults(command=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Evaluate, and print."""
+    """Evaluate the run and print the results."""
     config = config_of(options)
     quiet_imports()
     from sft_jax.run.evaluate import evaluate

@@ -10,22 +10,22 @@ from sft_jax.commands.shared import add_processes, quiet_imports
 
 
 def add(commands: Any) -> None:
-    """The command's options."""
-    parser = commands.add_parser("export", help="write a run as a PEFT adapter or a Hugging Face model")
+    """Add the command's options."""
+    parser = commands.add_parser("export", help="export a run as a PEFT adapter or a Hugging Face model")
     parser.add_argument("run", metavar="RUN", help="the run directory (training.output_dir)")
-    parser.add_argument("out", metavar="OUT", help="a folder that does not exist yet or is empty, or gs://…")
+    parser.add_argument("out", metavar="OUT", help="a new or empty folder, or gs://…")
     parser.add_argument(
         "--format", choices=("adapter", "merged"), help="default: adapter for LoRA, merged for full fine-tuning"
     )
     parser.add_argument("--step", type=int, help="default: the last checkpoint")
-    parser.add_argument("--base", help="the base model, where it has moved")
+    parser.add_argument("--base", help="the base model, if it has moved")
     add_processes(parser)
     parser.set_defaults(command=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Export."""
-    os.environ["JAX_PLATFORMS"] = "cpu"  # an export needs no accelerator and takes none from a run beside it
+    """Export the run."""
+    os.environ["JAX_PLATFORMS"] = "cpu"  # leaves the accelerators to training
     quiet_imports()
     from sft_jax.distributed.processes import joined
 

@@ -1,4 +1,4 @@
-"""``sft-jax generate``: answers to prompts, or a conversation at the terminal."""
+"""``sft-jax generate``: answers to prompts, or a chat in the terminal."""
 
 from __future__ import annotations
 
@@ -18,30 +18,38 @@ if TYPE_CHECKING:
 
 
 def add(commands: Any) -> None:
-    """The command's options."""
-    parser = commands.add_parser("generate", help="answer prompts, or talk")
+    """Add the command's options."""
+    parser = commands.add_parser("generate", help="answer prompts, or chat in the terminal")
     add_model(parser)
-    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
-    parser.add_argument("--file", help="prompts: one a line, or the 'prompt' of each row of a .jsonl")
-    parser.add_argument("--chat", action="store_true", help="a conversation at the terminal")
+    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="can be repeated")
+    parser.add_argument("--file", help="a file with one prompt per line, or a .jsonl with a 'prompt' in each row")
+    parser.add_argument("--chat", action="store_true", help="chat in the terminal")
     parser.add_argument("--raw", action="store_true", help="continue plain text, without the chat template")
     parser.add_argument("--system", metavar="TEXT", help="a system message before each prompt")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="default 0: the likeliest token")
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest; default 0: all")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest that make up P")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="default 0: greedy decoding")
+    parser.add_argument(
+        "--top-k", type=int, default=0, metavar="K", help="sample from the K most likely tokens; default 0: all"
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="sample from the most likely tokens whose probabilities sum to P; default 1: all",
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="prompts answered at a time")
-    parser.add_argument("--json", action="store_true", help="one JSON object a prompt")
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="prompts generated at a time")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per prompt")
     parser.set_defaults(command=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Answer, and print."""
+    """Generate answers and print them."""
     if options.chat and (options.prompt or options.file or options.raw or options.json):
         raise UserError("--chat reads what you type; leave out --prompt, --file, --raw and --json")
     if not options.chat and not options.prompt and not options.file:
-        raise UserError("nothing to answer; give --prompt TEXT, --file FILE, or --chat")
+        raise UserError("nothing to answer; use --prompt TEXT, --file FILE, or --chat")
     if options.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens: {options.max_new_tokens} is not at least 1")
     if options.batch_size < 1:
@@ -54,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
     prompts = [*options.prompt, *(read_prompts(options.file) if options.file else [])]
     model = open_model(options.model, options.base, options.step, options.dtype)
     stops = ", ".join(repr(token) for token in model.tokenizer.convert_ids_to_tokens(model.stop_ids))
-    print(f"{model.description}; stops at {stops or 'the length limit only'}", file=sys.stderr)
+    print(f"{model.description}; stop tokens {stops or 'none'}", file=sys.stderr)
     if options.chat:
         _talk(model, options.max_new_tokens, sampling, options.system)
     elif options.json or len(prompts) > 1:
@@ -93,37 +101,37 @@ def _answer(model: Model, prompts: Sequence[str], sampling: Sampling, options: a
 
 
 def _talk(model: Model, max_new_tokens: int, sampling: Sampling, system: str | None) -> None:
-    """A conversation with history, until the input ends."""
+    """Chat with history until the input ends."""
     from sft_jax.run.generate import chat
 
     start: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     messages = list(start)
-    print("/reset forgets the conversation, /exit or the end of input ends it", file=sys.stderr)
+    print("/reset clears the conversation; /exit or the end of input ends it", file=sys.stderr)
     while True:
         print("> ", end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()
-        said = line.strip()
-        if not line or said == "/exit":
+        text = line.strip()
+        if not line or text == "/exit":
             return
-        if said == "/reset":
+        if text == "/reset":
             messages = list(start)
             continue
-        if not said:
+        if not text:
             continue
-        asked = [*messages, {"role": "user", "content": said}]
+        conversation = [*messages, {"role": "user", "content": text}]
         try:
-            answer = _print_stream(model, chat(model, asked, max_new_tokens, sampling), raw=False)
-        except UserError as error:  # the context is full; what was said before is still there
-            print(f"{error}; /reset starts anew", file=sys.stderr)
+            answer = _print_stream(model, chat(model, conversation, max_new_tokens, sampling), raw=False)
+        except UserError as error:  # the context is full; the history is kept
+            print(f"{error}; /reset clears the conversation", file=sys.stderr)
             continue
-        messages = [*asked, {"role": "assistant", "content": answer}]
+        messages = [*conversation, {"role": "assistant", "content": answer}]
 
 
 def read_prompts(path: str) -> list[str]:
-    """Prompts of a file: one a line, or ``prompt`` of each row of a ``.jsonl``.
+    """Read prompts from a file: one per line, or the ``prompt`` of each row of a ``.jsonl``.
 
     Raises:
-        UserError: no such file, a row without a prompt, or none at all.
+        UserError: no such file, a row without a prompt, or no prompts at all.
     """
     from sft_jax.data.read.lines import read_json_lines
 
@@ -143,7 +151,7 @@ def read_prompts(path: str) -> list[str]:
 
 
 def _print_stream(model: Model, stream: Iterator[int], raw: bool) -> str:
-    """Print text as its tokens come, each character once it is whole; returns all of it."""
+    """Print the text while its tokens are generated, each character when it is complete; returns the whole text."""
     from sft_jax.run.generate import text_of
 
     ids: list[int] = []
@@ -152,10 +160,10 @@ def _print_stream(model: Model, stream: Iterator[int], raw: bool) -> str:
         if token not in model.stop_ids:
             ids.append(token)
         text = text_of(model.tokenizer, ids, raw)
-        if text.startswith(shown):  # blanks at the end may belong to a next word, or to nothing
-            whole = text.rstrip("\ufffd")
-            print(whole[len(shown) :], end="", flush=True)
-            shown = max(shown, whole, key=len)
+        if text.startswith(shown):  # trailing blanks are stripped until the next word follows them
+            complete = text.rstrip("\ufffd")
+            print(complete[len(shown) :], end="", flush=True)
+            shown = max(shown, complete, key=len)
     text = text_of(model.tokenizer, ids, raw)
     print(text[len(shown) :], flush=True)
     return text

@@ -11,23 +11,25 @@ from sft_jax.errors import UserError
 
 
 def add(commands: Any) -> None:
-    """The command's options."""
+    """Add the command's options."""
     parser = commands.add_parser(
-        "inspect", help="show what will be trained: rows with their mask, counts, what is refused"
+        "inspect", help="show the training data: examples with their loss mask, counts, errors"
     )
     add_config(parser, "data.max_length=4096")
     parser.add_argument("--rows", type=int, metavar="N", help="examples to show; default 3, with --json all")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line: the summary, then an example each")
-    parser.add_argument("--html", metavar="FILE", help="also write a page")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object per line: the summary, then the examples"
+    )
+    parser.add_argument("--html", metavar="FILE", help="also write an HTML page")
     parser.set_defaults(command=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Read the data, and print."""
+    """Read the data and print the report."""
     config = config_of(options)
     if options.rows is not None and options.rows < 0:
         raise UserError(f"--rows: {options.rows} is negative")
-    os.environ["JAX_PLATFORMS"] = "cpu"  # nothing is computed, and no accelerator taken from a run beside it
+    os.environ["JAX_PLATFORMS"] = "cpu"  # leaves the accelerators to training
     quiet_imports()
     from sft_jax.run.inspect import inspect
 

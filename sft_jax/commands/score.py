@@ -1,4 +1,4 @@
-"""``sft-jax score``: one line a candidate; without ``--json`` the likelier of a row's candidates has a star."""
+"""``sft-jax score``: prints one line per response; a star marks the most likely response of each row."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from sft_jax.commands.shared import add_model, quiet_imports
 
 
 def add(commands: Any) -> None:
-    """The command's options."""
-    parser = commands.add_parser("score", help="log-likelihood of given responses")
+    """Add the command's options."""
+    parser = commands.add_parser("score", help="compute log-likelihoods of responses")
     add_model(parser)
     parser.add_argument("file", metavar="FILE.jsonl", help="rows of 'prompt' and 'responses' (or chosen and rejected)")
     parser.add_argument("--raw", action="store_true", help="plain text, without the chat template")
-    parser.add_argument("--json", action="store_true", help="one JSON object a response")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per response")
     parser.set_defaults(command=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Score, and print."""
+    """Score the responses and print their log-likelihoods."""
     quiet_imports()
     from sft_jax.assembly import open_model
     from sft_jax.data.read.lines import read_json_lines

@@ -9,7 +9,7 @@ from sft_jax.commands.shared import add_config, add_processes, config_of, quiet_
 
 
 def add(commands: Any) -> None:
-    """The command's options."""
+    """Add the command's options."""
     parser = commands.add_parser("train", help="train; resumes a run of the same config")
     add_config(parser, "optimizer.learning_rate=2e-5")
     add_processes(parser)
@@ -17,7 +17,7 @@ def add(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Train."""
+    """Train or resume a run."""
     config = config_of(options)
     quiet_imports()
     from sft_jax.distributed.processes import joined

@@ -1,1 +1,1 @@
-"""From rows on disk to batches: sources, chat, examples, packing, loader."""
+"""The data pipeline: reads rows, renders chats, tokenizes examples, packs sequences and builds batches."""

@@ -1,1 +1,1 @@
-"""Several processes: how they meet, agree and stop."""
+"""Coordination of several processes."""

@@ -1,4 +1,4 @@
-"""Notice that the machine is about to be taken away, and the step at which all processes stop for it."""
+"""Detects preemption, and agrees on the step at which all processes stop."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-_NOTICES = {  # of Google's metadata server, with what they say while nothing is announced
+_NOTICES = {  # keys of Google's metadata server, with their values while nothing is announced
     "maintenance-event": ("NONE", "MIGRATE_ON_HOST_MAINTENANCE"),
     "preempted": ("FALSE",),
 }
@@ -21,65 +21,65 @@ _POLL_SECONDS = 5.0
 
 
 class Preemption:
-    """SIGTERM, while the ``with`` block runs, asks the run to stop at the next step; a second one ends it at once.
+    """While the ``with`` block runs, SIGTERM stops the run after the current step; a second SIGTERM kills it.
 
-    Several processes stop at the same step, whichever of them was asked: jax's preemption service agrees on it. On
-    Cloud TPU the notice of a maintenance or a preemption is taken for a SIGTERM.
+    All processes stop at the same step, whichever of them received the signal: jax's preemption service coordinates
+    them. On Cloud TPU, a maintenance or preemption notice has the same effect as SIGTERM.
     """
 
     def __init__(self) -> None:
-        self._asked = False
+        self._requested = False
         self._previous: Any = None
-        self._over = threading.Event()
+        self._stop_watching = threading.Event()
 
     def __enter__(self) -> Preemption:
-        # With several processes the signal belongs to jax's service; a handler of ours would take it away.
+        # With several processes, jax's preemption service handles the signal, and a handler here would replace it.
         if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGTERM, self._ask)
+            self._previous = signal.signal(signal.SIGTERM, self._handle)
         if jax.default_backend() == "tpu":
             host = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
-            threading.Thread(target=watch_notices, args=(host, self._over), daemon=True).start()
+            threading.Thread(target=watch_notices, args=(host, self._stop_watching), daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._over.set()
+        self._stop_watching.set()
         if self._previous is not None:
             signal.signal(signal.SIGTERM, self._previous)
 
     def reached(self, step: int) -> bool:
-        """Whether to stop after ``step``. With several processes, each asks after every step."""
+        """Whether to stop after ``step``. All processes must call this after every step."""
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(step)
-        return self._asked
+        return self._requested
 
-    def ask(self) -> None:
-        """Ask the run to stop, as the machine would."""
-        if jax.process_count() > 1:  # jax's service tells the others
+    def request(self) -> None:
+        """Ask the run to stop, as SIGTERM does."""
+        if jax.process_count() > 1:  # jax's preemption service notifies the other processes
             os.kill(os.getpid(), signal.SIGTERM)
-        self._asked = True
+        self._requested = True
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self._asked = True
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._requested = True
         signal.signal(number, signal.SIG_DFL)
 
 
-def watch_notices(host: str, over: threading.Event, every: float = _POLL_SECONDS) -> None:
-    """Ask Google's metadata server for notices until ``over``; send this process SIGTERM at the first.
+def watch_notices(host: str, stop: threading.Event, every: float = _POLL_SECONDS) -> None:
+    """Poll Google's metadata server until ``stop`` is set; sends SIGTERM to this process at the first notice.
 
     Args:
-        host: of the metadata server, with a port where it is not 80.
-        every: seconds.
+        host: host of the metadata server, with a port if it is not 80.
+        every: seconds between polls.
     """
-    while not over.wait(every):
-        for name, nothing in _NOTICES.items():
+    while not stop.wait(every):
+        for name, no_notice in _NOTICES.items():
             request = urllib.request.Request(
                 f"http://{host}/computeMetadata/v1/instance/{name}", headers={"Metadata-Flavor": "Google"}
             )
             try:
-                with urllib.request.urlopen(request, timeout=every) as answer:
-                    said = answer.read().decode().strip()
+                with urllib.request.urlopen(request, timeout=every) as response:
+                    notice = response.read().decode().strip()
             except (urllib.error.URLError, OSError):
-                continue  # no such notice here; SIGTERM still comes
-            if said and said not in nothing:
+                continue  # this machine has no such notice; SIGTERM still works
+            if notice and notice not in no_notice:
                 os.kill(os.getpid(), signal.SIGTERM)
                 return

@@ -1,8 +1,8 @@
-"""Several processes as one run: they find each other, agree, and end together.
+"""Connects several processes into one run: they exchange values and end together.
 
-Everything goes through the coordination service of jax's distributed runtime, which process 0 holds. What one process
-says there (that it lives, that it failed and why) a thread in each other process reads, so that none waits in a
-collective operation for one that will not come.
+All communication uses the coordination service of jax's distributed runtime, which runs in process 0. A thread in each
+process writes a heartbeat there and reads those of the others, and their errors, so that no process waits in a
+collective operation for a process that has failed.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from typing import Any, NoReturn
 
 import jax
 import numpy as np
-from jax._src import distributed  # the service's client has no public name
+from jax._src import distributed  # the client of the coordination service has no public name
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sft_jax.errors import AGAIN, Preempted, Unreachable, UserError, exit_code, one_line
+from sft_jax.errors import RETRY, Preempted, Unreachable, UserError, exit_code, one_line
 
 _PREFIX = "sft_jax"
 _POLL_SECONDS = 1.0
-_BROKEN = ("gloo", "nccl", "connection", "unavailable", "socket", "aborted", "coordination")  # words of a lost peer
-_LAST_WORDS_SECONDS = 10.0  # that process 0, which holds the service, waits for the others to read why it ends
-SILENCE_SECONDS = 60.0  # after which a process that says nothing is taken to be gone
-WAIT_SECONDS = 600.0  # for the others, where they differ in how long they take
-# Where they download, read or tokenise: one host may have it all already. Who dies meanwhile is found out anyway.
+_LOST_PEER_WORDS = ("gloo", "nccl", "connection", "unavailable", "socket", "aborted", "coordination")
+_LAST_READ_SECONDS = 10.0  # process 0, which runs the service, waits this long for the others to read its error
+SILENCE_SECONDS = 60.0  # a process without a heartbeat for this long counts as lost
+WAIT_SECONDS = 600.0  # how long a process waits for the others, which may be slower
+# While hosts download, read or tokenize, because one host may have a cache; lost processes are detected anyway.
 LONG_WAIT_SECONDS = 24 * 3600.0
 
-passing: set[Path] = set()  # folders that are removed even if this process has to end at once
-_calls: Counter[str] = Counter()  # how often each meeting took place; the same everywhere
+temporary_folders: set[Path] = set()  # folders to remove even if this process must exit at once
+_calls: Counter[str] = Counter()  # number of calls of gather by name; the same in all processes
 
 
 @contextmanager
@@ -49,15 +49,15 @@ def joined(
     process_id: int | None = None,
     silence: float = SILENCE_SECONDS,
 ) -> Iterator[None]:
-    """Be one of the processes of a run while the block runs.
+    """Connect this process to the other processes of a run while the block runs.
 
-    Without arguments the others are found by what Cloud TPU, SLURM and Open MPI 4 tell; with nothing of these,
-    or ``num_processes`` is 1, this process is alone. A process that fails ends all, its own error first; so does one
-    that is not heard of for ``silence`` seconds.
+    Without arguments, the environment of Cloud TPU, SLURM or Open MPI 4 defines the processes. Without such an
+    environment, or if ``num_processes`` is 1, this process runs alone. If a process fails, or sends no heartbeat for
+    ``silence`` seconds, all processes end and print the reason.
 
     Raises:
-        UserError: arguments that do not fit together.
-        Unreachable: others did not come.
+        UserError: inconsistent arguments.
+        Unreachable: other processes could not be reached.
     """
     if not _connect(coordinator, num_processes, process_id, silence):
         yield
@@ -67,7 +67,7 @@ def joined(
     try:
         yield
     except BaseException as error:
-        if not isinstance(error, Preempted):  # all of them leave, in order
+        if not isinstance(error, Preempted):  # preempted processes all end in order
             watch.fail(error)
         raise
     finally:
@@ -75,81 +75,81 @@ def joined(
         jax.distributed.shutdown()
 
 
-def gather(meeting: str, value: str = "", wait: float | None = None) -> list[str]:
-    """What each process says, in their order; all have come when this returns.
+def gather(name: str, value: str = "", wait: float | None = None) -> list[str]:
+    """Gather a value from each process, in process order. Also a barrier: returns when all processes have called it.
 
     Args:
-        meeting: its name, for people too. All processes hold the same meetings in the same order.
-        wait: seconds; by default :data:`WAIT_SECONDS`.
+        name: name of the call, shown in error messages. All processes must make the same calls in the same order.
+        wait: seconds to wait for the others; by default :data:`WAIT_SECONDS`.
 
     Raises:
-        Unreachable: a process did not come; named.
+        Unreachable: a process did not call this in time; the message names it.
     """
     if count() == 1:
         return [value]
     client, wait = _client(), WAIT_SECONDS if wait is None else wait
-    _calls[meeting] += 1
-    place = f"{_PREFIX}/meeting/{meeting} {_calls[meeting]}"
-    client.key_value_set(f"{place}/{index()}", value or "-")
-    until = time.monotonic() + wait
-    said, missing = [], []
+    _calls[name] += 1
+    key = f"{_PREFIX}/gather/{name} {_calls[name]}"
+    client.key_value_set(f"{key}/{index()}", value or "-")
+    deadline = time.monotonic() + wait
+    values, missing = [], []
     for i in range(count()):
         try:
-            left = max(0.001, until - time.monotonic())
-            said.append(client.blocking_key_value_get(f"{place}/{i}", int(left * 1000)))
+            left = max(0.001, deadline - time.monotonic())
+            values.append(client.blocking_key_value_get(f"{key}/{i}", int(left * 1000)))
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise
             missing.append(i)
     if missing:
-        raise Unreachable(f"{_names(missing)} did not come to {meeting!r} within {wait:.0f} s")
-    return ["" if one == "-" else one for one in said]
+        raise Unreachable(f"{_names(missing)} did not reach {name!r} within {wait:.0f} s")
+    return ["" if value == "-" else value for value in values]
 
 
 def count() -> int:
-    """How many processes this run has; unlike jax's, this asks for no devices."""
+    """The number of processes; unlike ``jax.process_count``, this does not initialize devices."""
     return distributed.global_state.num_processes or 1
 
 
 def index() -> int:
-    """Which of them this one is, counted as the devices' runtime counts them."""
+    """The index of this process, as in ``jax.process_index``."""
     return jax.process_index() if count() > 1 else 0
 
 
 def exchange(data: bytes) -> list[bytes]:
-    """What each process gives, in their order, over the devices' network; all have to give something."""
+    """All-gather ``data`` over the network of the devices, in process order. All processes must call this."""
     if count() == 1:
         return [data]
-    sizes = _rows_of_all(np.asarray([len(data)], np.int32))[:, 0]
+    sizes = _all_gather(np.asarray([len(data)], np.int32))[:, 0]
     if not sizes.max():
         return [b""] * len(sizes)
     padded = np.zeros(1 << int(sizes.max() - 1).bit_length(), np.uint8)  # few sizes, so that few programs are compiled
     padded[: len(data)] = np.frombuffer(data, np.uint8)
-    return [row[:size].tobytes() for row, size in zip(_rows_of_all(padded), sizes, strict=True)]
+    return [row[:size].tobytes() for row, size in zip(_all_gather(padded), sizes, strict=True)]
 
 
-def _rows_of_all(row: np.ndarray) -> np.ndarray:
-    """A row ``[N]`` of each process, as ``[processes, N]``; they may differ in how many devices they have."""
+def _all_gather(row: np.ndarray) -> np.ndarray:
+    """All-gather a row ``[N]`` of each process to ``[processes, N]``; processes may differ in their device counts."""
     devices = jax.devices()
     mesh = Mesh(np.asarray(devices), ("all",))
-    shape, split = (len(devices), *row.shape), NamedSharding(mesh, PartitionSpec("all"))
-    mine = jax.make_array_from_callback(shape, split, lambda _: row[None])
-    whole = jax.jit(_same, out_shardings=NamedSharding(mesh, PartitionSpec()))(mine)
-    of = [device.process_index for device in devices]
-    return np.asarray(whole.addressable_data(0))[[of.index(i) for i in range(count())]]
+    shape, sharding = (len(devices), *row.shape), NamedSharding(mesh, PartitionSpec("all"))
+    sharded = jax.make_array_from_callback(shape, sharding, lambda _: row[None])
+    replicated = jax.jit(_identity, out_shardings=NamedSharding(mesh, PartitionSpec()))(sharded)
+    owners = [device.process_index for device in devices]
+    return np.asarray(replicated.addressable_data(0))[[owners.index(i) for i in range(count())]]
 
 
-def _same(x: jax.Array) -> jax.Array:
+def _identity(x: jax.Array) -> jax.Array:
     return x
 
 
-def of_first(meeting: str, value: str, wait: float | None = None) -> str:
-    """What process 0 says; the others' ``value`` is not looked at."""
-    return gather(meeting, value, wait)[0]
+def broadcast(name: str, value: str, wait: float | None = None) -> str:
+    """Return the ``value`` of process 0 in all processes; see :func:`gather`."""
+    return gather(name, value, wait)[0]
 
 
 def fetch(tree: Any) -> Any:
-    """Arrays as numpy arrays, whole, in every process; all processes have to ask for them."""
+    """Replicate arrays to every process as numpy arrays. All processes must call this."""
 
     def one(x: Any) -> np.ndarray:
         if isinstance(x, jax.Array) and not x.is_fully_addressable and not x.is_fully_replicated:
@@ -160,9 +160,9 @@ def fetch(tree: Any) -> Any:
 
 
 def _connect(coordinator: str | None, num_processes: int | None, process_id: int | None, silence: float) -> bool:
-    """Join the others; False where there are none."""
-    given = {"--coordinator": coordinator, "--num-processes": num_processes, "--process-id": process_id}
-    missing = [name for name, value in given.items() if value is None]
+    """Connect to the other processes; returns False if there are none."""
+    options = {"--coordinator": coordinator, "--num-processes": num_processes, "--process-id": process_id}
+    missing = [name for name, value in options.items() if value is None]
     if num_processes == 1 and coordinator is None:
         return False
     if len(missing) == 3:
@@ -170,7 +170,7 @@ def _connect(coordinator: str | None, num_processes: int | None, process_id: int
             return False
     elif missing:
         raise UserError(
-            f"{missing[0]}: is missing; several processes need {', '.join(given)}, each the same but the id"
+            f"{missing[0]}: is missing; several processes need {', '.join(options)}, with the same values except the id"
         )
     else:
         assert coordinator is not None
@@ -188,32 +188,32 @@ def _connect(coordinator: str | None, num_processes: int | None, process_id: int
             process_id,
             local_device_ids=_local_devices(),
             cluster_detection_method="deactivate" if coordinator else None,
-            heartbeat_timeout_seconds=int(silence) + 30,  # the second line: it ends processes without a word of ours
+            heartbeat_timeout_seconds=int(silence) + 30,  # a fallback: jax ends processes without our message
         )
     except (RuntimeError, ValueError) as error:
         raise Unreachable(
-            f"the processes of this run did not find each other: {str(error).splitlines()[0]}; name them with "
-            "--coordinator, --num-processes and --process-id, or use --num-processes 1"
+            f"the processes of this run could not connect: {str(error).splitlines()[0]}; set --coordinator, "
+            "--num-processes and --process-id, or use --num-processes 1"
         ) from error
     return count() > 1
 
 
 def _is_cluster() -> bool:
-    """Whether a launcher that jax knows has started several processes, or this is a Cloud TPU VM.
+    """Whether a launcher that jax supports has started several processes, or this is a Cloud TPU VM.
 
     Raises:
-        UserError: one that it does not know has; each would take itself for the only one.
+        UserError: an unsupported launcher has started several processes, and each of them would run alone.
     """
-    for tasks, others in (
+    for size, required in (
         ("SLURM_NTASKS", ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID")),
         ("OMPI_COMM_WORLD_SIZE", ("OMPI_MCA_orte_hnp_uri",)),
     ):
-        if int(os.environ.get(tasks, "1")) > 1 and all(name in os.environ for name in others):
+        if int(os.environ.get(size, "1")) > 1 and all(name in os.environ for name in required):
             return True
     if int(os.environ.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
         raise UserError(
-            "mpirun has started several processes, but jax finds the first only by what Open MPI 4 tells; give "
-            "--coordinator, --num-processes and --process-id (or --num-processes 1 for runs of their own)"
+            "mpirun has started several processes, but jax detects only those of Open MPI 4; set --coordinator, "
+            "--num-processes and --process-id (or --num-processes 1 for separate runs)"
         )
     if importlib.util.find_spec("libtpu") is None or os.environ.get("JAX_PLATFORMS") == "cpu":
         return False
@@ -221,13 +221,13 @@ def _is_cluster() -> bool:
 
 
 def _local_devices() -> list[int] | None:
-    """Which GPUs are this process's; None leaves it to jax, which gives a process of SLURM the one of its number.
+    """The GPUs of this process: all GPUs of the node if SLURM started one process per node, otherwise None.
 
-    One process on a node drives all that the node has for it.
+    With None, jax assigns each SLURM process the GPU of its local rank.
     """
     gpus = os.environ.get("SLURM_GPUS_ON_NODE", "")
-    alone = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "").partition("(")[0] == "1"
-    return list(range(int(gpus))) if gpus.isdigit() and alone else None
+    one_per_node = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "").partition("(")[0] == "1"
+    return list(range(int(gpus))) if gpus.isdigit() and one_per_node else None
 
 
 def _client() -> Any:
@@ -235,29 +235,29 @@ def _client() -> Any:
 
 
 class _Watch:
-    """Says that this process lives, and ends it when another failed or fell silent."""
+    """A thread that sends heartbeats, and ends this process if another process failed or was lost."""
 
     def __init__(self, silence: float):
         self._silence = silence
         self._client, self._me, self._count = _client(), index(), count()
         self._stopped = threading.Event()
-        self._ending = threading.Lock()  # one says why
+        self._ending = threading.Lock()  # only one thread reports the error
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
     def stop(self) -> None:
-        """The run is over: wait for the others, and no longer mind their silence."""
+        """Wait for the other processes at the end of the run, and stop the thread."""
         if not self._stopped.is_set():
             gather("the end")
             self._stopped.set()
             self._thread.join()
 
     def fail(self, error: BaseException) -> NoReturn:
-        """Say why this process ends, here and to the others, and end it."""
-        if isinstance(error, jax.errors.JaxRuntimeError) and any(word in str(error).lower() for word in _BROKEN):
-            # What broke may be the connection to one that failed: then the thread finds out, and ends this process.
+        """Report the error of this process here and to the others, and end it."""
+        if isinstance(error, jax.errors.JaxRuntimeError) and any(w in str(error).lower() for w in _LOST_PEER_WORDS):
+            # If the error is a lost connection to a failed process, the thread detects that and ends this process.
             time.sleep(self._silence + 3 * _POLL_SECONDS)
         with self._ending:
             code, text = exit_code(error), f"{type(error).__name__}: {error}"
@@ -266,60 +266,60 @@ class _Watch:
                 print(f"sft-jax: process {self._me}: {error}", file=sys.stderr)
             else:
                 traceback.print_exception(error)
-            said = json.dumps({"code": code, "error": one_line(text)[:2000]})
-            with suppress(jax.errors.JaxRuntimeError):  # the service may be gone; the others know by its silence
-                self._client.key_value_set(f"{_PREFIX}/failed/{self._me}", said)
-                self._outlast()
-            _leave(code)
+            report = json.dumps({"code": code, "error": one_line(text)[:2000]})
+            with suppress(jax.errors.JaxRuntimeError):  # the service may be gone; then the others detect that
+                self._client.key_value_set(f"{_PREFIX}/failed/{self._me}", report)
+                self._wait_for_readers()
+            _exit_now(code)
 
     def _run(self) -> None:
         beat = 0
-        heard = {i: (time.monotonic(), "") for i in range(self._count) if i != self._me}
+        last_beats = {i: (time.monotonic(), "") for i in range(self._count) if i != self._me}
         while not self._stopped.wait(max(_POLL_SECONDS, self._count / 64)):
             beat += 1
             try:
                 self._client.key_value_set(f"{_PREFIX}/alive/{self._me}", str(beat), allow_overwrite=True)
                 alive, failed = self._read("alive"), self._read("failed")
             except jax.errors.JaxRuntimeError as error:
-                self._end(f"process 0, which holds the run together, is gone ({str(error).splitlines()[0]})", AGAIN)
+                self._end(f"process 0, which coordinates the run, is gone ({str(error).splitlines()[0]})", RETRY)
             if failed:
                 first = min(failed)
-                found = json.loads(failed[first])
-                self._end(f"process {first} failed: {found['error']}", found["code"])
+                report = json.loads(failed[first])
+                self._end(f"process {first} failed: {report['error']}", report["code"])
             now = time.monotonic()
-            for i, (_, last) in list(heard.items()):
+            for i, (_, last) in list(last_beats.items()):
                 if alive.get(i, "") != last:
-                    heard[i] = (now, alive[i])
-            silent = [i for i, (since, _) in heard.items() if now - since > self._silence]
-            if silent:
-                self._end(f"nothing was heard of {_names(silent)} for {self._silence:.0f} s", AGAIN, silent)
+                    last_beats[i] = (now, alive[i])
+            lost = [i for i, (since, _) in last_beats.items() if now - since > self._silence]
+            if lost:
+                self._end(f"no heartbeat from {_names(lost)} for {self._silence:.0f} s", RETRY, lost)
 
-    def _read(self, what: str) -> dict[int, str]:
-        folder = f"{_PREFIX}/{what}/"
+    def _read(self, kind: str) -> dict[int, str]:
+        folder = f"{_PREFIX}/{kind}/"
         return {int(key.rpartition("/")[2]): value for key, value in self._client.key_value_dir_get(folder)}
 
-    def _end(self, why: str, code: int, gone: Sequence[int] = ()) -> NoReturn:
+    def _end(self, reason: str, code: int, lost: Sequence[int] = ()) -> NoReturn:
         with self._ending:
             if self._stopped.is_set():
-                sys.exit()  # of this thread
-            print(f"sft-jax: process {self._me}: {why}", file=sys.stderr, flush=True)
-            with suppress(jax.errors.JaxRuntimeError):  # the service may be gone; then nobody waits for this
+                sys.exit()  # ends this thread only
+            print(f"sft-jax: process {self._me}: {reason}", file=sys.stderr, flush=True)
+            with suppress(jax.errors.JaxRuntimeError):  # the service may be gone; then no process waits for this
                 self._client.key_value_set(f"{_PREFIX}/ended/{self._me}", "1", allow_overwrite=True)
-                self._outlast(gone)
-            _leave(code)
+                self._wait_for_readers(lost)
+            _exit_now(code)
 
-    def _outlast(self, gone: Sequence[int] = ()) -> None:
-        """Process 0 holds the service: it waits until the others, but those that are gone, know why the run ends."""
-        until = time.monotonic() + _LAST_WORDS_SECONDS
-        while self._me == 0 and time.monotonic() < until:
-            if len({0, *gone} | self._read("ended").keys() | self._read("failed").keys()) == self._count:
+    def _wait_for_readers(self, lost: Sequence[int] = ()) -> None:
+        """Process 0 runs the service, so it waits until all other processes that are not lost have read the error."""
+        deadline = time.monotonic() + _LAST_READ_SECONDS
+        while self._me == 0 and time.monotonic() < deadline:
+            if len({0, *lost} | self._read("ended").keys() | self._read("failed").keys()) == self._count:
                 return
             time.sleep(_POLL_SECONDS / 4)
 
 
-def _leave(code: int) -> NoReturn:
-    """End at once: an orderly end would wait for those that are waiting for this process."""
-    for folder in passing:
+def _exit_now(code: int) -> NoReturn:
+    """Exit at once: an orderly exit would wait for processes that wait for this one."""
+    for folder in temporary_folders:
         shutil.rmtree(folder, ignore_errors=True)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,1 +1,1 @@
-"""Measuring a network: likelihoods of given text, answers it writes, and what it has forgotten."""
+"""Evaluates a model: likelihood of held-out text, accuracy of generated answers, and forgetting."""

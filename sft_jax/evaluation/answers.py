@@ -1,4 +1,4 @@
-"""When a written answer counts as the right one."""
+"""Compares generated answers with reference answers."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def same_answer(written: str, gold: str, kind: str) -> bool:
-    """Whether two answers are equal once normalised; an answer in which nothing is found equals none.
+    """Returns whether two answers are equal after normalization; an answer without a match for ``kind`` equals none.
 
-    What was thought before it, up to the last ``</think>``, is not part of an answer.
+    Ignores reasoning, the text up to the last ``</think>``.
 
     Args:
         kind: a key of :data:`NORMALIZERS`.
     """
-    found, right = (NORMALIZERS[kind](text.rpartition("</think>")[2]) for text in (written, gold))
-    return found is not None and found == right
+    answer, expected = (NORMALIZERS[kind](text.rpartition("</think>")[2]) for text in (written, gold))
+    return answer is not None and answer == expected
 
 
 def _exact(text: str) -> str | None:
@@ -28,7 +28,7 @@ def _exact(text: str) -> str | None:
 
 
 def _text(text: str) -> str | None:
-    """Lower case, no punctuation, no articles, single spaces: as SQuAD is scored (Rajpurkar et al. 2016).
+    """Lower case without punctuation and articles, single spaces: the SQuAD metric (Rajpurkar et al. 2016).
 
     ``"  The Danube."`` → ``"danube"``
     """
@@ -38,25 +38,25 @@ def _text(text: str) -> str | None:
 
 def _number(text: str) -> str | None:
     """The last number: ``"So he pays $1,200.00."`` → ``"1200"``."""
-    found = _NUMBER.findall(text)
-    return _canonical(found[-1]) if found else None
+    numbers = _NUMBER.findall(text)
+    return _canonical(numbers[-1]) if numbers else None
 
 
 def _gsm8k(text: str) -> str | None:
     """The number after ``####``, where GSM8K puts the final answer (Cobbe et al. 2021)."""
-    found = re.search(rf"####\s*\$?\s*({_NUMBER.pattern})", text)
-    return _canonical(found.group(1)) if found else None
+    match = re.search(rf"####\s*\$?\s*({_NUMBER.pattern})", text)
+    return _canonical(match.group(1)) if match else None
 
 
 def _choice(text: str) -> str | None:
-    """The first letter that stands alone, of multiple-choice answers: ``"(B) because …"`` → ``"B"``."""
-    found = re.search(r"\b([A-J])\b", text)
-    return found.group(1) if found else None
+    """The first standalone letter of a multiple-choice answer: ``"(B) because …"`` → ``"B"``."""
+    match = re.search(r"\b([A-J])\b", text)
+    return match.group(1) if match else None
 
 
 def _canonical(number: str) -> str:
     value = Decimal(number.replace(",", "")).normalize()
-    return f"{value:f}" if value else "0"  # minus nought is nought
+    return f"{value:f}" if value else "0"  # -0 is 0
 
 
 NORMALIZERS: dict[str, Callable[[str], str | None]] = {
@@ -66,4 +66,4 @@ NORMALIZERS: dict[str, Callable[[str], str | None]] = {
     "gsm8k": _gsm8k,
     "choice": _choice,
 }
-"""What is compared, by the value of ``evaluation.answer``."""
+"""Normalizers by value of ``evaluation.answer``."""

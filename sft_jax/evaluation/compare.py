@@ -1,4 +1,4 @@
-"""The base model beside the tuned one, on the same held-out conversations and documents."""
+"""Compares the base and the tuned model on the same held-out conversations and documents."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from sft_jax.tree import Params
 
 @dataclass(frozen=True)
 class Task:
-    """What is asked and read, encoded."""
+    """The encoded evaluation data."""
 
-    held_out: Examples  # loss on assistant tokens, whatever was trained on, so that runs can be compared
+    held_out: Examples  # loss on assistant tokens, independent of data.train_on, so that runs are comparable
     asked: list[Question]
-    few_shot: list[list[int]]  # a prompt with answered questions before each of `asked`; empty: none
+    few_shot: list[list[int]]  # prompt ids with answered questions before each of `asked`; empty without few-shot
     documents: Examples | None
-    data: list[tuple[str, Prepared]]  # by name, for what is said of it
+    data: list[tuple[str, Prepared]]  # name and prepared data, for the summary
 
 
 @dataclass(frozen=True)
 class Answered:
-    """What one network wrote for one question."""
+    """The answer of one model to one question."""
 
     text: str
     right: bool
@@ -48,7 +48,7 @@ class Answered:
 
 @dataclass(frozen=True)
 class Comparison:
-    """``summary`` maps ``base``, ``tuned`` and, where asked for, ``few_shot`` to their metrics."""
+    """``summary`` maps ``base``, ``tuned`` and, if requested, ``few_shot`` to their metrics."""
 
     summary: dict[str, dict[str, float | int]]
     asked: list[Question]
@@ -56,13 +56,13 @@ class Comparison:
 
 
 def prepare(config: Config, arch: Architecture, tokenizer: Any, stop_ids: Sequence[int]) -> Task:
-    """Read and encode what the config says to evaluate on.
+    """Reads and encodes the evaluation data of a config.
 
     Args:
-        stop_ids: what the base model's generation config stops at.
+        stop_ids: stop token ids of the base model's generation config.
 
     Raises:
-        UserError: nothing to evaluate on, bad rows, or a few-shot prompt that does not fit.
+        UserError: no evaluation data, invalid rows, or a few-shot prompt that exceeds the context.
     """
     if not config.data.eval:
         raise UserError("data.eval: names no source; an evaluation needs held-out conversations")
@@ -98,7 +98,7 @@ def prepare(config: Config, arch: Architecture, tokenizer: Any, stop_ids: Sequen
 
 
 def rows_at_a_time(config: Config, mesh: Mesh) -> int:
-    """Sequences that are evaluated together: those of a microbatch, or about 4,096 tokens of a device."""
+    """Sequences per evaluation batch: those of a microbatch, or about 4,096 tokens per device."""
     training = config.training
     if training.num_microbatches != "auto":
         return training.batch_size // training.num_microbatches
@@ -107,7 +107,7 @@ def rows_at_a_time(config: Config, mesh: Mesh) -> int:
 
 
 def compare(config: Config, task: Task, model: Model, before: Params) -> Comparison:
-    """Measure a tuned model, and the same with the trainable leaves it had ``before``, with a bar on a terminal."""
+    """Evaluates the tuned model and the base model, whose trainable parameters are ``before``; shows a progress bar."""
     options, n = config.evaluation, model
     scorer = Scorer(n.split, config.data.max_length, rows_at_a_time(config, n.mesh))
     generator = n.generator
@@ -151,12 +151,12 @@ def compare(config: Config, task: Task, model: Model, before: Params) -> Compari
 
 
 def held_out_metrics(examples: Examples, scores: TokenScores, stop_ids: Sequence[int]) -> dict[str, float | int]:
-    """Loss, perplexity and accuracy over all target tokens; probability of the stop token where answers end."""
+    """Loss, perplexity and accuracy over all target tokens; mean probability of the stop token at the end of turns."""
     firsts = np.cumsum(examples.lengths) - examples.lengths
     ids, weights = examples.flat()
-    trained = weights > 0
-    mask, targets = np.delete(trained, firsts), np.delete(ids, firsts)
-    ends = mask & np.isin(targets, np.asarray(stop_ids))  # no answer has one before its end
+    supervised = weights > 0
+    mask, targets = np.delete(supervised, firsts), np.delete(ids, firsts)
+    ends = mask & np.isin(targets, np.asarray(stop_ids))  # stop tokens occur only at the end of a turn
     loss = -float(scores.log_prob[mask].mean(dtype=np.float64))
     metrics: dict[str, float | int] = {
         "loss": loss,
@@ -170,7 +170,7 @@ def held_out_metrics(examples: Examples, scores: TokenScores, stop_ids: Sequence
 
 
 def answer_metrics(answers: Sequence[Answered]) -> dict[str, float | int]:
-    """Shares over all answers, and their mean length in tokens."""
+    """Rates over all answers, and their mean length in tokens."""
     return {
         "exact_match": float(np.mean([one.right for one in answers])),
         "stop_rate": float(np.mean([one.stopped for one in answers])),
@@ -179,5 +179,5 @@ def answer_metrics(answers: Sequence[Answered]) -> dict[str, float | int]:
     }
 
 
-def _bar(what: str, total: int) -> tqdm:
-    return tqdm(desc=what, total=total, leave=False, disable=None)
+def _bar(description: str, total: int) -> tqdm:
+    return tqdm(desc=description, total=total, leave=False, disable=None)

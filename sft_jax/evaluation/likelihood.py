@@ -1,4 +1,4 @@
-"""How likely a network finds given text, token by token."""
+"""Computes per-token log-probabilities of given text, and the KL divergence between two models."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ from sft_jax.training.cross_entropy import masked_cross_entropy
 from sft_jax.tree import Params
 from sft_jax.typing import Array, Batch
 
-CHUNK_SLOTS = 2048  # slots of a batch whose logits two networks have at a time
+CHUNK_TOKENS = 2048  # tokens of a batch whose logits exist at a time, for each of two models
 
 
 @dataclass(frozen=True)
 class TokenScores:
-    """Of every token of some examples but their first, end to end; example ``i`` is ``[starts[i]:starts[i + 1]]``."""
+    """Scores of all tokens but the first of each example, concatenated; example ``i`` has ``starts[i]:starts[i+1]``."""
 
     log_prob: np.ndarray  # float32
-    correct: np.ndarray  # bool: it was the likeliest token
+    correct: np.ndarray  # bool: the token was the most likely one
     starts: np.ndarray
 
 
 class Scorer:
-    """Scores examples with one network, packed into rows; one program for all batches.
+    """Scores examples with one network in packed sequences; compiles one program for all batches.
 
     Args:
-        row_length: slots of a row; no example may be longer.
-        num_rows: rows of a batch.
+        length: sequence length; no example may be longer.
+        batch_size: sequences per batch.
     """
 
-    def __init__(self, split: Split, row_length: int, num_rows: int):
-        self._mesh, self._row_length, self._num_rows = split.mesh, row_length, num_rows
+    def __init__(self, split: Split, length: int, batch_size: int):
+        self._mesh, self._length, self._batch_size = split.mesh, length, batch_size
         options = compiler_options(split, gradients=False)
         self._score = jax.jit(
             lambda trainable, frozen, batch: _token_scores(split.merge(trainable, frozen), batch),
@@ -64,14 +64,14 @@ class Scorer:
         examples: Examples,
         progress: Callable[[int], object] = lambda examples: None,
     ) -> TokenScores:
-        """Log-probability of each token given those before it in its example."""
+        """Computes the log-probability of each token given the previous tokens of its example."""
         log_prob, correct = self._over_batches(
             examples, lambda batch: self._score(trainable, frozen, batch), (np.float32, bool), progress
         )
         return TokenScores(log_prob, correct, _starts(examples))
 
     def divergence(self, base: Params, tuned: Params, frozen: Params, examples: Examples) -> float:
-        """Mean over tokens of KL(base ‖ tuned) of the next-token distributions, in nats."""
+        """Computes the mean over tokens of KL(base ‖ tuned) of the next-token distributions, in nats."""
         (divergence,) = self._over_batches(
             examples, lambda batch: (self._diverge(base, tuned, frozen, batch),), (np.float32,)
         )
@@ -84,16 +84,16 @@ class Scorer:
         dtypes: tuple[type, ...],
         progress: Callable[[int], object] = lambda examples: None,
     ) -> list[np.ndarray]:
-        """Run over all examples and put what comes out, ``[B, T]``, back into the order of the examples."""
-        plan = plan_run(examples.slots, self._row_length, self._num_rows, 1, shuffle=False)
-        mine = local_rows(self._mesh, self._num_rows)
+        """Runs ``compute`` over all batches and returns its ``[B, T]`` results in the order of the examples."""
+        plan = plan_run(examples.slots, self._length, self._batch_size, 1, shuffle=False)
+        mine = local_rows(self._mesh, self._batch_size)
         starts = _starts(examples)
         flat = [np.zeros(int(starts[-1]), dtype) for dtype in dtypes]
         with jax.set_mesh(self._mesh):
             for step in range(plan.num_steps):
                 rows = plan.rows_of(step)
-                local = make_batch(examples, rows[mine], mine.stop - mine.start, self._row_length)
-                computed = fetch(compute(to_mesh(local, self._mesh, self._num_rows, mine)))
+                local = make_batch(examples, rows[mine], mine.stop - mine.start, self._length)
+                computed = fetch(compute(to_mesh(local, self._mesh, self._batch_size, mine)))
                 for r, items in enumerate(rows):
                     at = 0
                     for item in items:
@@ -123,8 +123,8 @@ def _divergence(base: Decoder, tuned: Decoder, batch: Batch) -> Array:
         p, q = (_log_probs(hidden, head) for hidden, head in zip(scanned, heads, strict=True))
         return jnp.sum(jnp.exp(p) * (p - q), axis=-1)
 
-    where = (batch.inputs, batch.segment_ids, batch.positions)
-    return _in_chunks(chunk, base(*where), tuned(*where))
+    inputs = (batch.inputs, batch.segment_ids, batch.positions)
+    return _in_chunks(chunk, base(*inputs), tuned(*inputs))
 
 
 def _log_probs(hidden: Array, head: Head) -> Array:
@@ -132,19 +132,20 @@ def _log_probs(hidden: Array, head: Head) -> Array:
 
 
 def _in_chunks(function: Callable, *arrays: Array):
-    """``function`` over chunks of positions, so that no more than a chunk's logits exist at once.
+    """Maps ``function`` over chunks of positions, so that only the logits of one chunk exist at a time.
 
-    A chunk takes a position here and there, so that devices which hold parts of rows work on parts of each chunk.
+    The positions of a chunk are strided over the sequence, so that each chunk is spread over the ``sequence`` mesh
+    axis.
     """
-    num_rows, length = arrays[0].shape[:2]
-    size = min(length, max(1, CHUNK_SLOTS // num_rows))
+    batch_size, length = arrays[0].shape[:2]
+    size = min(length, max(1, CHUNK_TOKENS // batch_size))
     padding = -length % size
 
     def split(x: Array) -> Array:  # [B, T, ...] -> [chunks, B, chunk, ...]
         x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(num_rows, size, -1, *x.shape[2:]), 2, 0)
+        return jnp.moveaxis(x.reshape(batch_size, size, -1, *x.shape[2:]), 2, 0)
 
     def join(x: Array) -> Array:
-        return jnp.moveaxis(x, 0, 2).reshape(num_rows, length + padding)[:, :length]
+        return jnp.moveaxis(x, 0, 2).reshape(batch_size, length + padding)[:, :length]
 
     return jax.tree.map(join, lax.map(function, tuple(map(split, arrays))))

@@ -1,4 +1,4 @@
-"""Log-likelihoods of given responses: what a preference method would compare, and what SFT alone cannot rank."""
+"""Computes log-likelihoods of given responses, such as the chosen and rejected ones of preference data."""
 
 from __future__ import annotations
 
@@ -16,40 +16,40 @@ from sft_jax.data.tokens.examples import join
 from sft_jax.errors import UserError
 from sft_jax.evaluation.likelihood import Scorer
 
-_SLOTS = 8192  # of a batch
+_BATCH_TOKENS = 8192
 
 
 @dataclass(frozen=True)
 class Score:
-    """One response to one prompt."""
+    """The score of one response to one prompt."""
 
     row: int
     candidate: int
-    log_likelihood: float  # natural logarithm, summed over the response's tokens, its stop token included
+    log_likelihood: float  # in nats, summed over the response's tokens including its stop token
     num_tokens: int
     response: str
 
     @property
     def per_token(self) -> float:
-        """Mean log-likelihood of a token."""
+        """Mean log-likelihood per token."""
         return self.log_likelihood / self.num_tokens
 
 
 def score(
     model: Model, rows: list[dict[str, Any]], raw: bool = False, name: str = "rows", stop_token: str | None = None
 ) -> list[Score]:
-    """Score every candidate response of every row.
+    """Scores every candidate response of every row.
 
     Args:
         rows: each has ``prompt`` (text or messages) and either ``responses`` (a list), ``completion``, or ``chosen``
             and ``rejected``; a response is text, or a list of messages where the prompt is one.
-        raw: a text prompt is plain text, blanks at its end being the responses'; otherwise it is a user's message in
-            the model's chat template.
-        name: of the file, for error messages.
-        stop_token: ends a plain response; default the tokenizer's eos token.
+        raw: whether a text prompt is plain text, whose trailing spaces count as part of the responses, or a user
+            message in the model's chat template.
+        name: file name for error messages.
+        stop_token: ends a plain response; default: the tokenizer's EOS token.
 
     Raises:
-        UserError: a row that is not such a row, or is longer than the context.
+        UserError: a row without these keys, or one that is longer than the context.
     """
     chat = Encoder(model.tokenizer, "last_assistant", stop_token)
     scores, encoded = [], []
@@ -65,16 +65,16 @@ def score(
     examples = join(encoded, name)
     longest = max(16, 1 << (int(examples.slots.max()) - 1).bit_length())
     shards = model.mesh.shape["data"] * model.mesh.shape["fsdp"]
-    num_rows = shards * max(1, _SLOTS // longest // shards)
-    scorer = Scorer(model.split, longest, num_rows)
+    batch_size = shards * max(1, _BATCH_TOKENS // longest // shards)
+    scorer = Scorer(model.split, longest, batch_size)
     with tqdm(total=len(examples), unit="response", leave=False, disable=None) as bar:
         tokens = scorer.score(model.params, model.frozen, examples, bar.update)
-    found = []
+    result = []
     for number, (i, j, response) in enumerate(scores):
-        trained = examples[number][1][1:] > 0
-        log_probs = tokens.log_prob[tokens.starts[number] : tokens.starts[number + 1]][trained]
-        found.append(Score(i, j, float(log_probs.sum(dtype=np.float64)), len(log_probs), response))
-    return found
+        supervised = examples[number][1][1:] > 0
+        log_probs = tokens.log_prob[tokens.starts[number] : tokens.starts[number + 1]][supervised]
+        result.append(Score(i, j, float(log_probs.sum(dtype=np.float64)), len(log_probs), response))
+    return result
 
 
 def _candidates(row: dict[str, Any], encoder: Encoder, raw: bool, where: str) -> list[tuple[str, Encoded]]:
@@ -90,7 +90,7 @@ def _candidates(row: dict[str, Any], encoder: Encoder, raw: bool, where: str) ->
     if isinstance(prompt, str) and not raw:
         prompt = [{"role": "user", "content": prompt}]
     space = ""
-    if isinstance(prompt, str):  # " word" is one token in most vocabularies: the blank is the response's
+    if isinstance(prompt, str):  # " word" is one token in most vocabularies: the space belongs to the response
         prompt, space = prompt.rstrip(), prompt[len(prompt.rstrip()) :]
     encoded = []
     for j, response in enumerate(responses):
@@ -101,12 +101,12 @@ def _candidates(row: dict[str, Any], encoder: Encoder, raw: bool, where: str) ->
             response = space + response
         straddling = encoder.tally.notes[STRADDLING]
         try:
-            found = encoder.encode([parse("prompt-completion", {"prompt": prompt, "completion": response})])[0]
-            if isinstance(found, RowError):
-                raise found
+            result = encoder.encode([parse("prompt-completion", {"prompt": prompt, "completion": response})])[0]
+            if isinstance(result, RowError):
+                raise result
         except RowError as error:
             raise UserError(f"{where}, response {j}: {error}") from error
         if encoder.tally.notes[STRADDLING] > straddling:
             raise UserError(f"{where}, response {j}: a token spans prompt and response; end the prompt with a word")
-        encoded.append((str(text), found[-1]))
+        encoded.append((str(text), result[-1]))
     return encoded

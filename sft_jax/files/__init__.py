@@ -1,1 +1,1 @@
-"""Local folders and buckets."""
+"""Files on local disks and in buckets."""

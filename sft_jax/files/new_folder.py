@@ -1,4 +1,4 @@
-"""The folder that an export makes, on a disk or in a bucket: it appears whole or not at all."""
+"""Creates the output folder of an export, on a disk or in a bucket."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from sft_jax.distributed.processes import LONG_WAIT_SECONDS, gather, of_first, passing
+from sft_jax.distributed.processes import LONG_WAIT_SECONDS, broadcast, gather, temporary_folders
 from sft_jax.errors import UserError
 from sft_jax.files.buckets import connect, failures, is_url, reason
 
-_UNFINISHED = "export.unfinished"  # is in a bucket's folder until an export is done
-_LAST = ("config.json", "adapter_config.json")  # without one of these a folder is not a model
+_UNFINISHED = "export.unfinished"  # marks a folder in a bucket until the export is complete
+_LAST = ("config.json", "adapter_config.json")  # a folder without one of these is not a model
 
 
 @contextmanager
 def new_folder(name: str) -> Iterator[Path]:
-    """A folder to write into, whose files ``name`` has when the block ends, and no model if anything fails before.
+    """Yield a temporary folder whose files are moved to ``name`` when the block ends without an exception.
 
-    On a disk all processes get the same folder, beside ``name``, which process 0 makes and gives its name at the end.
-    For a bucket each gets a temporary one of its own, whose files it sends; the config, which makes a model of them,
-    comes last, and what an export has left there that was broken off is removed by the next.
+    On a disk, all processes share one temporary folder next to ``name``; process 0 creates it and renames it at the
+    end. For a bucket, each process has its own temporary folder and uploads its files. The config file comes last, so
+    that an interrupted export is not a model; the next export removes its files.
 
     Raises:
-        UserError: ``name`` holds something, is not seen by all processes, or cannot be written.
+        UserError: ``name`` is not empty, not visible to all processes, or not writable.
     """
     with _in_bucket(name.rstrip("/")) if is_url(name) else _on_disk(Path(name)) as folder:
         yield folder
 
 
 def num_bytes(name: str) -> int:
-    """The size of all files of a folder, on a disk or in a bucket."""
+    """The total size of the files in a folder, on a disk or in a bucket."""
     files, root = connect(name)
     return files.du(root)
 
@@ -45,23 +45,23 @@ def num_bytes(name: str) -> int:
 @contextmanager
 def _on_disk(out: Path) -> Iterator[Path]:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: exists and is not an empty folder; name another one")
+        raise UserError(f"{out}: exists and is not an empty folder; use another one")
     gather("the export")
     is_main = jax.process_index() == 0
     name = ""
     if is_main:
         out.parent.mkdir(parents=True, exist_ok=True)
         name = tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent)
-    partial = Path(of_first("the export's folder", name))
+    partial = Path(broadcast("the folder of the export", name))
     if is_main:
-        passing.add(partial)
+        temporary_folders.add(partial)
     try:
         if not partial.is_dir():
-            raise UserError(f"{out.parent}: is not the folder that process 0 sees; all need the same one")
+            raise UserError(f"{out.parent}: is not the folder of process 0; use one that all hosts share")
         yield partial
         gather("the end of the export", wait=LONG_WAIT_SECONDS)
         if is_main:
-            partial.chmod(0o777 & ~_umask())  # temporary folders are made for the owner alone
+            partial.chmod(0o777 & ~_umask())  # only the owner can read temporary folders
             for file in partial.iterdir():
                 file.chmod(0o666 & ~_umask())
             os.replace(partial, out)
@@ -70,43 +70,43 @@ def _on_disk(out: Path) -> Iterator[Path]:
             shutil.rmtree(partial)
         raise
     finally:
-        passing.discard(partial)
+        temporary_folders.discard(partial)
 
 
 @contextmanager
 def _in_bucket(url: str) -> Iterator[Path]:
     bucket, root = connect(url)
-    mark = f"{root}/{_UNFINISHED}"
+    marker = f"{root}/{_UNFINISHED}"
     is_main = jax.process_index() == 0
     try:
         if is_main:
-            if bucket.exists(mark):  # left by an export that was broken off
+            if bucket.exists(marker):  # left by an interrupted export
                 bucket.rm(root, recursive=True)
             elif bucket.exists(root):
-                raise UserError(f"{url}: is there already; name another folder, or remove it")
-            bucket.pipe_file(mark, b"")
+                raise UserError(f"{url}: already exists; use another folder, or remove it")
+            bucket.pipe_file(marker, b"")
     except failures() as error:
         raise UserError(f"{url}: cannot be written: {reason(error)}") from error
     gather("the export")
     folder = Path(tempfile.mkdtemp(prefix="sft-jax-export-"))
-    passing.add(folder)
+    temporary_folders.add(folder)
     try:
         yield folder
         try:
-            _send(sorted(folder.iterdir()), bucket, root)
+            _upload(sorted(folder.iterdir()), bucket, root)
             if is_main:
-                bucket.rm_file(mark)
+                bucket.rm_file(marker)
         except failures() as error:
-            raise UserError(f"{url}: cannot be written: {reason(error)}; the same command tries it again") from error
+            raise UserError(f"{url}: cannot be written: {reason(error)}; run the same command to retry") from error
     finally:
-        passing.discard(folder)
+        temporary_folders.discard(folder)
         shutil.rmtree(folder)
 
 
-def _send(files: list[Path], bucket: Any, root: str) -> None:
-    """All files of this process; process 0 sends what makes a model of them when the others have sent theirs."""
+def _upload(files: list[Path], bucket: Any, root: str) -> None:
+    """Upload the files of this process. Process 0 uploads the config after all other processes are done."""
     size = sum(file.stat().st_size for file in files)
-    with tqdm(total=size, unit="B", unit_scale=True, desc="sending", leave=False, disable=None) as bar:
+    with tqdm(total=size, unit="B", unit_scale=True, desc="uploading", leave=False, disable=None) as bar:
         for is_last in (False, True):
             for file in files:
                 if (file.name in _LAST) == is_last:

@@ -1,1 +1,1 @@
-"""Hugging Face folders: configs, tensor names, reading, writing, PEFT adapters."""
+"""Reads and writes Hugging Face model folders and PEFT adapters."""

@@ -1,4 +1,4 @@
-"""The model card of an export: what it was made from, on what, how, and with which result."""
+"""Writes the model card of an export: base model, data, settings and losses."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from sft_jax.config import Config
 from sft_jax.version import __version__
 
 _MASKS = {
-    "assistant": "every assistant turn, its stop token included; all else is context",
-    "last_assistant": "the last assistant turn, its stop token included; all else is context",
+    "assistant": "every assistant turn, including its stop token",
+    "last_assistant": "the last assistant turn, including its stop token",
     "all": "every token",
 }
 
 
 def model_card(config: Config, form: str, step: int, metrics: list[dict[str, Any]], dtype: Any) -> str:
-    """``README.md`` with the front matter that model hubs read.
+    """Returns a ``README.md`` with the metadata that model hubs read.
 
     Args:
         form: ``adapter`` or ``merged``.
         metrics: the rows of ``metrics.jsonl``.
-        dtype: of the base model's weights.
+        dtype: dtype of the base model's weights.
     """
     base, lora, optimizer = config.model.path, config.lora, config.optimizer
     front = {"library_name": "peft" if form == "adapter" else "transformers", "pipeline_tag": "text-generation"}
@@ -32,19 +32,21 @@ def model_card(config: Config, form: str, step: int, metrics: list[dict[str, Any
     base_name = _public_name(base)
     data = ", ".join(f"`{_public_name(source.path)}`" for source in config.data.train)
     method = (
-        f"LoRA, rank {lora.rank}, alpha {lora.alpha:g}, on {_targets(lora.target_modules)}" if lora else "all weights"
+        f"LoRA, rank {lora.rank}, alpha {lora.alpha:g}, on {_targets(lora.target_modules)}"
+        if lora
+        else "full fine-tuning"
     )
     if config.model.quantization:
-        method += f", beside a base in {config.model.quantization}"
+        method += f", base quantized to {config.model.quantization}"
     rows = {
         "base model": f"`{base_name}` ({dtype})",
         "method": method,
         "data": data,
         "loss on": _MASKS[config.data.train_on],
         "longest example": f"{config.data.max_length} tokens ({config.data.overlong} beyond)",
-        "steps": f"{step} of {config.training.batch_size} rows × {config.data.max_length} slots"
+        "steps": f"{step} of {config.training.batch_size} sequences × {config.data.max_length} tokens"
         + (", packed" if config.data.packing else ""),
-        "optimizer": f"{optimizer.name}, rate {optimizer.learning_rate:g} ({optimizer.schedule}, warm-up "
+        "optimizer": f"{optimizer.name}, learning rate {optimizer.learning_rate:g} ({optimizer.schedule}, warm-up "
         f"{optimizer.warmup_ratio:g}), weight decay {optimizer.weight_decay:g}, clip {optimizer.max_grad_norm}",
         "compute dtype": config.model.dtype,
         "seed": str(config.training.seed),
@@ -59,7 +61,7 @@ def model_card(config: Config, form: str, step: int, metrics: list[dict[str, Any
 
 
 def _public_name(path: str) -> str:
-    """A Hugging Face id as it is, of a local file or folder only the last part: where it lies is nobody's business."""
+    """Returns a Hugging Face id unchanged, and only the last component of a local path, which is private."""
     is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).exists()
     return path if is_id else Path(path).name
 

@@ -1,4 +1,4 @@
-"""``config.json`` to :class:`Architecture`: what is supported is read, anything else is refused by name."""
+"""Reads ``config.json`` into an :class:`Architecture`; raises on settings that are not supported."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sft_jax.models.families import check_family, read_family
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """``config.json`` as it is written.
+    """Reads ``config.json`` without changes.
 
     Raises:
         UserError: missing or not a JSON object.
@@ -30,27 +30,27 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_architecture(folder: Path) -> Architecture:
-    """The architecture of a Hugging Face model folder, with transformers' defaults for keys that are absent.
+    """Reads the architecture of a Hugging Face model folder, with transformers' defaults for missing keys.
 
     Raises:
-        UserError: a family, activation, rotary embedding or quantisation that is not supported.
+        UserError: a family, activation, rotary embedding or quantization that is not supported.
     """
     path = folder / "config.json"
     raw = read_config(folder)
     try:
         check_family(raw.get("model_type"))
-        return read_family(_of_transformers(folder, raw))
+        return read_family(_transformers_config(folder, raw))
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
 
-def _of_transformers(folder: Path, raw: dict[str, Any]) -> Any:
-    if quantised := raw.get("quantization_config"):
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+def _transformers_config(folder: Path, raw: dict[str, Any]) -> Any:
+    if quantization := raw.get("quantization_config"):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
         raise UserError(
-            f"quantised weights ({method or 'of an unknown method'}) are not read; give the model that they "
-            "were made of: model.quantization: nf4 or int8 quantises it here, and an adapter of the quantised one "
-            "opens on it with --base"
+            f"quantized checkpoints ({method or 'unknown method'}) are not supported; use the original model and set "
+            "model.quantization to nf4 or int8; to load an adapter of the quantized model, pass the original with "
+            "--base"
         )
     from transformers import AutoConfig
 
@@ -61,7 +61,7 @@ def _of_transformers(folder: Path, raw: dict[str, Any]) -> Any:
 
 
 def stop_ids(folder: Path) -> list[int]:
-    """The eos ids of ``generation_config.json``, else of ``config.json``; empty where neither has one."""
+    """Reads the stop token ids (``eos_token_id``) of ``generation_config.json`` or ``config.json``; may be empty."""
     for name in ("generation_config.json", "config.json"):
         path = folder / name
         if path.is_file():

@@ -1,4 +1,4 @@
-"""Where a model lives: in this package, in a folder, in a bucket, or under a Hugging Face id."""
+"""Finds a model by its built-in name, local path, bucket URL or Hugging Face id."""
 
 from __future__ import annotations
 
@@ -15,40 +15,40 @@ from sft_jax import builtin
 from sft_jax.errors import UserError
 from sft_jax.files.buckets import is_url, reason
 
-# No pickle (.bin, .pt), no code (.py): what is not named here is not downloaded.
+# Only these files are downloaded: no pickle (.bin, .pt) and no code (.py).
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "LICENSE*"]
-_NOT = ["consolidated*"]  # the same weights once more, by other names
-_POINTER = "weights.url"  # in a folder without weights: where they are
+_NOT = ["consolidated*"]  # a second copy of the weights under other names
+_POINTER = "weights.url"  # file with the URL of the weights, in a folder without weights
 
 
 def find_model(path: str, revision: str | None = None, asked_by: str = "model.path", weights: bool = True) -> Path:
-    """The folder with ``config.json``, tokenizer and safetensors of a built-in name, path, URL or Hugging Face id.
+    """Returns a folder with ``config.json``, tokenizer and safetensors for a built-in name, path, URL or model id.
 
-    Of a URL such as ``gs://bucket/model`` it is a local folder with all but the weights; these are read from where they
-    are, by ranges, by whoever needs them (:func:`weights_of`).
+    For a URL such as ``gs://bucket/model`` it downloads everything but the weights, which are read by ranges from the
+    bucket (:func:`weights_of`).
 
     Args:
         asked_by: the config key or file that names the model, for error messages.
-        weights: whether those of a Hugging Face id are fetched too; without, the folder may lack them.
+        weights: whether to download the weights of a Hugging Face id.
 
     Raises:
-        UserError: neither built in, nor a folder with a config.json, nor an id that can be fetched.
+        UserError: not built in, not a folder with a config.json, and not an id that can be downloaded.
     """
     if (folder := _folder_of(path, asked_by)) is not None:
         return folder
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    left_out = _NOT if weights else [*_NOT, "*.safetensors"]
+    ignored = _NOT if weights else [*_NOT, "*.safetensors"]
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=_FILES, ignore_patterns=left_out))
+        return Path(snapshot_download(path, revision=revision, allow_patterns=_FILES, ignore_patterns=ignored))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{asked_by}: {path!r} is no local folder and could not be fetched: {reason}") from error
 
 
 def find_config(path: str, revision: str | None = None, asked_by: str = "model.path") -> Path:
-    """A folder as :func:`find_model` finds it, of which only ``config.json`` has to be there; no more is fetched.
+    """Like :func:`find_model`, but downloads only ``config.json`` of a Hugging Face id.
 
     Raises:
         UserError: as :func:`find_model`.
@@ -63,13 +63,13 @@ def find_config(path: str, revision: str | None = None, asked_by: str = "model.p
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{asked_by}: the config.json of {path!r} is not in the local cache and could not be fetched, so give one "
+            f"{asked_by}: the config.json of {path!r} is not in the local cache and could not be downloaded; pass one "
             f"with --architecture FILE: {reason}"
         ) from error
 
 
 def absolute(path: str) -> str:
-    """A model's name that means the same in every folder: an absolute path for a local one, all else as it is."""
+    """Returns the absolute path of a local model; other names are returned unchanged."""
     if path.startswith(builtin.PREFIX) or is_url(path):
         return path
     folder = Path(path).expanduser()
@@ -77,18 +77,18 @@ def absolute(path: str) -> str:
 
 
 def commit_of(folder: Path) -> str | None:
-    """The commit of a Hugging Face id's files, as they lie in the cache; None for other folders."""
+    """Returns the commit of a folder in the Hugging Face cache; None for other folders."""
     return folder.name if folder.parent.name == "snapshots" else None
 
 
 def weights_of(folder: Path) -> Path | str:
-    """Where the safetensors of a model are that :func:`find_model` has found: in the folder, or at a URL."""
+    """Returns the location of the safetensors of a folder from :func:`find_model`: the folder itself, or a URL."""
     pointer = folder / _POINTER
     return pointer.read_text(encoding="utf-8") if pointer.is_file() else folder
 
 
 def _folder_of(path: str, asked_by: str) -> Path | None:
-    """The folder of a built-in name, a URL or a local path; None for a Hugging Face id."""
+    """Returns the folder of a built-in name, URL or local path; None for a Hugging Face id."""
     if path.startswith(builtin.PREFIX):
         return builtin.locate(path, asked_by)
     if is_url(path):
@@ -104,15 +104,15 @@ def _folder_of(path: str, asked_by: str) -> Path | None:
 
 
 def _from_url(url: str, asked_by: str) -> Path:
-    """The small files of a model in a bucket, in a temporary folder that is removed when the process ends."""
+    """Downloads the small files of a model in a bucket to a temporary folder, which is removed at exit."""
     folder = Path(tempfile.mkdtemp(prefix="sft-jax-model-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     try:
         files, root = fsspec.url_to_fs(url.rstrip("/"))
-        found = {path.rpartition("/")[2]: path for path in files.find(root, maxdepth=1)}
-        if "config.json" not in found:
+        paths = {path.rpartition("/")[2]: path for path in files.find(root, maxdepth=1)}
+        if "config.json" not in paths:
             raise UserError(f"{asked_by}: {url} has no config.json; it must be a Hugging Face model folder")
-        for name, path in found.items():
+        for name, path in paths.items():
             if any(fnmatch(name, pattern) for pattern in _FILES) and not name.endswith(".safetensors"):
                 files.get_file(path, str(folder / name))
     except (ImportError, ValueError, OSError) as error:

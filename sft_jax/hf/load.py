@@ -1,4 +1,4 @@
-"""Base weights straight from safetensors into sharded arrays."""
+"""Loads base weights from safetensors directly into sharded arrays."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from sft_jax.models.tensors import Stored
 from sft_jax.tree import Path
 from sft_jax.typing import Array
 
-# Buffers that older exports carry and that follow from the config.
+# Buffers in older checkpoints that follow from the config.
 _IGNORED = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
 
 
 class MadeLeaf(Protocol):
-    """A base weight that is not kept as the files have it, but made into other arrays."""
+    """A base weight that is stored as several arrays, such as a quantized one."""
 
     @property
     def arrays(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """What is kept, by name, with shardings."""
+        """The stored arrays by name, with shardings."""
         ...
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight."""
+        """Shape of the weight."""
         ...
 
     @property
     def made(self) -> Made:
-        """How."""
+        """The function that quantizes the weight."""
         ...
 
 
@@ -50,39 +50,39 @@ def load_params(
     tied: bool,
     old_vocab_size: int | None = None,
 ) -> dict[Path, Array]:
-    """Read the ``wanted`` leaves in their dtype and sharding, as :mod:`sft_jax.hf.place` does.
+    """Reads the ``wanted`` leaves in their dtype and sharding with :mod:`sft_jax.hf.place`.
 
-    ``base`` describes all base leaves, which are checked against the files before the first is read. One that is made
-    into arrays comes back as several: ``weight`` as ``weight.codes`` and so on.
+    First checks all leaves of ``base`` against the files. A quantized leaf is returned as several arrays: ``weight`` as
+    ``weight.codes`` and so on.
 
-    Where ``old_vocab_size`` is smaller than the vocabulary of ``base``, the added rows of the embeddings and columns of
-    ``lm_head`` start at the mean of the existing ones (Hewitt 2021), so that the added tokens begin as likely as an
-    average token and bound its logit from above.
+    If ``old_vocab_size`` is smaller than the vocabulary of ``base``, the added rows of the embeddings and columns of
+    ``lm_head`` are initialized to the mean of the existing ones (Hewitt 2021). Added tokens then start as likely as an
+    average token, and their logits have an upper bound.
 
     Args:
-        stored: where each of them lies.
-        tied: whether the embeddings are ``lm_head`` too.
+        stored: tensor names and layout of each leaf in the files.
+        tied: whether ``lm_head`` is tied to the embeddings.
 
     Raises:
-        UserError: a tensor is missing, has another shape, or is in the files but has no place in the network.
+        UserError: a tensor is missing, has another shape, or does not belong to the network.
     """
     _check(reader, expected_shapes(base, stored, old_vocab_size), tied)
     loaded = {}
-    # The largest tensors first, while there is most room for what moving one of them takes.
+    # The largest tensors first, while most memory is free for the buffers of resharding.
     for path in sorted(wanted, key=lambda path: (-math.prod(stored[path].shape(base[path].shape)), path)):
         leaf = base[path]
-        kept = place(reader, stored[path].names, _recipe(reader, leaf, stored[path]))
+        arrays = place(reader, stored[path].names, _recipe(reader, leaf, stored[path]))
         if isinstance(leaf, jax.ShapeDtypeStruct):
-            loaded[path] = kept[""]
+            loaded[path] = arrays[""]
         else:
-            loaded |= {(*path, name): array for name, array in kept.items()}
+            loaded |= {(*path, name): array for name, array in arrays.items()}
     return loaded
 
 
 def expected_shapes(
     base: Mapping[Path, Any], stored: Mapping[Path, Stored], old_vocab_size: int | None = None
 ) -> dict[str, tuple[int, ...]]:
-    """The shape in the files of each tensor, by its name."""
+    """Maps tensor names to their expected shapes in the files."""
     shapes = {}
     for path, leaf in base.items():
         shape = stored[path].shape(leaf.shape)
@@ -93,7 +93,7 @@ def expected_shapes(
 
 
 def _recipe(reader: TensorReader, leaf: Leaf, stored: Stored) -> Recipe:
-    """What becomes of a leaf's tensors, once :func:`_check` has found their shapes right."""
+    """Returns the recipe of a leaf whose tensors :func:`_check` has checked."""
     num_rows = reader.shape(stored.names[0])[0]
     is_plain = isinstance(leaf, jax.ShapeDtypeStruct)
     return Recipe(
@@ -109,13 +109,14 @@ def _recipe(reader: TensorReader, leaf: Leaf, stored: Stored) -> Recipe:
 def _check(reader: TensorReader, expected: Mapping[str, tuple[int, ...]], tied: bool) -> None:
     for name, shape in expected.items():
         if name not in reader.names:
-            there = ", ".join(sorted(reader.names)[:2])
+            present = ", ".join(sorted(reader.names)[:2])
             raise UserError(
-                f"{reader.folder}: tensor {name} is missing; there are {len(reader.names)}, such as {there}"
+                f"{reader.folder}: tensor {name} is missing; the files have {len(reader.names)} tensors, such as "
+                f"{present}"
             )
         if reader.shape(name) != shape:
             raise UserError(
-                f"{reader.folder}: tensor {name} has shape {reader.shape(name)}, config.json asks for {shape}"
+                f"{reader.folder}: tensor {name} has shape {reader.shape(name)}, but config.json implies {shape}"
             )
         reader.dtype(name)
     allowed = {"lm_head.weight"} if tied else set()

@@ -1,4 +1,4 @@
-"""PEFT adapter folders: read one to continue from, write one to load anywhere."""
+"""Reads and writes PEFT adapter folders."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from sft_jax.typing import Array
 
 _FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_OF_BASE = "base_fingerprint"  # in the metadata of the file
+_FINGERPRINT = "base_fingerprint"  # metadata key in the safetensors file
 
-_MERGE = "; merge it into its base with PEFT (merge_and_unload), and give the merged model"
+_MERGE = "; merge it into its base with PEFT (merge_and_unload) and use the merged model"
 
-# Settings that change what an adapter computes and that this library does not have, with the value that means "off".
+# PEFT settings that are not supported and change what an adapter computes, with the value that means "off".
 _UNSUPPORTED = {
     "use_rslora": False,
     "rank_pattern": {},
@@ -46,27 +46,27 @@ _UNSUPPORTED = {
     "target_parameters": None,
     "use_dora": False,
 }
-# Of the ways in which an adapter may begin, those that leave the base model as it is.
+# Initializations that do not change the base weights.
 _INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What ``adapter_config.json`` says."""
+    """The contents of ``adapter_config.json``."""
 
     base: str  # folder or Hugging Face id
     revision: str | None
-    method: str  # a file of sft_jax/adapters
+    method: str  # name of a module in sft_jax/adapters
     rank: int
     alpha: float
     target_modules: list[str]
 
 
 def read_adapter_config(folder: Path) -> AdapterConfig:
-    """The adapter config of a PEFT folder.
+    """Reads the adapter config of a PEFT folder.
 
     Raises:
-        UserError: not LoRA, a PEFT setting that is not supported, or a key that is missing.
+        UserError: not LoRA, a PEFT setting that is not supported, or a missing key.
     """
     path = folder / "adapter_config.json"
     try:
@@ -104,30 +104,30 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
 
 
 def base_fingerprint(folder: Path) -> str | None:
-    """Of the base's weights that an adapter was trained on (:meth:`TensorReader.fingerprint`); None of others' ones."""
+    """Reads the base model's fingerprint (:meth:`TensorReader.fingerprint`); None in files of other libraries."""
     try:
         with safe_open(folder / _FILE, "np") as file:
-            return (file.metadata() or {}).get(_OF_BASE)
+            return (file.metadata() or {}).get(_FINGERPRINT)
     except (OSError, SafetensorError):
-        return None  # whoever reads its tensors says what is wrong with it
+        return None  # reading the tensors raises a better error
 
 
 def num_embeddings(folder: Path) -> int | None:
-    """How many embeddings an adapter carries; None where it carries none."""
+    """Number of embeddings in an adapter's file; None if it has none."""
     reader = TensorReader(folder, _FILE)
     name = f"{_PREFIX}model.embed_tokens.weight"
     return reader.shape(name)[0] if name in reader.names else None
 
 
 def load_adapter(folder: str, split: Split, embeddings: bool = False) -> dict[LeafPath, Array]:
-    """The parameters of the adapters of a network from a PEFT folder, and its embeddings where the folder has them.
+    """Reads the adapter parameters of a network from a PEFT folder, and its embeddings if the folder has them.
 
     Args:
-        split: the network. Where its embeddings are trained, they are taken from the folder if it has them.
-        embeddings: take them also where they are frozen.
+        split: the network; trained embeddings are read from the folder if it has them.
+        embeddings: whether to read frozen embeddings too.
 
     Raises:
-        UserError: not an adapter folder, another method, rank, alpha or set of modules, or a PEFT setting that is not
+        UserError: not an adapter folder; another method, rank, alpha or target modules; or a PEFT setting that is not
             supported.
     """
     path = Path(folder).expanduser()
@@ -138,19 +138,19 @@ def load_adapter(folder: str, split: Split, embeddings: bool = False) -> dict[Le
     leaves = flatten(split.trainable) | (flatten(split.frozen) if embeddings else {})
     names = {}
     for leaf_path in leaves:
-        of_leaf = [_PREFIX + name for name in split.stored[leaf_path].names] if leaf_path in split.stored else []
-        if is_adapter(split.labels[leaf_path]) or (leaf_path[0] in EMBEDDINGS and reader.names.issuperset(of_leaf)):
-            names[leaf_path] = of_leaf
-    wanted = {name for of_leaf in names.values() for name in of_leaf}
+        in_file = [_PREFIX + name for name in split.stored[leaf_path].names] if leaf_path in split.stored else []
+        if is_adapter(split.labels[leaf_path]) or (leaf_path[0] in EMBEDDINGS and reader.names.issuperset(in_file)):
+            names[leaf_path] = in_file
+    wanted = {name for in_file in names.values() for name in in_file}
     for missing in sorted(wanted - reader.names)[:1]:
-        raise UserError(f"{path}: tensor {missing} is missing; does lora.target_modules fit this adapter?")
+        raise UserError(f"{path}: tensor {missing} is missing; check that lora.target_modules matches this adapter")
     for extra in sorted(reader.names - wanted)[:1]:
         if extra.startswith((f"{_PREFIX}model.embed_tokens", f"{_PREFIX}lm_head")):
-            raise UserError(f"{path}: carries embeddings with added tokens; name them in data.added_tokens")
+            raise UserError(f"{path}: has embeddings of added tokens; list these tokens in data.added_tokens")
         raise UserError(f"{path}: tensor {extra} has no place; add its module to lora.target_modules")
     return {
-        leaf_path: _placed(reader, of_leaf, leaves[leaf_path], split.stored[leaf_path])
-        for leaf_path, of_leaf in names.items()
+        leaf_path: _load(reader, in_file, leaves[leaf_path], split.stored[leaf_path])
+        for leaf_path, in_file in names.items()
     }
 
 
@@ -159,11 +159,11 @@ def _check_settings(path: Path, config: AdapterConfig, variant: Any) -> None:
     for key, one in ours.items():
         other = getattr(config, key)
         if one != other:
-            raise UserError(f"lora.{key}: {one} is set, the adapter in {path} has {other}; set lora.{key}={other}")
+            raise UserError(f"lora.{key}: {one} is set, but the adapter in {path} has {other}; set lora.{key}={other}")
 
 
-def _placed(reader: TensorReader, names: list[str], leaf: jax.ShapeDtypeStruct, stored: Stored) -> Array:
-    """The tensors of a parameter, stacked in its dtype, on the mesh."""
+def _load(reader: TensorReader, names: list[str], leaf: jax.ShapeDtypeStruct, stored: Stored) -> Array:
+    """Reads the tensors of a parameter and stacks them into a sharded array of its dtype."""
     shape = stored.shape(leaf.shape)
     for name in names:
         if reader.shape(name) != shape:
@@ -185,14 +185,14 @@ def save_adapter(
     revision: str | None = None,
     fingerprint: str | None = None,
 ) -> None:
-    """Write ``adapter_config.json`` and ``adapter_model.safetensors`` into an existing folder.
+    """Writes ``adapter_config.json`` and ``adapter_model.safetensors`` to an existing folder.
 
     Args:
-        tensors: as they are to be in the file, by their names without PEFT's prefix: those of adapters (float32), and
-            whole base tensors that were trained too (resized embeddings).
-        fingerprint: of the base's weights, so that others of the same shapes are not taken for them.
+        tensors: tensors by name without PEFT's prefix: adapter weights (float32), and base weights that were trained
+            (resized embeddings).
+        fingerprint: fingerprint of the base's weights, to detect another base of the same shapes.
     """
-    metadata = {"format": "pt"} | ({} if fingerprint is None else {_OF_BASE: fingerprint})
+    metadata = {"format": "pt"} | ({} if fingerprint is None else {_FINGERPRINT: fingerprint})
     save_file({_PREFIX + name: tensor for name, tensor in tensors.items()}, folder / _FILE, metadata=metadata)
     config: dict[str, Any] = {
         "peft_type": "LORA",

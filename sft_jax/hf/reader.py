@@ -1,4 +1,4 @@
-"""Reading tensors of a safetensors folder range by range: one file, or several with an index."""
+"""Reads tensors of a safetensors folder by ranges, from one file or from shards with an index."""
 
 from __future__ import annotations
 
@@ -19,41 +19,41 @@ from sft_jax.errors import UserError, refuse_lfs_pointer
 
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64}
 CHUNK_BYTES = 64 * 2**20
-_SAMPLED = 256  # bytes at the beginning and in the middle of a tensor, to tell it by
-_BARE = "embed_tokens.weight"  # the token table of a checkpoint without prefix
-_FIRST = 64  # bytes that tell a pointer of git-lfs
-_MAX_HEADER = 100 * 2**20  # the limit that the safetensors library sets
+_SAMPLED = 256  # bytes at the start and in the middle of a tensor that the fingerprint hashes
+_BARE = "embed_tokens.weight"  # name of the embeddings in a checkpoint without prefix
+_FIRST = 64  # bytes that are enough to recognize a git-lfs pointer
+_MAX_HEADER = 100 * 2**20  # limit of the safetensors library
 
 
 def is_same_model(one: str, other: str) -> bool:
-    """Whether two fingerprints are of one model; older versions' have names, shapes and dtypes only."""
+    """Whether two fingerprints are of the same model; those of older versions cover names, shapes and dtypes only."""
     return one == other or (":" not in one and one == other.split(":")[0])
 
 
 def is_other_weights(one: str, other: str) -> bool:
-    """Whether two fingerprints are of models of one kind with different weights."""
+    """Whether two fingerprints are of models with equal names, shapes and dtypes, but different weights."""
     kinds, samples = zip(one.split(":"), other.split(":"), strict=True)
     return kinds[0] == kinds[1] and samples[0] != samples[1]
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """Where a tensor lies."""
+    """The location of a tensor."""
 
     file: str
-    dtype: str  # the format's name of it
+    dtype: str  # safetensors name
     shape: tuple[int, ...]
-    start: int  # in the file
+    start: int  # byte offset in the file
     stop: int
 
 
 def chunks(
     reader: TensorReader, name: str, first: int = 0, last: int | None = None
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """The rows ``first … last`` of a tensor, by default all, in parts of at most :data:`CHUNK_BYTES`, or a row.
+    """Reads the rows ``first … last`` of a tensor, by default all, in chunks of at most :data:`CHUNK_BYTES` or one row.
 
     Yields:
-        the number of each part's first row, and its rows.
+        the index of each chunk's first row, and the chunk.
     """
     num_rows, *rest = reader.shape(name)
     last = num_rows if last is None else last
@@ -63,16 +63,16 @@ def chunks(
 
 
 class TensorReader:
-    """The tensors of a folder by name; nothing is read before it is asked for, and then only what is asked for.
+    """Reads the tensors of a folder by name; the constructor reads only the headers.
 
-    Files are read and not mapped, so that what was read does not stay in memory, and by ranges, so that a bucket does
-    as well as a disk.
+    Files are read rather than memory-mapped, so that their pages do not stay in memory, and by ranges, so that a bucket
+    works like a disk.
 
     Args:
-        folder: local, or a URL that fsspec knows, such as ``gs://bucket/model``.
+        folder: a local folder or an fsspec URL such as ``gs://bucket/model``.
 
     Raises:
-        UserError: no safetensors, a damaged file, or an index that names a file that is not there.
+        UserError: no safetensors, a damaged file, or an index that names a missing file.
     """
 
     def __init__(self, folder: Path | str, single: str = "model.safetensors"):
@@ -85,7 +85,7 @@ class TensorReader:
             try:
                 files = sorted(set(json.loads(self._fs.cat_file(self._path(index)))["weight_map"].values()))
             except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError) as error:
-                raise UserError(f"{folder}/{index}: not an index of safetensors files: {error!r}") from error
+                raise UserError(f"{folder}/{index}: not a valid safetensors index: {error!r}") from error
         else:
             files = self._without_index(single, index)
         self._entries: dict[str, _Entry] = {}
@@ -94,7 +94,7 @@ class TensorReader:
             if not self._fs.isfile(self._path(name)):
                 raise UserError(f"{folder}/{name}: named in {index} but missing")
             self._entries |= self._header(name)
-        if _BARE in self._entries:  # saved without the head's class, whose prefix the names lack
+        if _BARE in self._entries:  # saved from the model without lm_head: the names lack the prefix "model."
             self._entries = {
                 name if name.startswith("lm_head.") else f"model.{name}": entry for name, entry in self._entries.items()
             }
@@ -105,14 +105,14 @@ class TensorReader:
         return set(self._entries)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """A tensor's shape as it is in the file."""
+        """A tensor's shape in the file."""
         return self._entries[name].shape
 
     def dtype(self, name: str) -> np.dtype:
         """A tensor's dtype.
 
         Raises:
-            UserError: not a floating-point dtype this library trains in.
+            UserError: not a supported floating-point dtype.
         """
         code = self._entries[name].dtype
         if code not in DTYPES:
@@ -120,10 +120,10 @@ class TensorReader:
         return np.dtype(DTYPES[code])
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """The rows ``start … stop`` of a tensor's first dimension, by default all; no other bytes are read.
+        """Reads only the rows ``start … stop`` of a tensor's first dimension, by default all.
 
         Raises:
-            UserError: the file ends before.
+            UserError: the file is truncated.
         """
         entry, dtype = self._entries[name], self.dtype(name)
         if not entry.shape:
@@ -134,8 +134,7 @@ class TensorReader:
         return raw.view(dtype).reshape(stop - start, *entry.shape[1:])
 
     def fingerprint(self) -> str:
-        """Whether a folder still holds the same model: a hash of names, shapes and dtypes, and one of a few bytes of
-        each tensor, with a colon between."""
+        """Returns two hashes joined by a colon: of names, shapes and dtypes, and of a few bytes of each tensor."""
         described = sorted((name, self.shape(name), str(self.dtype(name))) for name in self.names)
         kind = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
         files, starts, stops = [], [], []
@@ -146,20 +145,20 @@ class TensorReader:
                 starts.append(start)
                 stops.append(min(start + _SAMPLED, entry.stop))
         sampled = hashlib.sha256()
-        for found in self._fs.cat_ranges(files, starts, stops):
-            sampled.update(found)
+        for data in self._fs.cat_ranges(files, starts, stops):
+            sampled.update(data)
         return f"{kind}:{sampled.hexdigest()[:16]}"
 
     def _without_index(self, single: str, index: str) -> list[str]:
-        """Shards that nothing but their names tells of."""
+        """Finds shards by their file names."""
         names = [path.rpartition("/")[2] for path in self._fs.ls(self._root, detail=False)]
         shards = sorted(name for name in names if re.fullmatch(r"model-\d+-of-\d+\.safetensors", name))
         if shards and single == "model.safetensors":
             return shards
         pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth")) and "model" in name]
         way_out = (
-            f"; {pickles[0]} is a pickle, which could run code and is not opened: convert it once where you trust it, "
-            "by AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(OUT) of transformers"
+            f"; {pickles[0]} is a pickle, which could run code and is not opened; if you trust it, convert it once "
+            "with transformers: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(OUT)"
             if pickles
             else ""
         )
@@ -170,7 +169,7 @@ class TensorReader:
 
     def _file(self, name: str) -> Any:
         if name not in self._open:
-            # Ranges are as long as they should be; reading ahead would fetch what another process needs.
+            # No read-ahead: it would download ranges that only another process needs.
             self._open[name] = self._fs.open(self._path(name), "rb", cache_type="none")
         return self._open[name]
 
@@ -181,15 +180,15 @@ class TensorReader:
         while at < len(raw):
             count = file.readinto(view[at:])
             if not count:
-                raise UserError(f"{self.folder}/{entry.file}: damaged safetensors file: it ends before its tensors do")
+                raise UserError(f"{self.folder}/{entry.file}: damaged safetensors file: it ends before its last tensor")
             at += count
         return raw
 
     def _header(self, name: str) -> dict[str, _Entry]:
-        """Where the tensors of a file lie: eight bytes with the length of a JSON object that tells it."""
+        """Reads the header of a file: eight bytes with a length, then a JSON object of that length."""
 
-        def refuse(why: object) -> UserError:
-            return UserError(f"{self.folder}/{name}: damaged safetensors file: {why}")
+        def damaged(reason: object) -> UserError:
+            return UserError(f"{self.folder}/{name}: damaged safetensors file: {reason}")
 
         size = self._fs.size(self._path(name))
         file = self._file(name)
@@ -198,7 +197,7 @@ class TensorReader:
         length = int.from_bytes(first[:8], "little")
         file.seek(8)
         if not 0 < length <= min(_MAX_HEADER, size - 8):
-            raise refuse(f"a header of {length} bytes in a file of {size}")
+            raise damaged(f"a header of {length} bytes in a file of {size}")
         try:
             described = json.loads(file.read(length))
             described.pop("__metadata__", None)
@@ -207,13 +206,13 @@ class TensorReader:
                 start, stop = (8 + length + at for at in one["data_offsets"])
                 entries[tensor] = _Entry(name, one["dtype"], tuple(one["shape"]), start, stop)
         except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise refuse(repr(error)) from error
+            raise damaged(repr(error)) from error
         for tensor, entry in entries.items():
             numbers = (*entry.shape, entry.start, entry.stop)
             if not all(isinstance(number, int) and number >= 0 for number in numbers) or entry.stop > size:
-                raise refuse(f"tensor {tensor} lies outside of the file")
+                raise damaged(f"tensor {tensor} lies outside of the file")
             if entry.dtype in DTYPES:
-                wanted = math.prod(entry.shape) * np.dtype(DTYPES[entry.dtype]).itemsize
-                if entry.stop - entry.start != wanted:
-                    raise refuse(f"tensor {tensor} has {entry.stop - entry.start} bytes, its shape asks for {wanted}")
+                expected = math.prod(entry.shape) * np.dtype(DTYPES[entry.dtype]).itemsize
+                if entry.stop - entry.start != expected:
+                    raise damaged(f"tensor {tensor} has {entry.stop - entry.start} bytes, its shape needs {expected}")
         return entries

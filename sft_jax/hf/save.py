@@ -1,4 +1,4 @@
-"""Writing tensors as a Hugging Face folder: one file, or shards with an index, range by range and in any order."""
+"""Writes tensors to a Hugging Face folder as one file or as shards with an index, by ranges and in any order."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Tensor:
-    """What a tensor will be."""
+    """Shape and dtype of a tensor to write."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -31,14 +31,14 @@ class Tensor:
 
 
 class TensorWriter:
-    """The weights of a model folder: ``model.safetensors``, or shards of it with an index.
+    """Writes the weights of a model folder: ``model.safetensors``, or shards with an index.
 
-    Several processes write one folder, each the files that fall to it; the first one also the index.
-    Its ``with`` ends when everything is on disk.
+    Several processes can write one folder together: each writes its own files, and process 0 also writes the index.
+    The context manager exits after all data is on disk.
 
     Args:
-        tensors: all that the folder will hold, by Hugging Face name.
-        process, num_processes: which of how many this is.
+        tensors: all tensors of the folder by Hugging Face name.
+        process, num_processes: index of this process, and number of processes.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class TensorWriter:
         else:
             files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
         self._tensors = tensors
-        self._files: dict[str, tuple[Any, int]] = {}  # of the tensors that are ours: file and offset
+        self._files: dict[str, tuple[Any, int]] = {}  # file and offset of each tensor of this process
         self._open = []
         for i, (file, names) in enumerate(zip(files, shards, strict=True)):
             if i % num_processes == process:
@@ -68,15 +68,15 @@ class TensorWriter:
 
     @property
     def num_bytes(self) -> int:
-        """Of all tensors that are written by this process."""
+        """Bytes of the tensors that this process writes."""
         return sum(self._tensors[name].num_bytes for name in self._files)
 
     def owns(self, name: str) -> bool:
-        """Whether a tensor is written by this process."""
+        """Whether this process writes a tensor."""
         return name in self._files
 
     def write(self, name: str, rows: np.ndarray, start: int = 0) -> None:
-        """Rows of a tensor from ``start`` on, or all of it; its dtype is that of the file."""
+        """Writes the rows of a tensor from ``start`` on, by default all; they must have the dtype of the file."""
         file, offset = self._files[name]
         tensor = self._tensors[name]
         assert rows.dtype == tensor.dtype, (name, rows.dtype)
@@ -96,8 +96,8 @@ class TensorWriter:
                     os.fsync(file.fileno())
 
     def _begin(self, path: Path, names: list[str]) -> None:
-        """Write a file's header, and make it as long as it will be."""
-        names = sorted(names, key=lambda name: (-self._tensors[name].dtype.itemsize, name))  # so that all are aligned
+        """Writes a file's header and extends the file to its final size."""
+        names = sorted(names, key=lambda name: (-self._tensors[name].dtype.itemsize, name))  # keeps tensors aligned
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         at = 0
         for name in names:
@@ -121,14 +121,14 @@ class TensorWriter:
 def save_tensors(
     folder: Path, tensors: Mapping[str, Tensor], get: Callable[[str], np.ndarray], shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Write tensors one after the other; ``get`` makes one, and no two are held at a time."""
+    """Writes tensors one by one; ``get`` returns a tensor by name, and only one is in memory at a time."""
     with TensorWriter(folder, tensors, shard_bytes) as writer:
         for name in tensors:
             writer.write(name, get(name))
 
 
 def _shards(tensors: Mapping[str, Tensor], shard_bytes: int) -> list[list[str]]:
-    """Names in the order given, as many together as ``shard_bytes`` holds, one at least."""
+    """Groups names in order into shards of at most ``shard_bytes``, with at least one tensor each."""
     shards: list[list[str]] = [[]]
     filled = 0
     for name, tensor in tensors.items():

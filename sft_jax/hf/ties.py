@@ -1,4 +1,4 @@
-"""Whether a model's head is its token table: what the files hold decides, where config.json only has a default."""
+"""Decides whether ``lm_head`` is tied to the embeddings, from the weights rather than from config.json."""
 
 from __future__ import annotations
 
@@ -11,28 +11,33 @@ from sft_jax.hf.config import read_architecture
 from sft_jax.hf.reader import TensorReader, chunks
 from sft_jax.models.architecture import Architecture
 
-_TABLE, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_EMBEDDINGS, _LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def architecture_of(folder: Path, reader: TensorReader | None) -> Architecture:
-    """The architecture of a model with its weights at hand: as :func:`read_architecture` reads it, but for the head.
+    """Reads the architecture like :func:`read_architecture`, and corrects ``tie_word_embeddings`` from the weights.
 
-    Where config.json ties it to the token table and the files have a head that differs, it is a matrix of its own, as
-    transformers has it.
+    If config.json ties ``lm_head`` to the embeddings but the files have a different ``lm_head``, it is untied, as in
+    transformers.
 
     Args:
-        reader: of its weights; None for random ones.
+        reader: reader of the weights; None for random weights.
     """
     arch = read_architecture(folder)
-    if reader is None or not arch.tie_word_embeddings or not {_TABLE, _HEAD} <= reader.names or _are_equal(reader):
+    if (
+        reader is None
+        or not arch.tie_word_embeddings
+        or not {_EMBEDDINGS, _LM_HEAD} <= reader.names
+        or _are_equal(reader)
+    ):
         return arch
     return dataclasses.replace(arch, tie_word_embeddings=False)
 
 
 def _are_equal(reader: TensorReader) -> bool:
-    if reader.shape(_TABLE) != reader.shape(_HEAD):
+    if reader.shape(_EMBEDDINGS) != reader.shape(_LM_HEAD):
         return False
     return all(
-        np.array_equal(rows, reader.read(_HEAD, start, start + len(rows)), equal_nan=False)
-        for start, rows in chunks(reader, _TABLE)
+        np.array_equal(rows, reader.read(_LM_HEAD, start, start + len(rows)), equal_nan=False)
+        for start, rows in chunks(reader, _EMBEDDINGS)
     )

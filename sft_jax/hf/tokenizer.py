@@ -1,4 +1,4 @@
-"""The tokenizer of a model folder, with the template and special tokens a config adds."""
+"""Loads the tokenizer of a model folder, with the chat template and tokens that a config adds."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ def load_tokenizer(
     added_tokens: Sequence[str] = (),
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[Any, int]:
-    """A fast tokenizer (offsets are needed for masks) and how many tokens were added; remote code is never run.
+    """Returns a fast tokenizer, since loss masks need offsets, and the number of added tokens; runs no remote code.
 
     Args:
         folder: a Hugging Face folder with ``tokenizer.json`` or the files to build it from.
-        chat_template: a Jinja file that replaces the tokenizer's own template.
-        template_kwargs: arguments that its templates get where nobody gives them, written into the templates
-            themselves, so that whoever has the tokenizer has them too.
-        added_tokens: special tokens to add where the tokenizer does not have them.
+        chat_template: path of a Jinja file that replaces the tokenizer's template.
+        added_tokens: special tokens to add if the tokenizer lacks them.
+        template_kwargs: defaults of template arguments, written into the templates, so that an exported tokenizer
+            has them too.
 
     Raises:
-        UserError: no tokenizer, no fast one, or no such template file.
+        UserError: no tokenizer, no fast tokenizer, or no such template file.
     """
     from transformers import AutoTokenizer
 
     if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
         raise UserError(
-            f"{folder}: has a SentencePiece tokenizer.model only, which is not converted faithfully; "
+            f"{folder}: has only a SentencePiece tokenizer.model, whose conversion is not exact; "
             "add the tokenizer.json of the same model"
         )
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -54,30 +54,30 @@ def load_tokenizer(
             raise UserError(f"data.chat_template: no such file {chat_template}")
         tokenizer.chat_template = path.read_text(encoding="utf-8")
     if template_kwargs:
-        given = tokenizer.chat_template
-        if isinstance(given, dict):
-            tokenizer.chat_template = {name: _with_defaults(text, template_kwargs) for name, text in given.items()}
-        elif given:
-            tokenizer.chat_template = _with_defaults(given, template_kwargs)
+        template = tokenizer.chat_template
+        if isinstance(template, dict):
+            tokenizer.chat_template = {name: _with_defaults(text, template_kwargs) for name, text in template.items()}
+        elif template:
+            tokenizer.chat_template = _with_defaults(template, template_kwargs)
         else:
-            raise UserError("data.template_kwargs: the tokenizer has no chat template that would read them")
+            raise UserError("data.template_kwargs: the tokenizer has no chat template")
     return tokenizer, num_added
 
 
 def _with_defaults(template: str, kwargs: Mapping[str, Any]) -> str:
-    """A template that reads these arguments where it is not given others."""
+    """Adds default values for arguments to a template."""
     defaults = ""
     for name, value in kwargs.items():
         if not re.fullmatch(r"[A-Za-z_]\w*", name) or not re.search(rf"\b{name}\b", template):
             raise UserError(f"data.template_kwargs: the chat template reads no argument {name!r}")
         if name in SET_BY_RENDERING:
-            raise UserError(f"data.template_kwargs: {name!r} is set by what is rendered, and not by hand")
+            raise UserError(f"data.template_kwargs: {name!r} is set by the renderer and cannot be overridden")
         defaults += f"{{% if {name} is not defined %}}{{% set {name} = {_literal(value)} %}}{{% endif %}}"
-    return f"{defaults}{{{{ '' }}}}{template}"  # the empty text keeps the template's first line break its own
+    return f"{defaults}{{{{ '' }}}}{template}"  # '' keeps a leading line break of the template
 
 
 def _literal(value: Any) -> str:
-    """A value as Jinja writes it."""
+    """Formats a value as a Jinja literal."""
     if value is None or isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list):

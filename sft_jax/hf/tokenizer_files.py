@@ -1,6 +1,6 @@
-"""A tokenizer's files for others: the base's own, to the byte, and what was changed in a form that all of them read.
+"""Writes tokenizer files that transformers 4 and 5 can read: byte copies of the base's files, plus any changes.
 
-``save_pretrained`` of transformers 5 writes classes and keys that transformers 4, and what is built on it, do not know.
+``save_pretrained`` of transformers 5 writes classes and keys that transformers 4 and libraries on top of it reject.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ _ADDED = "additional_special_tokens"
 
 
 def write_tokenizer(tokenizer: Any, base: Path, folder: Path) -> None:
-    """Write the tokenizer of a run into a folder that has none.
+    """Writes the tokenizer of a run to a folder without one.
 
     Args:
-        tokenizer: the base's, perhaps with more tokens and another template.
+        tokenizer: the base's tokenizer, possibly with added tokens and another chat template.
         base: the folder of the base model.
     """
-    given, _ = load_tokenizer(base)
+    original, _ = load_tokenizer(base)
     for name in _FILES:
         if (base / name).is_file():
             shutil.copyfile(base / name, folder / name)
     if (base / _MORE_TEMPLATES).is_dir():
         shutil.copytree(base / _MORE_TEMPLATES, folder / _MORE_TEMPLATES)
-    known = given.added_tokens_decoder
+    known = original.added_tokens_decoder
     added = {i: token for i, token in tokenizer.added_tokens_decoder.items() if i not in known}
     if added:
         (folder / "tokenizer.json").write_text(tokenizer.backend_tokenizer.to_str(pretty=True), encoding="utf-8")
         names = [token.content for token in added.values()]
         _change(folder / _CONFIG, lambda config: _with_tokens(config, added, names))
         _change(folder / "added_tokens.json", lambda ids: ids | {token.content: i for i, token in added.items()})
-        _change(folder / "special_tokens_map.json", lambda held: held | {_ADDED: [*held.get(_ADDED, []), *names]})
-    if tokenizer.chat_template != given.chat_template:
+        _change(folder / "special_tokens_map.json", lambda old: old | {_ADDED: [*old.get(_ADDED, []), *names]})
+    if tokenizer.chat_template != original.chat_template:
         for stale in ("chat_template.json", _TEMPLATE):
             (folder / stale).unlink(missing_ok=True)
         shutil.rmtree(folder / _MORE_TEMPLATES, ignore_errors=True)
@@ -52,12 +52,12 @@ def write_tokenizer(tokenizer: Any, base: Path, folder: Path) -> None:
             (folder / _TEMPLATE).write_text(template, encoding="utf-8")
         else:
             template = [{"name": name, "template": text} for name, text in template.items()]
-        # In both places: transformers before 4.43 does not know the file.
+        # Written to both files: transformers before 4.43 reads only tokenizer_config.json.
         _change(folder / _CONFIG, lambda config: config | {"chat_template": template})
 
 
 def _with_tokens(config: dict[str, Any], added: Mapping[int, Any], names: list[str]) -> dict[str, Any]:
-    if config.get("tokenizer_class") == "TokenizersBackend":  # the name that transformers 5 has for it
+    if config.get("tokenizer_class") == "TokenizersBackend":  # transformers 5's name of the class
         config = config | {"tokenizer_class": "PreTrainedTokenizerFast"}
     keys = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
     tokens = {str(i): {key: getattr(token, key) for key in keys} for i, token in added.items()}
@@ -69,7 +69,7 @@ def _with_tokens(config: dict[str, Any], added: Mapping[int, Any], names: list[s
 
 
 def _change(path: Path, change: Any) -> None:
-    """Change the JSON object in a file, where there is one."""
+    """Applies ``change`` to the JSON object in a file, if the file exists."""
     if path.is_file():
-        held = json.loads(path.read_text(encoding="utf-8"))
-        path.write_text(json.dumps(change(held), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        old = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps(change(old), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

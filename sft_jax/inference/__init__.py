@@ -1,1 +1,1 @@
-"""Generating with a network: sampling, and decoding with a cache of keys and values."""
+"""Text generation: sampling, and decoding with a key/value cache."""

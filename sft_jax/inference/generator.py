@@ -1,4 +1,4 @@
-"""Decoding with a cache: prompts in, tokens out, one compiled program for each bucket of shapes."""
+"""Batched generation with a key/value cache, one compiled program per bucket of shapes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sft_jax.distributed.processes import fetch
 from sft_jax.errors import UserError
 from sft_jax.inference.sampling import Sampling, sample
 from sft_jax.models.compiler import compiler_options
-from sft_jax.models.decoder import Cache, grown, written
+from sft_jax.models.decoder import Cache, resize_cache, update_cache
 from sft_jax.models.split import Split
 from sft_jax.sharding import constrain
 from sft_jax.tree import Params
@@ -26,10 +26,10 @@ _SMALLEST_BUCKET = 16
 
 @dataclass(frozen=True)
 class Generated:
-    """What was written after one prompt."""
+    """The answer to one prompt."""
 
     ids: list[int]  # without the stop token
-    stopped: bool  # by a stop token; otherwise by the length limit
+    stopped: bool  # at a stop token; otherwise at the length limit
 
     @property
     def finish_reason(self) -> str:
@@ -40,73 +40,75 @@ class Generated:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _State:
-    """A batch half written."""
+    """The state of a batch during generation."""
 
     cache: Cache  # [L, B, S, K, H]
-    token: Int[Array, "B"]  # drawn last, not yet in the cache
-    position: Int[Array, "B"]  # of that token
+    token: Int[Array, "B"]  # last sampled token, not yet in the cache
+    position: Int[Array, "B"]  # position of that token
     done: Bool[Array, "B"]
-    written: Int[Array, "B S"]  # tokens drawn, in order; stop tokens among them
-    num_written: Int[Array, ""]
+    tokens: Int[Array, "B S"]  # sampled tokens in order, including stop tokens
+    num_tokens: Int[Array, ""]
 
 
 class Generator:
-    """Generates with one network.
+    """Generates answers with a model.
 
     Args:
-        split: the network.
-        stop_ids: any of them ends an answer.
+        split: the abstract model.
+        stop_ids: stop token ids; any of them ends an answer.
     """
 
     def __init__(self, split: Split, stop_ids: Sequence[int]):
-        self._max_positions = split.arch.max_positions  # of prompt and answer together
+        self._max_positions = split.arch.max_positions  # context length: prompt and answer together
         self._stop_ids = tuple(sorted(set(stop_ids)))
         self._mesh = mesh = split.mesh
         self._shards = mesh.shape["data"] * mesh.shape["fsdp"]
         stops = np.asarray(self._stop_ids, np.int32)
 
         def draw(logits: Array, state: _State, keys: Array, sampling: tuple[Array, Array, Array]) -> _State:
-            keys = jax.vmap(lambda key: jax.random.fold_in(key, state.num_written))(keys)
+            keys = jax.vmap(lambda key: jax.random.fold_in(key, state.num_tokens))(keys)
             token = jnp.where(state.done, state.token, sample(logits, keys, *sampling))
             return _State(
                 cache=state.cache,
                 token=token,
                 position=jnp.where(state.done, state.position, state.position + 1),
                 done=state.done | jnp.isin(token, stops),
-                written=state.written.at[:, state.num_written].set(token),
-                num_written=state.num_written + 1,
+                tokens=state.tokens.at[:, state.num_tokens].set(token),
+                num_tokens=state.num_tokens + 1,
             )
 
-        def start(trainable: Params, frozen: Params, ids: Array, lengths: Array, keys: Array, sampling, slots: int):
+        def start(
+            trainable: Params, frozen: Params, ids: Array, lengths: Array, keys: Array, sampling, cache_length: int
+        ):
             model = split.merge(trainable, frozen)
-            where = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
-            inside = (where < lengths[:, None]).astype(jnp.int32)
-            hidden, cache = model.prefill(constrain(ids, "batch", "length"), inside, where)
+            positions = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
+            segment_ids = (positions < lengths[:, None]).astype(jnp.int32)
+            hidden, cache = model.prefill(constrain(ids, "batch", "length"), segment_ids, positions)
             last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)
             state = _State(
-                cache=grown(cache, slots),
+                cache=resize_cache(cache, cache_length),
                 token=jnp.zeros_like(lengths),
                 position=lengths - 1,
-                done=lengths == 0,  # rows of padding
-                written=jnp.zeros((ids.shape[0], slots), jnp.int32),
-                num_written=jnp.zeros((), jnp.int32),
+                done=lengths == 0,  # padding of the batch
+                tokens=jnp.zeros((ids.shape[0], cache_length), jnp.int32),
+                num_tokens=jnp.zeros((), jnp.int32),
             )
             return draw(model.logits(last)[:, 0], state, keys, sampling)
 
-        def go_on(trainable: Params, frozen: Params, state: _State, limit: Array, keys: Array, sampling) -> _State:
+        def decode(trainable: Params, frozen: Params, state: _State, limit: Array, keys: Array, sampling) -> _State:
             model = split.merge(trainable, frozen)
 
             def body(state: _State) -> _State:
                 hidden, new = model.decode(state.token[:, None], state.position[:, None], state.cache)
-                state = dataclasses.replace(state, cache=written(state.cache, new, state.position))
+                state = dataclasses.replace(state, cache=update_cache(state.cache, new, state.position))
                 logits = constrain(model.logits(hidden)[:, 0], "batch", "activation")
                 return draw(logits, state, keys, sampling)
 
-            return lax.while_loop(lambda s: (s.num_written < limit) & ~jnp.all(s.done), body, state)
+            return lax.while_loop(lambda s: (s.num_tokens < limit) & ~jnp.all(s.done), body, state)
 
         options = compiler_options(split, gradients=False)
-        self._start = jax.jit(start, static_argnames="slots", compiler_options=options)
-        self._go_on = jax.jit(go_on, donate_argnums=2)  # nothing is gathered here that options would help with
+        self._start = jax.jit(start, static_argnames="cache_length", compiler_options=options)
+        self._decode = jax.jit(decode, donate_argnums=2)  # all-gathers no weights, so it needs no compiler options
 
     def __call__(
         self,
@@ -118,34 +120,34 @@ class Generator:
         batch_size: int = 16,
         progress: Callable[[int], object] = lambda prompts: None,
     ) -> list[Generated]:
-        """An answer to each prompt, in their order.
+        """Generates an answer to each prompt, in the order of the prompts.
 
-        Each prompt's answer is its own: it does not depend on the prompts beside it, drawn tokens included.
+        An answer does not depend on the other prompts, also with sampling.
 
         Args:
-            prompts: token ids, none empty.
-            max_new_tokens: the length limit; where the context ends before, that is the limit.
+            prompts: token ids; no prompt is empty.
+            max_new_tokens: the length limit of an answer, which also ends with the context.
             progress: called with the number of prompts finished since the last call.
 
         Raises:
-            UserError: a prompt that leaves no room in the context, or is empty.
+            UserError: a prompt is empty, or leaves no room for an answer in the context.
         """
         sampling = sampling or Sampling()
         for i, prompt in enumerate(prompts):
             self._check(f"prompt {i + 1}", len(prompt))
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         answers: dict[int, Generated] = {}
-        for at in range(0, len(order), batch_size):
-            members = order[at : at + batch_size]
-            rows = min(batch_size, len(prompts))  # also for the last batch: no new program for a few rows less
+        for start in range(0, len(order), batch_size):
+            members = order[start : start + batch_size]
+            size = min(batch_size, len(prompts))  # the last batch is padded, so that it needs no new program
             batch = [prompts[i] for i in members]
-            state, limit, keys = self._begin(trainable, frozen, batch, members, rows, max_new_tokens, sampling)
+            state, limit, keys = self._begin(trainable, frozen, batch, members, size, max_new_tokens, sampling)
             with jax.set_mesh(self._mesh):
-                state = self._go_on(trainable, frozen, state, jnp.int32(limit), keys, sampling.numbers)
-            written = fetch(state.written)[:, :limit]
+                state = self._decode(trainable, frozen, state, jnp.int32(limit), keys, sampling.numbers)
+            tokens = fetch(state.tokens)[:, :limit]
             for row, i in enumerate(members):
                 room = min(limit, self._max_positions - len(prompts[i]))
-                answers[i] = self._answer(written[row, :room].tolist())
+                answers[i] = self._answer(tokens[row, :room].tolist())
             progress(len(members))
         return [answers[i] for i in range(len(prompts))]
 
@@ -157,7 +159,7 @@ class Generator:
         max_new_tokens: int,
         sampling: Sampling | None = None,
     ) -> Iterator[int]:
-        """The tokens of one answer as they come; a stop token ends the iteration and is its last element.
+        """Yields the tokens of one answer as they are generated; a stop token is the last one.
 
         Raises:
             UserError: as :meth:`__call__`.
@@ -168,7 +170,7 @@ class Generator:
         for step in range(limit):
             if step:
                 with jax.set_mesh(self._mesh):
-                    state = self._go_on(trainable, frozen, state, jnp.int32(step + 1), keys, sampling.numbers)
+                    state = self._decode(trainable, frozen, state, jnp.int32(step + 1), keys, sampling.numbers)
             token = int(state.token[0])
             yield token
             if token in self._stop_ids:
@@ -179,7 +181,7 @@ class Generator:
             raise UserError(f"{name} is empty")
         if length >= self._max_positions:
             raise UserError(
-                f"{name} has {length} tokens; the model's context has {self._max_positions} and an answer needs room"
+                f"{name} has {length} tokens; the model's context has {self._max_positions}, and an answer needs room"
             )
 
     def _begin(
@@ -188,16 +190,16 @@ class Generator:
         frozen: Params,
         prompts: Sequence[Sequence[int]],
         indices: Sequence[int],
-        num_rows: int,
+        batch_size: int,
         max_new_tokens: int,
         sampling: Sampling,
     ) -> tuple[_State, int, Array]:
-        """Prefill a batch and draw the first token: state, number of tokens to write at most, one key a row."""
+        """Prefills a batch and samples the first token; returns the state, the token limit and one key per prompt."""
         longest = max(map(len, prompts))
         limit = min(max_new_tokens, self._max_positions - min(map(len, prompts)))
         length = _bucket(longest)
-        slots = max(length, _bucket(longest + limit))
-        rows = _bucket(num_rows, 1)
+        cache_length = max(length, _bucket(longest + limit))
+        rows = _bucket(batch_size, 1)
         rows += -rows % self._shards
         ids, lengths, numbers = np.zeros((rows, length), np.int32), np.zeros(rows, np.int32), np.zeros(rows, np.int32)
         for row, (prompt, index) in enumerate(zip(prompts, indices, strict=True)):
@@ -205,7 +207,7 @@ class Generator:
         key = jax.random.key(sampling.seed)
         keys = jax.vmap(lambda number: jax.random.fold_in(key, number))(jnp.asarray(numbers))
         with jax.set_mesh(self._mesh):
-            state = self._start(trainable, frozen, ids, lengths, keys, sampling.numbers, slots=slots)
+            state = self._start(trainable, frozen, ids, lengths, keys, sampling.numbers, cache_length=cache_length)
         return state, limit, keys
 
     def _answer(self, tokens: list[int]) -> Generated:
@@ -216,5 +218,5 @@ class Generator:
 
 
 def _bucket(size: int, smallest: int = _SMALLEST_BUCKET) -> int:
-    """The next power of two: few programs serve all sizes."""
+    """Rounds up to a power of two, to limit the number of compiled programs."""
     return max(smallest, 1 << (size - 1).bit_length())

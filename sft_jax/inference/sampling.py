@@ -1,4 +1,4 @@
-"""From logits to the next token."""
+"""Samples the next token from logits."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from sft_jax.typing import Array, Float, Int
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn.
+    """Sampling parameters.
 
     Args:
-        temperature: logits are divided by it; 0 takes the likeliest token always (greedy).
-        top_k: only the k likeliest tokens; 0 for all.
-        top_p: only the likeliest tokens that together have probability p (nucleus sampling, Holtzman et al. 2019).
-        seed: of the draw.
+        temperature: divides the logits; 0 for greedy decoding.
+        top_k: sample from the k most likely tokens; 0 for all.
+        top_p: sample from the most likely tokens with total probability p (nucleus sampling, Holtzman et al. 2019).
+        seed: seed for sampling.
     """
 
     temperature: float = 0.0
@@ -38,15 +38,15 @@ class Sampling:
 
     @property
     def numbers(self) -> tuple[Array, Array, Array]:
-        """Temperature, top_k and top_p as arrays: other values need no other program."""
+        """Temperature, top_k and top_p as arrays, so that other values need no recompilation."""
         return jnp.float32(self.temperature), jnp.int32(self.top_k), jnp.float32(self.top_p)
 
 
 def filter_logits(logits: Float[Array, "V"], temperature: Array, top_k: Array, top_p: Array) -> Float[Array, "V"]:
-    """Logits divided by the temperature, those of tokens that may not be drawn at -inf.
+    """Divides logits by the temperature and sets those of excluded tokens to -inf.
 
-    Temperature, then top-k, then top-p on what is left: the order and the edges (ties with the k-th token stay, the
-    token that reaches p stays) of transformers' logits warpers.
+    Applies temperature, then top-k, then top-p on the remaining tokens, as the logits warpers of transformers do. Ties
+    with the k-th token stay, and so does the token that reaches p.
     """
     logits = logits / temperature
     descending = jnp.sort(logits)[::-1]
@@ -60,7 +60,7 @@ def filter_logits(logits: Float[Array, "V"], temperature: Array, top_k: Array, t
 
 
 def sample(logits: Float[Array, "B V"], keys: Array, temperature: Array, top_k: Array, top_p: Array) -> Int[Array, "B"]:
-    """The next token of each row; every row has its own key, so what it draws does not depend on its neighbours."""
+    """Samples the next token of each sequence. Each has its own key, so samples do not depend on other sequences."""
 
     def draw(logits: Array) -> Array:
         filtered = jax.vmap(lambda row: filter_logits(row, temperature, top_k, top_p))(logits)

@@ -1,1 +1,1 @@
-"""The network: decoder, attention, rope, and the LoRA parameter split."""
+"""The model: decoder, attention, rotary embedding, quantization, and the split into trainable and frozen parameters."""

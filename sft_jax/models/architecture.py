@@ -1,4 +1,4 @@
-"""What a decoder looks like, as plain data: what a family file makes of ``config.json``. No jax."""
+"""The architecture of a decoder as plain data, which a family reads from ``config.json``. Does not import jax."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary position embedding (Su et al. 2021) and how its frequencies are stretched."""
+    """Rotary position embedding (Su et al. 2021) and its scaling for long contexts."""
 
     theta: float
     kind: str = "default"  # default | linear | llama3 | yarn
@@ -19,7 +19,7 @@ class Rope:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     truncate: bool = True
-    attention_factor: float = 1.0  # of sines and cosines
+    attention_factor: float = 1.0  # multiplies sines and cosines
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Norm:
     """A root-mean-square norm.
 
     Attributes:
-        offset: is added to the weight before it multiplies: 1 for Gemma, whose files hold ``weight - 1``.
+        offset: added to the weight; 1 for Gemma, whose files store ``weight - 1``.
     """
 
     eps: float
@@ -39,10 +39,10 @@ class Layer:
     """A decoder layer.
 
     Attributes:
-        mixer: what mixes tokens, such as :class:`~sft_jax.models.attention.spec.AttentionSpec`.
-        mlp: what computes each token by itself, such as :class:`~sft_jax.models.mlp.MLPSpec`.
-        norm: before, and in some families after, each of the two.
-        block: the module class that joins them; None for :class:`~sft_jax.models.block.PreNormBlock`.
+        mixer: the spec of the token mixer, such as :class:`~sft_jax.models.attention.spec.AttentionSpec`.
+        mlp: the spec of the MLP, such as :class:`~sft_jax.models.mlp.MLPSpec`.
+        norm: the norm before, and in some families after, the mixer and the MLP.
+        block: the module class that combines them; None for :class:`~sft_jax.models.block.PreNormBlock`.
     """
 
     mixer: Any
@@ -57,11 +57,11 @@ class Architecture:
 
     Attributes:
         family: ``model_type`` of ``config.json``.
-        norm: the last one.
-        embedding_scale: embeddings are multiplied by it, rounded to the compute dtype.
-        logits_softcap: logits become ``c · tanh(logit / c)``; None for no cap.
-        tensors: names in the files, where they are not those of the modules: a module or parameter within its layer,
-            such as ``mlp.gate.weight``, to its name there. ``{expert}`` stands for the number of an expert.
+        norm: the final norm.
+        embedding_scale: multiplies embeddings; rounded to the compute dtype.
+        logits_softcap: ``c`` of the soft cap; logits become ``c · tanh(logit / c)``; None for no cap.
+        tensors: pairs of our name and the name in the files, where the two differ, for a module or parameter within
+            its layer, such as ``mlp.gate.weight``. ``{expert}`` stands for the index of an expert.
     """
 
     family: str
@@ -82,5 +82,5 @@ class Architecture:
 
     @property
     def attention_specs(self) -> list[Any]:
-        """The distinct specs of attention layers, in order of appearance."""
+        """Returns the distinct attention specs, in order of appearance."""
         return list(dict.fromkeys(layer.mixer for layer in self.layers if hasattr(layer.mixer, "num_kv_heads")))

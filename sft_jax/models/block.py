@@ -1,4 +1,4 @@
-"""The usual decoder block: a norm before the mixer and before the MLP."""
+"""The pre-norm decoder block."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class PreNormBlock(nnx.Module):
         self.mlp = layer.mlp.module(dim, make, stack)
 
     def __call__(self, x: Float[Array, "B T D"], context: Context) -> tuple[Float[Array, "B T D"], Any]:
-        """The hidden states after the layer, and what its mixer keeps of these tokens for later ones."""
-        of_mixer, of_mlp = context.split(2)
-        mixed, cache = self.self_attn(self.input_layernorm(x), of_mixer)
+        """Returns the hidden states after the layer, and the mixer's cache entries for these tokens."""
+        mixer_context, mlp_context = context.split(2)
+        mixed, cache = self.self_attn(self.input_layernorm(x), mixer_context)
         x = constrain(x + mixed, *context.stream)
-        x = x + self.mlp(self.post_attention_layernorm(x), of_mlp)
+        x = x + self.mlp(self.post_attention_layernorm(x), mlp_context)
         return constrain(x, *context.stream), cache

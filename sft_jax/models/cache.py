@@ -1,4 +1,4 @@
-"""Keys and values of the tokens seen so far."""
+"""The key/value cache."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from sft_jax.typing import Array, Float, Int
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KeyValues:
-    """Rotated keys, and values, of one layer ``[B, S, K, H]`` or of all ``[L, B, S, K, H]``; slot = position."""
+    """Rotated keys, and values, of one layer ``[B, S, K, H]`` or of a stack of layers ``[L, B, S, K, H]``."""
 
     k: Float[Array, "*L B S K H"]
     v: Float[Array, "*L B S K H"]
 
-    def grown(self, num_slots: int) -> KeyValues:
-        """All layers' cache with room for ``num_slots`` positions; the new slots hold zeros."""
+    def resize(self, length: int) -> KeyValues:
+        """Pads the cache of all layers with zeros to ``length`` positions."""
 
-        def grow(x: Array) -> Array:
-            x = jnp.pad(x, [(0, 0), (0, 0), (0, num_slots - x.shape[2]), (0, 0), (0, 0)])
-            return constrain(x, "layers", "batch", "whole_length", "kv_heads", "head_dim")
+        def pad(x: Array) -> Array:
+            x = jnp.pad(x, [(0, 0), (0, 0), (0, length - x.shape[2]), (0, 0), (0, 0)])
+            return constrain(x, "layers", "batch", "unsplit_length", "kv_heads", "head_dim")
 
-        return KeyValues(grow(self.k), grow(self.v))
+        return KeyValues(pad(self.k), pad(self.v))
 
-    def written(self, new: KeyValues, positions: Int[Array, "B"]) -> KeyValues:
-        """All layers' cache with one token a row written into its slot; in place where the buffer is donated."""
-        rows = jnp.arange(positions.shape[0])
+    def update(self, new: KeyValues, positions: Int[Array, "B"]) -> KeyValues:
+        """Writes one token per sequence at its position, for all layers; in place if the buffer is donated."""
+        batch = jnp.arange(positions.shape[0])
 
         def write(x: Array, token: Array) -> Array:
-            return x.at[:, rows, positions].set(token[:, :, 0], mode="drop", unique_indices=True)
+            return x.at[:, batch, positions].set(token[:, :, 0], mode="drop", unique_indices=True)
 
         return KeyValues(write(self.k, new.k), write(self.v, new.v))

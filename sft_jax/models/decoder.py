@@ -1,4 +1,4 @@
-"""The decoder: embeddings, stages of layers, a norm, ``lm_head``. It knows no family."""
+"""The decoder: embeddings, stages of layers, a norm, ``lm_head``. Independent of the model family."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from sft_jax.models.context import Context
 from sft_jax.models.head import Head
 from sft_jax.models.layers import Embedding, Initializer, Linear, RMSNorm
 from sft_jax.models.quantized import matrix_of
-from sft_jax.models.remat import rematerialised
+from sft_jax.models.remat import rematerialize
 from sft_jax.models.rope import sin_cos
 from sft_jax.models.stages import Stage, stages_of
 from sft_jax.typing import Array, Float, Int
 
-Cache = dict[str, Any]  # by stack: what its layers' mixers kept, with a leading dimension of layers
+Cache = dict[str, Any]  # the mixers' cache of each stack of layers, with a leading dimension of layers
 
 
 class Decoder(nnx.Module):
-    """Token ids to final hidden states, and hidden states to logits.
+    """Computes final hidden states from token ids, and logits from hidden states.
 
-    ``layers`` has a block for each stack of layers (:mod:`sft_jax.models.stages`), called by the number of its first
-    layer; all parameters of a block carry a leading dimension of layers. Compile time grows with the number of distinct
-    layers, not with depth.
+    ``layers`` has one block per stack of layers (:mod:`sft_jax.models.stages`), named by the index of its first layer.
+    The parameters of a block have a leading dimension of layers. Compile time grows with the number of distinct layers,
+    not with depth.
 
-    Build it under ``nnx.eval_shape`` when weights are read from files: nothing is then computed or allocated.
+    Build it under ``nnx.eval_shape`` if weights are read from files: this computes and allocates nothing.
     """
 
     def __init__(
@@ -60,16 +60,16 @@ class Decoder(nnx.Module):
         positions: Int[Array, "B T"],
         dropout_key: Array | None = None,
     ) -> Float[Array, "B T D"]:
-        """Hidden states after the final norm, in the compute dtype. ``dropout_key`` turns adapter dropout on."""
+        """Returns hidden states after the final norm, in the compute dtype. ``dropout_key`` enables adapter dropout."""
         context = self._context(positions, segment_ids, self.backend, dropout_key=dropout_key)
         return self._run(inputs, context)[0]
 
     def prefill(
         self, inputs: Int[Array, "B T"], segment_ids: Int[Array, "B T"], positions: Int[Array, "B T"]
     ) -> tuple[Float[Array, "B T D"], Cache]:
-        """What :meth:`__call__` gives, and the cache that later tokens attend to.
+        """Returns the hidden states of :meth:`__call__` and the cache for later tokens.
 
-        Prompts have any length, so attention is computed by the ``xla`` backend.
+        Uses the ``xla`` attention backend, because prompts have any length.
         """
         context = self._context(positions, segment_ids, replace(self.backend, name="xla"))
         return self._run(inputs, context, keep_cache=True)
@@ -77,14 +77,14 @@ class Decoder(nnx.Module):
     def decode(
         self, inputs: Int[Array, "B 1"], positions: Int[Array, "B 1"], cache: Cache
     ) -> tuple[Float[Array, "B 1 D"], Cache]:
-        """One more token a sequence, against a cache.
+        """Computes one more token per sequence with a cache.
 
-        Weights that devices share are not gathered: attention alone is computed where the sequences are.
+        Weights stay sharded; only attention runs where the sequences are.
 
         Returns:
-            its hidden states, and what is to be written into the cache at ``positions``.
+            The hidden states, and the entries to write into the cache at ``positions``.
         """
-        context = self._context(positions, None, self.backend, weights_stay=True)
+        context = self._context(positions, None, self.backend, weight_stationary=True)
         return self._run(inputs, context, cache, keep_cache=True)
 
     def _context(self, positions: Array, segment_ids: Array | None, backend: Backend, **more: Any) -> Context:
@@ -95,70 +95,72 @@ class Decoder(nnx.Module):
     def _run(
         self, inputs: Int[Array, "B T"], context: Context, cache: Cache | None = None, keep_cache: bool = False
     ) -> tuple[Float[Array, "B T D"], Cache]:
-        x = self.embed_tokens(inputs, self.dtype, context.weights_stay)
+        x = self.embed_tokens(inputs, self.dtype, context.weight_stationary)
         keys = context.dropout_key
         keys = None if keys is None else jax.random.split(keys, self.arch.num_layers)
         new: Cache = {}
         for stage in stages_of(self.arch.layers):
-            x, of_stage = self._stage(stage, x, context, keys, cache, keep_cache)
-            new |= of_stage
+            x, stage_cache = self._stage(stage, x, context, keys, cache, keep_cache)
+            new |= stage_cache
         return self.norm(x), new
 
     def _stage(
         self, stage: Stage, x: Array, context: Context, keys: Array | None, cache: Cache | None, keep_cache: bool
     ) -> tuple[Float[Array, "B T D"], Cache]:
-        """The repeats of a period, scanned over; layers are rematerialised one by one."""
-        names = [str(stage.first + place) for place in range(stage.period)]
+        """Scans over the repeats of a period; each layer is rematerialized by itself."""
+        names = [str(stage.first + offset) for offset in range(stage.period)]
         graphs, params = zip(*(nnx.split(getattr(self.layers, name)) for name in names), strict=True)
-        numbers = [jnp.asarray(stage.layers(place), jnp.float32) for place in range(stage.period)]
-        of_keys = [None if keys is None else keys[jnp.asarray(stage.layers(place))] for place in range(stage.period)]
-        of_caches = [None if cache is None else cache[name] for name in names]
+        indices = [jnp.asarray(stage.layers(offset), jnp.float32) for offset in range(stage.period)]
+        stage_keys = [
+            None if keys is None else keys[jnp.asarray(stage.layers(offset))] for offset in range(stage.period)
+        ]
+        stage_caches = [None if cache is None else cache[name] for name in names]
 
         def period(x: Array, scanned: Any) -> tuple[Array, list[Any]]:
-            kept = []
-            for graph, *given in zip(graphs, *scanned, strict=True):
+            caches = []
+            for graph, *inputs in zip(graphs, *scanned, strict=True):
 
-                def layer(x: Array, given: list[Any], graph: Any = graph) -> tuple[Array, Any]:
-                    params, number, key, cache = given
-                    here = replace(context, layer=number, dropout_key=key, cache=cache)
-                    x, new = nnx.merge(graph, params)(x, here)
+                def layer(x: Array, inputs: list[Any], graph: Any = graph) -> tuple[Array, Any]:
+                    params, index, key, cache = inputs
+                    layer_context = replace(context, layer=index, dropout_key=key, cache=cache)
+                    x, new = nnx.merge(graph, params)(x, layer_context)
                     return x, new if keep_cache else None
 
-                x, new = rematerialised(layer, self.remat)(x, given)
-                kept.append(new)
-            return x, kept
+                x, new = rematerialize(layer, self.remat)(x, inputs)
+                caches.append(new)
+            return x, caches
 
-        x, kept = lax.scan(period, x, (list(params), numbers, of_keys, of_caches))
-        return x, dict(zip(names, kept, strict=True))
+        x, caches = lax.scan(period, x, (list(params), indices, stage_keys, stage_caches))
+        return x, dict(zip(names, caches, strict=True))
 
     def head(self) -> Head:
-        """The output projection: the embeddings where the two are tied."""
+        """Returns the output projection: ``lm_head``, or the embeddings if the two are tied."""
         softcap = self.arch.logits_softcap
         if self.lm_head is None:
             return Head(matrix_of(self.embed_tokens.weight), vocab_dim=0, dtype=self.dtype, softcap=softcap)
         return Head(matrix_of(self.lm_head.weight), vocab_dim=1, dtype=self.dtype, softcap=softcap)
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """All logits at once, float32. For generation and tests; training never materialises them."""
+        """Computes all logits in float32. For generation and tests; training never materializes them."""
         return self.head().logits(hidden)
 
 
 class _Layers(nnx.Module):
-    """The blocks of a decoder by the name of their stack: ``"0"`` and so on."""
+    """The blocks of a decoder by the name of their stack, such as ``"0"``."""
 
     def __init__(self, arch: Architecture, make: Initializer):
         for stage in stages_of(arch.layers):
-            for place in range(stage.period):
-                layer = arch.layers[stage.first + place]
+            for offset in range(stage.period):
+                layer = arch.layers[stage.first + offset]
                 block = (layer.block or PreNormBlock)(layer, arch, make, (stage.repeats,))
-                setattr(self, str(stage.first + place), block)
+                setattr(self, str(stage.first + offset), block)
 
 
-def grown(cache: Mapping[str, Any], num_slots: int) -> Cache:
-    """A cache with room for ``num_slots`` positions."""
-    return {name: one.grown(num_slots) for name, one in cache.items()}
+def resize_cache(cache: Mapping[str, Any], length: int) -> Cache:
+    """Pads a cache to ``length`` positions."""
+    return {name: one.resize(length) for name, one in cache.items()}
 
 
-def written(cache: Mapping[str, Any], new: Mapping[str, Any], positions: Int[Array, "B"]) -> Cache:
-    """A cache with one token a sequence written at its position; in place where the buffer is donated."""
-    return {name: one.written(new[name], positions) for name, one in cache.items()}
+def update_cache(cache: Mapping[str, Any], new: Mapping[str, Any], positions: Int[Array, "B"]) -> Cache:
+    """Writes one token per sequence at its position; in place if the buffer is donated."""
+    return {name: one.update(new[name], positions) for name, one in cache.items()}

@@ -11,10 +11,10 @@ from flax import nnx
 
 from sft_jax.models.context import Context
 from sft_jax.models.layers import Initializer, Linear, linear
-from sft_jax.models.remat import PRODUCT, keep
+from sft_jax.models.remat import PRODUCT, checkpoint_name
 from sft_jax.typing import Array, Float
 
-# By the names that Hugging Face gives them.
+# By their names in transformers.
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "swish": jax.nn.silu,
@@ -25,7 +25,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 @dataclass(frozen=True)
 class MLPSpec:
-    """``down_proj(activation(gate_proj(x)) · up_proj(x))`` (Shazeer 2020); ``activation`` is of :data:`ACTIVATIONS`."""
+    """``down_proj(activation(gate_proj(x)) · up_proj(x))`` (Shazeer 2020); ``activation`` is in :data:`ACTIVATIONS`."""
 
     intermediate_size: int
     activation: str = "silu"
@@ -36,7 +36,7 @@ class MLPSpec:
 
 
 class MLP(nnx.Module):
-    """What :class:`MLPSpec` describes."""
+    """The module of :class:`MLPSpec`."""
 
     def __init__(self, spec: MLPSpec, dim: int, make: Initializer, stack: tuple[int, ...]):
         size = spec.intermediate_size
@@ -46,6 +46,6 @@ class MLP(nnx.Module):
         self.down_proj = Linear(size, dim, ("mlp", "embed"), make, stack, spec.bias)
 
     def __call__(self, x: Float[Array, "B T D"], context: Context) -> Float[Array, "B T D"]:
-        of_inputs, of_output = context.split(2)
-        gate, up = (keep(one, PRODUCT) for one in linear(x, [self.gate_proj, self.up_proj], of_inputs))
-        return self.down_proj(ACTIVATIONS[self.spec.activation](gate) * up, of_output)
+        in_context, out_context = context.split(2)
+        gate, up = (checkpoint_name(one, PRODUCT) for one in linear(x, [self.gate_proj, self.up_proj], in_context))
+        return self.down_proj(ACTIVATIONS[self.spec.activation](gate) * up, out_context)

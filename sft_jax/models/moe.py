@@ -1,4 +1,4 @@
-"""A mixture of experts: a router picks a few MLPs for each token; none is dropped."""
+"""Mixture of experts: a router picks the top-k experts for each token; no token is dropped."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from sft_jax.models.context import Context
 from sft_jax.models.layers import Initializer, Projection
 from sft_jax.models.mlp import ACTIVATIONS, MLPSpec
 from sft_jax.models.quantized import in_dtype
-from sft_jax.models.remat import PRODUCT, keep
+from sft_jax.models.remat import PRODUCT, checkpoint_name
 from sft_jax.typing import Array, Float, Int
 
 
 @dataclass(frozen=True)
 class ExpertsSpec:
-    """``Σ weight · expert(x)`` over the likeliest experts, whose probabilities are scaled to add up to 1."""
+    """``Σ weight · expert(x)`` over the top-k experts; their probabilities are normalized to sum to 1."""
 
     num_experts: int
     num_experts_per_token: int
@@ -30,12 +30,12 @@ class ExpertsSpec:
 
 
 class MixtureOfExperts(nnx.Module):
-    """What :class:`ExpertsSpec` describes."""
+    """The module of :class:`ExpertsSpec`."""
 
     def __init__(self, spec: ExpertsSpec, dim: int, make: Initializer, stack: tuple[int, ...]):
         self.spec = spec
         self.gate = Projection(dim, spec.num_experts, ("embed", "experts"), make, stack)
-        self.gate.can_be_quantised = False
+        self.gate.can_be_quantized = False
         self.experts = _Experts(spec, dim, make, stack)
 
     def __call__(self, x: Float[Array, "B T D"], context: Context) -> Float[Array, "B T D"]:
@@ -49,7 +49,7 @@ class MixtureOfExperts(nnx.Module):
 
 
 class _Experts(nnx.Module):
-    """MLPs of one shape, as products of groups of tokens (``jax.lax.ragged_dot``)."""
+    """Gated MLPs of equal shape, computed for groups of tokens with ``jax.lax.ragged_dot``."""
 
     def __init__(self, spec: ExpertsSpec, dim: int, make: Initializer, stack: tuple[int, ...]):
         self.spec = spec
@@ -63,10 +63,10 @@ class _Experts(nnx.Module):
     def __call__(
         self, tokens: Float[Array, "n D"], chosen: Int[Array, "n k"], context: Context
     ) -> Float[Array, "n k D"]:
-        """What each of a token's experts makes of it.
+        """Returns the output of each chosen expert for each token.
 
-        Tokens are sorted by expert: three tokens with the experts ``[0 2] [1 2] [0 1]`` become ``0 2 │ 1 2 │ 0 1`` of
-        experts 0, 1 and 2.
+        Tokens are sorted by expert: three tokens with the experts ``[0 2] [1 2] [0 1]`` become the groups
+        ``0 2 │ 1 2 │ 0 1`` of experts 0, 1 and 2.
         """
         num, per_token = chosen.shape
         order = jnp.argsort(chosen.reshape(-1))
@@ -75,6 +75,6 @@ class _Experts(nnx.Module):
         gate, up, down = (
             in_dtype(one.matrix(context), x.dtype) for one in (self.gate_proj, self.up_proj, self.down_proj)
         )
-        gated, raised = (keep(lax.ragged_dot(x, weight, sizes), PRODUCT) for weight in (gate, up))
-        made = lax.ragged_dot(ACTIVATIONS[self.spec.expert.activation](gated) * raised, down, sizes)
-        return jnp.zeros_like(made).at[order].set(made, unique_indices=True).reshape(num, per_token, -1)
+        gate_out, up_out = (checkpoint_name(lax.ragged_dot(x, weight, sizes), PRODUCT) for weight in (gate, up))
+        outs = lax.ragged_dot(ACTIVATIONS[self.spec.expert.activation](gate_out) * up_out, down, sizes)
+        return jnp.zeros_like(outs).at[order].set(outs, unique_indices=True).reshape(num, per_token, -1)

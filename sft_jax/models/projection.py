@@ -1,9 +1,9 @@
-"""One input times several weights, each with an optional LoRA adapter, and the gradients of that.
+"""Products of one input with several weights, each with an optional LoRA adapter, and their gradients.
 
-The gradients are written out for three reasons. Transposes fall on thin operands: ``uᵀ·dy`` and ``(gᵀ·x)ᵀ`` have R
-columns where automatic differentiation transposes the wide one. Kernels that share an input (q, k and v; gate and up)
-share the products with their ``A``. And gradients are added up in float32 whatever the compute dtype. For the backward
-pass are kept the input, ``x·A`` where it was computed, and the weights as they are: no copy in another dtype.
+The gradients are a custom VJP for three reasons. Transposes apply to thin operands: ``uᵀ·dy`` and ``(gᵀ·x)ᵀ`` have R
+columns, where automatic differentiation transposes the wide operand. Weights that share an input (q, k and v; gate and
+up) share one product with their ``A``. Gradients are summed in float32, whatever the compute dtype. The residuals are
+the input, ``x·A`` if it was computed, and the weights as stored, without a copy in another dtype.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from sft_jax.models.quantized import Matrix, Packed, in_dtype
-from sft_jax.models.remat import ADAPTER, keep
+from sft_jax.models.quantized import Matrix, QuantizedMatrix, in_dtype
+from sft_jax.models.remat import ADAPTER, checkpoint_name
 from sft_jax.typing import Array, Float
 
 
 class Adapter(NamedTuple):
-    """``x·a·b``, to be scaled."""
+    """The matrices of a LoRA adapter, ``x·a·b`` before scaling."""
 
     a: Float[Array, "in R"]
     b: Float[Array, "R out"]
@@ -31,8 +31,8 @@ class Adapter(NamedTuple):
 
 @jax.tree_util.register_static
 @dataclass(frozen=True)
-class _Wanted:
-    """Which gradients are asked for."""
+class _NeedsGrad:
+    """Which inputs need a gradient."""
 
     x: bool
     weights: tuple[bool, ...]
@@ -47,17 +47,17 @@ def project(
     layer: Float[Array, ""],
     merged: bool = False,
 ) -> list[Float[Array, "*B out"]]:
-    """``x·weight + scale · (x·a)·b`` for each weight ``[in, out]``, computed in the dtype of ``x``.
+    """Computes ``x·weight + scale · (x·a)·b`` for each weight ``[in, out]``, in the dtype of ``x``.
 
-    Without a weight, only what its adapter adds: one whose input is not the weight's, because of dropout.
-    The gradient of a weight has the weight's dtype, and is computed only if it is asked for. Quantised weights are read
-    back once more for the backward pass: keeping what was read would keep the weights of all layers.
+    If a weight is None, computes the adapter's term only; with dropout, its input differs from that of the weight.
+    The gradient of a weight has the weight's dtype, and is computed only if needed. The backward pass dequantizes
+    quantized weights again, because saving the dequantized weights would hold those of all layers in memory.
 
     Args:
-        layer: the number of the layer that the weights are of, to which their conversion to another dtype is tied.
-        merged: compute ``x·(weight + scale · a·b)``: on each way one ``a·b`` instead of a product as long as ``x`` and
-            its addition to the result, which is less where tokens are more than a few hundred. For products that are
-            exact in float32; elsewhere a small ``a·b`` would be lost in the rounding of the weight.
+        layer: the index of the decoder layer of the weights. Their dtype conversion depends on it, see ``_times``.
+        merged: compute ``x·(weight + scale · a·b)``. In each pass, one ``a·b`` replaces a product as long as ``x`` and
+            its addition to the result, which is cheaper for more than a few hundred tokens. Only for products that are
+            exact in float32; otherwise a small ``a·b`` would be lost in the rounding of the weight.
     """
 
     @jax.custom_vjp
@@ -67,15 +67,15 @@ def project(
     def forward(*primals: Any) -> tuple[list[Array], Any]:
         is_primal = lambda node: hasattr(node, "perturbed")  # noqa: E731
         x, weights, adapters, layer = jax.tree.map(lambda leaf: leaf.value, primals, is_leaf=is_primal)
-        asked = jax.tree.map(lambda leaf: leaf.perturbed, primals, is_leaf=is_primal)
-        of_weights = tuple(any(jax.tree.leaves(of_weight)) for of_weight in asked[1])
-        wanted = _Wanted(asked[0], of_weights, any(jax.tree.leaves(asked[2])))
-        out, low = _forward(x, weights, adapters, scales, layer, merged)
-        return out, (x, weights, adapters, layer, low, wanted)
+        perturbed = jax.tree.map(lambda leaf: leaf.perturbed, primals, is_leaf=is_primal)
+        weights_need_grad = tuple(any(jax.tree.leaves(weight)) for weight in perturbed[1])
+        needs_grad = _NeedsGrad(perturbed[0], weights_need_grad, any(jax.tree.leaves(perturbed[2])))
+        out, x_a = _forward(x, weights, adapters, scales, layer, merged)
+        return out, (x, weights, adapters, layer, x_a, needs_grad)
 
-    def backward(kept: Any, d_out: Any) -> tuple[Any, Any, Any, None]:
-        x, weights, adapters, layer, low, wanted = kept
-        return *_backward(x, weights, adapters, low, wanted, d_out, scales, layer, merged), None
+    def backward(residuals: Any, d_out: Any) -> tuple[Any, Any, Any, None]:
+        x, weights, adapters, layer, x_a, needs_grad = residuals
+        return *_backward(x, weights, adapters, x_a, needs_grad, d_out, scales, layer, merged), None
 
     run.defvjp(forward, backward, symbolic_zeros=True)
     return run(x, list(weights), list(adapters), layer)
@@ -84,22 +84,22 @@ def project(
 def _forward(
     x: Array, weights: Any, adapters: Any, scales: Sequence[float], layer: Array, merged: bool
 ) -> tuple[list[Array], list[Array | None]]:
-    """Products, and ``scale · x·a`` of each adapter whose part was computed apart."""
+    """Returns the products, and ``scale · x·a`` of each adapter; None for merged adapters."""
     if merged:
         sums = _merged(weights, adapters, scales, x.dtype)
         return [_times(x, one, layer) for one in sums], [None] * len(weights)
     out: list[Any] = [0 if weight is None else _times(x, weight, layer) for weight in weights]
-    low: list[Array | None] = [None] * len(weights)
-    for i, scaled in _low(x, adapters, scales, layer):
-        low[i], out[i] = scaled, out[i] + _times(scaled, adapters[i].b, layer)
-    return out, low
+    x_a: list[Array | None] = [None] * len(weights)
+    for i, scaled in _scaled_x_a(x, adapters, scales, layer):
+        x_a[i], out[i] = scaled, out[i] + _times(scaled, adapters[i].b, layer)
+    return out, x_a
 
 
-def _low(x: Array, adapters: Any, scales: Sequence[float], layer: Array) -> Iterator[tuple[int, Array]]:
-    """The number of each adapter, and ``scale · x·a``, from one product."""
+def _scaled_x_a(x: Array, adapters: Any, scales: Sequence[float], layer: Array) -> Iterator[tuple[int, Array]]:
+    """Yields the index of each adapter and its ``scale · x·a``; one product computes all."""
     present = [i for i, adapter in enumerate(adapters) if adapter is not None]
     if present:
-        shared = keep(_times(x, jnp.concatenate([adapters[i].a for i in present], axis=1), layer), ADAPTER)
+        shared = checkpoint_name(_times(x, jnp.concatenate([adapters[i].a for i in present], axis=1), layer), ADAPTER)
         at = 0
         for i in present:
             rank = adapters[i].a.shape[1]
@@ -108,7 +108,7 @@ def _low(x: Array, adapters: Any, scales: Sequence[float], layer: Array) -> Iter
 
 
 def _merged(weights: Any, adapters: Any, scales: Sequence[float], dtype: Any) -> list[Array]:
-    """``weight + scale · a·b`` of each."""
+    """Returns ``weight + scale · a·b`` for each weight."""
     matrices = [in_dtype(weight, dtype) for weight in weights]
     return [
         matrix if adapter is None else matrix + jnp.dot(jnp.asarray(scale, dtype) * adapter.a, adapter.b)
@@ -120,55 +120,55 @@ def _backward(
     x: Array,
     weights: Any,
     adapters: Any,
-    low: Any,
-    wanted: _Wanted,
+    x_a: Any,
+    needs_grad: _NeedsGrad,
     d_out: Any,
     scales: Sequence[float],
     layer: Array,
     merged: bool,
 ) -> tuple[Array | None, list[Array | None], list[Adapter | None]]:
-    d_out = [_instantiated(dy) for dy in d_out]
+    d_out = [_instantiate(dy) for dy in d_out]
     d_weights = [
-        _outer(x, dy).astype(weight.dtype) if asked else None
-        for weight, dy, asked in zip(weights, d_out, wanted.weights, strict=True)
+        _outer(x, dy).astype(weight.dtype) if needed else None
+        for weight, dy, needed in zip(weights, d_out, needs_grad.weights, strict=True)
     ]
     sums = _merged(weights, adapters, scales, x.dtype) if merged else weights
-    given = [(one, dy) for one, dy in zip(sums, d_out, strict=True) if one is not None]
-    d_x: Any = sum(_times(dy, weight, layer, transposed=True) for weight, dy in given)
+    present_weights = [(weight, dy) for weight, dy in zip(sums, d_out, strict=True) if weight is not None]
+    d_x: Any = sum(_times(dy, weight, layer, transposed=True) for weight, dy in present_weights)
     d_adapters: list[Adapter | None] = [None] * len(weights)
     present = [i for i, adapter in enumerate(adapters) if adapter is not None]
     if present:
-        d_low = [
+        d_x_a = [
             _times(d_out[i], adapters[i].b, layer, transposed=True) * jnp.asarray(scales[i], x.dtype) for i in present
         ]
-        shared = jnp.concatenate(d_low, axis=-1)
+        shared = jnp.concatenate(d_x_a, axis=-1)
         if merged:
-            low = dict(_low(x, adapters, scales, layer))
+            x_a = dict(_scaled_x_a(x, adapters, scales, layer))
         else:
             d_x += _times(shared, jnp.concatenate([adapters[i].a for i in present], axis=1), layer, transposed=True)
-        if wanted.adapters:
-            # The barrier keeps the thin result as it is computed: else the transpose would move to the wide x.
+        if needs_grad.adapters:
+            # The barrier keeps the transpose on the thin result; otherwise XLA would transpose the wide x.
             d_a = lax.optimization_barrier(_outer(shared, x)).T
             at = 0
             for i in present:
                 rank = adapters[i].a.shape[1]
-                d_a_i, d_b_i = d_a[:, at : at + rank], _outer(low[i], d_out[i])
+                d_a_i, d_b_i = d_a[:, at : at + rank], _outer(x_a[i], d_out[i])
                 d_adapters[i] = Adapter(d_a_i.astype(adapters[i].a.dtype), d_b_i.astype(adapters[i].b.dtype))
                 at += rank
-    if wanted.x and wanted.adapters and present:
-        # What reads the input comes first, so that the input is free when its gradient is used.
+    if needs_grad.x and needs_grad.adapters and present:
+        # Compute all gradients that read the input before d_x is used, so that the input can be freed.
         d_x, d_adapters = lax.optimization_barrier((d_x, d_adapters))
-    return (d_x if wanted.x else None), d_weights, d_adapters
+    return (d_x if needs_grad.x else None), d_weights, d_adapters
 
 
 def _times(x: Array, weight: Matrix, layer: Array, transposed: bool = False) -> Array:
-    if isinstance(weight, Packed):
+    if isinstance(weight, QuantizedMatrix):
         weight = in_dtype(weight, x.dtype)
     elif weight.dtype != x.dtype:
-        # Tied to the layer, because the compiler would move the conversion of a stack of layers out of the loop over
-        # them and hold a second copy of the model: 9,596 instead of 8,956 MiB a chip for Llama-3-8B on 16 TPU v5e. Its
-        # number is known everywhere before the layer begins; tied to x, devices would first exchange an element of x
-        # for each matrix, and none could be gathered ahead.
+        # The conversion depends on the layer index. Otherwise the compiler would hoist it out of the loop over stacked
+        # layers and hold a second copy of the model: 9,596 instead of 8,956 MiB per chip for Llama-3-8B on 16 TPU v5e.
+        # Every device has the index before the layer starts. With a dependence on x, devices would first exchange an
+        # element of x for each matrix, and no matrix could be prefetched.
         one = 1.0 + 0.0 * layer
         weight = (weight.astype(jnp.float32) * one).astype(x.dtype)
     dims = (((x.ndim - 1,), (1 if transposed else 0,)), ((), ()))
@@ -176,13 +176,13 @@ def _times(x: Array, weight: Matrix, layer: Array, transposed: bool = False) -> 
 
 
 def _outer(x: Float[Array, "*B m"], y: Float[Array, "*B n"]) -> Float[Array, "m n"]:
-    """``Σ x ⊗ y`` over all positions, float32."""
+    """Returns ``Σ x ⊗ y`` over all positions in float32."""
     positions = tuple(range(x.ndim - 1))
     return lax.dot_general(x, y, ((positions, positions), ((), ())), preferred_element_type=jnp.float32)
 
 
-def _instantiated(cotangent: Any) -> Array:
-    """The gradient of an output; zeros where nothing depends on it."""
+def _instantiate(cotangent: Any) -> Array:
+    """Returns the cotangent of an output as an array; a symbolic zero becomes zeros."""
     if isinstance(cotangent, SymbolicZero):
         aval: Any = cotangent.aval
         return jnp.zeros(aval.shape, aval.dtype)

@@ -1,27 +1,27 @@
-"""Weights in 4 and 8 bits: pure functions from a matrix to smaller arrays and back.
+"""Quantization of weights to 4 and 8 bits: pure functions that quantize and dequantize a matrix.
 
-Quantising is absmax scaling: a block of values is divided by its largest magnitude and each quotient replaced by the
-number, its *code*, of the nearest of a few levels. ``nf4`` (QLoRA, Dettmers et al. 2023, section 3) has 16 levels at
-quantiles of a normal distribution, in blocks of 64 inputs of one output channel; ``int8`` has 255 even ones.
+Quantization is absmax scaling: the values of a block are divided by their largest magnitude, and each quotient is
+replaced by the index, its *code*, of the nearest level. ``nf4`` (QLoRA, Dettmers et al. 2023, section 3) has 16 levels
+at quantiles of a normal distribution, in blocks of 64 inputs of one output channel. ``int8`` has 255 uniform levels.
 
-A block of four values in nf4, and what is read back::
+A block of four values in nf4::
 
     values            0.30 -1.50 0.75 0.05       absmax 1.50
     quotients         0.20 -1.00 0.50 0.03
     nearest level     0.161 -1.0 0.441 0.0       codes 9 0 12 7
     packed            9 | 12 << 4 = 201, 0 | 7 << 4 = 112
-    read back         0.24 -1.50 0.66 0.00
+    dequantized       0.24 -1.50 0.66 0.00
 
-A byte has codes of both halves of a block, not of neighbours: halves that are multiples of a tile are unpacked in
-place, where an interleaving would go through copies of the whole matrix in float32 (2,259 instead of 1,600 MiB a chip
-for Llama-3-8B on 16 TPU v5e).
+A byte packs one code from each half of a block, not two neighbors. Halves that are multiples of a tile are unpacked in
+place; interleaved codes would need float32 copies of the whole matrix (2,259 instead of 1,600 MiB per chip for
+Llama-3-8B on 16 TPU v5e).
 
-A scale of 32 bits for every 64 values would add half a bit to each, so nf4's scales are kept in 8 bits themselves
-("double quantisation"): 256 scales share a float32 offset and step. They are neighbours along the output dimension,
-so that every array has an input and an output dimension as the matrix has, and is split over devices along the same.
-In total 0.516 bytes a weight; int8 takes 1.031 with a scale for 128 inputs.
+A 32-bit scale per 64 values would add half a bit to each value, so nf4 quantizes the scales to 8 bits ("double
+quantization"): 256 scales share a float32 offset and step. These scales are neighbors along the output dimension. So
+every array has an input and an output dimension like the matrix, and the same sharding. nf4 takes 0.516 bytes per
+weight in total, int8 takes 1.031 with one scale per 128 inputs.
 
-A dimension that 64, 128 or 256 does not divide has blocks of its largest divisor below; nothing is padded.
+A dimension that 64, 128 or 256 does not divide uses its largest divisor below that as the block size, without padding.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ SCALE_BLOCK = 256  # nf4 scales that share an offset and a step
 INT8_BLOCK = 128
 
 # Quantiles of a standard normal distribution, eight at and below zero and eight above it, scaled to [-1, 1]
-# (QLoRA, appendix E). Zero is one of them, so that it is kept exactly.
+# (QLoRA, appendix E). Zero is a level, so zeros are exact.
 NF4_LEVELS = (
     -1.0,
     -0.6961928009986877,
@@ -66,8 +66,8 @@ NF4_LEVELS = (
 
 
 @dataclass(frozen=True)
-class Piece:
-    """One of the arrays that a matrix becomes; each of its elements stands for ``grain`` elements of the matrix."""
+class ArraySpec:
+    """One array of a quantized matrix; each element belongs to ``grain`` elements of the matrix."""
 
     dtype: str
     grain: tuple[int, int]  # inputs, outputs
@@ -75,49 +75,49 @@ class Piece:
 
 @dataclass(frozen=True)
 class Format:
-    """How a matrix ``[in, out]`` is kept.
+    """The quantized format of a matrix ``[in, out]``.
 
-    ``block`` inputs and outputs share a scale. ``scale_block`` nf4 scales, along the outputs, share offset and step.
+    ``block`` inputs and outputs share a scale. ``scale_block`` nf4 scales along the outputs share an offset and step.
     """
 
     method: str  # nf4 | int8
     block: tuple[int, int]
     scale_block: int = 1
 
-    def pieces(self) -> dict[str, Piece]:
-        """The arrays by name."""
+    def array_specs(self) -> dict[str, ArraySpec]:
+        """Returns the specs of the arrays by name."""
         if self.method == "int8":
-            return {"codes": Piece("int8", (1, 1)), "scales": Piece("float32", self.block)}
+            return {"codes": ArraySpec("int8", (1, 1)), "scales": ArraySpec("float32", self.block)}
         per_scale_block = (self.block[0], self.scale_block)
         return {
-            "codes": Piece("uint8", (2, 1)),
-            "scales": Piece("uint8", self.block),
-            "scale_step": Piece("float32", per_scale_block),
-            "scale_offset": Piece("float32", per_scale_block),
+            "codes": ArraySpec("uint8", (2, 1)),
+            "scales": ArraySpec("uint8", self.block),
+            "scale_step": ArraySpec("float32", per_scale_block),
+            "scale_offset": ArraySpec("float32", per_scale_block),
         }
 
     def whole(self) -> tuple[int, int]:
-        """Inputs and outputs of the smallest part of a matrix that can be quantised by itself."""
+        """Returns the shape of the smallest part of a matrix that can be quantized by itself."""
         return self.block[0], max(self.block[1], self.scale_block)
 
     def shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of an array for a matrix, or a stack of them, of ``shape``."""
+        """Returns the shape of an array of a matrix, or stack of matrices, of ``shape``."""
         *stack, in_dim, out_dim = shape
-        rows, columns = self.pieces()[name].grain
+        rows, columns = self.array_specs()[name].grain
         return (*stack, in_dim // rows, out_dim // columns)
 
     def weight_shape(self, codes: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of the matrix, or stack of them, that codes of a shape stand for."""
+        """Returns the shape of the matrix, or stack of matrices, with codes of this shape."""
         *stack, rows, columns = codes
-        per_row, per_column = self.pieces()["codes"].grain
+        per_row, per_column = self.array_specs()["codes"].grain
         return (*stack, rows * per_row, columns * per_column)
 
 
 def linear_format(method: str, in_dim: int, out_dim: int) -> Format:
-    """The format of a linear layer's weight ``[in, out]``.
+    """Returns the format of a linear layer's weight ``[in, out]``.
 
     Raises:
-        UserError: nf4 and an odd number of inputs, because two codes share a byte.
+        UserError: the number of inputs is odd in nf4, where two codes share a byte.
     """
     if method == "int8":
         return Format("int8", (largest_divisor(in_dim, INT8_BLOCK), 1))
@@ -129,24 +129,24 @@ def linear_format(method: str, in_dim: int, out_dim: int) -> Format:
 
 
 def vocab_format(shape: tuple[int, ...], vocab_dim: int) -> Format:
-    """int8 with one scale for each entry of the vocabulary: of the token table ``[V, D]`` or the head ``[D, V]``."""
+    """Returns int8 with one scale per vocabulary entry, for embeddings ``[V, D]`` or ``lm_head`` ``[D, V]``."""
     return Format("int8", (1, shape[1]) if vocab_dim == 0 else (shape[0], 1))
 
 
 def largest_divisor(size: int, most: int) -> int:
-    """The largest number up to ``most`` that divides ``size``."""
+    """Returns the largest divisor of ``size`` up to ``most``."""
     return next(n for n in range(min(size, most), 0, -1) if size % n == 0)
 
 
 @partial(jax.jit, static_argnames="fmt")
 def quantize(weight: Float[Array, "in out"], fmt: Format) -> Arrays:
-    """A matrix as the arrays of ``fmt``; both dimensions are multiples of ``fmt.whole()``."""
+    """Quantizes a matrix to the arrays of ``fmt``; both dimensions are multiples of ``fmt.whole()``."""
     weight = weight.astype(jnp.float32)
     return _quantize_nf4(weight, fmt) if fmt.method == "nf4" else _quantize_int8(weight, fmt)
 
 
 def dequantize(arrays: Arrays, fmt: Format, dtype: jnp.dtype | type) -> Float[Array, "*L in out"]:
-    """The matrix, or stack of them, computed in float32 and rounded once to ``dtype``."""
+    """Dequantizes a matrix, or stack of matrices, in float32 and rounds once to ``dtype``."""
     if fmt.method == "int8":
         return _scaled(arrays["codes"].astype(jnp.float32), arrays["scales"], fmt.block).astype(dtype)
     packed = _halved(arrays["codes"], fmt)  # [*L, in/block, 1, block/2, out]
@@ -163,7 +163,7 @@ def _quantize_int8(weight: Float[Array, "in out"], fmt: Format) -> Arrays:
 
 
 def _quantize_nf4(weight: Float[Array, "in out"], fmt: Format) -> Arrays:
-    """Codes against the exact scales, as in the reference; then the scales in 8 bits."""
+    """Computes codes with the exact scales, as in the reference, and then quantizes the scales to 8 bits."""
     absmax = _absmax(weight, fmt.block)
     quotients = _scaled(weight, _reciprocal(absmax), fmt.block)
     codes = jnp.zeros(weight.shape, jnp.uint8)
@@ -195,10 +195,10 @@ def _scales(arrays: Arrays, fmt: Format) -> Float[Array, "*L blocks out"]:
 
 
 def _nf4_level(codes: Int[Array, "*S"]) -> Float[Array, "*S"]:
-    """Levels by four rounds of selection, one a bit: about as fast as a table on a CPU, and it needs no gather.
+    """Returns levels by four selections, one per bit: about as fast as a table on a CPU, without a gather.
 
-    The levels are tied to the codes. As bare constants they would be the same for every layer of a scan, and XLA for
-    GPUs computes such things before the loop: sixteen arrays of the shape of each matrix, in memory throughout.
+    An optimization barrier ties the levels to the codes. XLA for GPUs hoists plain constants out of a scan over layers:
+    sixteen arrays of the shape of each matrix would stay in memory.
     """
     codes, *levels = lax.optimization_barrier((codes, *(jnp.full((), level, jnp.float32) for level in NF4_LEVELS)))
     for bit in range(4):
@@ -215,14 +215,14 @@ def _absmax(weight: Float[Array, "in out"], block: tuple[int, int]) -> Float[Arr
 def _scaled(
     values: Float[Array, "*L in out"], scales: Float[Array, "*L in/b out/c"], block: tuple[int, int]
 ) -> Float[Array, "*L in out"]:
-    """Each value times the scale of its block.
+    """Multiplies each value by the scale of its block.
 
-    The scales take the shape of the values, and not the other way round: devices may split a matrix within a block.
+    Repeats scales instead of reshaping values, because sharding may split a matrix within a block.
     """
     rows, columns = block
     return values * jnp.repeat(jnp.repeat(scales, rows, axis=-2), columns, axis=-1)
 
 
 def _reciprocal(x: Float[Array, "*S"]) -> Float[Array, "*S"]:
-    """1 / x, and 0 for a block of zeros."""
+    """Returns 1 / x, and 0 for a block of zeros."""
     return jnp.where(x > 0, 1 / jnp.where(x > 0, x, 1), 0)

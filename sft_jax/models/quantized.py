@@ -1,7 +1,7 @@
-"""Quantised weights in the network: put in place of others, dequantised where they are used, made while loading.
+"""Quantized weights of the model: quantized during loading, dequantized where they are used.
 
-A weight ``layers.0.mlp.up_proj.weight`` gives way to a module of the same name with the arrays of its format, ``codes``
-and the rest, as leaves. They are frozen, keep their own dtypes, and are split over devices as the weight would be.
+A module of the same name replaces a weight such as ``layers.0.mlp.up_proj.weight``. Its leaves are the arrays of the
+format (``codes``, ``scales``, …). They are frozen, keep their own dtypes, and have the sharding of the weight.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from sft_jax.typing import Array, Float, Int
 
 
 class QuantizedParam(nnx.Param):
-    """An array of a quantised weight; keeps its dtype where frozen weights otherwise take the compute dtype."""
+    """An array of a quantized weight; keeps its dtype, while other frozen weights have the compute dtype."""
 
 
 class Quantized(nnx.Module):
-    """A weight ``[*stack, in, out]`` kept in ``fmt``."""
+    """A weight ``[*stack, in, out]`` in the quantized format ``fmt``."""
 
     codes: QuantizedParam  # and the other arrays of the format
 
     def __init__(self, fmt: Format, shape: tuple[int, ...], axes: tuple[str, str]):
         self.fmt, self.axes = fmt, axes
-        for name, piece in fmt.pieces().items():
-            setattr(self, name, QuantizedParam(jnp.zeros(fmt.shape(name, shape), jnp.dtype(piece.dtype)), axes=axes))
+        for name, spec in fmt.array_specs().items():
+            setattr(self, name, QuantizedParam(jnp.zeros(fmt.shape(name, shape), jnp.dtype(spec.dtype)), axes=axes))
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight."""
+        """The shape of the weight before quantization."""
         return self.fmt.weight_shape(self.codes.shape)
 
     def arrays(self) -> dict[str, Array]:
-        """The arrays of the format."""
-        return {name: getattr(self, name)[...] for name in self.fmt.pieces()}
+        """Returns the arrays of the format."""
+        return {name: getattr(self, name)[...] for name in self.fmt.array_specs()}
 
 
 Weight = nnx.Param | Quantized
@@ -50,75 +50,74 @@ Weight = nnx.Param | Quantized
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Packed:
-    """A quantised matrix as plain data."""
+class QuantizedMatrix:
+    """A quantized matrix as plain data."""
 
     arrays: dict[str, Array]
     fmt: Format = field(metadata={"static": True})
 
 
-Matrix = Array | Packed
+Matrix = Array | QuantizedMatrix
 
 
 def matrix_of(weight: Weight) -> Matrix:
-    """What a weight of the network holds."""
-    return Packed(weight.arrays(), weight.fmt) if isinstance(weight, Quantized) else weight[...]
+    """Returns the matrix of a weight."""
+    return QuantizedMatrix(weight.arrays(), weight.fmt) if isinstance(weight, Quantized) else weight[...]
 
 
-def gathered_matrix(weight: Weight) -> Matrix:
-    """What a weight of a layer holds.
+def gather_matrix(weight: Weight) -> Matrix:
+    """Returns the matrix of a weight, with quantized codes all-gathered along the model dimension.
 
-    Where devices hold parts of the model dimension, codes are gathered here, before they become two to eight times as
-    many bytes. Other weights are gathered where the compiler finds it best.
+    Gathering the codes is cheaper than gathering the dequantized weight, which has two to eight times as many bytes.
+    The compiler decides where to all-gather other weights.
     """
     if not isinstance(weight, Quantized):
         return weight[...]
     axes = tuple("activation" if axis == "embed" else axis for axis in weight.axes)
-    return Packed({name: constrain(array, *axes) for name, array in weight.arrays().items()}, weight.fmt)
+    return QuantizedMatrix({name: constrain(array, *axes) for name, array in weight.arrays().items()}, weight.fmt)
 
 
 def in_dtype(matrix: Matrix, dtype: Any) -> Float[Array, "*L in out"]:
-    """A matrix, ready to compute with."""
+    """Converts a matrix to ``dtype``; dequantizes a quantized one."""
     return matrix.astype(dtype) if isinstance(matrix, jax.Array) else dequantize(matrix.arrays, matrix.fmt, dtype)
 
 
-def rows_of(table: Weight, ids: Int[Array, "B T"], dtype: Any) -> Float[Array, "B T D"]:
-    """Rows of a table ``[V, D]``; of a quantised one, no others are read back."""
+def embedding_lookup(table: Weight, ids: Int[Array, "B T"], dtype: Any) -> Float[Array, "B T D"]:
+    """Looks up rows of the embeddings ``[V, D]``; dequantizes only the rows that it looks up."""
     if not isinstance(table, Quantized):
-        return _gathered(table[...], ids).astype(dtype)
+        return _take(table[...], ids).astype(dtype)
     codes, scales = (getattr(table, name)[...].at[ids].get(mode="clip") for name in ("codes", "scales"))
     return (codes.astype(jnp.float32) * scales).astype(dtype)
 
 
 @jax.custom_vjp
-def _gathered(table: Array, ids: Array) -> Array:
+def _take(table: Array, ids: Array) -> Array:
     return table.at[ids].get(mode="clip")
 
 
-def _scattered(kept: tuple[Array, Array], d_rows: Array) -> tuple[Array, None]:
-    table, ids = kept
+def _take_backward(residuals: tuple[Array, Array], d_rows: Array) -> tuple[Array, None]:
+    table, ids = residuals
     total = jnp.zeros(table.shape, jnp.float32).at[ids].add(d_rows.astype(jnp.float32), mode="clip")
     return total.astype(table.dtype), None
 
 
-# A frequent token's gradients are added up in float32, whatever the dtype of the table.
-_gathered.defvjp(lambda table, ids: (_gathered(table, ids), (table, ids)), _scattered)
+# Sums the gradients of a token in float32, whatever the dtype of the embeddings.
+_take.defvjp(lambda table, ids: (_take(table, ids), (table, ids)), _take_backward)
 
 
 def attach_quantization(model: nnx.Module, method: str, embeddings: bool = True) -> None:
-    """Replace the weights of a network that holds none yet, in place: linear weights in ``method``.
+    """Replaces the linear weights of an abstract model with quantized weights, in place.
 
     Args:
         method: ``nf4`` or ``int8``.
-        embeddings: also the embeddings and ``lm_head``, in int8 either way: each row or column is one token, and
-            has a scale of its own.
+        embeddings: also quantize the embeddings and ``lm_head``, to int8 with one scale per token for either method.
 
     Raises:
-        UserError: a weight that the method cannot hold.
+        UserError: the method does not support a weight.
     """
     for path, node in list(nnx.iter_graph(model)):
         weight = getattr(node, "weight", None)
-        if not isinstance(weight, nnx.Param) or not getattr(node, "can_be_quantised", False):
+        if not isinstance(weight, nnx.Param) or not getattr(node, "can_be_quantized", False):
             continue
         shape, axes = weight.shape, weight.get_metadata("axes")
         if path[0] == "layers":
@@ -132,24 +131,24 @@ def attach_quantization(model: nnx.Module, method: str, embeddings: bool = True)
 
 @dataclass(frozen=True)
 class QuantizedLeaf:
-    """A quantised weight that is not there yet: abstract arrays with shardings, and how to make them."""
+    """An abstract quantized weight: abstract arrays with shardings, and the function that quantizes it."""
 
     fmt: Format
     arrays: dict[str, jax.ShapeDtypeStruct]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight, as the network without quantisation has it."""
+        """The shape of the weight before quantization."""
         return self.fmt.weight_shape(self.arrays["codes"].shape)
 
     @property
     def size(self) -> int:
-        """How many weights."""
+        """The number of weights."""
         return math.prod(self.shape)
 
     @property
     def made(self) -> Callable[[Array], dict[str, Array]]:
-        """From a matrix, or one of a stack, to its arrays; equal and hashable for equal formats."""
+        """The function that quantizes one matrix to its arrays; equal and hashable for equal formats."""
         return Quantizer(self.fmt)
 
 
@@ -164,10 +163,10 @@ class Quantizer:
 
 
 def quantized_leaves(model: nnx.Module, abstract: dict[Path, jax.ShapeDtypeStruct]) -> dict[Path, QuantizedLeaf]:
-    """The quantised weights of a network, by the path that the unquantised one would have."""
-    found = {}
+    """Returns the quantized weights of a model by the path of the weight that they replace."""
+    leaves = {}
     for path, node in nnx.iter_graph(model):
         if isinstance(node, Quantized):
             path = tuple(map(str, path))
-            found[path] = QuantizedLeaf(node.fmt, {name: abstract[(*path, name)] for name in node.fmt.pieces()})
-    return found
+            leaves[path] = QuantizedLeaf(node.fmt, {name: abstract[(*path, name)] for name in node.fmt.array_specs()})
+    return leaves

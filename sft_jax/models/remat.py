@@ -1,7 +1,7 @@
-"""What a layer keeps for its backward pass, and what is computed again (rematerialisation).
+"""Rematerialization policies: which activations of a layer are saved for the backward pass.
 
-Layers name what is expensive to make; a policy says which names are kept. Norms, rotations and activation functions are
-never kept: making them again costs less than writing and reading them.
+Layers name expensive activations with ``checkpoint_name``, and a policy lists the names to save. Norms, rotations and
+activation functions are always recomputed: that costs less than writing and reading them.
 """
 
 from __future__ import annotations
@@ -10,36 +10,36 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.ad_checkpoint import checkpoint_name as keep
+from jax.ad_checkpoint import checkpoint_name
 
-PRODUCT = "product"  # of activations with a weight matrix, or of two such products
-ATTENTION = "attention"  # what attention gives, and the log-sum-exp its backward pass starts from
-ADAPTER = "adapter"  # activations times the A of an adapter
-CUDNN = "dot_product_attention_fwd_wrapper"  # jax's name for the call of cuDNN
+PRODUCT = "product"  # product of activations and a weight, or of two such products
+ATTENTION = "attention"  # attention output, and the log-sum-exp for its backward pass
+ADAPTER = "adapter"  # product of activations and the A of an adapter
+CUDNN = "dot_product_attention_fwd_wrapper"  # name of the cuDNN primitive in jax
 
-# from the fastest step to the smallest memory
+# From the fastest step to the least memory.
 POLICIES = {
-    "none": None,  # keep everything
+    "none": None,  # save everything
     "dots": (PRODUCT, ATTENTION, ADAPTER),  # no matrix product is computed twice
-    "attention": (ATTENTION, ADAPTER),  # products with weights are computed again, attention is not
-    "full": (),  # keep the inputs of layers only
+    "attention": (ATTENTION, ADAPTER),  # products with weights are recomputed, attention is not
+    "full": (),  # save the inputs of layers only
 }
 
 
-def rematerialised(layer: Callable, policy: str) -> Callable:
-    """A layer that keeps what ``policy`` (a key of :data:`POLICIES`) says, to be scanned over."""
+def rematerialize(layer: Callable, policy: str) -> Callable:
+    """Applies a policy (a key of :data:`POLICIES`) to the body of a scan over layers."""
     names = POLICIES[policy]
     if names is None:
         return layer
-    kept = jax.checkpoint_policies.save_only_these_names(*names)
+    saveable = jax.checkpoint_policies.save_only_these_names(*names)
     if ATTENTION in names:
-        kept = jax.checkpoint_policies.save_from_both_policies(kept, _is_cudnn)
-    return jax.checkpoint(layer, policy=kept, prevent_cse=False)
+        saveable = jax.checkpoint_policies.save_from_both_policies(saveable, _is_cudnn)
+    return jax.checkpoint(layer, policy=saveable, prevent_cse=False)
 
 
 def _is_cudnn(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Whether it is jax's call of cuDNN attention: it gives output and log-sum-exp, and puts no names on them."""
+    """Saves the outputs of cuDNN attention, output and log-sum-exp, which jax does not name."""
     return primitive.name == CUDNN
 
 
-__all__ = ["ADAPTER", "ATTENTION", "CUDNN", "POLICIES", "PRODUCT", "keep", "rematerialised"]
+__all__ = ["ADAPTER", "ATTENTION", "CUDNN", "POLICIES", "PRODUCT", "checkpoint_name", "rematerialize"]

@@ -1,4 +1,4 @@
-"""Rotary position embedding: frequencies, their stretching for long contexts, and the rotation."""
+"""Rotary position embedding: frequencies, their scaling for long contexts, and the rotation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sft_jax.typing import Array, Float, Int
 
 
 def inverse_frequencies(rope: Rope, head_dim: int) -> Float[np.ndarray, "H/2"]:
-    """One angular frequency per pair of channels, float32.
+    """Returns one angular frequency per pair of channels, float32.
 
     ``linear`` divides all by ``factor`` (Chen et al. 2023). ``llama3`` keeps wavelengths shorter than
     ``original / high_freq_factor`` as they are, divides those longer than ``original / low_freq_factor`` by ``factor``
@@ -37,7 +37,7 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> Float[np.ndarray, "H/2"]:
 
 def _yarn(rope: Rope, frequency: np.ndarray, head_dim: int) -> np.ndarray:
     def channel(turns: float) -> float:
-        """Which pair of channels turns so often within the original context."""
+        """Returns the pair of channels that makes this many turns within the original context."""
         length = rope.original_max_position_embeddings / (turns * 2 * math.pi)
         return head_dim * math.log(length) / (2 * math.log(rope.theta))
 
@@ -51,7 +51,7 @@ def _yarn(rope: Rope, frequency: np.ndarray, head_dim: int) -> np.ndarray:
 
 
 def sin_cos(positions: Int[Array, "B T"], rope: Rope, head_dim: int) -> tuple[Array, Array]:
-    """Sines and cosines ``[B, T, H/2]``, float32, shared by all layers and heads; times ``rope.attention_factor``."""
+    """Returns float32 sines and cosines ``[B, T, H/2]`` for all layers and heads, times ``rope.attention_factor``."""
     angles = positions.astype(jnp.float32)[..., None] * inverse_frequencies(rope, head_dim)
     sin, cos = jnp.sin(angles), jnp.cos(angles)
     return (sin, cos) if rope.attention_factor == 1.0 else (rope.attention_factor * sin, rope.attention_factor * cos)
@@ -59,47 +59,47 @@ def sin_cos(positions: Int[Array, "B T"], rope: Rope, head_dim: int) -> tuple[Ar
 
 @jax.custom_vjp
 def rotate(x: Float[Array, "B T N H"], sin: Float[Array, "B T H/2"], cos: Float[Array, "B T H/2"]) -> Array:
-    """Turn channel ``i`` together with channel ``i + H/2``: the Hugging Face layout of q and k projections.
+    """Rotates channel ``i`` together with channel ``i + H/2``: the Hugging Face layout of q and k projections.
 
-    Computed in float32, given in the dtype of ``x``. Angles are of positions and get no gradient.
+    Computes in float32 and returns the dtype of ``x``. The angles get no gradient.
     """
-    return lax.platform_dependent(x, sin, cos, tpu=_exchanged_by_product, default=_exchanged_by_halves)
+    return lax.platform_dependent(x, sin, cos, tpu=_rotate_by_product, default=_rotate_by_halves)
 
 
 def _rotate_forward(x: Array, sin: Array, cos: Array) -> tuple[Array, tuple[Array, Array]]:
     return rotate(x, sin, cos), (sin, cos)
 
 
-def _rotate_backward(kept: tuple[Array, Array], d_out: Array) -> tuple[Array, None, None]:
+def _rotate_backward(residuals: tuple[Array, Array], d_out: Array) -> tuple[Array, None, None]:
     def by_product(d_out: Array, sin: Array, cos: Array) -> Array:
-        return _exchanged_by_product(d_out, -sin, cos)  # turned back
+        return _rotate_by_product(d_out, -sin, cos)  # inverse rotation
 
-    # The transpose, not the same turned back: off TPU the program then is the one that the published figures are of.
+    # The transpose instead of the inverse rotation keeps the program that the published figures were measured with.
     def by_halves(d_out: Array, sin: Array, cos: Array) -> Array:
-        return jax.linear_transpose(lambda x: _exchanged_by_halves(x, sin, cos), d_out)(d_out)[0]
+        return jax.linear_transpose(lambda x: _rotate_by_halves(x, sin, cos), d_out)(d_out)[0]
 
-    return lax.platform_dependent(d_out, *kept, tpu=by_product, default=by_halves), None, None
+    return lax.platform_dependent(d_out, *residuals, tpu=by_product, default=by_halves), None, None
 
 
 rotate.defvjp(_rotate_forward, _rotate_backward)
 
 
-def _exchanged_by_halves(x: Array, sin: Array, cos: Array) -> Array:
+def _rotate_by_halves(x: Array, sin: Array, cos: Array) -> Array:
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     sin, cos = sin[:, :, None], cos[:, :, None]
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)
 
 
-def _exchanged_by_product(x: Array, sin: Array, cos: Array) -> Array:
-    """The same within rounding, where half a register is dear to move and a product with a permutation costs nothing.
+def _rotate_by_product(x: Array, sin: Array, cos: Array) -> Array:
+    """The same rotation within rounding, as a product with a permutation matrix, which is nearly free on a TPU.
 
-    Halves become five fusions and three float32 copies a layer on a TPU, 7 % of the cycles of a step of Llama-3.1-8B.
+    There, slicing halves takes five fusions and three float32 copies per layer, 7 % of a step of Llama-3.1-8B.
     """
     half = x.shape[-1] // 2
     exchange = np.zeros((2 * half, 2 * half), np.float32)  # [first, second] → [-second, first]
     exchange[half:, :half], exchange[:half, half:] = -np.eye(half), np.eye(half)
-    # At the highest precision each channel is ±1 times one of the input, in float32 too.
+    # At the highest precision each output is exactly ±1 times an input channel, in float32 too.
     other = jnp.einsum(
         "btnh,hk->btnk",
         x,

@@ -1,7 +1,6 @@
-"""The split of the parameters: label every one, separate those that are trained from those that are frozen.
+"""Splits the parameters of a model into trainable and frozen ones, by label.
 
-Everything downstream (gradients, optimizer, checkpoints) sees two plain nested dicts and never asks again what is
-trained. LoRA and full fine-tuning are the same split with other labels.
+Gradients, optimizer and checkpoints work on two plain nested dicts. LoRA and full fine-tuning differ only in labels.
 """
 
 from __future__ import annotations
@@ -26,24 +25,26 @@ from sft_jax.tree import Params, Path, flatten, unflatten
 
 FROZEN = "frozen"
 LABELS = ("lora_a", "lora_b", "adapter_vector", "full", "full_no_decay", FROZEN)
-EMBEDDINGS = ("embed_tokens", "lm_head")  # the modules whose weights have an entry for each token
+EMBEDDINGS = ("embed_tokens", "lm_head")  # modules whose weights have one entry per token
 
 
 @dataclass(frozen=True)
 class Split:
-    """A network taken apart: what it is, what is trained, what is not. Leaves are abstract, with shardings."""
+    """A model split into its graph, trainable and frozen parameters. Leaves are abstract arrays with shardings."""
 
     graphdef: Any
     trainable: Params  # adapters float32, base weights float32 or bfloat16
-    frozen: Params  # compute dtype; the arrays of quantised weights have their own
-    labels: dict[Path, str]  # of every leaf, trainable and frozen
+    frozen: Params  # compute dtype; arrays of quantized weights have their own
+    labels: dict[Path, str]  # label of every leaf, trainable and frozen
     arch: Architecture
-    variant: Variant | None  # of the adapters, where there are any
-    stored: dict[Path, Stored]  # where each weight and adapter parameter lies in files
-    quantized: dict[Path, QuantizedLeaf] = field(default_factory=dict)  # by the weight's path, which is no leaf's
+    variant: Variant | None  # adapter method; None without adapters
+    stored: dict[Path, Stored]  # tensors in the files of each weight and adapter parameter
+    quantized: dict[Path, QuantizedLeaf] = field(
+        default_factory=dict
+    )  # by path of the weight, which is not the path of a leaf
 
     def base(self) -> dict[Path, jax.ShapeDtypeStruct | QuantizedLeaf]:
-        """Everything but adapters: what a base model's files hold."""
+        """Returns all parameters except adapters, as in the files of a base model."""
         leaves = flatten(self.trainable) | flatten(self.frozen)
         plain = {
             path: leaf
@@ -53,45 +54,45 @@ class Split:
         return plain | self.quantized
 
     def adapter(self) -> dict[Path, jax.ShapeDtypeStruct]:
-        """The parameters of adapters."""
+        """Returns the adapter parameters."""
         return {path: leaf for path, leaf in flatten(self.trainable).items() if is_adapter(self.labels[path])}
 
     def layers(self, path: Path) -> tuple[int, ...]:
-        """The numbers of the decoder layers that a leaf of ``layers`` is stacked from."""
+        """Returns the indices of the decoder layers in a stacked leaf of ``layers``."""
         return stacks_of(self.arch.layers)[path[1]]
 
     @property
     def mesh(self) -> Mesh:
-        """Of the devices that its leaves are on."""
+        """The mesh of the leaves."""
         return jax.tree.leaves((self.trainable, self.frozen))[0].sharding.mesh
 
     @property
     def backend(self) -> Backend:
-        """Of attention."""
+        """The attention backend."""
         return self.abstract().backend
 
     def abstract(self) -> Decoder:
-        """The network without values: what ``plan`` asks for sizes."""
+        """Returns the model with abstract leaves, for ``plan``."""
         return self.merge(self.trainable, self.frozen)
 
     def merge(self, trainable: Params, frozen: Params) -> Decoder:
-        """The network back, with real (or traced) leaves."""
+        """Returns the model with these leaves, concrete or traced."""
         return nnx.merge(self.graphdef, trainable, frozen)
 
 
 def split_params(
     model: Decoder, mesh: Mesh, full: bool, embeddings: bool = False, param_dtype: str = "float32"
 ) -> Split:
-    """Label every leaf and separate the trainable ones; ``model`` comes from ``nnx.eval_shape``.
+    """Labels every leaf and separates trainable from frozen leaves; ``model`` comes from ``nnx.eval_shape``.
 
-    Adapters are float32, frozen leaves take the compute dtype unless they are quantised.
+    Adapters are float32. Frozen leaves have the compute dtype unless they are quantized.
 
     Args:
-        full: train every base weight; otherwise only adapters are.
-        embeddings: train the embeddings and ``lm_head`` besides adapters. Needed where tokens were added: their rows
-            start alike, and frozen rows could never be told apart.
-        param_dtype: of base weights that are trained. In bfloat16 the step has to round them stochastically, or small
-            updates vanish.
+        full: train every base weight; otherwise train adapters only.
+        embeddings: also train the embeddings and ``lm_head``. Required for added tokens: their embeddings start equal,
+            and the model could not distinguish them if they were frozen.
+        param_dtype: dtype of trained base weights. In bfloat16 the step must round stochastically, or small updates
+            are lost.
     """
     leaves = [(tuple(map(str, path)), variable) for path, variable in nnx.to_flat_state(nnx.state(model))]
     labels = {path: _label(path, variable, full, embeddings) for path, variable in leaves}
@@ -122,17 +123,17 @@ def split_params(
 
 
 def is_adapter(label: str) -> bool:
-    """Whether a leaf of this label belongs to an adapter."""
+    """Returns whether this is a label of adapter parameters."""
     return label in ("lora_a", "lora_b", "adapter_vector")
 
 
 def _label(path: Path, variable: nnx.Variable, full: bool, embeddings: bool) -> str:
-    """Exactly one label a leaf; a leaf that fits none is a fault of this file, named at start-up."""
+    """Returns the label of a leaf. A leaf without a label is a bug in this file and fails at start-up."""
     if isinstance(variable, AdapterParam):
         return path[-1] if path[-1] in LABELS else "adapter_vector"
     assert isinstance(variable, nnx.Param), f"no label for {'.'.join(path)} of type {type(variable).__name__}"
     if isinstance(variable, QuantizedParam):
-        assert not full, f"{'.'.join(path)} is quantised and cannot be trained"
+        assert not full, f"{'.'.join(path)} is quantized and cannot be trained"
         return FROZEN
     if not full and not (embeddings and path[0] in EMBEDDINGS):
         return FROZEN

@@ -1,7 +1,7 @@
-"""Where each parameter lies in the files of a model: the one table for loading, export, PEFT and checks.
+"""Maps each parameter to its tensors in the files of a model, for loading, export, PEFT and checks.
 
 ``layers.0.self_attn.q_proj.weight`` ``[L, in, out]`` is ``model.layers.{0 … L-1}.self_attn.q_proj.weight``
-``[out, in]``. Names are the identity but for what ``Architecture.tensors`` says.
+``[out, in]``. Names are the same except those in ``Architecture.tensors``.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _EXPERT = "{expert}"
 
 @dataclass(frozen=True)
 class Stored:
-    """The tensors that a parameter is made of.
+    """The tensors in the files that a parameter consists of.
 
     Attributes:
-        names: in the files, one for each element of the stack, in order. PEFT's prefix is left out.
-        stack: the leading dimensions of the parameter: layers, and experts in them. Empty: one tensor.
-        transposed: whether the files have ``[out, in]`` for ``[in, out]``.
+        names: tensor names, one per element of the stack, in order, without PEFT's prefix.
+        stack: the leading dimensions of the parameter: layers, then experts. Empty for a single tensor.
+        transposed: whether the files store ``[out, in]`` for a parameter ``[in, out]``.
     """
 
     names: tuple[str, ...]
@@ -37,12 +37,12 @@ class Stored:
     transposed: bool = False
 
     def shape(self, parameter: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of each tensor in the files."""
+        """Returns the shape of each tensor in the files."""
         shape = tuple(parameter[len(self.stack) :])
         return shape[::-1] if self.transposed else shape
 
     def index(self, number: int) -> tuple[int, ...]:
-        """Where the tensor of this number is in the stack."""
+        """Returns the index in the stack of the tensor with this number."""
         return tuple(map(int, np.unravel_index(number, self.stack))) if self.stack else ()
 
     @property
@@ -52,12 +52,12 @@ class Stored:
 
 
 def stored_tensors(model: nnx.Module, arch: Architecture) -> dict[Path, Stored]:
-    """The table of a network, abstract or not: an entry for each weight (quantised or not) and adapter parameter."""
+    """Returns the tensors of each weight (quantized or not) and adapter parameter; the model may be abstract."""
     return {path: _stored(path, shape, is_matrix, names, arch) for path, shape, is_matrix, names in _parameters(model)}
 
 
 def _parameters(model: nnx.Module) -> Iterator[tuple[Path, tuple[int, ...], bool, dict[str, str]]]:
-    """Path, shape, whether it is a matrix of a linear layer, and the names of adapter parameters."""
+    """Yields path, shape, whether it is a linear weight, and the PEFT names of the adapter parameters of its module."""
     for path, node in nnx.iter_graph(model):
         names = dict(node.variant.tensor_names()) if isinstance(node, Linear) and node.variant is not None else {}
         for name, leaf in vars(node).items() if isinstance(node, nnx.Module) else ():

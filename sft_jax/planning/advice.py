@@ -1,8 +1,8 @@
-"""What makes a config fit that does not: changes tried one after the other, each by compiling it.
+"""Searches for config changes that make a step fit in device memory, by compiling each one.
 
-They come in the order of what they cost: first those that leave the result as it is (rematerialisation, more parts of
-the batch, another mesh), then those that round more (a quantised base, weights and moments in fewer bits), then more
-chips. A change that does not suffice but takes less memory stays, and the next one is tried on top of it.
+Changes are tried in order of their cost: first those that keep the result (rematerialization, more microbatches,
+another mesh), then those that lower precision (a quantized base, weights and optimizer moments in fewer bits), then
+more chips. A change that saves memory but does not suffice is kept, and the next change is tried on top of it.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from sft_jax.errors import UserError
 from sft_jax.planning.changes import Changes, changed
 from sft_jax.planning.topology import Topology
 
-_DOUBLINGS = 4  # of the number of chips
-_PARTS = "training.num_microbatches"
+_DOUBLINGS = 4  # how often the number of chips is doubled at most
+_MICROBATCHES = "training.num_microbatches"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Whether a step fits, and what it takes of a device."""
+    """Whether a step fits, and the memory that it uses on a device."""
 
     fits: bool
-    peak_bytes: int | None  # None where the compiler did not say
-    resident_bytes: int  # weights, optimizer state and batch; the least that any step takes
+    peak_bytes: int | None  # None where the compiler did not report it
+    resident_bytes: int  # weights, optimizer state and batch: a lower bound of the peak
 
 
 @dataclass(frozen=True)
 class Advice:
-    """The changes that are needed, on which chips; and all that was tried on the way, in order."""
+    """The changes to make, the topology they need, and all attempts in order."""
 
-    changes: Changes | None  # None: nothing that was tried fits
+    changes: Changes | None  # None: no attempt fits
     topology: Topology
     outcome: Outcome
     tried: list[tuple[Changes, Topology, Outcome]]
@@ -42,54 +42,54 @@ Compile = Callable[[Config, Topology], Outcome]
 
 
 def advise(
-    config: Config, topology: Topology, num_heads: int, usable_bytes: int, found: Outcome, compile_with: Compile
+    config: Config, topology: Topology, num_heads: int, usable_bytes: int, initial: Outcome, compile_with: Compile
 ) -> Advice:
-    """Changes with which a step fits that was found not to.
+    """Returns changes that make the step fit.
 
     Args:
-        num_heads: that ``mesh.tensor`` has to divide.
-        usable_bytes: of a device.
-        found: what became of the config as it is.
+        num_heads: ``mesh.tensor`` must divide it.
+        usable_bytes: memory of a device that the process can use.
+        initial: the outcome of the unchanged config, which does not fit.
         compile_with: compiles the step of a config on a topology; raises UserError where ``train`` would refuse it.
     """
     tried: list[tuple[Changes, Topology, Outcome]] = []
-    kept: Changes = {}
-    best = found
+    accepted: Changes = {}
+    best = initial
 
     def attempt(changes: Changes, where: Topology) -> Outcome | None:
         try:
             outcome = compile_with(changed(config, changes), where)
-        except UserError:  # these do not go together
+        except UserError:  # an invalid combination
             return None
         tried.append((changes, where, outcome))
         return outcome
 
-    for name, rungs in _ladder(config, topology, num_heads):
+    for name, alternatives in _candidate_changes(config, topology, num_heads):
         if name != "weights" and best.resident_bytes >= usable_bytes:
-            # Cannot suffice: what does not depend on activations is too much already.
-            kept |= rungs[0] if name == "activations" else {}
+            # Cannot suffice: weights, optimizer state and batch alone exceed the memory.
+            accepted |= alternatives[0] if name == "activations" else {}
             continue
-        for rung in rungs:
-            changes = kept | rung
-            if name == "mesh":  # fewer devices split the rows: more parts
-                changes |= {_PARTS: _most_parts(changed(config, changes), topology)}
+        for alternative in alternatives:
+            changes = accepted | alternative
+            if name == "mesh":  # the batch is split over fewer devices: more microbatches
+                changes |= {_MICROBATCHES: _max_microbatches(changed(config, changes), topology)}
             outcome = attempt(changes, topology)
             if outcome is None:
                 continue
             if outcome.fits:
-                changes, outcome = _fewest(config, topology, changes, outcome, attempt)
+                changes, outcome = _minimal(config, topology, changes, outcome, attempt)
                 return Advice(changes, topology, outcome, tried)
-            if _takes_less(outcome, best):
-                kept, best = changes, outcome
+            if _uses_less(outcome, best):
+                accepted, best = changes, outcome
     where: Topology | None = topology
     for _ in range(_DOUBLINGS):
         where = None if where is None else where.larger()
         if where is None:
             break
         for tensor in _tensor_sizes(config, where, num_heads):
-            changes = kept | ({} if tensor == config.mesh.tensor else {"mesh.tensor": tensor})
+            changes = accepted | ({} if tensor == config.mesh.tensor else {"mesh.tensor": tensor})
             changes |= {} if -1 in (config.mesh.data, config.mesh.fsdp) else {"mesh.fsdp": -1}
-            changes |= _fitting_parts(config, changes, where)
+            changes |= _valid_microbatches(config, changes, where)
             outcome = attempt(changes, where)
             if outcome is not None and outcome.fits:
                 return Advice(changes, where, outcome, tried)
@@ -98,16 +98,16 @@ def advise(
     return Advice(None, topology, best, tried)
 
 
-def _ladder(config: Config, topology: Topology, num_heads: int) -> Iterator[tuple[str, list[Changes]]]:
-    """What to try, the cheapest first, and what it is good for; alternatives of a rung come from good to best.
+def _candidate_changes(config: Config, topology: Topology, num_heads: int) -> Iterator[tuple[str, list[Changes]]]:
+    """Yields the changes to try, cheapest first: what each one shrinks, and its alternatives in rising strength.
 
     ``activations`` and ``mesh`` do not help where ``weights`` are too large.
     """
     if config.model.remat not in ("auto", "full"):
         yield "activations", [{"model.remat": "full"}]
-    parts = _most_parts(config, topology)
-    if parts > config.training.num_microbatches:
-        yield "activations", [{_PARTS: parts}]
+    num_microbatches = _max_microbatches(config, topology)
+    if num_microbatches > config.training.num_microbatches:
+        yield "activations", [{_MICROBATCHES: num_microbatches}]
     for sequence in (2, 4, 8):
         if sequence > config.mesh.sequence and topology.num_devices % sequence == 0:
             yield "mesh", [{"mesh.data": 1, "mesh.fsdp": -1, "mesh.sequence": sequence}]
@@ -128,56 +128,57 @@ def _ladder(config: Config, topology: Topology, num_heads: int) -> Iterator[tupl
             yield "mesh", [{"mesh.data": 1, "mesh.fsdp": -1, "mesh.tensor": tensor}]
 
 
-def _fewest(
+def _minimal(
     config: Config, topology: Topology, fitting: Changes, outcome: Outcome, attempt: Callable[..., Outcome | None]
 ) -> tuple[Changes, Outcome]:
-    """Of changes with which it fits, those that are needed: each is left out once, and fewer parts are tried."""
-    *others, _ = fitting  # the last one is needed, or it would have fitted before
-    for key in [key for key in others if key != _PARTS and not key.startswith("mesh.")]:
+    """Drops changes that are not needed: leaves each one out once, then tries fewer microbatches."""
+    *others, _ = fitting  # the last one is needed: without it the step did not fit
+    for key in [key for key in others if key != _MICROBATCHES and not key.startswith("mesh.")]:
         changes = {other: value for other, value in fitting.items() if other != key}
-        found = attempt(changes, topology)
-        if found is not None and found.fits:
-            fitting, outcome = changes, found
-    parts = config.training.num_microbatches * 2
-    while parts < fitting.get(_PARTS, 0):
-        found = attempt(fitting | {_PARTS: parts}, topology) if config.training.batch_size % parts == 0 else None
-        if found is not None and found.fits:
-            return fitting | {_PARTS: parts}, found
-        parts *= 2
+        smaller = attempt(changes, topology)
+        if smaller is not None and smaller.fits:
+            fitting, outcome = changes, smaller
+    number = config.training.num_microbatches * 2
+    while number < fitting.get(_MICROBATCHES, 0):
+        changes = fitting | {_MICROBATCHES: number}
+        smaller = attempt(changes, topology) if config.training.batch_size % number == 0 else None
+        if smaller is not None and smaller.fits:
+            return changes, smaller
+        number *= 2
     return fitting, outcome
 
 
 def _shards(config: Config, topology: Topology) -> int:
-    """Over how many devices rows are split."""
-    whole = config.mesh.sequence * config.mesh.tensor  # devices that share rows
-    return max(1, topology.num_devices // whole) if whole > 0 else 1
+    """Number of shards of the batch axis."""
+    group = config.mesh.sequence * config.mesh.tensor  # devices that hold the same sequences
+    return max(1, topology.num_devices // group) if group > 0 else 1
 
 
-def _most_parts(config: Config, topology: Topology) -> int:
-    """Parts of a batch when each device computes one row at a time."""
+def _max_microbatches(config: Config, topology: Topology) -> int:
+    """Number of microbatches with one sequence per batch shard."""
     return max(1, config.training.batch_size // _shards(config, topology))
 
 
-def _fitting_parts(config: Config, changes: Changes, topology: Topology) -> Changes:
-    """As many parts as before, or as many as there are rows for."""
-    there = changed(config, changes)
-    parts = min(there.training.num_microbatches, _most_parts(there, topology))
-    return {} if parts == there.training.num_microbatches else {_PARTS: parts}
+def _valid_microbatches(config: Config, changes: Changes, topology: Topology) -> Changes:
+    """Lowers the number of microbatches to what the batch allows; no change where it is low enough."""
+    new = changed(config, changes)
+    number = min(new.training.num_microbatches, _max_microbatches(new, topology))
+    return {} if number == new.training.num_microbatches else {_MICROBATCHES: number}
 
 
 def _tensor_sizes(config: Config, topology: Topology, num_heads: int) -> list[int]:
-    """Sizes of the tensor axis with which the batch divides over the devices, from the config's on."""
-    own = max(1, config.mesh.tensor)
-    sizes = [size for size in (1, 2, 4, 8, 16) if size >= own and num_heads % size == 0]
+    """Sizes of the tensor axis, from the config's size up, for which the batch divides over the devices."""
+    current = max(1, config.mesh.tensor)
+    sizes = [size for size in (1, 2, 4, 8, 16) if size >= current and num_heads % size == 0]
     return [
         size
         for size in sizes
-        if topology.num_devices % (whole := size * config.mesh.sequence) == 0
-        and config.training.batch_size % (topology.num_devices // whole) == 0
+        if topology.num_devices % (group := size * config.mesh.sequence) == 0
+        and config.training.batch_size % (topology.num_devices // group) == 0
     ]
 
 
-def _takes_less(one: Outcome, other: Outcome) -> bool:
+def _uses_less(one: Outcome, other: Outcome) -> bool:
     if one.peak_bytes is None or other.peak_bytes is None:
         return one.resident_bytes <= other.resident_bytes
     return one.peak_bytes < other.peak_bytes

@@ -1,4 +1,4 @@
-"""Changes to a config, as they are written on the command line."""
+"""Config changes in the form of command-line overrides."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 from sft_jax.config import Config
 
 Changes = dict[str, Any]
-"""Dotted keys of two parts, such as ``model.remat``, and their new values."""
+"""Maps a dotted key such as ``model.remat`` to its new value."""
 
 
 def changed(config: Config, changes: Changes) -> Config:
-    """The config with other values, checked as when it is read.
+    """Returns the config with new values and validates it like a config file.
 
     Raises:
-        UserError: values that do not go together.
+        UserError: the values contradict each other.
     """
     sections: dict[str, dict[str, Any]] = {}
     for key, value in changes.items():
@@ -26,7 +26,7 @@ def changed(config: Config, changes: Changes) -> Config:
 
 
 def as_text(changes: Changes) -> str:
-    """What to add to the command.
+    """Formats changes as command-line overrides.
 
     >>> as_text({"model.remat": "full", "mesh.tensor": 2})
     'model.remat=full mesh.tensor=2'

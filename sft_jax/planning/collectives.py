@@ -1,7 +1,7 @@
-"""Collectives of a compiled program: which, how often a step, and what each chip sends for them.
+"""Counts the collectives of a compiled program and the bytes that each chip sends for them per step.
 
-They are read from the compiler's text. An operation inside a loop counts as often as the loop turns, an operation of a
-branch as if the branch were taken. For what a chip sends, see :mod:`sft_jax.planning.network`.
+The counts come from the optimized HLO text. An operation in a loop counts once per iteration, and an operation in a
+branch counts as if the branch were taken. :mod:`sft_jax.planning.network` has the formulas for the bytes.
 """
 
 from __future__ import annotations
@@ -16,38 +16,38 @@ import numpy as np
 
 from sft_jax.planning.network import KINDS, Hosts, Sent, sent_in
 
-_Computation = dict[str, str]  # instructions: name and what stands right of it
+_Computation = dict[str, str]  # instruction name -> the text after "="
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$|^(ENTRY )?%?([\w.\-]+) \{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
 _ARRAY = re.compile(r"\b(pred|token|[a-z]+\d+(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
 _CALLED = re.compile(r"\b(body|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
-_ROOT = "ROOT"  # the name that a computation's last instruction has here
+_ROOT = "ROOT"  # key of a computation's root instruction
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"?(\d+)"?\}')
 
 
-# The TPU compiler hides a collective behind products: a fusion starts it, and those that hide it and the one that waits
-# for it repeat it in their text.
+# The TPU compiler overlaps a collective with matrix products. One fusion starts it; the overlapping fusions and the
+# one that waits for it repeat the collective in their text, so only the first is counted.
 _DONE, _CONTINUED = "async-collective-done", "async_collective_fusion"
 
 
 @dataclass(frozen=True)
 class Collective:
-    """All of a kind in a step."""
+    """All collectives of one kind."""
 
     kind: str
-    count: float  # a step
-    sent: Sent  # by a chip, a step
+    count: float  # per step
+    sent: Sent  # per chip and step
 
 
 def count_collectives(text: str, hosts: Hosts, unknown_trips: float) -> list[Collective]:
-    """The collectives of a compiled program, by kind, those that send most first.
+    """Returns the collectives of a compiled program by kind, largest number of bytes first.
 
     Args:
-        text: of the optimised program.
-        hosts: of the program's devices; a collective that names no groups spans them all.
-        unknown_trips: turns of a loop whose number depends on the data (that over chunks of targets).
+        text: optimized HLO.
+        hosts: host of each device; a collective without replica groups spans all devices.
+        unknown_trips: iterations of a loop with a data-dependent trip count (the loop over chunks of targets).
     """
     bodies, entry = _computations(text)
     counts: defaultdict[str, float] = defaultdict(float)
@@ -58,28 +58,28 @@ def count_collectives(text: str, hosts: Hosts, unknown_trips: float) -> list[Col
             opcode, shape = _opcode(line)
             if opcode is None or opcode.endswith(("-done", "-update")) or instruction.startswith(_DONE):
                 continue
-            found = _collective(opcode, shape, line, name, hosts)
-            if found is not None:
-                kind, each = found
+            collective = _collective(opcode, shape, line, name, hosts)
+            if collective is not None:
+                kind, sent = collective
                 counts[kind] += times
-                sizes[kind] += each.times(times)
+                sizes[kind] += sent.times(times)
                 continue
-            turns = 1.0
+            trips = 1.0
             if opcode == "while":
-                known = _turns(line, bodies)
-                turns = unknown_trips if known is None else known
+                known = _trip_count(line, bodies)
+                trips = unknown_trips if known is None else known
             for called in _called(line):
                 if not called.startswith(_CONTINUED):
-                    visit(called, times * turns)
+                    visit(called, times * trips)
 
     assert entry is not None, "a program without an entry computation"
     visit(entry, 1.0)
-    found = [Collective(kind, counts[kind], sizes[kind]) for kind in counts]
-    return sorted(found, key=lambda one: -one.sent.bytes)
+    collectives = [Collective(kind, counts[kind], sizes[kind]) for kind in counts]
+    return sorted(collectives, key=lambda one: -one.sent.bytes)
 
 
 def _computations(text: str) -> tuple[dict[str, _Computation], str | None]:
-    """The instructions of each computation, and which one is the program."""
+    """Returns the instructions of each computation, and the name of the entry computation."""
     bodies: dict[str, _Computation] = {}
     entry = current = None
     for line in text.splitlines():
@@ -94,9 +94,9 @@ def _computations(text: str) -> tuple[dict[str, _Computation], str | None]:
 
 
 def _opcode(line: str) -> tuple[str | None, str]:
-    """The operation of an instruction, and the shape of what it gives."""
+    """Returns the opcode of an instruction and its result shape."""
     depth = at = 0
-    while at < len(line):  # a tuple's shape has spaces, and layouts have parentheses
+    while at < len(line):  # tuple shapes contain spaces, and layouts contain parentheses
         if line[at] in "({":
             depth += 1
         elif line[at] in ")}":
@@ -118,19 +118,19 @@ def _collective(opcode: str, shape: str, line: str, computation: str, hosts: Hos
     groups, whole = _groups(line, len(hosts)), sum(sizes)
     group = max(map(len, groups))
     if kind == "all-reduce" and "all-reduce-scatter" in computation:
-        kind = "reduce-scatter"  # the TPU compiler's form of it: each keeps its part
+        kind = "reduce-scatter"  # the TPU compiler writes it as an all-reduce and a slice
         return kind, sent_in(kind, whole, groups, hosts)
-    if opcode.endswith("-start") and kind != "all-reduce":  # operands and results side by side
+    if opcode.endswith("-start") and kind != "all-reduce":  # the shape is a tuple of operands and results
         whole *= group / (group + 1) if kind in ("all-gather", "reduce-scatter") else 1 / 2
     elif kind == "reduce-scatter":
         whole *= group
     return kind, sent_in(kind, whole, groups, hosts)
 
 
-def _turns(line: str, bodies: dict[str, _Computation]) -> float | None:
-    """How often a loop turns: by its note, or its condition ``counter < constant`` and what is added to the counter.
+def _trip_count(line: str, bodies: dict[str, _Computation]) -> float | None:
+    """Trip count of a loop: ``known_trip_count``, or from the condition ``counter < constant`` and the increment.
 
-    The counter starts at zero, as in all loops that jax and XLA make. None where the data decide.
+    The counter starts at zero, as in all loops that JAX and XLA make. None where the count depends on data.
     """
     if match := _TRIPS.search(line):
         return float(match[1])
@@ -147,18 +147,18 @@ def _turns(line: str, bodies: dict[str, _Computation]) -> float | None:
     if results is None:
         return float(bound)
     names = [name.strip().lstrip("%") for name in re.sub(r"/\*.*?\*/", "", results[1]).split(",")]
-    return float(-(-bound // max(1, _added(names[int(index[1])], int(index[1]), body))))
+    return float(-(-bound // max(1, _increment(names[int(index[1])], int(index[1]), body))))
 
 
-def _added(name: str, index: int, body: _Computation) -> int:
-    """What a turn adds to element ``index`` of the loop's state; 1 where that is not written as sums of constants."""
+def _increment(name: str, index: int, body: _Computation) -> int:
+    """What an iteration adds to element ``index`` of the loop state; 1 where it is not a sum of constants."""
     line = body.get(name, "")
     if re.search(rf" get-tuple-element\(.*index={index}\b", line):
         return 0
     if match := re.search(r" (?:add|copy)\(%?([\w.\-]+)(?:, %?([\w.\-]+))?\)", line):
         constant = 0 if match[2] is None else _constant(body.get(match[2], ""))
         if constant is not None:
-            return _added(match[1], index, body) + constant
+            return _increment(match[1], index, body) + constant
     return 1
 
 
@@ -175,7 +175,7 @@ def _called(line: str) -> Iterator[str]:
 
 
 def _groups(line: str, num_devices: int) -> list[list[int]]:
-    """The chips that meet in a collective; of a permutation, from where to where.
+    """Replica groups of a collective; source-target pairs of a permutation.
 
     >>> _groups("replica_groups={{0,1},{2,3}}, use_global_device_ids=true", 4)
     [[0, 1], [2, 3]]
@@ -189,7 +189,7 @@ def _groups(line: str, num_devices: int) -> list[list[int]]:
     [[0, 1, 2, 3]]
     """
     if match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
-        shape, dims, order = ([int(one) for one in found.split(",")] if found else [] for found in match.groups())
+        shape, dims, order = ([int(one) for one in part.split(",")] if part else [] for part in match.groups())
         ids = np.arange(math.prod(dims)).reshape(dims)
         return (ids.transpose(order) if order else ids).reshape(shape).tolist()
     if match := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]+\})\}", line):
@@ -198,7 +198,7 @@ def _groups(line: str, num_devices: int) -> list[list[int]]:
 
 
 def _bytes(dtype: str, dims: str) -> float:
-    """The size of an array; words that only synchronise count as nothing.
+    """Size of an array in bytes; tokens, which only synchronize, have size 0.
 
     >>> _bytes("bf16", "4,8"), _bytes("s4", "4,8"), _bytes("token", "")
     (64.0, 16.0, 0.0)

@@ -1,4 +1,4 @@
-"""Model FLOPs: what a step has to compute, whatever it does compute. The modules of the network are asked for it."""
+"""Counts model FLOPs, which do not depend on the implementation, from the modules of the network."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from sft_jax.tree import flatten
 
 @dataclass(frozen=True)
 class Work:
-    """What a step, or a second of steps, trains on."""
+    """What a step, or a second of training, processes."""
 
-    tokens: float  # real ones, without padding
-    targets: float  # of these, with loss
-    squares: float  # sum over documents of their squared lengths
+    tokens: float  # without padding
+    targets: float  # tokens that carry loss
+    squares: float  # sum of squared document lengths
 
 
 @dataclass(frozen=True)
 class Product:
-    """A linear layer ``[inputs, outputs]`` and its like in other decoder layers.
+    """A linear layer ``[inputs, outputs]``, with the same layer of the other decoder layers.
 
     Attributes:
-        name: of the module.
-        axes: the logical axes of inputs and outputs.
-        count: how many of them there are.
-        share: of all tokens that one of them multiplies; less than 1 for an expert.
-        adapter_size: parameters of the adapter of one; 0 where it has none.
-        is_trained: whether the weights themselves are.
+        name: module name.
+        axes: logical axes of inputs and outputs.
+        count: number of layers.
+        share: fraction of the tokens that one layer multiplies; less than 1 for an expert.
+        adapter_size: adapter parameters of one layer; 0 without an adapter.
+        is_trained: whether the weight itself is trained.
     """
 
     name: str
@@ -45,36 +45,36 @@ class Product:
 
     @property
     def size(self) -> int:
-        """Weights of all of them."""
+        """Parameters of all layers."""
         return self.count * self.inputs * self.outputs
 
     @property
-    def used(self) -> float:
-        """Weights that a token meets."""
+    def active_size(self) -> float:
+        """Parameters that are active for a token."""
         return self.size * self.share
 
     @property
-    def used_of_adapter(self) -> float:
-        """Parameters of adapters that a token meets."""
+    def active_adapter_size(self) -> float:
+        """Adapter parameters that are active for a token."""
         return self.count * self.adapter_size * self.share
 
     @property
     def is_last(self) -> bool:
-        """Whether no gradient needs its result, because it is the last of a layer."""
+        """Whether it is the last of a decoder layer, so that no gradient needs its output."""
         return self.axes[0] == "mlp"
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a network multiplies."""
+    """The matrix products of a network."""
 
-    products: tuple[Product, ...]  # of decoder layers
+    products: tuple[Product, ...]  # of the decoder layers
     head: Product
-    mixers: tuple[tuple[int, Any], ...]  # how many layers, and the spec of what mixes tokens in them
+    mixers: tuple[tuple[int, Any], ...]  # number of layers, and their attention module
 
     @classmethod
     def of(cls, split: Split) -> Sizes:
-        """Those of a network without values."""
+        """Reads them from the abstract network."""
         model = split.abstract()
         products, mixers = [], []
         for path, node in nnx.iter_graph(model.layers):
@@ -92,7 +92,7 @@ class Sizes:
         )
 
     def mixing_flops(self, squares: float) -> float:
-        """Of scores and their products with values, forward and backward."""
+        """FLOPs of attention scores and of their products with the values, forward and backward."""
         return sum(count * module.mixing_flops(squares) for count, module in self.mixers)
 
 
@@ -109,15 +109,15 @@ def _product(name: str, module: Projection, split: Split) -> Product:
 
 
 def model_flops(sizes: Sizes, work: Work) -> float:
-    """Floating-point operations of forward and backward pass; a multiplication and an addition are two.
+    """FLOPs of the forward and backward pass; a multiply-add is two.
 
-    A weight costs 2 a token forward, 2 for the gradient to its input and, if it is trained, 2 for its own: 4 a token
-    where it is frozen, 6 where it is trained; of experts, those count that a token meets. ``lm_head`` sees target
-    tokens only. Attention is causal and stays within documents: two products of ``len² / 2`` scores forward and four
-    backward, ``6 · len² · N · H`` a layer; a sliding window counts as none. Norms, rotations, softmax, embeddings and
-    whatever is computed twice count as nothing.
+    A parameter costs 2 per token forward, 2 for the gradient of its input and, if it is trained, 2 for its own
+    gradient: 4 per token where it is frozen, 6 where it is trained. Only active experts count. ``lm_head`` is applied
+    to target tokens only. Attention is causal and stays within documents: two products of ``len² / 2`` scores forward
+    and four backward, ``6 · len² · N · H`` per layer; a sliding window is ignored. Norms, rotary embeddings, softmax,
+    embeddings and rematerialization count as zero.
     """
-    layers = sum(_passes(one) * one.used + 6.0 * one.used_of_adapter for one in sizes.products)
+    layers = sum(_passes(one) * one.active_size + 6.0 * one.active_adapter_size for one in sizes.products)
     head = _passes(sizes.head) * sizes.head.size * work.targets
     return layers * work.tokens + head + sizes.mixing_flops(work.squares)
 
@@ -127,16 +127,17 @@ def _passes(product: Product) -> float:
 
 
 def repeated_flops(sizes: Sizes, work: Work, remat: str) -> float:
-    """What is computed a second time for the backward pass, beyond :func:`model_flops`: a forward pass of the layers.
+    """FLOPs of rematerialization, which :func:`model_flops` leaves out: at most a forward pass of the layers.
 
-    Not its last product, which no gradient needs. ``attention`` keeps what attention and adapters' first products give,
-    and only products with the base's weights are made again; ``dots`` and ``none`` repeat no product.
+    The last product of a layer is never recomputed, since no gradient needs it. ``full`` recomputes all others.
+    ``attention`` saves the outputs of attention and of ``lora_a`` and recomputes only products with base weights.
+    ``dots`` and ``none`` recompute no product.
     """
     if remat in ("dots", "none"):
         return 0.0
-    again = [one for one in sizes.products if not one.is_last]
-    flops = 2.0 * sum(one.used for one in again) * work.tokens
+    recomputed = [one for one in sizes.products if not one.is_last]
+    flops = 2.0 * sum(one.active_size for one in recomputed) * work.tokens
     if remat == "full":
-        flops += 2.0 * sum(one.used_of_adapter for one in again) * work.tokens
+        flops += 2.0 * sum(one.active_adapter_size for one in recomputed) * work.tokens
         flops += sizes.mixing_flops(work.squares) / 3
     return flops

@@ -1,15 +1,16 @@
-"""What a chip sends in a collective, in all and to other hosts.
+"""Bytes that a chip sends in a collective, in total and to other hosts.
 
-It is what the best known algorithms need on any network. Of a group of n chips on h hosts and an array of S bytes (the
-whole one, where chips hold parts), a chip sends
+The formulas are those of the best known algorithms on any network. For a group of n chips on h hosts and an array of S
+bytes (the unsharded size), a chip sends
 
-                                  in all               of it to other hosts
+                                  in total             of it to other hosts
     all-gather, reduce-scatter    S · (n - 1) / n      S · (h - 1) / n
     all-reduce                    twice that           twice that
     all-to-all                    S · (n - 1) / n      S · (h - 1) / h
-    collective-permute            S                    S · c, the share of a host's chips that send to another one
+    collective-permute            S                    S · c, where c is the fraction of a host's chips that send
+                                                       to another host
 
-To other hosts, gathering and adding up first happen within a host, and the chips of a host share what it sends.
+Between hosts, each host first gathers or reduces locally, and its chips split the transfer evenly.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from jax.sharding import Mesh
 from sft_jax.planning.chips import Chip
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
-Hosts = Sequence[int]  # the host of each device of a program, in its order
+Hosts = Sequence[int]  # the host of each device, in the program's device order
 
 
 @dataclass(frozen=True)
@@ -39,36 +40,36 @@ class Sent:
         return Sent(self.bytes + other.bytes, self.bytes_between_hosts + other.bytes_between_hosts)
 
     def times(self, number: float) -> Sent:
-        """As often as this."""
+        """Bytes of ``number`` repetitions."""
         return Sent(self.bytes * number, self.bytes_between_hosts * number)
 
     def seconds(self, chip: Chip) -> float:
-        """No less than it takes: both networks at the peak, side by side."""
+        """Lower bound of the time: both networks at their peak, overlapped."""
         within = (self.bytes - self.bytes_between_hosts) / chip.link_bandwidth
         return max(within, self.bytes_between_hosts / (chip.host_bandwidth or math.inf))
 
 
 def hosts_of(mesh: Mesh) -> Hosts:
-    """The hosts of its devices, between which a slower network lies; a slice of TPUs is one network."""
+    """Host of each device. Hosts of GPUs are joined by a slower network; a TPU slice counts as one host."""
     devices = mesh.devices.flat
     return [0 if device.platform == "tpu" else device.process_index for device in devices]
 
 
 def groups_along(axes: Sequence[str], mesh: Mesh) -> list[list[int]]:
-    """The devices that meet in a collective along axes of a mesh."""
-    at = [mesh.axis_names.index(axis) for axis in axes]
-    places = np.arange(mesh.size).reshape(mesh.devices.shape)
-    size = math.prod(mesh.devices.shape[i] for i in at)
-    return np.moveaxis(places, at, range(-len(at), 0)).reshape(-1, size).tolist()
+    """Device groups of a collective over mesh axes."""
+    dims = [mesh.axis_names.index(axis) for axis in axes]
+    ids = np.arange(mesh.size).reshape(mesh.devices.shape)
+    size = math.prod(mesh.devices.shape[i] for i in dims)
+    return np.moveaxis(ids, dims, range(-len(dims), 0)).reshape(-1, size).tolist()
 
 
 def sent_in(kind: str, whole: float, groups: Sequence[Sequence[int]], hosts: Hosts) -> Sent:
-    """By a chip in a collective.
+    """Bytes that a chip sends in one collective.
 
     Args:
-        kind: of :data:`KINDS`.
-        whole: S above, bytes.
-        groups: the devices that meet; of a permutation, from where to where.
+        kind: one of :data:`KINDS`.
+        whole: the unsharded size S in bytes.
+        groups: the device groups; source-target pairs for a permutation.
     """
     if kind == "collective-permute":
         crossing, chips = Counter(hosts[a] for a, b in groups if hosts[a] != hosts[b]), Counter(hosts)

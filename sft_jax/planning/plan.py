@@ -1,4 +1,4 @@
-"""What a config needs on given hardware, found by compiling its step for it: whether it fits, why, and what does."""
+"""The ``plan`` command: compiles a config's step ahead of time for a topology and reports memory, speed and advice."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from sft_jax.sharding import num_heads
 
 @dataclass(frozen=True)
 class Assumed:
-    """What depends on data, which are not read."""
+    """Assumptions about the data, which ``plan`` does not read."""
 
-    target_share: float = 0.5  # of all slots, that carry loss
-    document_length: int | None = None  # slots; None: a document fills its row
+    target_share: float = 0.5  # fraction of tokens that carry loss
+    document_length: int | None = None  # tokens; None: data.max_length
 
     def __post_init__(self) -> None:
         if not 0.0 < self.target_share <= 1.0:
@@ -41,7 +41,7 @@ class Assumed:
             raise UserError(f"--document-length: {self.document_length} is not at least 1")
 
     def length(self, config: Config) -> int:
-        """Of a document."""
+        """Document length in tokens."""
         return min(self.document_length or config.data.max_length, config.data.max_length)
 
 
@@ -55,48 +55,48 @@ def plan(
     search: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Compile the step that ``train`` would run on ``topology`` and print what it takes; returns the figures.
+    """Compiles the step that ``train`` would run on ``topology``, prints its requirements and returns the figures.
 
-    No data and no weights are read; of the model, ``config.json``.
+    Reads only the model's ``config.json``, no data and no weights.
 
     Args:
         topology: such as ``v5e:4x4`` or ``h100:8``.
-        architecture: a ``config.json`` instead of the model's.
-        advice: where it does not fit, look for changes with which it does.
-        search: also look for the mesh, rows at a time and rematerialisation that are fastest by prediction.
+        architecture: path of a ``config.json`` to use instead of the model's.
+        advice: search for changes that make the step fit if it does not.
+        search: also search for the fastest mesh, number of microbatches and rematerialization policy.
         quiet: print nothing.
 
     Raises:
-        UserError: what ``train`` would refuse; an unknown topology; a compiler that is not installed.
+        UserError: a config that ``train`` would refuse; an unknown topology; a compiler that is not installed.
     """
-    say = _Progress(enabled=not quiet)
+    log = _Progress(enabled=not quiet)
     where = parse_topology(topology)
     assumed = assumed or Assumed()
     with _folder_of(config, architecture) as folder:
         base = read_base(config, folder)
-    found = _Planner(base, assumed, say)
-    step, compiled = found.compile(config, where, "the step")
-    bounds = found.bounds(step, compiled, where)
+    planner = _Planner(base, assumed, log)
+    step, compiled = planner.compile(config, where, "the step")
+    bounds = planner.bounds(step, compiled, where)
     result = figures(step, compiled, bounds, where, assumed)
     if not compiled.fits and advice:
-        result["advice"] = _advice(found.advise(where, step, compiled))
+        result["advice"] = _advice(planner.advise(where, step, compiled))
     if search:
-        result["search"] = [_choice(choice) for choice in found.search(config, where)]
+        result["search"] = [_choice(choice) for choice in planner.search(config, where)]
     if not quiet:
         print(json.dumps(result) if as_json else plan_text(result), flush=True)
     return result
 
 
 class _Planner:
-    """Compiles the steps of one model."""
+    """Compiles steps of one model."""
 
-    def __init__(self, base: Base, assumed: Assumed, say: _Progress):
-        self._base, self._assumed, self._say = base, assumed, say
+    def __init__(self, base: Base, assumed: Assumed, log: _Progress):
+        self._base, self._assumed, self._log = base, assumed, log
 
     def compile(self, config: Config, where: Topology, name: str) -> tuple[AbstractStep, Compiled]:
         step = abstract_step(config, self._base, devices_of(where))
         compiled = self._compiled(step, where, name)
-        return step.in_parts(compiled.num_microbatches), compiled
+        return step.with_microbatches(compiled.num_microbatches), compiled
 
     def bounds(self, step: AbstractStep, compiled: Compiled, where: Topology) -> Roofline:
         sent = None if compiled.collectives is None else sum((one.sent for one in compiled.collectives), Sent())
@@ -105,16 +105,16 @@ class _Planner:
         return self._roofline(step, compiled.remat, where, sent)
 
     def advise(self, where: Topology, step: AbstractStep, compiled: Compiled) -> Advice:
-        """Changes with which it fits."""
+        """Searches for changes that make the step fit."""
 
-        def compile_with(changed: Config, there: Topology) -> Outcome:
-            return _outcome(*self.compile(changed, there, f"with {_difference(step.config, changed)}"))
+        def compile_with(changed: Config, topology: Topology) -> Outcome:
+            return _outcome(*self.compile(changed, topology, f"with {_difference(step.config, changed)}"))
 
         heads, usable = num_heads(self._base.arch.attention_specs), usable_bytes(where.chip)
         return advise(step.config, where, heads, usable, _outcome(step, compiled), compile_with)
 
     def search(self, config: Config, where: Topology) -> list[Choice]:
-        """Combinations that were compiled, the fastest by prediction first."""
+        """Returns the compiled combinations, fastest prediction first."""
         devices = devices_of(where)
         ranked = candidates(
             config,
@@ -124,7 +124,7 @@ class _Planner:
             self._assumed.target_share,
             self._assumed.length(config),
         )
-        self._say(f"{len(ranked)} combinations of mesh, rows at a time and remat; the fastest by formula are compiled")
+        self._log(f"{len(ranked)} combinations of mesh, microbatches and remat; compiling the fastest by formula")
 
         def compile_with(candidate: Candidate) -> Compiled:
             return self._compiled(candidate.step, where, f"with {as_text(candidate.changes)}")
@@ -137,11 +137,11 @@ class _Planner:
         return choose(ranked, usable_bytes(where.chip), compile_with, predict)
 
     def _compiled(self, step: AbstractStep, where: Topology, name: str) -> Compiled:
-        self._say(f"compiling {name} for {where} …")
+        self._log(f"compiling {name} for {where} …")
         compiled = compile_step(step, usable_bytes(where.chip), self._assumed.target_share)
         size = "" if compiled.peak_bytes is None else f", {compiled.peak_bytes / 2**30:.2f} GiB"
         verdict = "fits" if compiled.fits else "does not fit"
-        self._say(f"{verdict}: remat {compiled.remat}{size}, {compiled.seconds:.1f} s")
+        self._log(f"{verdict}: remat {compiled.remat}{size}, {compiled.seconds:.1f} s")
         return compiled
 
     def _roofline(self, step: AbstractStep, remat: str, where: Topology, sent: Sent | None) -> Roofline:
@@ -152,7 +152,7 @@ class _Planner:
 def figures(
     step: AbstractStep, compiled: Compiled, bounds: Roofline, where: Topology, assumed: Assumed
 ) -> dict[str, Any]:
-    """What was found, for programs and for :func:`sft_jax.planning.text.plan_text`; bytes are those of a chip."""
+    """Returns all figures as JSON values, the input of :func:`sft_jax.planning.text.plan_text`; bytes are per chip."""
     config = step.config
     sizes = step.sizes()
     tokens = config.training.batch_size * config.data.max_length
@@ -177,7 +177,7 @@ def figures(
         "remat": compiled.remat,
         "attention": str(step.split.backend),
         "num_microbatches": compiled.num_microbatches,
-        "rows_at_a_time": step.rows,
+        "rows_at_a_time": step.local_batch_size,
         "tokens_per_step": tokens,
         "target_share": assumed.target_share,
         "document_length": assumed.length(config),
@@ -229,7 +229,7 @@ def _outcome(step: AbstractStep, compiled: Compiled) -> Outcome:
 
 
 def _difference(old: Config, new: Config) -> str:
-    """What was changed, as on the command line."""
+    """Formats the changed keys as command-line overrides."""
     changes = {
         f"{section.name}.{key.name}": getattr(value, key.name)
         for section in dataclasses.fields(Config)
@@ -242,7 +242,7 @@ def _difference(old: Config, new: Config) -> str:
 
 @contextmanager
 def _folder_of(config: Config, architecture: str | Path | None) -> Iterator[Path]:
-    """A folder with the model's ``config.json``."""
+    """Yields a folder with the model's ``config.json``."""
     if architecture is None:
         yield find_config(config.model.path, config.model.revision)
         return
@@ -255,7 +255,7 @@ def _folder_of(config: Config, architecture: str | Path | None) -> Iterator[Path
 
 
 class _Progress:
-    """Lines on standard error with the seconds since the start."""
+    """Prints lines to standard error with the seconds since the start."""
 
     def __init__(self, enabled: bool) -> None:
         self._enabled = enabled

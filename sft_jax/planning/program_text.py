@@ -1,4 +1,4 @@
-"""A program, and its text as the compiler leaves it."""
+"""Compiles a program and reads its optimized HLO text."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 
 def compile_with_text(lowered: Any, platform: str) -> tuple[Any, str | None]:
-    """Compile, and read what the compiler made of it; None where it does not say.
+    """Returns the compiled program and its HLO text; None where the compiler writes none.
 
-    The TPU compiler is asked to write its text down: asking the program for it fails for chips with asynchronous
-    operations that jaxlib does not know (``async-update`` on v5p, jaxlib 0.10.2).
+    On TPU the compiler dumps the text to a file, because ``as_text()`` fails on asynchronous operations that jaxlib
+    does not support (``async-update`` on v5p, jaxlib 0.10.2).
     """
     if platform != "tpu":
         program = lowered.compile()

@@ -1,9 +1,9 @@
-"""The time that a step cannot be faster than: the slowest of computing, of memory and of the network.
+"""Roofline of a step: the largest of its compute, memory and network time, a lower bound of the step time.
 
-Each of the three is taken as if it had the chip to itself and reached its peak (Williams, Waterman & Patterson 2009),
-so a real step takes longer. Counted are the model's FLOPs and what rematerialisation repeats; what matrix products read
-and write, once each, and what the optimizer reads and writes; what a chip sends in collectives. Elementwise operations
-count as fused into the products.
+Each of the three assumes that the chip does nothing else and reaches its peak (Williams, Waterman & Patterson 2009), so
+a real step takes longer. Compute counts model FLOPs and rematerialization. Memory counts one read of each operand and
+one write of each result of the matrix products, and the traffic of the optimizer; elementwise operations count as
+fused. Network counts the bytes that a chip sends in collectives.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from sft_jax.planning.flops import Product, Work, model_flops, repeated_flops
 from sft_jax.planning.network import Hosts, Sent, groups_along, sent_in
 from sft_jax.planning.step import AbstractStep
 
-_WIDE = 4  # bytes of float32
+_FLOAT32 = 4  # bytes
 
 
 @dataclass(frozen=True)
 class Roofline:
-    """Seconds of a step, and of each of its bounds; None where what is sent was not counted."""
+    """The bounds of a step in seconds; ``sent`` and ``network_seconds`` are None where collectives were not counted."""
 
-    model_flops: float  # of a step, all devices
-    flops: float  # the same with what is computed twice
-    memory_bytes: float  # of a device
-    sent: Sent | None  # by a device
+    model_flops: float  # per step, all devices
+    flops: float  # the same plus rematerialization
+    memory_bytes: float  # per device
+    sent: Sent | None  # per device
     compute_seconds: float
     memory_seconds: float
     network_seconds: float | None
@@ -35,13 +35,13 @@ class Roofline:
         return max(self.compute_seconds, self.memory_seconds, self.network_seconds or 0.0)
 
     @property
-    def in_turn(self) -> float:
-        """Seconds if nothing of the three overlapped: of two equal bounds, the less of this the better."""
+    def without_overlap(self) -> float:
+        """Seconds without overlap of the three: breaks the tie between two equal bounds."""
         return self.compute_seconds + self.memory_seconds + (self.network_seconds or 0.0)
 
     @property
     def bound(self) -> str:
-        """compute, memory or network."""
+        """The limiting resource: compute, memory or network."""
         named = {
             "compute": self.compute_seconds,
             "memory": self.memory_seconds,
@@ -58,12 +58,12 @@ def roofline(
     target_share: float,
     document_length: int,
 ) -> Roofline:
-    """The bounds of a step.
+    """Computes the bounds of a step.
 
     Args:
-        sent: by a device in a step; None if that is not known.
-        target_share: of positions that carry loss.
-        document_length: slots of each document.
+        sent: bytes that a device sends per step; None if unknown.
+        target_share: fraction of tokens that carry loss.
+        document_length: tokens of each document.
     """
     work = step.work(target_share, document_length)
     needed = model_flops(step.network, work)
@@ -81,52 +81,52 @@ def roofline(
 
 
 def _memory_bytes(step: AbstractStep, remat: str, work: Work) -> float:
-    """What a device reads and writes in a step."""
+    """Bytes that a device reads and writes in a step."""
     config, arch, shape = step.config, step.arch, step.mesh.shape
-    parts = config.training.num_microbatches
+    num_microbatches = config.training.num_microbatches
     tensor, split = shape["tensor"], shape["fsdp"] * shape["sequence"]
-    tokens = work.tokens / step.shards / shape["sequence"]  # of a device, all parts together
-    width = 2 if config.model.dtype == "bfloat16" else _WIDE
+    tokens = work.tokens / step.shards / shape["sequence"]  # of a device, all microbatches
+    width = 2 if config.model.dtype == "bfloat16" else _FLOAT32
 
-    # A product reads its input and its weights and writes its output: forward, for the gradient to its input, again
-    # where it is rematerialised, and for the weight's own gradient.
+    # A product reads its input and weight and writes its output: in the forward pass, for the gradient of the input,
+    # once more where it is rematerialized, and for the gradient of the weight.
     passes = 2 + (remat in ("full", "attention"))
     moved = 0.0
     for one in step.network.products:
-        gathered = 2 if split > 1 else 1  # written when it arrives, then read
-        moved += parts * passes * one.size / tensor * width * gathered
+        gathered = 2 if split > 1 else 1  # an all-gather writes it, then the product reads it
+        moved += num_microbatches * passes * one.size / tensor * width * gathered
         moved += tokens * one.share * one.count * _ends(one, tensor) * width * (passes + one.is_trained)
         if one.is_trained:
-            moved += parts * one.size / tensor * _WIDE * gathered
+            moved += num_microbatches * one.size / tensor * _FLOAT32 * gathered
 
-    # The head is read twice for each chunk of targets, and its logits are written and read.
+    # lm_head is read twice for each chunk of targets, and its logits are written and read.
     vocab = split * tensor
-    chunks = parts * step.loss_chunks(work.targets / work.tokens)
+    chunks = num_microbatches * step.loss_chunks(work.targets / work.tokens)
     moved += chunks * 2 * arch.vocab_size / vocab * arch.hidden_size * width
-    moved += 2 * (work.targets / shape["data"]) * arch.vocab_size / vocab * _WIDE
+    moved += 2 * (work.targets / shape["data"]) * arch.vocab_size / vocab * _FLOAT32
 
-    # The optimizer reads and writes weights and moments and reads gradients.
+    # The optimizer reads and writes weights and moments, and reads gradients.
     sizes = step.sizes()
     return moved + 2 * (sizes["trained"] + sizes["optimizer"]) + sizes["gradients"]
 
 
 def _ends(product: Product, tensor: int) -> float:
-    """Input and output of a product on a device, in elements a token: one of the two is split over ``tensor``."""
+    """Elements per token of a product's input and output on a device; one of the two is sharded over ``tensor``."""
     ends = zip((product.inputs, product.outputs), product.axes, strict=True)
     return sum(size / (1 if axis == "embed" else tensor) for size, axis in ends)
 
 
 def expected_sent(step: AbstractStep, remat: str, work: Work, hosts: Hosts) -> Sent:
-    """What a device sends in a step, by formula: an estimate, for choosing what to compile.
+    """Estimates the bytes that a device sends in a step, to rank candidates before they are compiled.
 
-    Weights of layers are gathered over ``fsdp`` and ``sequence`` for each pass, gradients of trained ones are summed
-    over these and ``data``, activations over ``tensor`` twice a layer and pass, keys and values are gathered over
-    ``sequence``, and the hidden states of targets travel to the parts of the vocabulary and back.
+    Each pass all-gathers the layers' weights over ``fsdp`` and ``sequence``. Gradients of trained weights are reduced
+    over these axes and ``data``, and activations over ``tensor`` twice per layer and pass. Keys and values are
+    all-gathered over ``sequence``. Hidden states of target tokens go to the vocabulary shards and back.
     """
     config, arch, shape = step.config, step.arch, step.mesh.shape
-    parts = config.training.num_microbatches
-    width = 2 if config.model.dtype == "bfloat16" else _WIDE
-    kept = {"int8": 1.03, "nf4": 0.52}.get(config.model.quantization or "", width)
+    num_microbatches = config.training.num_microbatches
+    width = 2 if config.model.dtype == "bfloat16" else _FLOAT32
+    stored = {"int8": 1.03, "nf4": 0.52}.get(config.model.quantization or "", width)  # bytes per weight
     sequence, tensor = shape["sequence"], shape["tensor"]
     split = shape["fsdp"] * sequence
     layers = step.network.products
@@ -138,12 +138,12 @@ def expected_sent(step: AbstractStep, remat: str, work: Work, hosts: Hosts) -> S
     targets = work.targets / shape["data"]
     along_split = ("fsdp", "sequence")
     collectives = (
-        ("all-gather", parts * passes * weights * kept, along_split),
-        ("reduce-scatter", parts * trained * _WIDE, along_split),
-        ("all-reduce", parts * trained * _WIDE / split, ("data",)),
+        ("all-gather", num_microbatches * passes * weights * stored, along_split),
+        ("reduce-scatter", num_microbatches * trained * _FLOAT32, along_split),
+        ("all-reduce", num_microbatches * trained * _FLOAT32 / split, ("data",)),
         ("all-reduce", 2 * passes * arch.num_layers * tokens * arch.hidden_size * width, ("tensor",)),
         ("all-gather", passes * tokens * sequence * keys_and_values * width, ("sequence",)),
-        ("all-gather", targets * arch.hidden_size * (width + _WIDE), along_split),
+        ("all-gather", targets * arch.hidden_size * (width + _FLOAT32), along_split),
     )
-    found = (sent_in(kind, whole, groups_along(axes, step.mesh), hosts) for kind, whole, axes in collectives)
-    return sum(found, Sent())
+    sent = (sent_in(kind, whole, groups_along(axes, step.mesh), hosts) for kind, whole, axes in collectives)
+    return sum(sent, Sent())

@@ -1,8 +1,8 @@
-"""Mesh, rows at a time and rematerialisation with the best predicted speed that fits.
+"""Searches for the fastest mesh, number of microbatches and rematerialization policy that fit in memory.
 
-Every combination has a roofline by formula; the best ones are compiled, and of those that fit the fastest wins, with
-its collectives counted instead of estimated. The batch size is part of what is learnt and stays, unless it does not
-divide over the devices: then the next multiple is taken.
+A roofline by formula ranks all combinations. The best ones are compiled, and their rooflines are computed again with
+the collectives of the compiled program. The batch size affects training and is kept; where it does not divide over the
+devices, it is rounded up to the next multiple.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from sft_jax.planning.roofline import Roofline, expected_sent, roofline
 from sft_jax.planning.step import AbstractStep, Compiled
 from sft_jax.training.compilation import CANDIDATES
 
-COMPILED = 4  # candidates that are compiled, at least until one fits
-MOST = 12  # compiled at all
+MIN_COMPILED = 4  # candidates to compile, more if none of them fits
+MAX_COMPILED = 12  # candidates to compile at most
 _AXES = (1, 2, 4, 8)  # sizes of data, sequence and tensor; fsdp takes the rest
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A combination, and how fast it would be by formula."""
+    """A combination, with its roofline by formula."""
 
     changes: Changes
     step: AbstractStep
@@ -62,26 +62,26 @@ def candidates(
     target_share: float,
     document_length: int,
 ) -> list[Candidate]:
-    """All combinations that ``train`` accepts, the fastest by formula first."""
-    found = []
+    """Returns all combinations that ``train`` accepts, fastest by formula first."""
+    ranked = []
     for mesh in _meshes(num_devices):
         shards = mesh["mesh.data"] * mesh["mesh.fsdp"]
         batch = -(-config.training.batch_size // shards) * shards
         base = mesh | ({} if batch == config.training.batch_size else {"training.batch_size": batch})
         try:
             step = build(changed(config, base | {"training.num_microbatches": 1}))
-        except UserError:  # heads or slots that do not divide
+        except UserError:  # heads or sequence length do not divide over the mesh
             continue
         hosts = hosts_of(step.mesh)
-        for parts in _divisors(batch // shards):
+        for number in _divisors(batch // shards):
             for remat in CANDIDATES:
-                changes = base | {"training.num_microbatches": parts, "model.remat": remat}
-                there = dataclasses.replace(step, config=changed(config, changes), ways=((remat, parts),))
-                work = there.work(target_share, document_length)
-                sent = expected_sent(there, remat, work, hosts)
-                bounds = roofline(there, remat, chip, sent, target_share, document_length)
-                found.append(Candidate(changes, there, remat, bounds))
-    return sorted(found, key=lambda one: (-one.tokens_per_second, one.expected.in_turn))
+                changes = base | {"training.num_microbatches": number, "model.remat": remat}
+                variant = dataclasses.replace(step, config=changed(config, changes), ways=((remat, number),))
+                work = variant.work(target_share, document_length)
+                sent = expected_sent(variant, remat, work, hosts)
+                bounds = roofline(variant, remat, chip, sent, target_share, document_length)
+                ranked.append(Candidate(changes, variant, remat, bounds))
+    return sorted(ranked, key=lambda one: (-one.tokens_per_second, one.expected.without_overlap))
 
 
 def choose(
@@ -90,31 +90,31 @@ def choose(
     compile_with: Callable[[Candidate], Compiled],
     predict: Callable[[Candidate, Compiled], Roofline],
 ) -> list[Choice]:
-    """Compile from the top until a few fit; what was compiled, the fastest that fits first."""
+    """Compiles the best candidates until a few fit; returns all compiled ones, fastest that fits first."""
     choices: list[Choice] = []
     for candidate in ranked:
         fitting = sum(choice.predicted is not None for choice in choices)
-        if len(choices) >= (COMPILED if fitting else MOST):
+        if len(choices) >= (MIN_COMPILED if fitting else MAX_COMPILED):
             break
         step = candidate.step
-        if step.resident_bytes() + step.kept_bytes(candidate.remat) > usable_bytes or any(
-            choice.predicted is None and _takes_no_less(candidate, choice.candidate) for choice in choices
+        if step.resident_bytes() + step.saved_bytes(candidate.remat) > usable_bytes or any(
+            choice.predicted is None and _uses_no_less(candidate, choice.candidate) for choice in choices
         ):
             continue
         compiled = compile_with(candidate)
         choices.append(Choice(candidate, compiled, predict(candidate, compiled) if compiled.fits else None))
     return sorted(
-        choices, key=lambda one: (-one.tokens_per_second, one.predicted.in_turn if one.predicted else math.inf)
+        choices, key=lambda one: (-one.tokens_per_second, one.predicted.without_overlap if one.predicted else math.inf)
     )
 
 
-def _takes_no_less(one: Candidate, other: Candidate) -> bool:
-    """Whether a device holds as much of the weights, of as many rows, and keeps as much for the backward pass."""
+def _uses_no_less(one: Candidate, other: Candidate) -> bool:
+    """Whether ``one`` needs at least as much memory: weights and tokens per device, and saved activations."""
     ours, theirs = one.step.mesh.shape, other.step.mesh.shape
     return (
         ours["data"] >= theirs["data"]
         and ours["tensor"] <= theirs["tensor"]
-        and one.step.slots >= other.step.slots
+        and one.step.local_tokens >= other.step.local_tokens
         and CANDIDATES.index(one.remat) <= CANDIDATES.index(other.remat)
     )
 

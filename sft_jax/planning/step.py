@@ -1,4 +1,4 @@
-"""The very step of a config, as shapes and shardings on devices that need not be there, and what compiling it tells."""
+"""Builds the training step of a config from shapes and shardings and compiles it ahead of time for any topology."""
 
 from __future__ import annotations
 
@@ -42,20 +42,20 @@ from sft_jax.training.state import TrainState, abstract_state, state_shardings
 from sft_jax.training.step import TrainStep
 from sft_jax.typing import Batch
 
-_STEPS = 1000  # of a schedule whose length depends on data that are not read; a number in the program, no more
+_STEPS = 1000  # schedule length where it depends on the data; only a constant in the program
 
 
 @dataclass(frozen=True)
 class Base:
-    """What is known about a base model without its weights."""
+    """A base model without its weights."""
 
-    arch: Architecture  # with added tokens
-    embeddings: bool  # whether they and lm_head are trained beside adapters, as where tokens are added
+    arch: Architecture  # the vocabulary includes added tokens
+    embeddings: bool  # whether LoRA also trains embeddings and lm_head, as it does where tokens are added
 
 
 @dataclass(frozen=True)
 class AbstractStep:
-    """What a step is compiled from."""
+    """Everything that a step is compiled from, as shapes and shardings."""
 
     config: Config
     base: Base
@@ -64,35 +64,35 @@ class AbstractStep:
     network: Sizes
     state: TrainState
     batch: Batch
-    ways: tuple[Way, ...]  # rematerialization policies and numbers of microbatches, as train would try them
+    ways: tuple[Way, ...]  # pairs of remat policy and number of microbatches, in the order that train tries them
 
     @property
     def arch(self) -> Architecture:
         return self.base.arch
 
-    def in_parts(self, num_microbatches: int) -> AbstractStep:
-        """The same with another number of microbatches."""
+    def with_microbatches(self, num_microbatches: int) -> AbstractStep:
+        """Returns the step with another number of microbatches."""
         training = dataclasses.replace(self.config.training, num_microbatches=num_microbatches)
         return dataclasses.replace(self, config=dataclasses.replace(self.config, training=training))
 
     @property
     def shards(self) -> int:
-        """Over how many devices rows are split."""
+        """Number of shards of the batch axis."""
         return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
 
     @property
-    def rows(self) -> int:
-        """Rows that a device, or those along ``sequence`` and ``tensor`` together, compute at a time."""
+    def local_batch_size(self) -> int:
+        """Sequences of a microbatch on one batch shard (the devices along ``sequence`` and ``tensor``)."""
         training = self.config.training
         return training.batch_size // training.num_microbatches // self.shards
 
     @property
-    def slots(self) -> int:
-        """Slots of these rows that are a device's own."""
-        return self.rows * self.config.data.max_length // self.mesh.shape["sequence"]
+    def local_tokens(self) -> int:
+        """Tokens of a microbatch on one device."""
+        return self.local_batch_size * self.config.data.max_length // self.mesh.shape["sequence"]
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of a device by what they are, before and besides the step's temporaries."""
+        """Bytes per device of the step's inputs by kind, and of the gradients."""
         trained = bytes_per_device(self.state.params)
         accumulates = self.config.training.num_microbatches > 1
         gradients = jax.tree.map(
@@ -109,42 +109,42 @@ class AbstractStep:
             "gradients": bytes_per_device(gradients),
         }
 
-    def kept_bytes(self, remat: str) -> int:
-        """The least of a device that a policy keeps of all layers for the backward pass of the rows at a time.
+    def saved_bytes(self, remat: str) -> int:
+        """Lower bound of the activation bytes per device that a policy saves for the backward pass of a microbatch.
 
-        See :mod:`sft_jax.models.remat`; adapters' products, a few columns, are left out.
+        See :mod:`sft_jax.models.remat`. The small outputs of ``lora_a`` are ignored.
         """
         tensor = self.mesh.shape["tensor"]
-        of_token = float(self.arch.num_layers * self.arch.hidden_size)  # the inputs of layers
+        per_token = float(self.arch.num_layers * self.arch.hidden_size)  # inputs of the layers
         for one in self.network.products:
-            if remat != "full" and one.axes[0] == "heads":  # what attention gives
-                of_token += one.count * one.inputs / tensor
+            if remat != "full" and one.axes[0] == "heads":  # outputs of attention
+                per_token += one.count * one.inputs / tensor
             if remat in ("dots", "none") and not one.is_last:
-                of_token += one.count * one.share * one.outputs / (1 if one.axes[1] == "embed" else tensor)
-        return int(self.slots * of_token * jnp.dtype(self.config.model.dtype).itemsize)
+                per_token += one.count * one.share * one.outputs / (1 if one.axes[1] == "embed" else tensor)
+        return int(self.local_tokens * per_token * jnp.dtype(self.config.model.dtype).itemsize)
 
     def resident_bytes(self) -> int:
-        """Bytes of a device that are there before the step: weights, optimizer state and batch."""
+        """Bytes per device in use before the step runs: weights, optimizer state and batch."""
         sizes = self.sizes()
         return sum(sizes[name] for name in ("frozen", "trained", "optimizer", "batch"))
 
     def work(self, target_share: float, document_length: int) -> Work:
-        """Of a step, all slots of which are filled."""
+        """The work of a step without padding."""
         tokens = self.config.training.batch_size * self.config.data.max_length
         return Work(tokens, tokens * target_share, float(tokens) * document_length)
 
     def loss_chunks(self, target_share: float) -> int:
-        """How often the loop over chunks of targets turns in a part of the batch."""
+        """Iterations of the loss's loop over chunks of target tokens in one microbatch."""
         vocab = axis_names("head_vocab", self.mesh)
         tokens = axis_names("batch", self.mesh) + axis_names("length", self.mesh)
         gathered = math.prod(self.mesh.shape[name] for name in tokens if name in vocab)
         columns = -(-self.arch.vocab_size // num_parts("head_vocab", self.mesh))
         trained = self.config.lora is None or self.base.embeddings
-        chunk = chunk_size(self.slots, columns * gathered, 4 * self.arch.hidden_size * columns if trained else 0)
-        return -(-round(self.slots * target_share) // chunk)
+        chunk = chunk_size(self.local_tokens, columns * gathered, 4 * self.arch.hidden_size * columns if trained else 0)
+        return -(-round(self.local_tokens * target_share) // chunk)
 
     def step(self, remat: str) -> TrainStep:
-        """The jitted step with a rematerialisation policy."""
+        """Returns the jitted step with a rematerialization policy."""
         network = network_of(self.config, self.arch, self.mesh, self.base.embeddings, remat)
         sources = len({source.path for source in self.config.data.train})
         optimizer = _optimizer(self.config, self.split)
@@ -162,41 +162,42 @@ class AbstractStep:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler says of a step; bytes are those of a device."""
+    """What the compiler reports about a step; bytes are per device."""
 
     remat: str
     num_microbatches: int
     fits: bool
-    peak_bytes: int | None  # None: too large, and the compiler did not say by how much
+    peak_bytes: int | None  # None: out of memory, and the compiler did not report the size
     argument_bytes: int | None
-    temp_bytes: int | None  # beyond the arguments
-    spare_bytes: int | None  # of what the arguments leave, that a step is not to take
-    room_bytes: int | None  # that is left besides; negative where it does not fit
+    temp_bytes: int | None  # besides the arguments
+    spare_bytes: int | None  # headroom that a step must leave free
+    room_bytes: int | None  # free besides the headroom; negative where the step does not fit
     seconds: float  # tracing and compiling
-    cpu_seconds: float  # the same, of all cores together
+    cpu_seconds: float  # the same in CPU time of all cores
     collectives: list[Collective] | None  # None: not counted
 
 
 def read_base(config: Config, folder: Path) -> Base:
-    """The architecture in a folder with a ``config.json``; no weights are read but a head beside a tied config.
+    """Reads the architecture from a folder with a ``config.json``.
 
-    Without a tokenizer beside it, each of ``data.added_tokens`` counts as new.
+    Weights, where there are any, are opened only to detect an untied ``lm_head``. Without a tokenizer in the folder,
+    each of ``data.added_tokens`` counts as new.
     """
     has_weights = any((folder / f"model.safetensors{ending}").is_file() for ending in ("", ".index.json"))
     arch = architecture_of(folder, TensorReader(folder) if has_weights else None)
-    asked = config.lora is not None and config.lora.train_embeddings
+    trains_embeddings = config.lora is not None and config.lora.train_embeddings
     if not config.data.added_tokens:
-        return Base(arch, embeddings=asked)
+        return Base(arch, embeddings=trains_embeddings)
     has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
     size, added = arch.vocab_size + len(config.data.added_tokens), len(config.data.added_tokens)
     if has_tokenizer:
         tokenizer, added = load_tokenizer(folder, None, config.data.added_tokens)
         size = max(arch.vocab_size, len(tokenizer))
-    return Base(dataclasses.replace(arch, vocab_size=size), embeddings=asked or added > 0)
+    return Base(dataclasses.replace(arch, vocab_size=size), embeddings=trains_embeddings or added > 0)
 
 
 def abstract_step(config: Config, base: Base, devices: Sequence[Any]) -> AbstractStep:
-    """The step of a config as ``train`` would build it on these devices; nothing is allocated.
+    """Builds the step as ``train`` would on these devices, without allocating any array.
 
     Raises:
         UserError: a mesh, batch, attention backend or LoRA target that ``train`` would refuse.
@@ -215,41 +216,42 @@ def abstract_step(config: Config, base: Base, devices: Sequence[Any]) -> Abstrac
     ids = column(jnp.int32)
     sources = ids if len({source.path for source in config.data.train}) > 1 else None
     batch = Batch(ids, ids, column(jnp.float32), ids, ids, sources)
-    return AbstractStep(config, base, mesh, split, Sizes.of(split), state, batch, tuple(ways)).in_parts(ways[0][1])
+    step = AbstractStep(config, base, mesh, split, Sizes.of(split), state, batch, tuple(ways))
+    return step.with_microbatches(ways[0][1])
 
 
 def compile_step(step: AbstractStep, usable_bytes: int, target_share: float = 1.0) -> Compiled:
-    """Compile as the config says; what is ``auto`` there, as ``train`` does, in the first way that fits.
+    """Compiles the step; resolves ``auto`` settings like ``train``, to the first of ``step.ways`` that fits.
 
-    A way that would keep more than there is room for is passed over without being compiled.
+    Skips a way whose saved activations alone exceed the free memory.
 
     Args:
-        usable_bytes: of a device.
-        target_share: of positions that carry loss, for the turns of the loop over them.
+        usable_bytes: memory of a device that the process can use.
+        target_share: fraction of tokens that carry loss; sets the trip count of the loss's loop over target tokens.
     """
     if len(step.ways) == 1:
-        # A TPU's compiler knows all that a program needs; a GPU's does not know the workspaces of libraries.
+        # The TPU compiler accounts for all memory of a program; the GPU compiler omits library workspaces.
         share = 1.0 if step.mesh.devices.flat[0].platform == "tpu" else SHARE
         return _compile(step, step.ways[0], usable_bytes, target_share, share)
     room = usable_bytes - step.resident_bytes()
     *larger, smallest = step.ways
     seconds = cpu_seconds = 0.0
-    for remat, parts in larger:
-        if step.in_parts(parts).kept_bytes(remat) > room:
+    for remat, num_microbatches in larger:
+        if step.with_microbatches(num_microbatches).saved_bytes(remat) > room:
             continue
-        found = _compile(step, (remat, parts), usable_bytes, target_share, SHARE)
-        seconds, cpu_seconds = seconds + found.seconds, cpu_seconds + found.cpu_seconds
-        if found.fits:
-            return dataclasses.replace(found, seconds=seconds, cpu_seconds=cpu_seconds)
-    found = _compile(step, smallest, usable_bytes, target_share, SHARE)
-    seconds, cpu_seconds = seconds + found.seconds, cpu_seconds + found.cpu_seconds
-    return dataclasses.replace(found, seconds=seconds, cpu_seconds=cpu_seconds)
+        compiled = _compile(step, (remat, num_microbatches), usable_bytes, target_share, SHARE)
+        seconds, cpu_seconds = seconds + compiled.seconds, cpu_seconds + compiled.cpu_seconds
+        if compiled.fits:
+            return dataclasses.replace(compiled, seconds=seconds, cpu_seconds=cpu_seconds)
+    compiled = _compile(step, smallest, usable_bytes, target_share, SHARE)
+    seconds, cpu_seconds = seconds + compiled.seconds, cpu_seconds + compiled.cpu_seconds
+    return dataclasses.replace(compiled, seconds=seconds, cpu_seconds=cpu_seconds)
 
 
 def _compile(step: AbstractStep, way: Way, usable_bytes: int, target_share: float, share: float) -> Compiled:
-    """In one way; it fits if the step takes no more than a share of what its arguments leave free."""
-    remat, parts = way
-    step = step.in_parts(parts)
+    """Compiles one way; it fits if its temporaries use at most ``share`` of the memory besides the arguments."""
+    remat, num_microbatches = way
+    step = step.with_microbatches(num_microbatches)
     began, cpu_began = time.perf_counter(), time.process_time()
 
     def spent() -> tuple[float, float]:
@@ -262,26 +264,29 @@ def _compile(step: AbstractStep, way: Way, usable_bytes: int, target_share: floa
             program, text = compile_with_text(lowered, step.mesh.devices.flat[0].platform)
         except RuntimeError as error:
             if "cuDNN not found" in str(error):
-                raise UserError(f"attention by cuDNN is compiled with cuDNN, but no GPU: {GPU_COMPILER}") from error
-            if "RESOURCE_EXHAUSTED" not in str(error):  # the compiler's word for a program that does not fit
+                raise UserError(
+                    f"compiling attention for cuDNN needs the cuDNN library (no GPU): {GPU_COMPILER}"
+                ) from error
+            if "RESOURCE_EXHAUSTED" not in str(error):  # raised for a program that does not fit
                 raise
-            return Compiled(remat, parts, False, _size_in(str(error)), None, None, None, None, *spent(), None)
+            peak = _size_in(str(error))
+            return Compiled(remat, num_microbatches, False, peak, None, None, None, None, *spent(), None)
     seconds = spent()
     memory = program.memory_analysis()
     arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-    # The peak knows what is alive when; not every compiler tells it.
+    # The peak accounts for buffer lifetimes, but not every compiler reports it.
     peak = memory.peak_memory_in_bytes or arguments + temporary
-    needed = temp_bytes(program) if share < 1 else peak - arguments  # what train compares
+    needed = temp_bytes(program) if share < 1 else peak - arguments  # train compares temp_bytes
     spare = int((1 - share) * (usable_bytes - arguments))
     room = usable_bytes - arguments - spare - needed
     collectives = None
     if text is not None:
         collectives = count_collectives(text, hosts_of(step.mesh), step.loss_chunks(target_share))
-    return Compiled(remat, parts, room >= 0, peak, arguments, temporary, spare, room, *seconds, collectives)
+    return Compiled(remat, num_microbatches, room >= 0, peak, arguments, temporary, spare, room, *seconds, collectives)
 
 
 def _size_in(message: str) -> int | None:
-    """The size of a program that is too large, from the compiler's message, of which there are two.
+    """Parses the size of a program from the two forms of the compiler's out-of-memory message.
 
     >>> _size_in("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm.") / 2**30
     20.5
@@ -291,7 +296,7 @@ def _size_in(message: str) -> int | None:
     match = re.search(r"Used ([\d.]+)([KMGT]) of|\(([\d.]+)([KMGT])\) exceeds available", message)
     if match is None:
         return None
-    number, unit = (found for found in match.groups() if found is not None)
+    number, unit = (group for group in match.groups() if group is not None)
     return int(float(number) * 2 ** (10 * (1 + "KMGT".index(unit))))
 
 

@@ -1,14 +1,14 @@
-"""A plan as text for people."""
+"""Formats a plan as text."""
 
 from __future__ import annotations
 
 from typing import Any
 
-_NOT_COUNTED = "not counted: the compiler's text for this chip could not be had"
+_NOT_COUNTED = "not counted: the compiler wrote no HLO text for this chip"
 
 
 def plan_text(plan: dict[str, Any]) -> str:
-    """The figures of a plan (see :func:`sft_jax.planning.plan.figures`) as a table."""
+    """Formats the figures of a plan (see :func:`sft_jax.planning.plan.figures`) as a table."""
     lines = [*_heading(plan), "", *_memory(plan), "", *_network(plan), "", *_speed(plan), "", *_verdict(plan)]
     if "search" in plan:
         lines += ["", *_search(plan["search"])]
@@ -18,8 +18,8 @@ def plan_text(plan: dict[str, Any]) -> str:
 def _heading(plan: dict[str, Any]) -> list[str]:
     mesh = " × ".join(f"{name} {size}" for name, size in plan["mesh"].items())
     return [
-        f"{plan['topology']}: {plan['num_devices']} chips, mesh {mesh}; {plan['rows_at_a_time']} row(s) a chip at a "
-        f"time, remat {plan['remat']}, attention {plan['attention']}",
+        f"{plan['topology']}: {plan['num_devices']} chips, mesh {mesh}; {plan['rows_at_a_time']} sequence(s) per "
+        f"microbatch and batch shard, remat {plan['remat']}, attention {plan['attention']}",
     ]
 
 
@@ -35,19 +35,19 @@ def _memory(plan: dict[str, Any]) -> list[str]:
         known = sum(size for _, size in rows)
         beyond = plan["peak_bytes"] - plan["argument_bytes"]
         gradients = min(parts["gradients"], beyond)
-        rows.append(("padding of these", plan["argument_bytes"] - known))
+        rows.append(("padding of the above", plan["argument_bytes"] - known))
         rows.append(("gradients", gradients))
-        rows.append(("activations and the like", beyond - gradients))
-    lines = [_row("memory of a chip", "MiB"), *(_row(name, f"{size / 2**20:,.0f}") for name, size in rows if size)]
+        rows.append(("activations, temporaries", beyond - gradients))
+    lines = [_row("memory per chip", "MiB"), *(_row(name, f"{size / 2**20:,.0f}") for name, size in rows if size)]
     peak, usable = plan["peak_bytes"], plan["usable_bytes"]
     if peak is None:
         return [*lines, _row("peak", "too large")]
     room = usable - peak if plan["room_bytes"] is None else plan["room_bytes"]
     lines += [_row("peak", f"{peak / 2**20:,.0f}"), _row("room left", f"{room / 2**20:,.0f}")]
     share = usable / plan["hbm_bytes"]
-    of = "" if share == 1 else f", {share:.0%} of its {plan['hbm_bytes'] / 2**30:.1f} GiB"
-    spare = "" if not plan["spare_bytes"] else f", a step being to spare {plan['spare_bytes'] / 2**20:,.0f} MiB"
-    return [*lines, f"  of {usable / 2**30:.2f} GiB that a process has{of}{spare}"]
+    of = "" if share == 1 else f", {share:.0%} of the chip's {plan['hbm_bytes'] / 2**30:.1f} GiB"
+    spare = "" if not plan["spare_bytes"] else f", {plan['spare_bytes'] / 2**20:,.0f} MiB kept as headroom"
+    return [*lines, f"  of {usable / 2**30:.2f} GiB available to the process{of}{spare}"]
 
 
 def _network(plan: dict[str, Any]) -> list[str]:
@@ -58,7 +58,7 @@ def _network(plan: dict[str, Any]) -> list[str]:
         return [f"collectives: {why}"]
     between = any(one["bytes_between_hosts"] for one in plan["collectives"])
     lines = [
-        f"{'collectives a step':26} {'count':>10} {'MiB sent by a chip':>20}"
+        f"{'collectives per step':26} {'count':>10} {'MiB sent per chip':>20}"
         + (f" {'to other hosts':>16}" if between else "")
     ]
     for one in plan["collectives"]:
@@ -75,12 +75,12 @@ def _speed(plan: dict[str, Any]) -> list[str]:
     shown = ", ".join(f"{name} {seconds * 1e3:,.1f} ms" for name, seconds in bounds.items())
     shown += ", network not counted" if network is None else f", network {network * 1e3:,.1f} ms"
     repeated = plan["flops_per_step"] / plan["model_flops_per_step"] - 1
-    again = f", {repeated:.0%} more are computed twice" if repeated > 0 else ""
+    recomputed = f", {repeated:.0%} more recomputed" if repeated > 0 else ""
     return [
-        f"{plan['tokens_per_step']:,} tokens a step ({plan['target_share']:.0%} targets, documents of "
-        f"{plan['document_length']:,}): {plan['model_flops_per_step'] / 1e12:,.1f} model TFLOP{again}",
-        f"no faster than {plan['roofline_step_seconds'] * 1e3:,.1f} ms a step, bound by {plan['bound']} ({shown}): at "
-        f"most {plan['roofline_tokens_per_second']:,.0f} tokens/s",
+        f"{plan['tokens_per_step']:,} tokens per step ({plan['target_share']:.0%} targets, documents of "
+        f"{plan['document_length']:,}): {plan['model_flops_per_step'] / 1e12:,.1f} model TFLOP{recomputed}",
+        f"no faster than {plan['roofline_step_seconds'] * 1e3:,.1f} ms per step, bound by {plan['bound']} ({shown}): "
+        f"at most {plan['roofline_tokens_per_second']:,.0f} tokens/s",
         f"compiled in {plan['compile_seconds']:.1f} s ({plan['compile_cpu_seconds']:.1f} s of CPU time)",
     ]
 
@@ -93,19 +93,19 @@ def _verdict(plan: dict[str, Any]) -> list[str]:
     advice = plan["advice"]
     if advice["changes"] is None:
         tried = "; ".join(
-            dict.fromkeys(f"{one['changes'] or 'as it is'} on {one['topology']}" for one in advice["tried"])
+            dict.fromkeys(f"{one['changes'] or 'unchanged'} on {one['topology']}" for one in advice["tried"])
         )
-        return ["does not fit, nor does anything that was tried" + (f": {tried}" if tried else "")]
+        return ["does not fit, and no change that was tried makes it fit" + (f": {tried}" if tried else "")]
     where = "" if advice["topology"] == plan["topology"] else f" --topology {advice['topology']}"
     peak = f"; peak {advice['peak_bytes'] / 2**20:,.0f} MiB"
-    return [f"does not fit; it does with {advice['changes']}{where}{peak}"]
+    return [f"does not fit; fits with {advice['changes']}{where}{peak}"]
 
 
 def _search(choices: list[dict[str, Any]]) -> list[str]:
     fitting = [choice for choice in choices if choice["fits"]]
     if not fitting:
-        return [f"search: none of the {len(choices)} that were compiled fits"]
-    lines = ["search: predicted at most, of what was compiled and fits"]
+        return [f"search: none of the {len(choices)} compiled configs fits"]
+    lines = ["search: predicted upper bounds of the compiled configs that fit"]
     for choice in fitting:
         lines.append(
             f"  {choice['roofline_tokens_per_second']:>12,.0f} tokens/s, bound by {choice['bound']}, peak "

@@ -1,4 +1,4 @@
-"""Names such as ``v5e:4x4`` and ``h100:8`` as devices to compile for; none of them has to be there."""
+"""Turns topology names such as ``v5e:4x4`` and ``h100:8`` into abstract devices for ahead-of-time compilation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sft_jax.planning.chips import CHIPS, Chip, Gpu
 
 GPU_COMPILER = "pip install 'sft-jax[plan-gpu]'"
 
-# Shapes of slices that are rented, by number of chips.
+# Slice shapes that Google Cloud offers, by number of chips.
 _SLICES = {
     2: {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"},
     3: {
@@ -26,7 +26,7 @@ _SLICES = {
 
 @dataclass(frozen=True)
 class Topology:
-    """Chips and how they are wired: a slice of TPUs by its shape, GPUs by hosts and GPUs of each."""
+    """A chip and a shape: dimensions of the slice for TPUs, (hosts, GPUs per host) for GPUs."""
 
     chip: Chip
     shape: tuple[int, ...]
@@ -40,10 +40,10 @@ class Topology:
         return math.prod(self.shape)
 
     def larger(self) -> Topology | None:
-        """The next one that is rented, with up to twice the chips."""
+        """Returns the next larger topology on offer, with up to twice the chips; None if there is none."""
         if self.chip.platform == "cuda":
             hosts, gpus = self.shape
-            shape = (hosts, min(gpus * 2, self.chip.most)) if gpus < self.chip.most else (hosts * 2, gpus)
+            shape = (hosts, min(gpus * 2, self.chip.max_devices)) if gpus < self.chip.max_devices else (hosts * 2, gpus)
             return Topology(self.chip, shape)
         return next(
             (
@@ -56,45 +56,43 @@ class Topology:
 
 
 def parse_topology(text: str) -> Topology:
-    """``v5e:4x4``, ``v5p:4x4x4``; ``v5e:16`` for the usual shape of 16; ``h100:8``, ``h100:2x8`` for two hosts of 8.
+    """Parses ``v5e:4x4``, ``v5p:4x4x4``, ``v5e:16`` (default shape), ``h100:8`` or ``h100:2x8`` (two hosts of 8).
 
     Raises:
-        UserError: with the chips that are known, or the shapes there are.
+        UserError: unknown chip or invalid shape; the message lists the known ones.
     """
     name, _, shape = text.partition(":")
     chip = CHIPS.get(name)
     if chip is None:
-        raise UserError(
-            f"--topology: {text!r} names no known chip; known are {', '.join(CHIPS)}, as in v5e:4x4 or h100:8"
-        )
+        raise UserError(f"--topology: unknown chip in {text!r}; known are {', '.join(CHIPS)}, as in v5e:4x4 or h100:8")
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
         example = {2: "4x4", 3: "2x2x4"}.get(chip.dims, "8")
         raise UserError(f"--topology: {text!r} has no shape; write {name}:{example}")
     sizes = _shape(shape)
     if chip.platform == "cuda":
         *hosts, gpus = sizes
-        if len(hosts) > 1 or gpus > chip.most:
+        if len(hosts) > 1 or gpus > chip.max_devices:
             raise UserError(
-                f"--topology: {text!r}: a host has up to {chip.most} GPUs; write {name}:{chip.most}, or "
-                f"{name}:2x{chip.most} for two hosts"
+                f"--topology: {text!r}: a host has up to {chip.max_devices} GPUs; write {name}:{chip.max_devices}, or "
+                f"{name}:2x{chip.max_devices} for two hosts"
             )
         return Topology(chip, (hosts[0] if hosts else 1, gpus))
     slices = _SLICES[chip.dims]
     if len(sizes) == 1 and sizes[0] in slices:
         sizes = _shape(slices[sizes[0]])
-    if len(sizes) != chip.dims or math.prod(sizes) > chip.most:
+    if len(sizes) != chip.dims or math.prod(sizes) > chip.max_devices:
         raise UserError(
-            f"--topology: {text!r}: a slice of {name} has {chip.dims} dimensions and up to {chip.most} chips, such as "
-            f"{', '.join(slices.values())}"
+            f"--topology: {text!r}: a slice of {name} has {chip.dims} dimensions and up to {chip.max_devices} chips, "
+            f"such as {', '.join(slices.values())}"
         )
     return Topology(chip, sizes)
 
 
 def devices_of(topology: Topology) -> list[Any]:
-    """Devices to build a mesh of and compile for; nothing can be computed on them.
+    """Returns abstract devices to build a mesh from and compile for; they cannot run programs.
 
     Raises:
-        UserError: the compiler for this chip is not installed, or does not know such a slice.
+        UserError: the compiler for this chip is not installed, or does not support the topology.
     """
     from jax.experimental import topologies
 
@@ -102,8 +100,8 @@ def devices_of(topology: Topology) -> list[Any]:
     if topology.chip.platform == "tpu":
         if importlib.util.find_spec("libtpu") is None:
             raise UserError(f"--topology: compiling for {name} needs the TPU compiler: pip install libtpu")
-        # The compiler asks which machine it is on; no chip is looked for, so that several may compile at a time, also
-        # beside a run. Its log is not for users.
+        # Set what libtpu would query from the machine. Without a search for chips, several processes can compile at
+        # once, also next to a training run. Its log is of no use to users.
         os.environ |= {
             "TPU_SKIP_MDS_QUERY": "1",
             "TPU_WORKER_HOSTNAMES": "localhost",
@@ -116,7 +114,7 @@ def devices_of(topology: Topology) -> list[Any]:
             options["chips_per_host_bounds"] = (*topology.shape, *[1] * (3 - len(topology.shape)))
     else:
         if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (13, 12)):
-            raise UserError(f"--topology: compiling for {name} needs the CUDA compiler, but no GPU: {GPU_COMPILER}")
+            raise UserError(f"--topology: compiling for {name} needs the CUDA compiler (no GPU): {GPU_COMPILER}")
         hosts, gpus = topology.shape
         options = {
             "platform": "cuda",
@@ -130,12 +128,12 @@ def devices_of(topology: Topology) -> list[Any]:
         return topologies.get_topology_desc(**options).devices
     except JaxRuntimeError as error:
         raise UserError(
-            f"--topology: the compiler does not know {name}: {' '.join(str(error).split())[:200]}"
+            f"--topology: the compiler does not support {name}: {' '.join(str(error).split())[:200]}"
         ) from error
 
 
 def usable_bytes(chip: Chip) -> int:
-    """What a process of jax has of a chip's memory: on a GPU three quarters, unless the environment says otherwise."""
+    """Device memory that a JAX process can use: on a GPU 75%, unless ``XLA_CLIENT_MEM_FRACTION`` sets another share."""
     if chip.platform == "tpu":
         return chip.hbm_bytes
     names = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
@@ -147,7 +145,7 @@ def usable_bytes(chip: Chip) -> int:
 
 
 def target_config(chip: Chip) -> str:
-    """What XLA's compiler asks about a GPU: its ``stream_executor.GpuTargetConfigProto`` in text form."""
+    """Returns XLA's ``stream_executor.GpuTargetConfigProto`` of a GPU in text form."""
     gpu = chip.gpu
     assert isinstance(gpu, Gpu)
     major, minor = gpu.capability

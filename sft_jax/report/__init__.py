@@ -1,1 +1,1 @@
-"""What people look at: tables, plots, and one page with everything."""
+"""Reports of data and runs as text, plots and HTML pages."""

@@ -1,4 +1,4 @@
-"""Charts as SVG that takes its colours from the page around it, so that one page is right in light and in dark."""
+"""Draws charts as SVG that uses the colors of the page's style sheet, for light and dark mode."""
 
 from __future__ import annotations
 
@@ -9,45 +9,45 @@ from typing import Any
 
 from sft_jax.report.loss import LossCurves
 
-# Placeholders matplotlib draws with -> variables of the page's style sheet.
-_COLOURS = {
+# Placeholder colors in matplotlib -> CSS variables of the style sheet.
+_COLORS = {
     "#010101": "var(--ink)",
     "#020202": "var(--line)",
     "#030303": "var(--base)",
     "#040404": "var(--few-shot)",
     "#050505": "var(--tuned)",
 }
-_INK, _LINE, BASE, FEW_SHOT, TUNED = _COLOURS
+_INK, _LINE, BASE, FEW_SHOT, TUNED = _COLORS
 
 
-def bars(groups: Sequence[str], series: dict[str, tuple[str, list[float | None]]], per_cent: bool) -> str:
-    """Groups of bars with their figures above.
+def bars(groups: Sequence[str], series: dict[str, tuple[str, list[float | None]]], percent: bool) -> str:
+    """Draws a grouped bar chart with the values above the bars.
 
     Args:
-        series: name to (colour, one value a group; None draws no bar).
-        per_cent: values are shares.
+        series: maps a name to (color, one value per group; None draws no bar).
+        percent: whether to format values as percentages.
     """
     figure, axes = _figure()
     width = 0.8 / len(series)
-    for i, (name, (colour, values)) in enumerate(series.items()):
-        places = [group + (i - (len(series) - 1) / 2) * width for group in range(len(groups))]
-        shown = [(place, value) for place, value in zip(places, values, strict=True) if value is not None]
-        drawn = axes.bar([p for p, _ in shown], [v for _, v in shown], width * 0.92, color=colour, label=name)
-        labels = [f"{value:.0%}" if per_cent else f"{value:.2f}" for _, value in shown]
+    for i, (name, (color, values)) in enumerate(series.items()):
+        positions = [group + (i - (len(series) - 1) / 2) * width for group in range(len(groups))]
+        shown = [(position, value) for position, value in zip(positions, values, strict=True) if value is not None]
+        drawn = axes.bar([p for p, _ in shown], [v for _, v in shown], width * 0.92, color=color, label=name)
+        labels = [f"{value:.0%}" if percent else f"{value:.2f}" for _, value in shown]
         axes.bar_label(drawn, labels, fontsize=8, color=_INK, padding=2)
     axes.set_xticks(range(len(groups)), groups)
     axes.tick_params(axis="x", length=0)
     axes.set_xlim(-max(0.6, 1.6 - 0.6 * len(groups)), len(groups) - 1 + max(0.6, 1.6 - 0.6 * len(groups)))
-    if per_cent:
+    if percent:
         axes.set_ylim(0, 1.12)
-        axes.set_yticks([0, 0.5, 1], ["0 %", "50 %", "100 %"])
+        axes.set_yticks([0, 0.5, 1], ["0%", "50%", "100%"])
     else:
         axes.margins(y=0.15)
     return _svg(figure, axes)
 
 
 def loss_chart(curves: LossCurves) -> str:
-    """Training loss and held-out loss by step."""
+    """Draws training loss and held-out loss by step."""
     figure, axes = _figure()
     if curves.train:
         axes.plot(*zip(*curves.train, strict=True), color=BASE, linewidth=0.8, alpha=0.6)
@@ -62,20 +62,20 @@ def loss_chart(curves: LossCurves) -> str:
 
 
 def histogram(bars: Sequence[tuple[int, int, int]], limit: int, label: str) -> str:
-    """Counts by value; what is beyond a limit stands as one bar of another colour.
+    """Draws a histogram; bars beyond a limit have another color.
 
     Args:
-        bars: first and last value of a bar, and its count.
+        bars: first and last value of each bar, and its count.
     """
     figure, axes = _figure()
     width = bars[0][1] - bars[0][0] + 1 if bars else 1
-    for name, colour, shown in (
+    for name, color, shown in (
         ("", TUNED, [bar for bar in bars if bar[0] <= limit]),
         ("too long", FEW_SHOT, [bar for bar in bars if bar[0] > limit]),
     ):
         if shown:
-            places = [first - 0.5 for first, _, _ in shown]
-            axes.bar(places, [n for *_, n in shown], 0.92 * width, align="edge", color=colour, label=name or None)
+            edges = [first - 0.5 for first, _, _ in shown]
+            axes.bar(edges, [n for *_, n in shown], 0.92 * width, align="edge", color=color, label=name or None)
     axes.set_xlabel(label)
     axes.set_ylabel("examples")
     axes.grid(axis="y", color=_LINE, linewidth=0.6)
@@ -111,15 +111,15 @@ def _svg(figure: Any, axes: Any) -> str:
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize=8, labelcolor=_INK, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
     text = io.StringIO()
-    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif"}):
-        figure.savefig(text, format="svg", metadata=nothing)
+        figure.savefig(text, format="svg", metadata=no_metadata)
     pyplot.close(figure)
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font: \1 var(--font)", svg)
-    for placeholder, variable in _COLOURS.items():
+    for placeholder, variable in _COLORS.items():
         svg = svg.replace(placeholder, variable)
     return svg

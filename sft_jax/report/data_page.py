@@ -1,4 +1,4 @@
-"""One self-contained page about the data of a config: what is trained, token by token, and the figures."""
+"""Writes a self-contained HTML page about the data of a config: statistics and examples with their loss mask."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from sft_jax.report.page import render
 
 
 def write_data_page(path: Path, title: str, summary: dict[str, Any], rows: Sequence[ShownRow]) -> Path:
-    """Write the page; it needs no network and no other file.
+    """Writes the page, which needs no network and no other file.
 
     Args:
-        summary: of :func:`sft_jax.data.batches.summary.summarise`.
+        summary: the result of :func:`sft_jax.data.batches.summary.summarise`.
         rows: examples to show.
     """
     lengths = summary["lengths"]
     facts = {
-        "rows": f"{summary['rows']:,}; {summary['kept']:,} examples are trained on",
-        "tokens": f"{summary['tokens']:,}, {summary['targets']:,} of them targets",
+        "rows": f"{summary['rows']:,}, of which {summary['kept']:,} are used",
+        "tokens": f"{summary['tokens']:,}, of which {summary['targets']:,} are targets",
         "mask": f"train_on {summary['train_on']}, from {summary['mask_from']}",
         "stop token": ", ".join(f"{token} ({count:,} turns)" for token, count in summary["stop_tokens"].items())
         or "none",
     }
     if "packing_efficiency" in summary:
         facts["packing"] = (
-            f"{summary['packed_rows']:,} rows of {summary['max_length']:,} slots an epoch, "
+            f"{summary['packed_rows']:,} sequences of {summary['max_length']:,} tokens per epoch, "
             f"{summary['packing_efficiency']:.1%} filled"
         )
-        facts["steps"] = f"{summary['steps_per_epoch']:,} an epoch, {summary['steps']:,} in all"
+        facts["steps"] = f"{summary['steps_per_epoch']:,} per epoch, {summary['steps']:,} in total"
     chart = charts.histogram(
-        [(one["from"], one["to"], one["count"]) for one in lengths], summary["max_length"], "tokens an example"
+        [(one["from"], one["to"], one["count"]) for one in lengths], summary["max_length"], "tokens per example"
     )
     return render(path, "data.html.jinja", title=title, facts=facts, summary=summary, chart=chart, shown=rows)

@@ -1,4 +1,4 @@
-"""The loss of a run, step by step."""
+"""Plots the loss curves of a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SMOOTHING = 0.9
 
 @dataclass(frozen=True)
 class LossCurves:
-    """Points of step and loss per target token."""
+    """Points of (step, loss per target token)."""
 
     train: list[tuple[int, float]]
     smooth: list[tuple[int, float]]  # an exponential average of `train`
@@ -20,7 +20,7 @@ class LossCurves:
 
 
 def loss_curves(rows: Sequence[dict[str, Any]]) -> LossCurves:
-    """The curves in the rows of a ``metrics.jsonl``."""
+    """Reads the curves from the rows of a ``metrics.jsonl``."""
     train = [(row["step"], row["loss"]) for row in rows if row.get("loss") is not None]
     smooth: list[tuple[int, float]] = []
     for step, loss in train:
@@ -31,11 +31,11 @@ def loss_curves(rows: Sequence[dict[str, Any]]) -> LossCurves:
 
 
 def plot_loss(run: Path, rows: list[dict[str, Any]]) -> Path:
-    """``report/loss.png``: training loss by step, smoothed, with the held-out loss where there is one.
+    """Writes ``report/loss.png``: raw and smoothed training loss by step, and the held-out loss if there is one.
 
     Args:
-        run: the run folder.
-        rows: of its ``metrics.jsonl``.
+        run: the run directory.
+        rows: the rows of its ``metrics.jsonl``.
     """
     import matplotlib
 

@@ -1,4 +1,4 @@
-"""One self-contained page about a run: figures, curves, answers side by side, and which tokens were trained."""
+"""Writes a self-contained HTML page about a run: metrics, loss curves, answers of both models, and loss masks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sft_jax.report import charts, table
 from sft_jax.report.loss import loss_curves
 
 _SHARES = ("exact_match", "stop_rate", "token_accuracy")
-_COLOURS = {"base": charts.BASE, "few_shot": charts.FEW_SHOT, "tuned": charts.TUNED}
+_COLORS = {"base": charts.BASE, "few_shot": charts.FEW_SHOT, "tuned": charts.TUNED}
 _MAX_SAMPLES = 24
 
 
@@ -21,14 +21,14 @@ def write_page(
     facts: dict[str, str],
     comparison: Comparison,
     metrics: Sequence[dict[str, Any]],
-    trained_rows: Sequence[list[tuple[str, bool]]],
+    examples: Sequence[list[tuple[str, bool]]],
 ) -> Path:
-    """Write the page; it needs no network and no other file.
+    """Writes the page, which needs no network and no other file.
 
     Args:
-        facts: what was tuned and how, as label and text.
+        facts: label and text of the run's settings.
         metrics: the rows of ``metrics.jsonl``.
-        trained_rows: training rows as pieces of text with whether they are trained.
+        examples: training examples as spans of text with their loss mask.
     """
     return render(
         path,
@@ -43,12 +43,12 @@ def write_page(
         document_kl=comparison.summary["tuned"].get("document_kl"),
         num_asked=len(comparison.asked),
         samples=_samples(comparison),
-        trained_rows=trained_rows,
+        examples=examples,
     )
 
 
 def render(path: Path, template: str, **values: Any) -> Path:
-    """Write a page of this folder's templates; it appears whole."""
+    """Renders a template of this folder and writes the page atomically."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -64,10 +64,10 @@ def render(path: Path, template: str, **values: Any) -> Path:
 def _shares(comparison: Comparison) -> str:
     keys = [key for key in _SHARES if any(key in metrics for metrics in comparison.summary.values())]
     series = {
-        name: (_COLOURS[column], [comparison.summary[column].get(key) for key in keys])
+        name: (_COLORS[column], [comparison.summary[column].get(key) for key in keys])
         for column, name in table.columns(comparison).items()
     }
-    return charts.bars([table.METRICS[key][0] for key in keys], series, per_cent=True)
+    return charts.bars([table.METRICS[key][0] for key in keys], series, percent=True)
 
 
 def _documents(comparison: Comparison) -> str:
@@ -76,13 +76,13 @@ def _documents(comparison: Comparison) -> str:
         return ""
     return charts.bars(
         ["perplexity of documents"],
-        {column: (_COLOURS[column], [value]) for column, value in values.items()},
-        per_cent=False,
+        {column: (_COLORS[column], [value]) for column, value in values.items()},
+        percent=False,
     )
 
 
 def _samples(comparison: Comparison) -> list[dict[str, Any]]:
-    """Wrong answers of the tuned network first: they are what one wants to read."""
+    """Chooses the answers to show: wrong answers of the tuned model first, then a spread over all."""
     tuned = comparison.answers.get("tuned", [])
     order = sorted(range(len(tuned)), key=lambda i: tuned[i].right)[: _MAX_SAMPLES // 2]
     spread = [round(i * (len(tuned) - 1) / (_MAX_SAMPLES - 1)) for i in range(_MAX_SAMPLES)] if tuned else []

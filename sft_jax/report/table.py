@@ -1,4 +1,4 @@
-"""The comparison as lines of text."""
+"""Formats a comparison as a text table."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from sft_jax.evaluation.compare import Comparison
 
-# key -> (label, format); shares are shown in per cent
+# key -> (label, format)
 METRICS: dict[str, tuple[str, str]] = {
     "exact_match": ("exact match", "{:.1%}"),
     "stop_rate": ("stops by itself", "{:.1%}"),
@@ -22,23 +22,23 @@ _NAMES = {"base": "base", "few_shot": "base, {shots}-shot", "tuned": "tuned"}
 
 
 def columns(comparison: Comparison) -> dict[str, str]:
-    """The networks compared, in the order they are shown, with their headings."""
+    """Headings of the compared models, in display order."""
     summary = comparison.summary
     return {key: name.format(**summary[key]) for key, name in _NAMES.items() if key in summary}
 
 
 def rows(comparison: Comparison) -> list[tuple[str, list[str]]]:
-    """A label and one formatted figure a column, "–" where something was not measured."""
-    found = []
+    """Rows of a label and one formatted value per column, "–" where it was not measured."""
+    lines = []
     for key, (label, form) in METRICS.items():
         values = [comparison.summary[column].get(key) for column in columns(comparison)]
         if any(value is not None for value in values):
-            found.append((label, ["–" if value is None else form.format(value) for value in values]))
-    return found
+            lines.append((label, ["–" if value is None else form.format(value) for value in values]))
+    return lines
 
 
 def as_text(comparison: Comparison, num_samples: int = 4) -> str:
-    """Some answers side by side, then the table."""
+    """Formats sample answers of all models, then the table."""
     lines = []
     chosen = _spread(len(comparison.asked), num_samples) if comparison.answers else []
     for i in chosen:

@@ -1,4 +1,4 @@
-"""What an evaluation leaves in a run folder."""
+"""Writes the report of an evaluation to a run directory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def write_report(
     metrics: Sequence[dict[str, Any]],
     tokenizer: Any,
 ) -> Path:
-    """``summary.json``, ``answers.jsonl`` and ``report.html`` in ``run/report``; returns the page.
+    """Writes ``summary.json``, ``answers.jsonl`` and ``report.html`` to ``run/report``; returns the page's path.
 
     Args:
         metrics: the rows of ``metrics.jsonl``.
@@ -43,7 +43,7 @@ def write_report(
     _write(folder / "answers.jsonl", "".join(lines))
     title = f"{run.name}: step {step}"
     return write_page(
-        folder / "report.html", title, _facts(config, step), comparison, metrics, _trained_rows(config, tokenizer)
+        folder / "report.html", title, _facts(config, step), comparison, metrics, _masked_examples(config, tokenizer)
     )
 
 
@@ -55,7 +55,7 @@ def _write(path: Path, text: str) -> None:
 
 def _facts(config: Config, step: int) -> dict[str, str]:
     lora = config.lora
-    method = "all weights" if lora is None else f"LoRA, rank {lora.rank}, alpha {lora.alpha:g}"
+    method = "full fine-tuning" if lora is None else f"LoRA, rank {lora.rank}, alpha {lora.alpha:g}"
     optimizer = config.optimizer
     return {
         "base model": config.model.path,
@@ -69,8 +69,8 @@ def _facts(config: Config, step: int) -> dict[str, str]:
     }
 
 
-def _trained_rows(config: Config, tokenizer: Any) -> list[list[tuple[str, bool]]]:
-    """The first rows of the training data as pieces of text with whether they are trained."""
+def _masked_examples(config: Config, tokenizer: Any) -> list[list[tuple[str, bool]]]:
+    """The first examples of the training data as spans of text with their loss mask."""
     data = config.data
     encoder = encoder_of(data, tokenizer)
     rows = list(open_sources(data.train)[0].read(0, _SHOWN_ROWS, encoder.keep_reasoning))

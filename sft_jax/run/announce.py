@@ -77,7 +77,9 @@ class Announcer:
     def plan(self, config: Config, examples: Examples, plan: Plan | None) -> None:
         """Steps, epochs, sequences, and the share of padding."""
         if plan is None:
-            self("plan", f"{config.training.max_steps:,} steps of a stream; the counts above are those of its first rows")
+            self(
+                "plan", f"{config.training.max_steps:,} steps of a stream; the counts above are those of its first rows"
+            )
             return
         if plan.num_steps == 0:
             self("plan", "no steps")
@@ -91,7 +93,7 @@ class Announcer:
             f"{plan.num_steps:,} steps of {sequences}, {len(plan.epoch_ends)} epoch(s), {packing}, {filled:.1%} filled",
         )
 
-    def made_up(self, num_tokens: int, num_embeddings: int) -> None:
+    def new_embeddings(self, num_tokens: int, num_embeddings: int) -> None:
         """Tokens beyond the embeddings."""
         self(
             "",
@@ -158,13 +160,16 @@ class Announcer:
         if held > 1.5 * share:
             self(
                 "",
-                f"each device holds {_bytes(held)} of weights, and an even split would be {_bytes(share)}: mesh.fsdp or "
-                "mesh.tensor does not divide the dimensions; use sizes that do, and mesh.data for the remaining devices",
+                f"each device holds {_bytes(held)} of weights, and an even split would be {_bytes(share)}: mesh.fsdp "
+                "or mesh.tensor does not divide the dimensions; use sizes that do, and mesh.data for the remaining "
+                "devices",
             )
         self("compute", f"{config.model.dtype}, attention {split.backend}")
         precision: str | None = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
         if config.model.dtype == "float32" and jax.default_backend() != "cpu" and precision is None:
-            self("", "this device multiplies float32 in lower precision; JAX_DEFAULT_MATMUL_PRECISION=highest avoids it")
+            self(
+                "", "this device multiplies float32 in lower precision; JAX_DEFAULT_MATMUL_PRECISION=highest avoids it"
+            )
 
 
 def _dtypes(split: Split) -> str:

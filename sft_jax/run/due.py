@@ -1,4 +1,4 @@
-"""What a run does every so many steps, and at its last: evaluate, write samples, save."""
+"""Periodic tasks of a run: evaluation, samples, checkpoints."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from sft_jax.data.batches.packing import plan_run
 from sft_jax.data.chat.encoder import prompt_ids
 from sft_jax.data.tokens.examples import Examples
 from sft_jax.evaluation.compare import rows_at_a_time
-from sft_jax.run.resume import is_due
 from sft_jax.run.prepare import Inputs
 from sft_jax.run.recorder import Recorder, source_losses
+from sft_jax.run.resume import is_due
 from sft_jax.run.start import Session, num_groups
 from sft_jax.training.losses import cross_entropy_loss
 from sft_jax.training.step import make_eval_step
@@ -26,13 +26,13 @@ from sft_jax.tree import Params
 
 @dataclass(frozen=True)
 class Task:
-    """Something that is due at times.
+    """A task that runs every ``every`` steps and after the last step.
 
     Attributes:
-        key: of the metrics that it writes; None where it writes none.
-        every: so many steps, and at the last.
-        do: with the number of the step.
-        when_stopping: whether it is done where a run is asked to stop, instead of where it would be due.
+        key: key of the metrics that it writes; None if it writes none.
+        every: number of steps between two executions.
+        do: performs the task; called with the step.
+        when_stopping: whether the task runs when the run is asked to stop, even if it is not due.
     """
 
     key: str | None
@@ -41,16 +41,16 @@ class Task:
     when_stopping: bool = False
 
     def is_due(self, step: int, total_steps: int, stopping: bool) -> bool:
-        """After a step."""
+        """Whether the task runs after ``step``."""
         return self.when_stopping if stopping else step % self.every == 0 or step == total_steps
 
     def is_due_at_start(self, inputs: Inputs) -> bool:
-        """Before the first step; of a run that resumes, where the one before was stopped before it came to it."""
+        """Whether the task runs before the first step; after a resume, only if it was due there and did not run."""
         return self.key is not None and is_due(inputs.folder.local, inputs.latest, self.every, self.key)
 
 
 def tasks_of(inputs: Inputs, session: Session, recorder: Recorder) -> list[Task]:
-    """Those of a run, in their order: a checkpoint comes after the evaluation that may tell it is the best."""
+    """The tasks of a run in order. Checkpoints follow the evaluation, whose loss decides which checkpoint is best."""
     config, tasks, evaluated = inputs.config, [], {}
     if inputs.held_out is not None:
         evaluator = Evaluator(config, inputs.held_out.examples, session.model)
@@ -68,50 +68,50 @@ def tasks_of(inputs: Inputs, session: Session, recorder: Recorder) -> list[Task]
 
     def save(step: int) -> None:
         session.save(step, evaluated.get(step))
-        recorder.tell("save", step, {})
+        recorder.notify("save", step, {})
 
     return [*tasks, Task(None, config.training.save_every, save, when_stopping=True)]
 
 
 class Evaluator:
-    """The loss of held-out data per supervised token (by weight): sums over all batches, divided once."""
+    """Computes the held-out loss: the sum over all batches, divided once by the total weight of supervised tokens."""
 
     def __init__(self, config: Config, examples: Examples, model: Model):
-        rows = rows_at_a_time(config, model.mesh)
-        length, packing = config.data.max_length, config.data.packing or config.data.streaming  # as row_lengths says
-        plan = plan_run(examples.slots, length, rows, 1, packing=packing, shuffle=False)
+        batch_size = rows_at_a_time(config, model.mesh)
+        length, packing = config.data.max_length, config.data.packing or config.data.streaming  # as in row_lengths
+        plan = plan_run(examples.slots, length, batch_size, 1, packing=packing, shuffle=False)
         self._groups, self._frozen = examples.groups, model.frozen
         self._loss = cross_entropy_loss(num_groups(examples))
-        self._make_loader = lambda: Loader(examples, plan, model.mesh, rows)
+        self._make_loader = lambda: Loader(examples, plan, model.mesh, batch_size)
         self._step = make_eval_step(model.split, self._loss)
 
     def __call__(self, params: Params) -> dict[str, Any]:
         sums = [jax.device_get(self._step(params, self._frozen, batch)) for batch in self._make_loader()]
         totals = {key: sum(one[key].astype(float) for one in sums) for key in self._loss.zeros}
-        found = jax.device_get(self._loss.metrics(totals)) | {"source_weight": totals["source_weight"]}
-        by_source = source_losses(self._groups, found)
-        row: dict[str, Any] = {f"eval_{key}": float(value) for key, value in found.items()}
+        metrics = jax.device_get(self._loss.metrics(totals)) | {"source_weight": totals["source_weight"]}
+        by_source = source_losses(self._groups, metrics)
+        row: dict[str, Any] = {f"eval_{key}": float(value) for key, value in metrics.items()}
         return row | ({"eval_source_loss": by_source} if by_source else {})
 
 
 class Sampler:
-    """Answers to the prompts of ``evaluation.samples``."""
+    """Generates answers to the prompts of ``evaluation.samples``."""
 
     def __init__(self, config: Config, model: Model):
         self._config, self._model = config.evaluation, model
-        today = config.data.date
+        date = config.data.date
         self._prompts: Sequence[list[int]] = [
-            prompt_ids(model.tokenizer, [{"role": "user", "content": text}], today) for text in self._config.samples
+            prompt_ids(model.tokenizer, [{"role": "user", "content": text}], date) for text in self._config.samples
         ]
 
     def __call__(self, params: Params) -> list[dict[str, Any]]:
         model = self._model
-        written = model.generator(params, model.frozen, self._prompts, self._config.max_new_tokens)
+        answers = model.generator(params, model.frozen, self._prompts, self._config.max_new_tokens)
         return [
             {
                 "prompt": prompt,
-                "text": model.tokenizer.decode(one.ids, skip_special_tokens=True).strip(),
-                "finish_reason": one.finish_reason,
+                "text": model.tokenizer.decode(answer.ids, skip_special_tokens=True).strip(),
+                "finish_reason": answer.finish_reason,
             }
-            for prompt, one in zip(self._config.samples, written, strict=True)
+            for prompt, answer in zip(self._config.samples, answers, strict=True)
         ]

@@ -1,4 +1,4 @@
-"""The evaluation of a run: the base beside the tuned network, as a table, JSON and one page."""
+"""Evaluates a run: compares the base and the tuned model as a table, JSON and an HTML page."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ def evaluate(
     devices: Sequence[Any] | None = None,
     base: str | None = None,
 ) -> Comparison:
-    """Evaluate the run in ``training.output_dir``: what ``data.eval`` and ``evaluation`` say, base beside tuned.
+    """Compare the base and the tuned model of the run in ``training.output_dir`` on ``data.eval``.
 
-    Writes ``report/summary.json``, ``report/answers.jsonl`` and ``report/report.html`` into the run folder, and prints
-    a table, or the summary as JSON.
+    Writes ``report/summary.json``, ``report/answers.jsonl`` and ``report/report.html`` into the run directory, and
+    prints a table, or the summary as JSON.
 
     Args:
         step: a checkpoint; by default the last.
-        devices: which to use; by default all there are.
-        base: the base model, where it is not where it was.
+        devices: the devices to use; by default all.
+        base: the base model, if it has moved.
 
     Raises:
         UserError: no such run, nothing to evaluate on, or data that cannot be used.

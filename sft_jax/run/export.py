@@ -1,8 +1,8 @@
-"""A run as a Hugging Face folder: a PEFT adapter, or a whole model with the adapter merged in.
+"""Exports a run as a Hugging Face folder: a PEFT adapter, or a full model with the adapter merged.
 
-Tensors are made one at a time from the base model's files and the run's trained leaves: base weights that were not
-trained are copied bit by bit, and no network is built. Several processes write one folder, each its own files; each
-holds its part of one trained leaf at a time, and one tensor.
+Writes tensors one at a time, from the files of the base model and the trained weights of the run. Copies untrained base
+weights bit for bit. Each process writes its own files, and holds one tensor and its shard of one trained weight at a
+time.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ from sft_jax.tree import Path as LeafPath
 def export(
     run: str | Path, out: str | Path, form: str | None = None, step: int | None = None, base: str | None = None
 ) -> None:
-    """Write a run's result to ``out``, which must not exist yet or be empty; it appears whole or not at all.
+    """Export a run to ``out``, a new or empty folder. A failed export leaves no model there.
 
     Args:
-        run: a run folder; it and ``out`` may be in a bucket.
-        form: ``adapter`` or ``merged``; by default what was trained.
+        run: a run directory; it and ``out`` may be in a bucket.
+        form: ``adapter`` or ``merged``; by default ``adapter`` for LoRA and ``merged`` for full fine-tuning.
         step: a checkpoint; by default the last.
-        base: the base model, where it is not where it was.
+        base: the base model, if it has moved.
 
     Raises:
-        UserError: no such run or step, a folder that is not empty, or an adapter asked of full fine-tuning.
+        UserError: no such run or step, a folder that is not empty, or ``adapter`` for a fully fine-tuned run.
     """
     opened = open_run(run, step, base)
     is_main = jax.process_index() == 0
@@ -76,24 +76,27 @@ def export(
         print(f"{out}: {form} of step {opened.step}, {num_bytes(str(out)) / 1e6:.1f} MB")
         if form == "adapter" and opened.trains_embeddings:
             print(
-                "it carries the embeddings and lm_head whole, which PEFT reads and vLLM and llama.cpp do not: give "
-                "these --format merged"
+                "the adapter holds the full embeddings and lm_head, which PEFT reads but vLLM and llama.cpp do not; "
+                "use --format merged for these"
             )
-        of = opened.config.model.path
-        if form == "adapter" and is_url(of):
-            print(f"its base is {of}, which PEFT does not open: name a copy in adapter_config.json, or --format merged")
+        path = opened.config.model.path
+        if form == "adapter" and is_url(path):
+            print(
+                f"its base model is {path}, which PEFT cannot open; set the path of a copy in adapter_config.json, or "
+                "use --format merged"
+            )
 
 
 def _network(run: OpenedRun) -> Split:
-    """The network of a run, abstract: what its leaves are called in files."""
+    """The abstract network of a run, which maps parameters to the names of tensors in files."""
     arch = dataclasses.replace(architecture_of(run.base, run.reader), vocab_size=run.vocab_size)
     mesh = make_mesh(devices=jax.devices()[:1])
     return build(arch, mesh, run.config.lora, "float32", embeddings=run.trains_embeddings)
 
 
 def _write_adapter(run: OpenedRun, split: Split, folder: Path) -> None:
-    """The adapter, and embeddings that were trained beside it, whole."""
-    leaves = whole(run, run.trained)
+    """Write the adapter, and the embeddings if they were trained."""
+    leaves = restore_replicated(run, run.trained)
     if jax.process_index() != 0:
         return
     assert isinstance(split.variant, LoRA)
@@ -104,20 +107,24 @@ def _write_adapter(run: OpenedRun, split: Split, folder: Path) -> None:
             dtype = leaf.dtype if is_adapter(split.labels[path]) else run.dtype(name)
             tensors[name] = _as_in_file(leaf[stored.index(number)], stored, dtype)
     modules = {path[-2] for path in leaves if is_adapter(split.labels[path])}
-    of = run.config.model.path
+    path = run.config.model.path
     save_adapter(
         folder,
         tensors,
         split.variant,
         modules,
-        str(run.base) if of.startswith(builtin.PREFIX) else absolute(of),
+        str(run.base) if path.startswith(builtin.PREFIX) else absolute(path),
         commit_of(run.base) or run.config.model.revision,
         run.fingerprint,
     )
 
 
 def _write_merged(run: OpenedRun, split: Split, folder: Path) -> None:
-    """Untrained and merged tensors by the process whose file they are in; trained ones a leaf at a time, by all."""
+    """Write a full model.
+
+    Each process writes the untrained and merged tensors of its own files. All processes restore the trained weights
+    together, one at a time.
+    """
     arch = split.arch
     trained = {path: leaf for path, leaf in run.trained.items() if not is_adapter(split.labels[path])}
     tensors = {
@@ -128,7 +135,7 @@ def _write_merged(run: OpenedRun, split: Split, folder: Path) -> None:
     reader = run.reader
     untrained = set() if reader is None else reader.names - set(tensors)
     if arch.tie_word_embeddings and "model.embed_tokens.weight" in tensors:
-        untrained -= {"lm_head.weight"}  # some tied models carry a copy of the embeddings, which is now out of date
+        untrained -= {"lm_head.weight"}  # some tied models store a copy of the embeddings, which is now outdated
     if reader is not None:
         tensors |= {name: Tensor(reader.shape(name), reader.dtype(name)) for name in untrained}
     updates = _updates(run, split)
@@ -151,28 +158,28 @@ def _write_merged(run: OpenedRun, split: Split, folder: Path) -> None:
                     write(name, rows, start)
         for path, leaf in trained.items():
             stored = split.stored[path]
-            for name, element in zip(stored.names, elements(run, path, leaf, stored.stack), strict=True):
+            for name, element in zip(stored.names, restore_elements(run, path, leaf, stored.stack), strict=True):
                 if writer.owns(name):
                     write(name, _as_in_file(jax.device_get(element), stored, run.dtype(name)))
     if jax.process_index() == 0:
-        # What the file has: a tokenizer may have tokens that the base's embeddings never had rows for.
+        # The size in the file: a tokenizer may have more tokens than the embeddings of the base have rows.
         config: dict[str, Any] = read_config(run.base) | {"vocab_size": tensors["model.embed_tokens.weight"].shape[0]}
-        if names := config.get("architectures"):  # saved without its head, a model is not named as one that has one
+        if names := config.get("architectures"):  # a base model saved without lm_head is named ...Model
             config["architectures"] = [re.sub("Model$", "ForCausalLM", name) for name in names]
         if read_architecture(run.base).tie_word_embeddings and not arch.tie_word_embeddings:
-            config["tie_word_embeddings"] = False  # as the files have it
+            config["tie_word_embeddings"] = False  # as in the files
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _merged(variant: Any, weight: np.ndarray, parameters: Mapping[str, np.ndarray]) -> np.ndarray:
-    """``weight [out, in]`` with an adapter in it, computed in float32 and rounded once."""
+    """Merge an adapter into ``weight [out, in]``, computed in float32 and rounded once."""
     if not variant.changes(parameters):
         return weight
     return variant.merge(weight.T.astype(np.float32), parameters).T.astype(weight.dtype)
 
 
 def _write_generation_config(run: OpenedRun, folder: Path) -> None:
-    """The base's generation config, with the trained stop tokens first among the eos ids."""
+    """Write the generation config of the base model, with the trained stop tokens first in ``eos_token_id``."""
     path = run.base / "generation_config.json"
     config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     ids = list(dict.fromkeys([*run.stop_ids, *stop_ids(run.base)]))
@@ -180,18 +187,20 @@ def _write_generation_config(run: OpenedRun, folder: Path) -> None:
     (folder / "generation_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def whole(run: OpenedRun, leaves: Mapping[LeafPath, jax.ShapeDtypeStruct]) -> dict[LeafPath, np.ndarray]:
-    """Small trained leaves, whole on each process."""
-    everywhere = NamedSharding(_all_devices(), PartitionSpec())
-    abstract = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere) for path, x in leaves.items()}
+def restore_replicated(run: OpenedRun, leaves: Mapping[LeafPath, jax.ShapeDtypeStruct]) -> dict[LeafPath, np.ndarray]:
+    """Restore small trained weights, replicated on all processes."""
+    replicated = NamedSharding(_all_devices(), PartitionSpec())
+    abstract = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated) for path, x in leaves.items()}
     return jax.device_get(run.restore(abstract))
 
 
-def elements(run: OpenedRun, path: LeafPath, leaf: jax.ShapeDtypeStruct, stack: tuple[int, ...]) -> Iterator[jax.Array]:
-    """The elements of a stacked leaf, each whole on each process; the leaf itself is split over all of them.
+def restore_elements(
+    run: OpenedRun, path: LeafPath, leaf: jax.ShapeDtypeStruct, stack: tuple[int, ...]
+) -> Iterator[jax.Array]:
+    """Restore a stacked weight, sharded over all processes, and yield its elements, each replicated.
 
     Args:
-        stack: the leading dimensions; empty for a leaf that is not stacked.
+        stack: the leading dimensions; empty for a weight that is not stacked.
     """
     mesh = _all_devices()
     first = len(stack)
@@ -211,15 +220,15 @@ def _all_devices() -> Mesh:
 
 
 def _as_in_file(element: np.ndarray, stored: Stored, dtype: np.dtype) -> np.ndarray:
-    # Contiguous, because the safetensors library writes an array's memory as it lies.
+    # The safetensors library writes the memory of an array, so the array must be contiguous.
     return np.ascontiguousarray((element.T if stored.transposed else element).astype(dtype))
 
 
 def _updates(run: OpenedRun, split: Split) -> dict[str, dict[str, np.ndarray]]:
-    """Base tensors that an adapter changes: file name to the parameters of its adapter."""
+    """The adapter's parameters by the name of the base tensor that they change."""
     updates: dict[str, dict[str, np.ndarray]] = {}
     adapter = {path: leaf for path, leaf in run.trained.items() if is_adapter(split.labels[path])}
-    for path, leaf in whole(run, adapter).items():
+    for path, leaf in restore_replicated(run, adapter).items():
         stored = split.stored[(*path[:-1], "weight")]
         for number, name in enumerate(stored.names):
             updates.setdefault(name, {})[path[-1]] = leaf[stored.index(number)]

@@ -1,4 +1,4 @@
-"""The end of a run: the report, or why it ended before."""
+"""Ends a run: writes the report, or the reason for a failure."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sft_jax.training.weights import load_weights
 
 
 def finish(inputs: Inputs, session: Session, recorder: Recorder, say: Announcer) -> dict[str, Any]:
-    """Draw the loss curve, compare with the base model where the config says so; returns the last metrics."""
+    """Draw the loss curve and, with ``evaluation.at_end``, compare with the base model; returns the last metrics."""
     config, folder, total = inputs.config, inputs.folder, inputs.total_steps
     is_main = jax.process_index() == 0
     rows = read_metrics(folder.local / "metrics.jsonl") if is_main else []
@@ -32,7 +32,7 @@ def finish(inputs: Inputs, session: Session, recorder: Recorder, say: Announcer)
         say("done", f"{total} steps; loss curve in {folder}/{curve}")
     if inputs.task is not None:
         tuned = session.model.with_params(session.state.params)
-        del session.state  # the optimizer's memory is the base's now
+        del session.state  # frees the memory of the optimizer for the base model
         old_size, seed = inputs.base.arch.vocab_size, config.training.seed
         before, _ = load_weights(
             tuned.split, inputs.base.reader, None, old_size, seed, part="trainable", frozen=tuned.frozen
@@ -45,14 +45,14 @@ def finish(inputs: Inputs, session: Session, recorder: Recorder, say: Announcer)
             say("report", f"{folder}/{page.relative_to(folder.local)}")
     if is_main:
         folder.push(last=True)
-    recorder.tell("end", total, dict(recorder.last))
+    recorder.notify("end", total, dict(recorder.last))
     say("next", f"sft-jax generate {folder} --chat, or sft-jax export {folder} OUT")
     return recorder.last
 
 
-def stop_not_finite(inputs: Inputs, session: Session, fault: NotFinite) -> UserError:
-    """Save the state before a loss or gradient that is not finite, write down the batch's rows, and say so."""
-    step, values, folder = fault.step, fault.values, inputs.folder
+def stop_not_finite(inputs: Inputs, session: Session, error: NotFinite) -> UserError:
+    """Handle a non-finite loss or gradient: save the state before it, list the rows of the batch, return the error."""
+    step, values, folder = error.step, error.values, inputs.folder
     session.state = dataclasses.replace(session.state, halted=jnp.zeros_like(session.state.halted))
     session.save(step - 1)
     session.checkpoints.wait()
@@ -64,14 +64,13 @@ def stop_not_finite(inputs: Inputs, session: Session, fault: NotFinite) -> UserE
     if jax.process_index() == 0:
         path = folder.local / name
         path.parent.mkdir(exist_ok=True)
-        found = {key: repr(values[key]) for key in ("loss", "grad_norm")}
-        path.write_text(json.dumps({"step": step, **found, "rows": rows}, indent=1) + "\n", encoding="utf-8")
-    shown = "rows of a stream, which are not kept apart"
+        shown = {key: repr(values[key]) for key in ("loss", "grad_norm")}
+        path.write_text(json.dumps({"step": step, **shown, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    batch = "rows of a stream, which are not recorded"
     if rows is not None:
-        shown = (
-            ", ".join(rows[:4]) + (f" and {len(rows) - 4} more" if len(rows) > 4 else "") + f" (all in {folder}/{name})"
-        )
+        more = f" and {len(rows) - 4} more" if len(rows) > 4 else ""
+        batch = f"{', '.join(rows[:4])}{more} (all in {folder}/{name})"
     return UserError(
-        f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; the batch holds {shown}; the state "
-        f"before it is saved as step {step - 1}"
+        f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; the batch contains {batch}; the "
+        f"previous state is saved as step {step - 1}"
     )

@@ -1,4 +1,4 @@
-"""Answers of a model to prompts and conversations."""
+"""Generates answers to prompts and conversations."""
 
 from __future__ import annotations
 
@@ -21,26 +21,27 @@ def generate(
     batch_size: int = 16,
     progress: Callable[[int], object] = lambda prompts: None,
 ) -> list[tuple[Generated, str]]:
-    """An answer to each prompt: ids, and text without special tokens (an answer in a chat also without outer blanks).
+    """Generate an answer to each prompt; returns token ids, and text without special tokens.
 
     Args:
-        raw: continue the prompt as plain text; otherwise it is a user's message in the model's chat template.
+        raw: continue the prompt as plain text; otherwise it is a user message in the model's chat template, and
+            whitespace around the answer is stripped.
         system: a system message before each prompt.
 
     Raises:
-        UserError: no chat template, or a prompt that is empty or leaves no room in the context.
+        UserError: no chat template, or a prompt that is empty or fills the context.
     """
     encoded = [encode(model.tokenizer, prompt, raw, system) for prompt in prompts]
-    written = model.generator(
+    answers = model.generator(
         model.params, model.frozen, encoded, max_new_tokens, sampling, batch_size, progress=progress
     )
-    return [(one, text_of(model.tokenizer, one.ids, raw)) for one in written]
+    return [(answer, text_of(model.tokenizer, answer.ids, raw)) for answer in answers]
 
 
 def chat(
     model: Model, messages: Sequence[Mapping[str, Any]], max_new_tokens: int, sampling: Sampling | None = None
 ) -> Iterator[int]:
-    """The tokens of the answer that comes next in a conversation, as they are written.
+    """Generate the next answer in a conversation, and yield its tokens.
 
     Raises:
         UserError: no chat template, or the context is full.
@@ -50,7 +51,7 @@ def chat(
 
 
 def encode(tokenizer: Any, prompt: str, raw: bool, system: str | None) -> list[int]:
-    """The tokens of a prompt, as :func:`generate` reads it."""
+    """Tokenize a prompt as :func:`generate` does."""
     if raw:
         return context_ids(tokenizer, prompt)
     start = [{"role": "system", "content": system}] if system else []
@@ -58,6 +59,6 @@ def encode(tokenizer: Any, prompt: str, raw: bool, system: str | None) -> list[i
 
 
 def text_of(tokenizer: Any, ids: Sequence[int], raw: bool) -> str:
-    """What a user reads of an answer."""
+    """Decode an answer without special tokens."""
     text = tokenizer.decode(ids, skip_special_tokens=True)
     return text if raw else text.strip()

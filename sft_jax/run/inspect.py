@@ -1,4 +1,4 @@
-"""What a config trains on: counts, lengths, dropped rows, and examples with their loss mask."""
+"""Shows the training data of a config: counts, lengths, dropped rows, and examples with their loss mask."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from sft_jax.run.announce import Announcer
 def inspect(
     config: Config, rows: int | None = None, as_json: bool = False, html: str | Path | None = None
 ) -> dict[str, Any]:
-    """Show what ``train`` would train on, and return the figures. Reads and downloads no weights.
+    """Show the training data of a config; returns a summary. Reads and downloads no weights.
 
     Args:
-        rows: how many examples to show; by default 3, and all as JSON.
-        as_json: print one JSON object a line: the summary, then one for each example.
-        html: also write this page.
+        rows: number of examples to show; by default 3, or all with ``as_json``.
+        as_json: print one JSON object per line: the summary, then the examples.
+        html: file for an HTML page.
 
     Raises:
-        UserError: what ``train`` would raise for these data, after printing the figures.
+        UserError: the error that ``train`` raises for these data, after printing the summary.
     """
     folder = find_model(config.model.path, config.model.revision, weights=False)
     arch = read_architecture(folder)
@@ -49,9 +49,9 @@ def inspect(
     if as_json:
         print(json.dumps({"summary": summary}), flush=True)
     else:
-        colour = _colour()
+        color = _use_color()
         for i in range(min(limit, len(data.examples))):
-            print(row_text(_shown(data, tokenizer, i), colour))
+            print(row_text(_shown(data, tokenizer, i), color))
         print(summary_text(summary), flush=True)
     if html is not None:
         path = Path(html)
@@ -78,31 +78,31 @@ def inspect(
 def _as_dict(data: Prepared, index: int) -> dict[str, Any]:
     examples = data.examples
     ids, mask = examples[index]
-    whole = bool(np.isin(mask, (0, 1)).all())
+    is_binary = bool(np.isin(mask, (0, 1)).all())
     return {
         "row": int(examples.row[index]),
         "source": examples.names[examples.source[index]],
         "input_ids": ids.tolist(),
-        "loss_mask": (mask.astype(np.int32) if whole else mask).tolist(),
+        "loss_mask": (mask.astype(np.int32) if is_binary else mask).tolist(),
     }
 
 
 def _shown(data: Prepared, tokenizer: Any, index: int) -> ShownRow:
     ids, mask = data.examples[index]
-    trained = mask > 0
-    targets = ids[1:][trained[1:]]
+    supervised = mask > 0
+    targets = ids[1:][supervised[1:]]
     last = next((int(i) for i in targets[::-1] if int(i) in data.examples.stop_ids), None)
     return ShownRow(
         data.examples.describe(index),
-        pieces(tokenizer, ids.tolist(), trained.tolist()),
+        pieces(tokenizer, ids.tolist(), supervised.tolist()),
         len(ids),
         len(targets),
         None if last is None else tokenizer.convert_ids_to_tokens(last),
     )
 
 
-def _colour() -> bool:
-    """Whether to colour: on a terminal, unless the user says otherwise in the usual variables."""
+def _use_color() -> bool:
+    """Whether to print colors: on a terminal, or as ``NO_COLOR`` and ``FORCE_COLOR`` set it."""
     if os.environ.get("NO_COLOR"):
         return False
     return bool(os.environ.get("FORCE_COLOR")) or sys.stdout.isatty()

@@ -1,4 +1,4 @@
-"""What a run is given, read and checked before its weights are loaded."""
+"""Reads and checks the inputs of a run before its weights are loaded."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from sft_jax.hf.hub import absolute
 from sft_jax.hf.tokenizer import load_tokenizer
 from sft_jax.models.architecture import Architecture
 from sft_jax.run.announce import Announcer
-from sft_jax.run.resume import dated, last_step
+from sft_jax.run.resume import last_step, with_date
 from sft_jax.sharding import check_heads
-from sft_jax.store.folder import RunFolder
+from sft_jax.store.folder import RunDirectory
 from sft_jax.store.metrics import check_wandb
 from sft_jax.training.compilation import keep_programs
 from sft_jax.training.optimizer import check_rates
@@ -34,15 +34,15 @@ class Inputs:
     """The devices, model folder, tokenizer and data of a run.
 
     Attributes:
-        config: with the absolute path of the model, and the date that templates print.
-        latest: the step that the run resumes from; None for a new one.
-        num_added: tokens of ``data.added_tokens`` that the tokenizer did not have.
-        plan: of batches; None for a stream.
+        config: the config with the absolute path of the model and the date used by ``strftime_now``.
+        latest: the step that the run resumes from; None for a new run.
+        num_added: number of ``data.added_tokens`` that the tokenizer did not have.
+        plan: the plan of batches; None for a stream.
     """
 
     config: Config
     mesh: Mesh
-    folder: RunFolder
+    folder: RunDirectory
     latest: int | None
     base: Base
     tokenizer: Any
@@ -55,19 +55,19 @@ class Inputs:
 
     @property
     def arch(self) -> Architecture:
-        """Of the network that is trained: with room for added tokens."""
+        """The architecture of the trained network, with a vocabulary that includes added tokens."""
         size = max(self.base.arch.vocab_size, len(self.tokenizer))
         return dataclasses.replace(self.base.arch, vocab_size=size)
 
     @property
     def trains_embeddings(self) -> bool:
-        """Whether embeddings and ``lm_head`` are trained beside adapters."""
+        """Whether the embeddings and ``lm_head`` are trained together with adapters."""
         lora = self.config.lora
         return self.num_added > 0 or (lora is not None and lora.train_embeddings)
 
     @property
     def longest(self) -> int:
-        """The longest sequence of a batch, in tokens."""
+        """The longest sequence length of any batch."""
         return self.config.data.max_length if self.plan is None else int(self.plan.lengths.max(initial=1))
 
     @property
@@ -77,7 +77,7 @@ class Inputs:
 
 
 def prepare(config: Config, devices: Sequence[Any] | None, say: Announcer) -> Inputs:
-    """Read and check everything but weights; nothing is written.
+    """Read and check everything except the weights; writes nothing.
 
     Raises:
         UserError: anything wrong with config, model, data or run directory.
@@ -86,7 +86,7 @@ def prepare(config: Config, devices: Sequence[Any] | None, say: Announcer) -> In
     mesh = check_mesh(config, devices)
     if jax.process_index() == 0:
         check_wandb(config.training.wandb_project)
-    folder = RunFolder(config.training.output_dir)
+    folder = RunDirectory(config.training.output_dir)
     folder.check()
     latest = last_step(folder)
     say.mesh(mesh)
@@ -98,13 +98,13 @@ def prepare(config: Config, devices: Sequence[Any] | None, say: Announcer) -> In
     tokenizer, num_added = load_tokenizer(
         base.folder, config.data.chat_template, config.data.added_tokens, config.data.template_kwargs
     )
-    config = dated(config, tokenizer, folder.local, latest)
+    config = with_date(config, tokenizer, folder.local, latest)
 
     # -- data ---------------------------------------------------------------------------------------------------------
     settings, positions = config.data, base.arch.max_positions
     is_stream = settings.streaming
-    given = first_rows(settings.train) if is_stream else settings.train
-    data = prepare_data(settings, given, tokenizer, base.stop_ids, positions)
+    sources = first_rows(settings.train) if is_stream else settings.train
+    data = prepare_data(settings, sources, tokenizer, base.stop_ids, positions)
     say.data("stream" if is_stream else "data", data)
     held_out = None
     if settings.eval:
@@ -123,6 +123,6 @@ def prepare(config: Config, devices: Sequence[Any] | None, say: Announcer) -> In
     check_rates(config.optimizer, total_steps)
     inputs = Inputs(config, mesh, folder, latest, base, tokenizer, num_added, data, held_out, task, plan, total_steps)
     if len(tokenizer) > base.arch.vocab_size and not num_added and config.lora is not None:
-        say.made_up(len(tokenizer), base.arch.vocab_size)
+        say.new_embeddings(len(tokenizer), base.arch.vocab_size)
     check_heads(inputs.arch.attention_specs, mesh)
     return inputs

@@ -1,4 +1,4 @@
-"""What is told of a run while it runs: metrics, progress, callbacks."""
+"""Reports a run during training: metrics, progress, callbacks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Callback = Callable[[str, int, dict[str, Any]], object]  # kind of event, step, 
 
 
 class NotFinite(Exception):
-    """A loss or gradient that is not finite."""
+    """A loss or gradient is not finite."""
 
     def __init__(self, step: int, values: dict[str, Any]):
         self.step, self.values = step, values
@@ -29,14 +29,14 @@ class Recorder:
     """Writes metrics one step late, so that the device never waits for them.
 
     Attributes:
-        last: the newest metrics of each name.
-        stops: a callback asked to stop.
+        last: the newest value of each metric.
+        stop_requested: whether a callback returned ``"stop"``.
     """
 
     def __init__(self, inputs: Inputs, first_step: int, preemption: Preemption, callbacks: Sequence[Callback] = ()):
         training, is_main = inputs.config.training, jax.process_index() == 0
         self.last: dict[str, Any] = {"step": first_step}
-        self.stops = False
+        self.stop_requested = False
         self._total, self._every = inputs.total_steps, training.log_every
         self._groups = inputs.data.examples.groups
         self._callbacks = callbacks if is_main else ()
@@ -54,22 +54,22 @@ class Recorder:
         self._since = time.perf_counter()
 
     def started(self, step: int, metrics: dict[str, Array], num_tokens: int) -> None:
-        """A step was handed to the device: wait for the one before it.
+        """Record that a step was dispatched to the device; waits for the previous step.
 
         Args:
-            num_tokens: of the batch, padding included.
+            num_tokens: number of tokens in the batch, including padding.
 
         Raises:
-            NotFinite: of the one before.
+            NotFinite: the loss or gradient of the previous step is not finite.
         """
-        self.catch_up()
+        self.flush()
         self._pending = (step, metrics, num_tokens)
 
-    def catch_up(self) -> None:
-        """Wait for the step that is under way, and write its metrics.
+    def flush(self) -> None:
+        """Wait for the dispatched step and write its metrics.
 
         Raises:
-            NotFinite: its loss or gradient is not.
+            NotFinite: its loss or gradient is not finite.
         """
         if self._pending is None:
             return
@@ -94,45 +94,45 @@ class Recorder:
         self._since = now
         if not finite:
             raise NotFinite(step, values)
-        self.tell("step", step, row)
+        self.notify("step", step, row)
 
     def evaluated(self, step: int, row: dict[str, Any]) -> None:
-        """Metrics of held-out data."""
+        """Record metrics of held-out data."""
         self.last.update(row)
         self._writer.write({"step": step, **row})
         self.say(step, f"held-out loss {row['eval_loss']:.4f}")
-        self.tell("evaluation", step, row)
+        self.notify("evaluation", step, row)
 
     def sampled(self, step: int, samples: list[dict[str, Any]]) -> None:
-        """Answers of the network as it is."""
+        """Record answers that the model generated during training."""
         self._writer.write_samples(step, samples)
         for sample in samples:
             self.say(step, f"{sample['prompt']!r} → {sample['text']!r}")
-        self.tell("samples", step, {"samples": samples})
+        self.notify("samples", step, {"samples": samples})
 
     def say(self, step: int, text: str) -> None:
-        """A line about a step."""
+        """Print a line about a step."""
         self._progress.say(f"step {step}/{self._total}  {text}")
 
-    def tell(self, kind: str, step: int, metrics: dict[str, Any]) -> None:
-        """Call the callbacks; one that returns ``"stop"`` asks to stop after the step that is under way."""
+    def notify(self, kind: str, step: int, metrics: dict[str, Any]) -> None:
+        """Call the callbacks. If one returns ``"stop"``, the run stops after the current step."""
         for callback in self._callbacks:
             if callback(kind, step, metrics) == "stop":
-                self.stops = True
-                self._preemption.ask()
+                self.stop_requested = True
+                self._preemption.request()
 
     def restart_clock(self) -> None:
-        """What was done since the last step does not count as its time."""
+        """Exclude the time since the last step from the time of the next one."""
         self._since = time.perf_counter()
 
     def close(self) -> None:
-        """Leave bar and files as they are."""
+        """Close the progress bar and the files."""
         self._progress.close()
         self._writer.close()
 
 
 def source_losses(groups: Sequence[str], fetched: dict[str, Any]) -> dict[str, float]:
-    """The loss of each source that has any; they are taken out of ``fetched``."""
+    """The loss of each source with supervised tokens; removes the losses and weights of sources from ``fetched``."""
     losses, weights = fetched.pop("source_loss"), fetched.pop("source_weight")
     pairs = zip(groups, np.asarray(losses), np.asarray(weights), strict=False)
     return {name: float(loss) for name, loss, weight in pairs if weight > 0}

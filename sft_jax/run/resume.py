@@ -1,4 +1,4 @@
-"""Where a run resumes. With several processes, process 0 decides."""
+"""Decides where a run resumes. With several processes, process 0 decides."""
 
 from __future__ import annotations
 
@@ -12,42 +12,46 @@ import jax
 from sft_jax import config_file as configs
 from sft_jax.config import Config
 from sft_jax.data.chat.template import ChatTemplates
-from sft_jax.distributed.processes import LONG_WAIT_SECONDS, of_first
+from sft_jax.distributed.processes import LONG_WAIT_SECONDS, broadcast
 from sft_jax.store.checkpoint import latest_step
-from sft_jax.store.folder import RunFolder
+from sft_jax.store.folder import RunDirectory
 from sft_jax.store.metrics import read_metrics
 
 
-def last_step(folder: RunFolder) -> int | None:
-    """The step to resume from, as process 0 sees it; another process may see the directory change while it looks."""
-    here = latest_step(folder.checkpoints) if jax.process_index() == 0 else None
-    said = of_first("the last step", "" if here is None else str(here))
-    return int(said) if said else None
+def last_step(folder: RunDirectory) -> int | None:
+    """The step to resume from, as process 0 sees it: the directory may change between the reads of two processes."""
+    step = latest_step(folder.checkpoints) if jax.process_index() == 0 else None
+    answer = broadcast("the last step", "" if step is None else str(step))
+    return int(answer) if answer else None
 
 
-def dated(config: Config, tokenizer: Any, run: Path, latest: int | None) -> Config:
-    """The config with the date that ``strftime_now`` of its template prints: the run's first day, by process 0's clock.
+def with_date(config: Config, tokenizer: Any, run: Path, latest: int | None) -> Config:
+    """Set the date used by ``strftime_now`` in templates to the first day of the run, by the clock of process 0.
 
-    Without it, a run that resumes on another day, or a host past midnight, would render other rows.
+    Otherwise, a run that resumes on another day, or a host past midnight, would render other text.
     """
     templates = ChatTemplates.of(tokenizer)
     if config.data.date is not None or templates is None or not templates.tells_the_day:
         return config
-    day = None
+    used = None
     if jax.process_index() == 0:
-        day = date.today().isoformat() if latest is None else configs.load(run / "config.yaml").data.date
-    day = of_first("the date", day or "", LONG_WAIT_SECONDS) or None  # the model may still be downloading elsewhere
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, date=day))
+        used = date.today().isoformat() if latest is None else configs.load(run / "config.yaml").data.date
+    used = broadcast("the date", used or "", LONG_WAIT_SECONDS) or None  # other hosts may still download the model
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, date=used))
 
 
 def is_due(run: Path, latest: int | None, every: int, key: str) -> bool:
-    """Whether the metrics of the step that a run resumes from lack a key that they should have.
+    """Whether metrics that were due at the step that a run resumes from are missing; True for a new run.
 
     Process 0 decides: other processes may see an older or newer copy of the directory.
+
+    Args:
+        every: number of steps between these metrics.
+        key: a key of these metrics.
     """
     if latest is None:
         return True
     due = latest % every == 0 and not any(
         row["step"] == latest and key in row for row in read_metrics(run / "metrics.jsonl")
     )
-    return of_first(f"metrics missing at step {latest}", "yes" if due else "no") == "yes"
+    return broadcast(f"metrics missing at step {latest}", "yes" if due else "no") == "yes"

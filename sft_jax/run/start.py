@@ -1,4 +1,4 @@
-"""The start of a run: the network and its weights, the optimizer, and the state of a checkpoint or a fresh one."""
+"""Starts a run: builds the network and the optimizer, loads weights, and restores or initializes the state."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from sft_jax.training.weights import load_weights
 
 @dataclass
 class Session:
-    """A run under way.
+    """A run in progress.
 
     Attributes:
-        model: the network, with the weights that the run started from.
-        state: after the newest step.
-        make_step: the jitted step with a rematerialisation policy and a number of microbatches.
-        identity: what the state belongs to; it is compared before a checkpoint is resumed.
-        positions: in the data, after each of the last few steps.
+        model: the network and its frozen parameters.
+        state: the state after the newest step.
+        make_step: makes the jitted train step for a rematerialization policy and a number of microbatches.
+        identity: the config and the fingerprints of data and base model, compared before a run resumes.
+        positions: the data position after each of the last few steps.
     """
 
     model: Model
@@ -54,21 +54,21 @@ class Session:
         return min(self.positions)
 
     def save(self, step: int, eval_loss: float | None = None) -> None:
-        """Begin to save the state after a step."""
+        """Start to save the state after a step."""
         position = self.loader.whole_state(self.positions[step])
         self.checkpoints.save(step, self.state, position, self.identity, eval_loss)
 
 
 def num_groups(examples: Examples) -> int:
-    """How many sources have their losses told apart: none where there is only one."""
+    """The number of sources whose losses are reported separately: 0 if there is only one source."""
     return len(examples.groups) if len(examples.groups) > 1 else 0
 
 
 def start(inputs: Inputs, say: Announcer) -> Session:
-    """Load the weights, make the run directory, and resume where it has a checkpoint.
+    """Load the weights, make the run directory, and resume from its latest checkpoint, if any.
 
     Raises:
-        UserError: weights that do not fit, a run directory of another config, or one that processes do not share.
+        UserError: weights that do not match, a run directory of another config, or one that not all processes share.
     """
     config, mesh, base = inputs.config, inputs.mesh, inputs.base
     network = partial(network_of, config, inputs.arch, mesh, inputs.trains_embeddings)
@@ -89,13 +89,13 @@ def start(inputs: Inputs, say: Announcer) -> Session:
     # -- optimizer and step -------------------------------------------------------------------------------------------
     optimizer = make_optimizer(config.optimizer, labels_of(split.trainable, split.labels), seed)
     shardings = state_shardings(split.trainable, optimizer, mesh)
-    sources = num_groups(inputs.data.examples)
+    num_sources = num_groups(inputs.data.examples)
 
     def make_step(remat: str, num_microbatches: int) -> TrainStep:
-        return step_of(config, network(remat), optimizer, inputs.total_steps, shardings, sources, num_microbatches)
+        return step_of(config, network(remat), optimizer, inputs.total_steps, shardings, num_sources, num_microbatches)
 
     # -- run directory ------------------------------------------------------------------------------------------------
-    _begin_folder(inputs)
+    _create_directory(inputs)
     training = config.training
     folder = inputs.folder
     checkpoints = Checkpoints(folder.checkpoints, training.keep_checkpoints, training.keep_best, training.keep_every)
@@ -121,11 +121,11 @@ def start(inputs: Inputs, say: Announcer) -> Session:
     return Session(model.with_params({}), state, make_step, loader, checkpoints, identity, positions)
 
 
-def _begin_folder(inputs: Inputs) -> None:
-    """Make the run directory, with the resolved config and the tokenizer."""
+def _create_directory(inputs: Inputs) -> None:
+    """Create the run directory with the resolved config and the tokenizer."""
     folder = inputs.folder
     if jax.process_index() == 0:
-        folder.begins()
+        folder.create()
         if inputs.latest is None:
             inputs.tokenizer.save_pretrained(folder.local / "tokenizer")
             configs.save(inputs.config, folder.local / "config.yaml")
@@ -133,15 +133,15 @@ def _begin_folder(inputs: Inputs) -> None:
     gather("the run directory", wait=LONG_WAIT_SECONDS)
     if not folder.is_shared():
         raise UserError(
-            f"training.output_dir: {folder} is not the directory that process 0 sees; all need the same one"
+            f"training.output_dir: {folder} is not the directory of process 0; use one that all hosts share"
         )
 
 
 def _loader(inputs: Inputs) -> tuple[Loader | StreamLoader, str]:
-    """The batches, and the fingerprint of their data."""
+    """The batches and the fingerprint of their data."""
     config, examples = inputs.config, inputs.data.examples
     if inputs.plan is not None:
         loader = Loader(examples, inputs.plan, inputs.mesh, config.training.batch_size)
         return loader, examples.fingerprint()
-    found = stream(config, inputs.data.encoder, examples.groups, inputs.mesh, inputs.base.arch.max_positions)
-    return found, f"{examples.fingerprint()}, {found.sizes}"
+    loader = stream(config, inputs.data.encoder, examples.groups, inputs.mesh, inputs.base.arch.max_positions)
+    return loader, f"{examples.fingerprint()}, {loader.sizes}"

@@ -1,4 +1,4 @@
-"""A training run, from a config to a run directory, read from top to bottom."""
+"""Runs training from a config to a run directory: prepare, start, loop, finish."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from sft_jax.training.compilation import Steps, ways_of
 
 
 def train(config: Config, devices: Sequence[Any] | None = None, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
-    """Run, or resume, the training that ``config`` describes; returns the last metrics.
+    """Start or resume the run that ``config`` describes; returns the last metrics.
 
     Args:
-        devices: which to use; by default all there are.
-        callbacks: called by process 0 with the kind of an event, its step and its metrics.
+        devices: the devices to use; by default all.
+        callbacks: process 0 calls them with the kind of an event, its step and its metrics.
 
     Raises:
-        UserError: anything wrong with config, model, data or run directory; nothing is written before these are
-            checked.
-        Preempted: the machine is about to be taken away, or a callback asked to stop; the state is saved.
+        UserError: anything wrong with config, model, data or run directory; these are checked before anything is
+            written.
+        Preempted: the machine is being preempted, or a callback returned ``"stop"``; the state is saved.
     """
     say = Announcer(jax.process_index() == 0)
     inputs = prepare(config, devices, say)
@@ -38,8 +38,8 @@ def train(config: Config, devices: Sequence[Any] | None = None, callbacks: Seque
         recorder = Recorder(inputs, session.first_step, preemption, callbacks)
         try:
             loop(inputs, session, recorder, preemption, say)
-        except NotFinite as fault:
-            raise stop_not_finite(inputs, session, fault) from None
+        except NotFinite as error:
+            raise stop_not_finite(inputs, session, error) from None
         finally:
             session.checkpoints.close()
             recorder.close()
@@ -49,10 +49,10 @@ def train(config: Config, devices: Sequence[Any] | None = None, callbacks: Seque
 
 
 def loop(inputs: Inputs, session: Session, recorder: Recorder, preemption: Preemption, say: Announcer) -> None:
-    """All steps that are left, and what is due between them.
+    """Run the remaining steps and the tasks that are due between them.
 
     Raises:
-        Preempted: asked to stop, with the state saved.
+        Preempted: the run was asked to stop; the state is saved.
         NotFinite: a loss or gradient is not finite.
     """
     config, mesh, total, first = inputs.config, inputs.mesh, inputs.total_steps, session.first_step
@@ -61,7 +61,7 @@ def loop(inputs: Inputs, session: Session, recorder: Recorder, preemption: Preem
         if task.is_due_at_start(inputs):
             task.do(first)
     if first == total:
-        if inputs.latest is None:  # nothing to train: the base model itself is the result
+        if inputs.latest is None:  # zero steps: the result is the base model
             session.save(0)
         return
     batches = iter(session.loader)
@@ -81,7 +81,7 @@ def loop(inputs: Inputs, session: Session, recorder: Recorder, preemption: Preem
         stopping = preemption.reached(step) and step < total
         due = [task for task in tasks if task.is_due(step, total, stopping)]
         if due:
-            recorder.catch_up()
+            recorder.flush()
             for task in due:
                 task.do(step)
             if jax.process_index() == 0:
@@ -89,5 +89,5 @@ def loop(inputs: Inputs, session: Session, recorder: Recorder, preemption: Preem
             recorder.restart_clock()
         if stopping:
             session.checkpoints.wait()
-            stopped = f"asked to stop; step {step} is saved; the same command resumes there"
-            raise Stopped(stopped) if recorder.stops else Preempted(stopped)
+            message = f"asked to stop; step {step} is saved; the same command resumes there"
+            raise Stopped(message) if recorder.stop_requested else Preempted(message)

@@ -1,1 +1,1 @@
-"""What a run keeps: its directory, checkpoints and metrics."""
+"""The files of a run: its directory, checkpoints and metrics."""

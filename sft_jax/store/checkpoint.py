@@ -1,4 +1,4 @@
-"""Run state in orbax: trainable leaves, optimizer, data position and config, one atomic step each."""
+"""Checkpoints in orbax: trainable parameters, optimizer state, data position and config, saved atomically per step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sft_jax.training.state import TrainState
 from sft_jax.tree import Path as LeafPath
 from sft_jax.tree import flatten, unflatten
 
-# A checkpoint is continued only by the same config; these keys do not change what is computed.
+# A run resumes only with the same config, except for these keys, which do not change the trained weights.
 _FREE_KEYS = (
     "data.cache",
     "data.num_workers",
@@ -46,15 +46,15 @@ _HANDLERS = {
 
 
 class Checkpoints:
-    """The ``checkpoints/`` folder of a run. Saving is asynchronous; a step is there whole or not at all.
+    """The ``checkpoints/`` folder of a run. Saving is asynchronous and atomic.
 
-    Several processes open the same folder, and each writes and reads the parts that its devices hold; a step can be
-    restored by another number of processes, on another mesh.
+    Several processes open the same folder, and each writes and reads the shards of its own devices. A checkpoint can be
+    restored with another number of processes and on another mesh.
 
     Args:
-        keep: the last so many.
-        keep_best: besides, so many with the lowest held-out loss.
-        keep_every: besides, every step that is a multiple of it.
+        keep: keeps the newest N checkpoints.
+        keep_best: also keeps the N checkpoints with the lowest held-out loss.
+        keep_every: also keeps a checkpoint every N steps.
     """
 
     def __init__(self, folder: epath.Path, keep: int = 2, keep_best: int = 0, keep_every: int | None = None):
@@ -63,7 +63,7 @@ class Checkpoints:
             policies.append(
                 managers.BestN(
                     get_metric_fn=lambda metrics: metrics["eval_loss"],
-                    reverse=True,  # the last of the descending order are preserved
+                    reverse=True,  # sorts in descending order, of which orbax keeps the last
                     n=keep_best,
                     keep_checkpoints_without_metrics=False,
                 )
@@ -72,7 +72,7 @@ class Checkpoints:
             policies.append(managers.EveryNSteps(keep_every))
         options = ocp.CheckpointManagerOptions(
             preservation_policy=managers.AnyPreservationPolicy(policies),
-            # Which are kept is the policy's to say; without this, metrics are neither written nor read again.
+            # The policy decides what is kept; without best_fn, orbax does not save and restore metrics.
             best_fn=(lambda metrics: metrics["eval_loss"]) if keep_best else None,
             best_mode="min",
             create=True,
@@ -81,7 +81,7 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
 
     def steps(self) -> list[int]:
-        """All complete steps, oldest first."""
+        """All steps with a complete checkpoint, oldest first."""
         return sorted(self._manager.all_steps())
 
     def save(
@@ -92,29 +92,29 @@ class Checkpoints:
         run: dict[str, Any],
         eval_loss: float | None = None,
     ) -> None:
-        """Begin to save; does nothing where the step is saved already.
+        """Start to save a checkpoint; does nothing if the step is already saved.
 
         Args:
             data: the data position.
-            run: what the state belongs to (config, fingerprints), to be compared before it is restored.
-            eval_loss: held-out loss of this step, where it was measured.
+            run: the config and fingerprints of the run, which are compared before the checkpoint is restored.
+            eval_loss: the held-out loss of this step, if it was measured.
 
         Raises:
-            UserError: the disk has no room for it.
+            UserError: not enough disk space.
         """
         if step in self.steps():
             return
-        self._check_room(step, state)
+        self._check_disk_space(step, state)
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(state.params),  # type: ignore[call-arg]
-            optimizer=ocp.args.StandardSave(_besides_params(state)),  # type: ignore[call-arg]
+            optimizer=ocp.args.StandardSave(_without_params(state)),  # type: ignore[call-arg]
             data=ocp.args.JsonSave(data),  # type: ignore[call-arg]
             run=ocp.args.JsonSave(run),  # type: ignore[call-arg]
         )
         self._manager.save(step, args=items, metrics=None if eval_loss is None else {"eval_loss": eval_loss})
 
-    def _check_room(self, step: int, state: TrainState) -> None:
-        """What comes after is there before what was is removed, and half a checkpoint is of no use."""
+    def _check_disk_space(self, step: int, state: TrainState) -> None:
+        """Check that the new checkpoint fits beside the old ones, which orbax removes only afterwards."""
         if "://" in str(self._manager.directory):
             return
         self.wait()
@@ -123,94 +123,96 @@ class Checkpoints:
         if free < needed:
             steps = self.steps()
             raise UserError(
-                f"{self._manager.directory}: {free / 1e6:,.0f} MB are free and the checkpoint of step {step} takes "
-                f"{needed / 1e6:,.0f}; free some and run the same command again, which goes on "
-                + (f"from step {steps[-1]}" if steps else "from the start")
+                f"{self._manager.directory}: the checkpoint of step {step} needs {needed / 1e6:,.0f} MB, but only "
+                f"{free / 1e6:,.0f} MB are free; free some space and run the same command again; "
+                + (f"it resumes from step {steps[-1]}" if steps else "it starts from the beginning")
             )
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """State and data position of a step; ``abstract`` has the shapes and the shardings to restore into."""
+        """Restore the state and data position of a step, in the shapes and shardings of ``abstract``."""
         items = ocp.args.Composite(
             params=ocp.args.StandardRestore(abstract.params),  # type: ignore[call-arg]
-            optimizer=ocp.args.StandardRestore(_besides_params(abstract)),  # type: ignore[call-arg]
+            optimizer=ocp.args.StandardRestore(_without_params(abstract)),  # type: ignore[call-arg]
             data=ocp.args.JsonRestore(),
         )
         restored = self._manager.restore(step, args=items)
         return TrainState(params=restored["params"], **restored["optimizer"]), restored["data"]
 
     def trained(self, step: int) -> dict[LeafPath, jax.ShapeDtypeStruct]:
-        """Shapes and dtypes of the trainable leaves of a step."""
+        """Shapes and dtypes of the trainable parameters of a step."""
         leaves = flatten(dict(self._manager.item_metadata(step)["params"].tree))
         return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
 
     def run(self, step: int) -> dict[str, Any]:
-        """What a step belongs to."""
+        """The config and fingerprints that were saved with a step."""
         return self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
 
     def wait(self) -> None:
-        """Until everything begun is on disk."""
+        """Wait until all checkpoints are written."""
         self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Wait and let go of the folder."""
+        """Wait until all checkpoints are written, and close the manager."""
         self._manager.wait_until_finished()
         self._manager.close()
 
 
-def _besides_params(state: TrainState) -> dict[str, Any]:
+def _without_params(state: TrainState) -> dict[str, Any]:
     return {"step": state.step, "opt_state": state.opt_state, "halted": state.halted}
 
 
 def restore_leaves(
     folder: epath.Path, step: int, abstract: Mapping[LeafPath, jax.ShapeDtypeStruct]
 ) -> dict[LeafPath, jax.Array]:
-    """Some trainable leaves of a step in the dtypes and shardings given; what is not asked for is not read.
+    """Restore some trainable parameters of a step in the dtypes and shardings of ``abstract``; reads no others.
 
-    All processes that hold a part of them ask together.
+    All processes that hold shards of these parameters must call this together.
     """
     if not abstract:
         return {}
-    wanted = unflatten(dict(abstract))
+    tree = unflatten(dict(abstract))
     arguments = ocp.args.PyTreeRestore(  # type: ignore[call-arg]
-        item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
+        item=tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True
     )
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         return flatten(checkpointer.restore(folder / str(step) / "params", args=arguments))
 
 
 def latest_step(folder: epath.Path) -> int | None:
-    """The newest complete step of a ``checkpoints/`` folder; None where there is none, or no folder.
+    """The newest complete step of a ``checkpoints/`` folder; None if there is no step or no folder.
 
-    Unlike :class:`Checkpoints`, it may be asked by one process alone.
+    Unlike :class:`Checkpoints`, one process can call this alone.
     """
     return max(checkpoint_steps(folder), default=None) if folder.is_dir() else None
 
 
 def check_same_run(run: object, saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Whether a checkpoint belongs to the config, data and base model at hand.
+    """Check that a checkpoint belongs to the current config, data and base model.
 
     Args:
-        run: its name, for people.
-        saved, current: ``config`` as nested dicts, ``data`` and ``base`` fingerprints.
+        run: the name of the run, for error messages.
+        saved, current: ``config`` as nested dicts, and the fingerprints ``data`` and ``base``.
 
     Raises:
         UserError: names the first key that differs.
     """
     before, now = ({".".join(path): v for path, v in flatten(one["config"]).items()} for one in (saved, current))
     for key in sorted(before.keys() | now.keys()):
-        moved = key in ("model.path", "model.revision") and saved["base"] != "random"  # what it holds is compared below
-        if not key.startswith(_FREE_KEYS) and not moved and before.get(key) != now.get(key):
-            way_on = (
-                "; its schedule is made for so many steps: to train on, start another run from its export "
-                "(lora.init_from or model.path)"
+        is_path = (
+            key in ("model.path", "model.revision") and saved["base"] != "random"
+        )  # the weights are compared below
+        if not key.startswith(_FREE_KEYS) and not is_path and before.get(key) != now.get(key):
+            hint = (
+                "; its learning rate schedule has a fixed number of steps: to train further, start a new run from its "
+                "export (lora.init_from or model.path)"
                 if key in ("training.max_steps", "training.num_train_epochs")
                 else ""
             )
             raise UserError(
-                f"{run}: holds a run with {key}={before.get(key)!r}, the config now says {now.get(key)!r}; "
-                f"restore it, or name another training.output_dir{way_on}"
+                f"{run}: holds a run with {key}={before.get(key)!r}, but the config has {now.get(key)!r}; "
+                f"restore the value, or use another training.output_dir{hint}"
             )
-    for key, what in (("data", "training data"), ("base", "base model")):
+    for key, name in (("data", "training data"), ("base", "base model")):
         same = is_same_model(saved[key], current[key]) if key == "base" else saved[key] == current[key]
         if not same:
-            raise UserError(f"{run}: the {what} has changed since this run began; name another training.output_dir")
+            raise UserError(f"{run}: the {name} has changed since this run began; use another training.output_dir")

@@ -1,4 +1,4 @@
-"""The folder of a run: on a disk, or in a bucket with its small files kept here while the command runs."""
+"""The run directory, on a disk or in a bucket."""
 
 from __future__ import annotations
 
@@ -15,18 +15,17 @@ from sft_jax.errors import UserError
 from sft_jax.files.buckets import connect, failures, is_url, reason
 
 
-class RunFolder:
-    """Where a run is kept.
+class RunDirectory:
+    """A run directory.
 
-    Files of a run on a disk are written in place. Of one in a bucket, such as ``gs://bucket/runs/a``, checkpoints are
-    written and read there by all processes; everything else is written into a temporary folder, and :meth:`push` copies
-    what has changed.
+    On a disk, all files are written in place. In a bucket, such as ``gs://bucket/runs/a``, all processes read and write
+    checkpoints directly; the other files are in a temporary folder, and :meth:`push` uploads those that have changed.
 
     Args:
         name: a path or a URL.
 
     Raises:
-        UserError: a kind of URL that is not known here, or one that cannot be read.
+        UserError: an unknown URL protocol, or a URL that cannot be read.
     """
 
     def __init__(self, name: str):
@@ -53,14 +52,14 @@ class RunFolder:
         return epath.Path(self.name if self._fs is not None else self.local.absolute()) / "checkpoints"
 
     def is_run(self) -> bool:
-        """Whether it is one that training writes into."""
+        """Whether the directory holds a run."""
         return (self.local / "config.yaml").is_file() and self.checkpoints.is_dir()
 
     def check(self) -> None:
-        """Refuse to write into a folder that holds something else than a run.
+        """Check that the directory is writable, and that it is empty or holds a run.
 
         Raises:
-            UserError: it does, or it cannot be written.
+            UserError: it holds other files, or it cannot be written.
         """
         if self._fs is None:
             _probe(self.local)
@@ -68,48 +67,48 @@ class RunFolder:
         if self._fs is not None and empty:
             empty = not self._fs.exists(self._root) or not self._fs.ls(self._root)
         if not empty and not ((self.local / "tokenizer").is_dir() or self.checkpoints.is_dir()):
-            raise UserError(f"training.output_dir: {self} holds something that is not a run; name another folder")
+            raise UserError(f"training.output_dir: {self} holds files that are not a run; use another directory")
 
-    def begins(self) -> None:
-        """Make the folder, where it is a disk's."""
+    def create(self) -> None:
+        """Create the local directory."""
         self.local.mkdir(parents=True, exist_ok=True)
 
     def is_shared(self) -> bool:
-        """Whether what process 0 wrote is seen here."""
+        """Whether this process sees the files that process 0 wrote."""
         if self._fs is None:
             return (self.local / "config.yaml").is_file()
         self._fs.invalidate_cache()
         return self._fs.isfile(f"{self._root}/config.yaml")
 
     def push(self, last: bool = False) -> None:
-        """Copy files that have changed to the bucket; does nothing for a folder on a disk.
+        """Upload files that have changed to the bucket; does nothing for a directory on a disk.
 
-        What cannot be copied is said, and tried again the next time.
+        Failed uploads are printed, and the next call tries them again.
 
         Raises:
-            UserError: it is the ``last`` time.
+            UserError: an upload failed and ``last`` is True.
         """
         if self._fs is None:
             return
         for file in sorted(self.local.rglob("*")):
             if not file.is_file():
                 continue
-            seen = (file.stat().st_mtime_ns, file.stat().st_size)
-            if self._pushed.get(file) == seen:
+            version = (file.stat().st_mtime_ns, file.stat().st_size)
+            if self._pushed.get(file) == version:
                 continue
-            to = f"{self._root}/{file.relative_to(self.local).as_posix()}"
+            target = f"{self._root}/{file.relative_to(self.local).as_posix()}"
             try:
-                self._fs.put_file(str(file), to)
+                self._fs.put_file(str(file), target)
             except failures() as error:
-                problem = f"{to}: could not be written: {reason(error)}"
+                problem = f"{target}: could not be written: {reason(error)}"
                 if last:
                     raise UserError(f"{problem}; the checkpoints are in {self.checkpoints}") from error
-                print(f"sft-jax: {problem}; it is tried again later", file=sys.stderr, flush=True)
+                print(f"sft-jax: {problem}; it will be retried later", file=sys.stderr, flush=True)
                 continue
-            self._pushed[file] = seen
+            self._pushed[file] = version
 
     def _pull(self) -> None:
-        if not self._fs.exists(f"{self._root}/config.yaml"):  # no run: a model, perhaps, whose weights are large
+        if not self._fs.exists(f"{self._root}/config.yaml"):  # not a run; it may be a model with large weights
             return
         for path in self._fs.find(self._root):
             name = path.removeprefix(self._root).lstrip("/")
@@ -122,19 +121,19 @@ class RunFolder:
 
 
 def _probe(folder: Path) -> None:
-    """Find out whether a folder, or the one that it will be made in, can be written; nothing is left there.
+    """Check that a folder, or its closest existing parent, is writable; leaves no files.
 
     Raises:
-        UserError: it cannot, or is a file.
+        UserError: it is not writable, or it is a file.
     """
-    there = folder.absolute()
-    while not there.exists() and there != there.parent:
-        there = there.parent
-    if not there.is_dir():
-        raise UserError(f"training.output_dir: {there} is a file")
+    existing = folder.absolute()
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise UserError(f"training.output_dir: {existing} is a file")
     try:
-        with tempfile.TemporaryFile(dir=there) as file:
+        with tempfile.TemporaryFile(dir=existing) as file:
             file.write(b"\0")
             file.flush()
     except OSError as error:
-        raise UserError(f"training.output_dir: {there} cannot be written: {error.strerror or error}") from error
+        raise UserError(f"training.output_dir: {existing} cannot be written: {error.strerror or error}") from error

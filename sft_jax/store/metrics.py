@@ -1,4 +1,4 @@
-"""What a run says while it runs: ``metrics.jsonl``, TensorBoard, Weights & Biases, and a progress bar."""
+"""Writes the metrics of a run: ``metrics.jsonl``, TensorBoard, Weights & Biases, and a progress bar."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 def check_wandb(project: str | None) -> None:
-    """Refuse a project of Weights & Biases where its package is not installed.
+    """Check that the package of Weights & Biases is installed if ``project`` is set.
 
     Raises:
-        UserError: it is not.
+        UserError: it is not installed.
     """
     if project is None:
         return
@@ -30,12 +30,12 @@ def check_wandb(project: str | None) -> None:
 
 
 class MetricsWriter:
-    """Appends rows to ``metrics.jsonl`` and mirrors their numbers to TensorBoard and Weights & Biases.
+    """Appends rows to ``metrics.jsonl`` and logs their numbers to TensorBoard and Weights & Biases.
 
     Args:
-        folder: the run folder.
-        keep_until: rows of later steps, left by a run that was cut off, are removed first.
-        enabled: False on all processes but one.
+        folder: the run directory.
+        keep_until: removes existing rows of later steps, which an interrupted run has left.
+        enabled: False on all processes except one.
     """
 
     def __init__(
@@ -66,9 +66,9 @@ class MetricsWriter:
             self._wandb = wandb.init(project=wandb_project, dir=str(folder), config=config, name=folder.name)
 
     def write(self, row: dict[str, Any]) -> None:
-        """One row; a number that is not finite is written as null, which JSON can hold.
+        """Write one row. Numbers that are not finite become null, because JSON cannot represent them.
 
-        Values may be numbers by name (losses by source), which become ``key/name`` in TensorBoard.
+        A value may be a dict of numbers (losses by source), which become ``key/name`` in TensorBoard.
         """
         if self._file is None:
             return
@@ -87,10 +87,10 @@ class MetricsWriter:
             self._wandb.log(numbers, step=row["step"])
 
     def write_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
-        """Answers written by the half-trained network: a row of their own, and text in TensorBoard.
+        """Write generated answers as a separate row, and as text in TensorBoard.
 
         Args:
-            samples: ``prompt``, ``text`` and ``finish_reason`` of each.
+            samples: dicts with ``prompt``, ``text`` and ``finish_reason``.
         """
         if self._file is None:
             return
@@ -115,15 +115,15 @@ def _finite(value: Any) -> Any:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a ``metrics.jsonl``; a last line that was cut off by a kill is left out."""
+    """Read the rows of a ``metrics.jsonl``; skips an incomplete last line, which a killed run may leave."""
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]  # whole lines end with a newline
+    return [json.loads(line) for line in lines[:-1]]  # complete lines end with a newline
 
 
 class Progress:
-    """A bar on a terminal, a line every few seconds elsewhere; loss, real tokens per second, time left."""
+    """Shows loss, real tokens per second and time left: a bar on a terminal, otherwise a line every few seconds."""
 
     def __init__(self, first_step: int, total_steps: int, enabled: bool = True):
         self._total = total_steps
@@ -131,14 +131,14 @@ class Progress:
         self._enabled = enabled
         self._last_line = -math.inf
         self._loss = math.nan
-        self._start: tuple[float, int] | None = None  # when and at which step the first update came
+        self._start: tuple[float, int] | None = None  # time and step of the first update
         if enabled and sys.stderr.isatty():
             from tqdm import tqdm
 
             self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
 
     def update(self, step: int, loss: float, tokens_per_second: float) -> None:
-        """Show a finished step."""
+        """Show a completed step."""
         if not self._enabled:
             return
         smoothed = loss if math.isnan(self._loss) else 0.9 * self._loss + 0.1 * loss
@@ -151,12 +151,12 @@ class Progress:
         self._start = self._start or (now, step)
         if now - self._last_line >= _SECONDS_BETWEEN_LINES or step == self._total:
             self._last_line = now
-            began, first = self._start
-            left = f"{_clock((now - began) / (step - first) * (self._total - step))} left" if step > first else ""
+            started, first = self._start
+            left = f"{_duration((now - started) / (step - first) * (self._total - step))} left" if step > first else ""
             self.say(f"step {step}/{self._total}  loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s  {left}")
 
     def say(self, text: str) -> None:
-        """A line that does not disturb the bar."""
+        """Print a line above the bar."""
         if not self._enabled:
             return
         if self._bar is not None:
@@ -165,12 +165,12 @@ class Progress:
             print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Leave the bar where it is."""
+        """Close the bar and leave it on the screen."""
         if self._bar is not None:
             self._bar.close()
 
 
-def _clock(seconds: float) -> str:
+def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

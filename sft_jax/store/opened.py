@@ -1,4 +1,4 @@
-"""What a finished or half-finished run left: config, trained leaves, tokenizer, and the base model they belong to."""
+"""Opens a run for reading: its config, trained weights, tokenizer and base model."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from sft_jax.hf.reader import TensorReader, is_same_model
 from sft_jax.hf.tokenizer import load_tokenizer
 from sft_jax.models.split import EMBEDDINGS
 from sft_jax.store.checkpoint import Checkpoints, restore_leaves
-from sft_jax.store.folder import RunFolder
+from sft_jax.store.folder import RunDirectory
 from sft_jax.tree import Path as LeafPath
 
 
 @dataclass(frozen=True)
 class OpenedRun:
-    """A run folder, opened at one checkpoint."""
+    """A run directory, opened at one checkpoint."""
 
-    folder: RunFolder
+    folder: RunDirectory
     config: Config
     step: int
-    trained: dict[LeafPath, jax.ShapeDtypeStruct]  # shapes and dtypes of the trained leaves
+    trained: dict[LeafPath, jax.ShapeDtypeStruct]  # shapes and dtypes of the trained parameters
     base: Path  # folder of the base model
-    reader: TensorReader | None  # None where the base is random weights, all of which were trained
-    fingerprint: str | None  # of its weights
+    reader: TensorReader | None  # None if the base was initialized at random, and all weights were trained
+    fingerprint: str | None  # fingerprint of the base weights
     tokenizer: Any
-    stop_ids: list[int]  # stop tokens in the training data, the most frequent first
-    vocab_size: int  # of the trained network: the base's, and added tokens
+    stop_ids: list[int]  # stop token ids in the training data, the most frequent first
+    vocab_size: int  # vocabulary size of the trained network, including added tokens
 
     def dtype(self, name: str) -> np.dtype:
         """The dtype of a tensor in the base model's files."""
@@ -50,28 +50,28 @@ class OpenedRun:
 
     @property
     def trains_embeddings(self) -> bool:
-        """Whether embeddings and ``lm_head`` were trained beside adapters."""
+        """Whether the embeddings and ``lm_head`` were trained together with adapters."""
         return self.config.lora is not None and any(path[0] in EMBEDDINGS for path in self.trained)
 
     def restore(self, abstract: Mapping[LeafPath, jax.ShapeDtypeStruct]) -> dict[LeafPath, jax.Array]:
-        """Trained leaves, in the dtypes and shardings given."""
+        """Restore trained parameters in the dtypes and shardings of ``abstract``."""
         return restore_leaves(self.folder.checkpoints, self.step, abstract)
 
 
-def open_run(name: str | Path | RunFolder, step: int | None = None, base: str | None = None) -> OpenedRun:
-    """Read a run folder.
+def open_run(name: str | Path | RunDirectory, step: int | None = None, base: str | None = None) -> OpenedRun:
+    """Open a run directory.
 
     Args:
-        name: its folder, the URL of one in a bucket, or either as it was opened.
+        name: a path, the URL of a bucket, or an opened directory.
         step: a checkpoint; by default the last.
-        base: the base model, where it is not where it was; it has to be the same.
+        base: the base model, if it has moved; its weights must be the same.
 
     Raises:
-        UserError: not a run folder, no (such) checkpoint, or the base model is missing or has changed.
+        UserError: not a run directory, no (such) checkpoint, or the base model is missing or has changed.
     """
-    folder = name if isinstance(name, RunFolder) else RunFolder(str(name))
+    folder = name if isinstance(name, RunDirectory) else RunDirectory(str(name))
     if not folder.is_run():
-        raise UserError(f"{folder}: not a run folder; it has no config.yaml and checkpoints")
+        raise UserError(f"{folder}: not a run directory; it has no config.yaml or no checkpoints")
     config = configs.load(folder.local / "config.yaml")
     checkpoints = Checkpoints(folder.checkpoints, config.training.keep_checkpoints)
     try:
@@ -86,19 +86,19 @@ def open_run(name: str | Path | RunFolder, step: int | None = None, base: str | 
             moved = dataclasses.replace(config.model, path=absolute(base), revision=None)
             config = dataclasses.replace(config, model=moved)
         revision = config.model.revision if base is not None else identity.get("commit") or config.model.revision
-        found = find_model(
+        model = find_model(
             config.model.path, revision, "--base" if base else f"{folder}: model.path (--base if it moved)"
         )
-        reader = TensorReader(weights_of(found)) if config.model.init == "pretrained" else None
+        reader = TensorReader(weights_of(model)) if config.model.init == "pretrained" else None
         fingerprint = None if reader is None else reader.fingerprint()
         if fingerprint is not None and not is_same_model(identity["base"], fingerprint):
             raise UserError(
-                f"{found}: is not the base model that {folder} was trained on: its weights are others; name the right "
-                "one with --base"
+                f"{model}: is not the base model that {folder} was trained on: its weights differ; set the right base "
+                "model with --base"
             )
         trained = checkpoints.trained(step)
     finally:
         checkpoints.close()
     tokenizer, _ = load_tokenizer(folder.local / "tokenizer")
     stops, size = identity["stop_ids"], identity["vocab_size"]
-    return OpenedRun(folder, config, step, trained, found, reader, fingerprint, tokenizer, stops, size)
+    return OpenedRun(folder, config, step, trained, model, reader, fingerprint, tokenizer, stops, size)

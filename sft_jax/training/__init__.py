@@ -1,1 +1,1 @@
-"""The optimisation step: loss, optimizer, state, step."""
+"""Training: loss, optimizer, state, train step, compilation."""

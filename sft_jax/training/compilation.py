@@ -1,4 +1,4 @@
-"""Compiling the step: for each sequence length, with the cheapest way to fit the device, once for all starts."""
+"""Compiles the train step per sequence length, with the fastest policy that fits on the device, and caches it."""
 
 from __future__ import annotations
 
@@ -19,35 +19,35 @@ from sft_jax.errors import UserError
 from sft_jax.tree import Params
 from sft_jax.typing import Batch
 
-CANDIDATES = ("dots", "attention", "full")  # of ``remat: auto``, from the fastest to the smallest
-SHARE = 0.92  # of the memory that is free, which a step may take
-LEAST_TOKENS = 4096  # of a microbatch and device, below which products become slow: less is tried last
+CANDIDATES = ("dots", "attention", "full")  # for ``remat: auto``, from the fastest to the least memory
+SHARE = 0.92  # fraction of free memory that a step may use
+LEAST_TOKENS = 4096  # per microbatch and device; fewer make products slow and are tried last
 
 Way = tuple[str, int]  # rematerialization policy, number of microbatches
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """A program and what became of making it."""
+    """A compiled program with its settings and statistics."""
 
     program: Callable[..., Any]
     length: int
     remat: str
     num_microbatches: int
-    seconds: float  # tracing and compiling, with what did not fit
-    temp_bytes: int | None  # of a device, beyond weights, optimizer state and batch
+    seconds: float  # for tracing and compiling, including programs that did not fit
+    temp_bytes: int | None  # per device, beyond weights, optimizer state and batch
 
 
 def ways_to_fit(remat: str, num_microbatches: int | str, sequences: int, length: int) -> list[Way]:
-    """Rematerialization policies and numbers of microbatches, the one to prefer first.
+    """Returns pairs of rematerialization policy and number of microbatches, in order of preference.
 
-    The cheapest policy comes first, with more microbatches before a policy that computes more, as long as a device has
-    :data:`LEAST_TOKENS` of each.
+    The policy that recomputes least comes first. More microbatches come before a policy that recomputes more, as long
+    as each microbatch has :data:`LEAST_TOKENS` tokens per device.
 
     Args:
-        remat, num_microbatches: as in the config; ``auto`` leaves it open.
-        sequences: of a device, in the global batch.
-        length: of a sequence on a device.
+        remat, num_microbatches: as in the config; ``auto`` tries several values.
+        sequences: sequences of the global batch per device.
+        length: tokens of a sequence per device.
 
     >>> ways_to_fit("auto", "auto", sequences=4, length=2048)
     [('dots', 1), ('dots', 2), ('attention', 1), ('attention', 2), ('full', 1), ('full', 2), ('full', 4)]
@@ -57,9 +57,9 @@ def ways_to_fit(remat: str, num_microbatches: int | str, sequences: int, length:
     policies = CANDIDATES if remat == "auto" else (remat,)
     if num_microbatches != "auto":
         return [(policy, int(num_microbatches)) for policy in policies]
-    parts = [n for n in range(1, sequences + 1) if sequences % n == 0]
-    large = [n for n in parts if sequences // n * length >= LEAST_TOKENS] or [1]
-    return [(policy, n) for policy in policies for n in large] + [(policies[-1], n) for n in parts if n not in large]
+    counts = [n for n in range(1, sequences + 1) if sequences % n == 0]
+    large = [n for n in counts if sequences // n * length >= LEAST_TOKENS] or [1]
+    return [(policy, n) for policy in policies for n in large] + [(policies[-1], n) for n in counts if n not in large]
 
 
 def ways_of(config: Config, mesh: Mesh) -> list[Way]:
@@ -71,13 +71,13 @@ def ways_of(config: Config, mesh: Mesh) -> list[Way]:
 
 
 class Steps:
-    """The train step, compiled for each sequence length that comes, all in the way that the longest need.
+    """The train step, compiled for each sequence length, all with the settings that fit the longest.
 
     Args:
-        make: the jitted step with a rematerialization policy and a number of microbatches.
-        ways: policies and numbers of microbatches; the first that fits is taken.
-        device: one of this process that runs it.
-        tell: is called with each program that was made.
+        make: returns the jitted step for a rematerialization policy and a number of microbatches.
+        ways: pairs of policy and number of microbatches; the first that fits is used.
+        device: a device of this process that runs the step.
+        on_compile: called with each compiled program.
     """
 
     def __init__(
@@ -85,27 +85,29 @@ class Steps:
         make: Callable[[str, int], Any],
         ways: Sequence[Way],
         device: Any,
-        tell: Callable[[Compiled], object] = lambda _: None,
+        on_compile: Callable[[Compiled], object] = lambda _: None,
     ):
-        self._make, self._device, self._tell = make, device, tell
+        self._make, self._device, self._on_compile = make, device, on_compile
         self._ways = list(ways)
-        self._auto = len({parts for _, parts in ways}) > 1
+        self._auto = len({num for _, num in ways}) > 1
         self._programs: dict[int, Callable[..., Any]] = {}
 
     def prepare(self, state: Any, frozen: Params, batch: Batch, longest: int) -> None:
-        """Choose the way, by compiling for sequences of ``longest`` tokens.
+        """Chooses the settings by compiling for sequences of ``longest`` tokens.
 
         Raises:
-            UserError: none fits.
+            UserError: no settings fit.
         """
-        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct((x.shape[0], longest), x.dtype, sharding=x.sharding), batch)
-        self._compile(state, frozen, like)
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((x.shape[0], longest), x.dtype, sharding=x.sharding), batch
+        )
+        self._compile(state, frozen, abstract)
 
     def __call__(self, state: Any, frozen: Params, batch: Batch) -> Any:
-        """A step. With ``num_microbatches: auto``, one that runs out of memory is done again in smaller parts.
+        """Runs a step. With ``num_microbatches: auto``, retries with less memory if the device runs out of it.
 
         Raises:
-            UserError: it does not fit in any way that is left.
+            UserError: the step does not fit with any of the remaining settings.
         """
         length = batch.inputs.shape[1]
         while True:
@@ -121,18 +123,20 @@ class Steps:
                     raise self._too_large(None, None) from error
                 (remat, parts), *self._ways = self._ways
                 print(
-                    f"   memory  the device ran out of it with remat {remat} and {parts} microbatch(es); the step is "
-                    "repeated in a smaller way",
+                    f"   memory  the device ran out of memory with remat {remat} and {parts} microbatch(es); "
+                    "the step is repeated with less",
                     file=sys.stderr,
                     flush=True,
                 )
                 self._programs.clear()
 
     def _compile(self, state: Any, frozen: Params, batch: Batch) -> None:
-        began = time.perf_counter()
-        free = _least(free_bytes(self._device))
+        start = time.perf_counter()
+        free = _min_over_processes(free_bytes(self._device))
         needed = None
-        smallest: dict[str, float] = {}  # bytes times microbatches, by policy: what is held of one falls no faster
+        smallest: dict[
+            str, float
+        ] = {}  # bytes times microbatches per policy; memory falls no faster than 1 / microbatches
         for i, (remat, parts) in enumerate(self._ways):
             is_last = i == len(self._ways) - 1
             if free is not None and smallest.get(remat, 0.0) / parts > SHARE * free and not is_last:
@@ -146,40 +150,40 @@ class Steps:
             needed = temp_bytes(program)
             if len(self._ways) == 1 or needed is None or free is None or needed <= SHARE * free:
                 length = batch.inputs.shape[1]
-                # What is smaller is kept for a device that runs out of memory all the same.
+                # Keep the settings with less memory, in case the device runs out of memory anyway.
                 self._ways = self._ways[i:] if self._auto else [(remat, parts)]
                 self._programs[length] = program
-                self._tell(Compiled(program, length, remat, parts, time.perf_counter() - began, needed))
+                self._on_compile(Compiled(program, length, remat, parts, time.perf_counter() - start, needed))
                 return
             smallest[remat] = float(needed) * parts
         raise self._too_large(needed, free)
 
     def _too_large(self, needed: int | None, free: int | None) -> UserError:
-        wants = ""
+        details = ""
         if needed is not None and free is not None:
-            wants = f": it needs {needed / 2**30:.2f} GiB, {SHARE:.0%} of the {free / 2**30:.2f} GiB free may be taken"
+            details = f": it needs {needed / 2**30:.2f} GiB, more than {SHARE:.0%} of the {free / 2**30:.2f} GiB free"
         policies = " or ".join(dict.fromkeys(remat for remat, _ in self._ways))
-        more = "" if self._auto else "training.num_microbatches=auto, "
+        auto = "" if self._auto else "training.num_microbatches=auto, "
         return UserError(
-            f"model.remat: the step does not fit on {self._device.device_kind} with {policies}{wants}; use {more}"
-            "a smaller training.batch_size, a smaller data.max_length, mesh.sequence, or model.attention=xla where "
+            f"model.remat: the step does not fit on {self._device.device_kind} with {policies}{details}; use {auto}"
+            "a smaller training.batch_size, a smaller data.max_length, mesh.sequence, or model.attention=xla if "
             "another backend holds a mask of T² entries"
         )
 
 
 def keep_programs(device: Any) -> None:
-    """Keep compiled programs on disk, beside the tokens, so that the next start does not wait for the compiler.
+    """Enables JAX's persistent compilation cache, beside the cached tokens, so that the next start compiles nothing.
 
-    Not on a CPU, for which compiling takes seconds and programs are bound to the machine; nor where the user has named
-    a place of their own (``JAX_COMPILATION_CACHE_DIR``).
+    Does nothing on a CPU, where compilation takes seconds and programs depend on the machine, or if the user has set
+    ``JAX_COMPILATION_CACHE_DIR``.
     """
-    named = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
-    if device.platform != "cpu" and named is None:
+    user_cache = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    if device.platform != "cpu" and user_cache is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "programs"))
 
 
 def free_bytes(device: Any) -> int | None:
-    """Memory of a device that nothing holds yet; None where it does not say."""
+    """Returns the free memory of a device in bytes; None if it is unknown."""
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
@@ -191,19 +195,19 @@ def free_bytes(device: Any) -> int | None:
 
 
 def temp_bytes(compiled: Any) -> int | None:
-    """Memory of a device that a program takes beyond its arguments; None where the compiler does not say."""
+    """Returns the bytes per device that a program uses beyond its arguments; None if unknown."""
     analysis = compiled.memory_analysis()
     if analysis is None:
         return None
-    # The temporary size leaves out what kernels written by hand use; the peak, where there is one, does not.
+    # The temporary size excludes the memory of custom kernels; the peak, where reported, includes it.
     return max(analysis.temp_size_in_bytes, analysis.peak_memory_in_bytes - analysis.argument_size_in_bytes)
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    return "RESOURCE_EXHAUSTED" in str(error)  # the word of compilers and devices alike
+    return "RESOURCE_EXHAUSTED" in str(error)  # from compilers and devices alike
 
 
-def _least(free: int | None) -> int | None:
-    """Over all processes, so that they choose alike."""
-    said = gather("free memory", "" if free is None else str(free))
-    return min((int(one) for one in said if one), default=None)
+def _min_over_processes(free: int | None) -> int | None:
+    """Returns the minimum over all processes, so that all choose the same settings."""
+    values = gather("free memory", "" if free is None else str(free))
+    return min((int(value) for value in values if value), default=None)

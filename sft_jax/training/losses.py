@@ -1,8 +1,7 @@
-"""Losses, as sums: never means.
+"""Losses as sums, not means.
 
-A loss is a function from a batch to named sums. They are carried through microbatches and devices and divided once, by
-the step, so that the result does not depend on how a batch was cut up. Whoever adds sums up, or divides them, does not
-know their names.
+A loss is a function from a batch to named sums. The step adds them over microbatches and devices and divides once, so
+the result does not depend on how the batch is split. The code that adds and divides is independent of their names.
 """
 
 from __future__ import annotations
@@ -24,12 +23,13 @@ Sums = dict[str, Array]  # float32, of any shape
 
 @dataclass(frozen=True)
 class Loss:
-    """What is minimised, and what is told of it.
+    """A loss function and its metrics.
 
     Attributes:
-        sums: of a batch, with a key for dropout or None. ``loss`` is differentiated, and divided by ``weight``.
-        zeros: where adding up starts.
-        ratios: what is told: the name of a metric to the names of the sum and of what it is divided by.
+        sums: computes the sums of a batch, with a dropout key or None. ``loss`` is differentiated, and divided by
+            ``weight``.
+        zeros: the initial values of the sums.
+        ratios: maps the name of a metric to the names of its numerator and denominator among the sums.
     """
 
     sums: Callable[[Decoder, Batch, Array | None], Sums]
@@ -37,26 +37,28 @@ class Loss:
     ratios: Mapping[str, tuple[str, str]]
 
     def metrics(self, sums: Mapping[str, Any]) -> dict[str, Any]:
-        """The ratios of some sums, traced or not; 0 where nothing was summed."""
-        return {name: _ratio(sums[one], sums[by]) for name, (one, by) in self.ratios.items()}
+        """Returns the metrics of some sums, traced or not; 0 where the denominator is 0."""
+        return {
+            name: _ratio(sums[numerator], sums[denominator]) for name, (numerator, denominator) in self.ratios.items()
+        }
 
 
-def _ratio(one: Any, by: Any) -> Any:
-    where = jnp.where if isinstance(by, jax.Array) else np.where
-    return one / where(by > 0, by, 1.0)
+def _ratio(numerator: Any, denominator: Any) -> Any:
+    where = jnp.where if isinstance(denominator, jax.Array) else np.where
+    return numerator / where(denominator > 0, denominator, 1.0)
 
 
 def batch_loss(
     model: Decoder, batch: Batch, dropout_key: Array | None = None, num_sources: int = 0, terms: Terms = PLAIN
 ) -> Sums:
-    """Next-token cross-entropy over the tokens of the loss mask, weighted by it.
+    """Computes the next-token cross-entropy of supervised tokens, weighted by the loss mask.
 
     Args:
-        num_sources: how many ``batch.sources`` tells apart; 0 for not at all.
-        terms: what the loss has besides the negative log-likelihood.
+        num_sources: number of data sources in ``batch.sources``; 0 for no sums per source.
+        terms: terms besides the negative log-likelihood.
 
     Returns:
-        ``loss, weight``; ``targets, correct, entropy`` of supervised tokens, each counted once; and
+        ``loss, weight``; ``targets, correct, entropy`` over supervised tokens, each counted once; and
         ``source_loss, source_weight`` ``[S]``.
     """
     hidden = model(batch.inputs, batch.segment_ids, batch.positions, dropout_key)
@@ -79,7 +81,7 @@ def batch_loss(
 
 
 def cross_entropy_loss(num_sources: int = 0, terms: Terms = PLAIN) -> Loss:
-    """:func:`batch_loss` with its metrics."""
+    """Returns :func:`batch_loss` with its metrics."""
     zeros: dict[str, np.ndarray] = {}
     for names, shape in (("loss weight targets correct entropy", ()), ("source_loss source_weight", num_sources)):
         zeros |= {name: np.zeros(shape, np.float32) for name in names.split()}

@@ -1,7 +1,7 @@
-"""Adam's moments in less memory: in bfloat16, or the second one by rows and columns.
+"""Adam with less memory for moments: in bfloat16, or with a factored second moment.
 
-Both stand in for ``optax.scale_by_adam`` and mean the same by ``b1``, ``b2`` and ``eps``. They compute in float32; only
-what is kept for the next step is rounded, stochastically: see :mod:`sft_jax.training.rounding`.
+Both replace ``optax.scale_by_adam``, with the same ``b1``, ``b2`` and ``eps``. They compute in float32 and round only
+the stored moments, stochastically; see :mod:`sft_jax.training.rounding`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sft_jax.typing import Array, Float
 
 
 class Rounded(NamedTuple):
-    """Both moments of each leaf, bfloat16; 4 bytes a weight."""
+    """State with both moments in bfloat16; 4 bytes per weight."""
 
     num_updates: Array  # int32
     mu: Any
@@ -26,7 +26,7 @@ class Rounded(NamedTuple):
 
 
 class Factored(NamedTuple):
-    """The first moment of each leaf, bfloat16, and means of squared gradients; a little over 2 bytes a weight."""
+    """State with the first moment in bfloat16 and means of squared gradients; a little over 2 bytes per weight."""
 
     num_updates: Array
     mu: Any
@@ -35,26 +35,26 @@ class Factored(NamedTuple):
 
 
 def scale_by_rounded_adam(b1: float, b2: float, eps: float, key: Array) -> optax.GradientTransformation:
-    """``optax.scale_by_adam`` with both moments kept in bfloat16.
+    """``optax.scale_by_adam`` with both moments stored in bfloat16.
 
-    Where gradients are noise and b2 is 0.999, the second moment strays from the unrounded one by 4 % (standard
-    deviation; it varies by 3 % by itself), its root, which divides the update, by half of that, the first by 0.5 %.
+    For noise gradients and b2 = 0.999, the second moment differs from the unrounded one by 4 % (standard deviation; it
+    varies by 3 % by itself), its root, which divides the update, by half of that, and the first moment by 0.5 %.
     """
 
     def init(params: Any) -> Rounded:
         return Rounded(jnp.zeros((), jnp.int32), _zeros(params), _zeros(params))
 
     def update(updates: Any, state: Rounded, params: Any = None) -> tuple[Any, Rounded]:
-        count, correct_mu, correct_nu = _begin(state.num_updates, b1, b2)
-        now = jax.random.fold_in(key, count)
+        count, correct_mu, correct_nu = _bias_corrections(state.num_updates, b1, b2)
+        step_key = jax.random.fold_in(key, count)
 
         def one(path: Any, grad: Array, mu: Array, nu: Array) -> tuple[Array, ...]:
-            mu, nu = _toward(mu, grad, b1), _toward(nu, grad * grad, b2)
-            words = random_words(leaf_key(now, path), grad.shape)
+            mu, nu = _moving_average(mu, grad, b1), _moving_average(nu, grad * grad, b2)
+            words = random_words(leaf_key(step_key, path), grad.shape)
             scaled = mu * correct_mu / (jnp.sqrt(nu * correct_nu) + eps)
             return scaled, round_with(mu, words), round_with(nu, words >> jnp.uint32(16))
 
-        scaled, mu, nu = _each(one, updates, state.mu, state.nu)
+        scaled, mu, nu = _map_leaves(one, updates, state.mu, state.nu)
         return scaled, Rounded(count, mu, nu)
 
     return optax.GradientTransformation(init, update)  # type: ignore[arg-type]
@@ -63,11 +63,10 @@ def scale_by_rounded_adam(b1: float, b2: float, eps: float, key: Array) -> optax
 def scale_by_factored_adam(b1: float, b2: float, eps: float, key: Array) -> optax.GradientTransformation:
     """``optax.scale_by_adam`` with a factored second moment, for leaves that are matrices or stacks of matrices.
 
-    The second moment of an element is ``row · column / mean of rows``: of all matrices with those row and column means
-    the one that Adafactor takes (Shazeer & Stern 2018, algorithm 1), and Adam's own where squared gradients are of rank
-    one. Every matrix of a stack has its own. The rest is Adam's: the bias corrections and the first moment, which is
-    the gradients' and is kept in bfloat16. optax has the same estimate, but takes the two largest dimensions of a leaf
-    for rows and columns, which may be the layers.
+    The second moment of an element is ``row · column / mean of rows``, as in Adafactor (Shazeer & Stern 2018, algorithm
+    1). It equals Adam's if the squared gradients have rank one. Every matrix of a stack has its own row and column
+    means. The bias corrections and the first moment of the gradients are Adam's; the first moment is stored in
+    bfloat16. optax has the same estimate, but uses the two largest dimensions of a leaf, which may include the layers.
     """
 
     def init(params: Any) -> Factored:
@@ -77,20 +76,20 @@ def scale_by_factored_adam(b1: float, b2: float, eps: float, key: Array) -> opta
         return Factored(jnp.zeros((), jnp.int32), _zeros(params), means(-1), means(-2))
 
     def update(updates: Any, state: Factored, params: Any = None) -> tuple[Any, Factored]:
-        count, correct_mu, correct_nu = _begin(state.num_updates, b1, b2)
-        now = jax.random.fold_in(key, count)
+        count, correct_mu, correct_nu = _bias_corrections(state.num_updates, b1, b2)
+        step_key = jax.random.fold_in(key, count)
 
         def one(path: Any, grad: Array, mu: Array, rows: Array, columns: Array) -> tuple[Array, ...]:
             square = grad * grad
-            mu = _toward(mu, grad, b1)
-            rows = _toward(rows, jnp.mean(square, axis=-1, keepdims=True), b2)
-            columns = _toward(columns, jnp.mean(square, axis=-2, keepdims=True), b2)
-            share = rows / jnp.maximum(jnp.mean(rows, axis=-2, keepdims=True), jnp.finfo(jnp.float32).tiny)
-            root = jnp.sqrt(share) * jnp.sqrt(columns * correct_nu)  # of each: the product of the two may underflow
-            words = random_words(leaf_key(now, path), grad.shape)
+            mu = _moving_average(mu, grad, b1)
+            rows = _moving_average(rows, jnp.mean(square, axis=-1, keepdims=True), b2)
+            columns = _moving_average(columns, jnp.mean(square, axis=-2, keepdims=True), b2)
+            row_scale = rows / jnp.maximum(jnp.mean(rows, axis=-2, keepdims=True), jnp.finfo(jnp.float32).tiny)
+            root = jnp.sqrt(row_scale) * jnp.sqrt(columns * correct_nu)  # separate roots: the product may underflow
+            words = random_words(leaf_key(step_key, path), grad.shape)
             return mu * correct_mu / (root + eps), round_with(mu, words), rows, columns
 
-        scaled, mu, rows, columns = _each(one, updates, state.mu, state.rows, state.columns)
+        scaled, mu, rows, columns = _map_leaves(one, updates, state.mu, state.rows, state.columns)
         return scaled, Factored(count, mu, rows, columns)
 
     return optax.GradientTransformation(init, update)  # type: ignore[arg-type]
@@ -105,24 +104,24 @@ def _reduced(shape: tuple[int, ...], dim: int) -> tuple[int, ...]:
     return tuple(1 if i == dim % len(shape) else size for i, size in enumerate(shape))
 
 
-def _begin(count: Array, b1: float, b2: float) -> tuple[Array, Array, Array]:
-    """The number of this update, from 1 on, and what corrects both moments for having begun at zero."""
+def _bias_corrections(count: Array, b1: float, b2: float) -> tuple[Array, Array, Array]:
+    """Returns the number of this update, from 1 on, and the bias corrections of both moments."""
     count = jnp.asarray(optax.safe_increment(count))
     t = count.astype(jnp.float32)
     return count, 1 / (1 - jnp.float32(b1) ** t), 1 / (1 - jnp.float32(b2) ** t)
 
 
-def _toward(moment: Array, value: Float[Array, "..."], decay: float) -> Array:
+def _moving_average(moment: Array, value: Float[Array, "..."], decay: float) -> Array:
     return decay * moment.astype(jnp.float32) + (1 - decay) * value
 
 
-def _each(one: Callable[..., tuple[Array, ...]], updates: Any, *states: Any) -> list[Any]:
-    """``one(path, leaf, *state leaves)`` for every leaf: a tree of each of the things it returns."""
+def _map_leaves(one: Callable[..., tuple[Array, ...]], updates: Any, *states: Any) -> list[Any]:
+    """Maps ``one(path, leaf, *state leaves)`` over every leaf; returns one tree per output."""
     leaves, treedef = jax.tree_util.tree_flatten_with_path(updates)
-    found = [
+    results = [
         one(path, leaf, *rest)
         for (path, leaf), *rest in zip(leaves, *(treedef.flatten_up_to(state) for state in states), strict=True)
     ]
-    if not found:  # a label without leaves
+    if not results:  # a label without leaves
         return [updates, *states]
-    return [treedef.unflatten(column) for column in zip(*found, strict=True)]
+    return [treedef.unflatten(column) for column in zip(*results, strict=True)]

@@ -1,4 +1,4 @@
-"""The optimizer: one transform a label, joined by ``optax.multi_transform``, and the schedule."""
+"""The optimizer, one ``optax.multi_transform`` transform per label, and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from sft_jax.training.moments import scale_by_factored_adam, scale_by_rounded_ad
 from sft_jax.tree import Params, Path, flatten, unflatten
 from sft_jax.typing import Array
 
-# optax raises floats to integer powers, which strict dtype promotion forbids; our own arithmetic stays strict.
+# optax raises floats to integer powers, which strict dtype promotion forbids. Our own arithmetic stays strict.
 _OPTAX_PROMOTION = partial(jax.numpy_dtype_promotion, "standard")
 
-_MOMENTS = 2  # what the rounding of moments draws its numbers by; 1 is dropout, 3 the rounding of weights
+_MOMENTS = 2  # fold_in constant for rounding moments; 1 is dropout, 3 is rounding weights
 
-DECAY_SHARE = 0.2  # of all steps, for the last phase of wsd
+DECAY_SHARE = 0.2  # fraction of all steps in the decay phase of wsd
 
 
 def make_schedule(config: OptimizerConfig, total_steps: int) -> Callable[[Array], Array]:
-    """Learning rate by step: a linear warm-up from 0 over ``warmup_ratio`` of all steps, then the named shape.
+    """Returns the schedule: a linear warm-up from 0 over ``warmup_ratio`` of all steps, then ``config.schedule``.
 
-    ``constant`` stays, ``linear`` and ``cosine`` (Loshchilov & Hutter 2017) end at 0, ``wsd`` stays and falls
-    linearly to 0 over the last fifth (Hu et al. 2024). The first step after the warm-up has the full rate.
+    ``linear`` and ``cosine`` (Loshchilov & Hutter 2017) decay to 0. ``wsd`` (Hu et al. 2024) is constant and decays
+    linearly to 0 over the last fifth of all steps. The first step after the warm-up has the peak rate.
     """
     peak = config.learning_rate
     warmup = round(config.warmup_ratio * total_steps)
@@ -53,39 +53,38 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> Callable[[Array]
 
 
 def check_rates(config: OptimizerConfig, total_steps: int) -> None:
-    """Refuse a schedule that never leaves zero.
+    """Checks that the schedule is not zero at every step.
 
     Raises:
-        UserError: it does not, though the rate is none.
+        UserError: all steps have rate 0, although ``learning_rate`` is not 0.
     """
     if config.learning_rate == 0 or total_steps == 0:
         return
     rates = make_schedule(config, total_steps)(jnp.arange(total_steps))
     if not np.asarray(rates).any():
         raise UserError(
-            f"optimizer.warmup_ratio: {config.warmup_ratio:g} of {total_steps:,} steps warm up from a rate of 0, and "
-            "none is left to train with it; lower it, or train longer"
+            f"optimizer.warmup_ratio: {config.warmup_ratio:g} of {total_steps:,} steps are warm-up from a rate of 0, "
+            "and no step has a rate above 0; lower it, or train longer"
         )
 
 
 def make_optimizer(
     config: OptimizerConfig, labels: dict[Path, str], seed: int = 0
 ) -> optax.GradientTransformationExtraArgs:
-    """AdamW with decoupled weight decay as in torch, by label; ``update`` takes the rate as ``learning_rate=``.
+    """Returns AdamW with decoupled weight decay as in PyTorch; ``update`` takes the keyword ``learning_rate``.
 
-    It computes in float32 and gives float32 updates, whatever the dtype of weights and gradients. Clipping by
-    the global norm sees all trainable gradients together and no others. Leaves labelled ``frozen`` are not among them;
-    should one be passed all the same, its update is zero and it has no state.
+    It computes float32 updates, whatever the dtype of weights and gradients. The global norm for clipping includes
+    exactly the trainable gradients. A leaf with the label ``frozen`` has no state, and its update is zero.
 
     Args:
-        labels: the label of every leaf that ``init`` and ``update`` are called with.
-        seed: of the rounding of moments that are not float32.
+        labels: the label of every leaf in the arguments of ``init`` and ``update``.
+        seed: seed for rounding moments that are not float32.
     """
     unknown = {path: label for path, label in labels.items() if label not in LABELS}
     assert not unknown, unknown
-    of_matrices, of_vectors = _moments(config, seed)
-    decayed = optax.chain(of_matrices, optax.add_decayed_weights(config.weight_decay), _scale_by_given_rate())
-    plain = optax.chain(of_vectors, _scale_by_given_rate())
+    matrices, vectors = _moments(config, seed)
+    decayed = optax.chain(matrices, optax.add_decayed_weights(config.weight_decay), _scale_by_learning_rate())
+    plain = optax.chain(vectors, _scale_by_learning_rate())
     transforms: dict[Hashable, optax.GradientTransformation] = {
         "lora_a": decayed,
         "lora_b": decayed,
@@ -110,7 +109,7 @@ def make_optimizer(
 
 
 def _moments(config: OptimizerConfig, seed: int) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
-    """Adam as ``config.moments`` keeps it, for matrices and for vectors (norms and biases), which are not factored."""
+    """Returns Adam with ``config.moments`` for matrices, and for vectors (norms and biases), which are not factored."""
     settings = (config.b1, config.b2, config.eps)
     if config.moments == "float32":
         exact = optax.scale_by_adam(*settings)
@@ -125,12 +124,12 @@ def _in_float32(tree):
 
 
 def labels_of(params: Params, labels: dict[Path, str]) -> dict[Path, str]:
-    """The labels of the leaves of ``params``."""
+    """Returns the labels of the leaves of ``params``."""
     return {path: labels[path] for path in flatten(params)}
 
 
-def _scale_by_given_rate() -> optax.GradientTransformationExtraArgs:
-    """Multiply by ``-learning_rate``, given at each update: the schedule follows the run's step and nothing else."""
+def _scale_by_learning_rate() -> optax.GradientTransformationExtraArgs:
+    """Multiplies by ``-learning_rate``, an argument of each update, so the schedule depends on the run's step only."""
 
     def update(updates, state, params=None, *, learning_rate, **_):
         return optax.tree.scale(-learning_rate, updates), state

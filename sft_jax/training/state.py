@@ -1,4 +1,4 @@
-"""What changes from step to step, as plain data."""
+"""The training state as plain data."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ from sft_jax.typing import Array
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """Trainable leaves and what the optimizer keeps about them. Frozen weights are not part of it."""
+    """Trainable parameters and optimizer state. Frozen weights are not part of it."""
 
-    step: Array  # int32: steps done
-    params: Params  # trainable leaves: adapters float32, base weights as ``model.param_dtype`` says
+    step: Array  # int32: number of completed steps
+    params: Params  # adapters in float32, base weights in ``model.param_dtype``
     opt_state: Any
-    halted: Array  # bool: a loss was not finite; no step changes anything any more
+    halted: Array  # bool: a loss was not finite; later steps change nothing
 
 
 def make_state(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """The state before the first step; what the optimizer keeps is born where :func:`state_shardings` says."""
+    """Creates the state before the first step, with the optimizer state in its final sharding."""
     shardings = state_shardings(params, optimizer, mesh)
 
     def start(params: Params) -> tuple[Any, Array, Array]:
         return optimizer.init(params), jnp.zeros((), jnp.int32), jnp.zeros((), bool)
 
-    born = (shardings.opt_state, shardings.step, shardings.halted)
-    opt_state, step, halted = jax.jit(start, out_shardings=born)(params)
+    out_shardings = (shardings.opt_state, shardings.step, shardings.halted)
+    opt_state, step, halted = jax.jit(start, out_shardings=out_shardings)(params)
     return TrainState(step=step, params=params, opt_state=opt_state, halted=halted)
 
 
 def state_shardings(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Where each leaf of a state lives: what the optimizer keeps of a weight is split as the weight is.
+    """Returns the shardings of a state: the optimizer state of a weight has the sharding of the weight.
 
-    A dimension that is averaged over (of a factored moment) has size 1 and is not split.
+    A factored moment averages over a dimension, which has size 1 then and is not sharded.
 
     Args:
-        params: arrays, or abstract leaves with shardings.
+        params: arrays, or abstract arrays with shardings.
     """
     param_shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
     opt_state = optax.tree.map_params(
@@ -64,7 +64,7 @@ def state_shardings(params: Params, optimizer: optax.GradientTransformation, mes
 
 
 def abstract_state(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of a state, for restoring a checkpoint into."""
+    """Returns shapes, dtypes and shardings of a state, to restore a checkpoint."""
     shardings = state_shardings(params, optimizer, mesh)
     scalar = jax.ShapeDtypeStruct
     shapes = TrainState(

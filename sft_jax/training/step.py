@@ -1,4 +1,4 @@
-"""One optimisation step and one evaluation step, each a single jitted function of plain data."""
+"""The train step and the evaluation step, each a single jitted function of plain data."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sft_jax.tree import Params
 from sft_jax.typing import Array, Batch
 
 Metrics = dict[str, Array]
-Found = tuple[Sums, Params]  # sums of a loss, and gradients
+SumsAndGrads = tuple[Sums, Params]  # sums of a loss, and gradients of the trainable parameters
 TrainStep = Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]
 EvalStep = Callable[[Params, Params, Batch], Sums]
 
@@ -35,77 +35,49 @@ def make_train_step(
     loss: Loss | None = None,
     rounding_key: Array | None = None,
 ) -> TrainStep:
-    """``step(state, frozen, batch) -> (state, metrics)``, jitted; the given state's buffers are reused.
+    """Returns the jitted ``step(state, frozen, batch) -> (state, metrics)``, which donates the state's buffers.
 
-    Only trainable leaves are differentiated. The batch is computed in ``num_microbatches`` of as many sequences each;
-    the loss's sums and gradients are added up in float32 and divided once by the weight of the global batch. The
-    gradient of a microbatch has the dtype of its weight: where that is bfloat16, it was added up over positions and
-    devices in float32 and then rounded once. (Those of norms a TPU's compiler rounds before devices add them.)
+    Only trainable parameters are differentiated. The batch is split into ``num_microbatches`` of equal size. The sums
+    of the loss and the gradients are accumulated in float32 and divided once by the weight of the global batch. The
+    gradient of a microbatch has the dtype of its weight. A bfloat16 gradient is summed over tokens and devices in
+    float32 and rounded once, except for norms: the TPU compiler rounds their gradients before the all-reduce.
 
-    A batch without targets has loss 0 and changes nothing but the step counter. A loss or gradient that is not finite
-    halts the state: from then on no step changes it, so what is saved is the state before the fault.
+    A batch without supervised tokens has loss 0 and changes only the step counter. A loss or gradient that is not
+    finite halts the state: later steps do not change it, so a checkpoint has the state before the fault.
 
     Args:
-        dropout_key: turns adapter dropout on; each step and microbatch has its own key.
-        out_shardings: of the new state; gradients are constrained to those of the weights.
-        loss: what is minimised; by default the cross-entropy of supervised tokens.
-        rounding_key: for weights that are kept in bfloat16; each step has its own key.
+        dropout_key: enables adapter dropout; each step and microbatch has its own key.
+        out_shardings: shardings of the new state; gradients have those of the weights.
+        loss: the loss; by default the cross-entropy of supervised tokens.
+        rounding_key: for bfloat16 weights; each step has its own key.
 
     Returns:
         A function whose metrics are those of the loss, ``grad_norm, learning_rate, target_tokens, real_tokens, finite``
         and ``source_weight``, the weight of each source.
     """
     loss = loss or cross_entropy_loss()
-
-    def loss_of(trainable: Params, frozen: Params, batch: Batch, key: Array | None) -> tuple[Array, Sums]:
-        sums = loss.sums(split.merge(trainable, frozen), batch, key)
-        return sums["loss"], sums
-
-    def placed(grads: Params) -> Params:
-        if out_shardings is not None:
-            grads = lax.with_sharding_constraint(grads, out_shardings.params)
-        # Table and head laid out as their weights and moments are: else the compiler takes the layout that a product
-        # happens to leave, and copies the head's weight and moments into it before the first layer: 9,332 instead of
-        # 8,956 MiB a chip for Llama-3-8B in float32 on 16 TPU v5e. Stacked leaves lie as the loop over them wants.
-        return jax.tree.map(lambda g: with_layout_constraint(g, Layout((0, 1))) if g.ndim == 2 else g, grads)
-
-    def microbatch(params: Params, frozen: Params, batch: Batch, key: Array | None) -> Found:
-        (_, sums), grads = jax.value_and_grad(loss_of, has_aux=True)(params, frozen, batch, key)
-        return sums, placed(grads)
-
-    def total(params: Params, frozen: Params, batch: Batch, key: Array | None) -> Found:
-        if num_microbatches == 1:
-            return microbatch(params, frozen, batch, key)
-        keys = None if key is None else jax.random.split(key, num_microbatches)
-        zero_grads = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
-        zero = ({name: jnp.asarray(one) for name, one in loss.zeros.items()}, placed(zero_grads))
-
-        def add(so_far: Found, scanned: tuple[Batch, Array | None]) -> tuple[Found, None]:
-            found = microbatch(params, frozen, *scanned)
-            return jax.tree.map(lambda total, one: total + one.astype(jnp.float32), so_far, found), None
-
-        return lax.scan(add, zero, (_interleave(batch, num_microbatches), keys))[0]
+    total = _accumulated_gradients(split, loss, num_microbatches, out_shardings)
 
     def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, state.step)
         sums, grad_sums = total(state.params, frozen, batch, key)
-        weight, told = sums["weight"], loss.metrics(sums)
+        weight, loss_metrics = sums["weight"], loss.metrics(sums)
         denominator = jnp.where(weight > 0, weight, 1.0)
         grads = jax.tree.map(lambda g: g.astype(jnp.float32) / denominator, grad_sums)
         grad_norm = optax.tree.norm(grads)
         learning_rate = schedule(state.step)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, learning_rate=learning_rate)
-        now = None if rounding_key is None else jax.random.fold_in(rounding_key, state.step)
-        params = apply_updates(state.params, updates, now)  # type: ignore[arg-type]
+        key_of_step = None if rounding_key is None else jax.random.fold_in(rounding_key, state.step)
+        params = apply_updates(state.params, updates, key_of_step)  # type: ignore[arg-type]
 
-        finite = jnp.isfinite(told["loss"]) & jnp.isfinite(grad_norm)
+        finite = jnp.isfinite(loss_metrics["loss"]) & jnp.isfinite(grad_norm)
         halted = state.halted | ~finite
-        applies = ~halted & (weight > 0)
+        apply = ~halted & (weight > 0)
         params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(applies, new, old), (params, opt_state), (state.params, state.opt_state)
+            lambda new, old: jnp.where(apply, new, old), (params, opt_state), (state.params, state.opt_state)
         )
         step = state.step + jnp.where(halted, 0, 1).astype(jnp.int32)
-        metrics = told | {
+        metrics = loss_metrics | {
             "grad_norm": grad_norm,
             "learning_rate": learning_rate,
             "target_tokens": sums["targets"],
@@ -120,8 +92,46 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0, out_shardings=shardings, compiler_options=options)
 
 
+def _accumulated_gradients(
+    split: Split, loss: Loss, num_microbatches: int, out_shardings: Any
+) -> Callable[[Params, Params, Batch, Array | None], SumsAndGrads]:
+    """Returns a function that computes sums and gradients of a batch, accumulated over microbatches."""
+
+    def loss_of(trainable: Params, frozen: Params, batch: Batch, key: Array | None) -> tuple[Array, Sums]:
+        sums = loss.sums(split.merge(trainable, frozen), batch, key)
+        return sums["loss"], sums
+
+    def placed(grads: Params) -> Params:
+        if out_shardings is not None:
+            grads = lax.with_sharding_constraint(grads, out_shardings.params)
+        # Gradients of embeddings and lm_head get the layout of their weights and moments. Otherwise the compiler takes
+        # the output layout of a product, and copies the weight and moments of lm_head into it before the first layer:
+        # 9,332 instead of 8,956 MiB per chip for Llama-3-8B in float32 on 16 TPU v5e. The loop over stacked leaves
+        # determines their layout.
+        return jax.tree.map(lambda g: with_layout_constraint(g, Layout((0, 1))) if g.ndim == 2 else g, grads)
+
+    def microbatch(params: Params, frozen: Params, batch: Batch, key: Array | None) -> SumsAndGrads:
+        (_, sums), grads = jax.value_and_grad(loss_of, has_aux=True)(params, frozen, batch, key)
+        return sums, placed(grads)
+
+    def total(params: Params, frozen: Params, batch: Batch, key: Array | None) -> SumsAndGrads:
+        if num_microbatches == 1:
+            return microbatch(params, frozen, batch, key)
+        keys = None if key is None else jax.random.split(key, num_microbatches)
+        zero_grads = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
+        zero = ({name: jnp.asarray(one) for name, one in loss.zeros.items()}, placed(zero_grads))
+
+        def add(carry: SumsAndGrads, scanned: tuple[Batch, Array | None]) -> tuple[SumsAndGrads, None]:
+            new = microbatch(params, frozen, *scanned)
+            return jax.tree.map(lambda total, one: total + one.astype(jnp.float32), carry, new), None
+
+        return lax.scan(add, zero, (_interleave(batch, num_microbatches), keys))[0]
+
+    return total
+
+
 def make_eval_step(split: Split, loss: Loss) -> EvalStep:
-    """``step(trainable, frozen, batch)`` with the sums of a loss, without dropout."""
+    """Returns the jitted ``step(trainable, frozen, batch)``, which computes the sums of a loss without dropout."""
 
     def eval_step(trainable: Params, frozen: Params, batch: Batch) -> Sums:
         return loss.sums(split.merge(trainable, frozen), batch, None)
@@ -129,6 +139,6 @@ def make_eval_step(split: Split, loss: Loss) -> EvalStep:
     return jax.jit(eval_step, compiler_options=compiler_options(split, gradients=False))
 
 
-def _interleave(batch: Batch, parts: int) -> Batch:
-    """``[B, T]`` to ``[parts, B / parts, T]`` such that every device keeps the rows it has."""
-    return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, -1), 0, 1), batch)
+def _interleave(batch: Batch, num: int) -> Batch:
+    """Reshapes ``[B, T]`` to ``[num, B / num, T]``; every device keeps its sequences."""
+    return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(x.shape[0] // num, num, -1), 0, 1), batch)

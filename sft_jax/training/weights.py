@@ -1,4 +1,4 @@
-"""The network of a run and its weights: built without memory, then read, drawn or continued into place."""
+"""Builds the abstract model of a run, and loads or initializes its weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sft_jax.hf.reader import TensorReader
 from sft_jax.models.architecture import Architecture
 from sft_jax.models.attention.backend import Backend, any_length_backend
 from sft_jax.models.decoder import Decoder
-from sft_jax.models.quantized import Matrix, Packed, attach_quantization
+from sft_jax.models.quantized import Matrix, QuantizedMatrix, attach_quantization
 from sft_jax.models.split import Split, split_params
 from sft_jax.tree import Params, Path, flatten, unflatten
 from sft_jax.typing import Array
@@ -34,28 +34,28 @@ def build(
     quantization: str | None = None,
     param_dtype: str = "float32",
 ) -> Split:
-    """The network, taken apart into trainable and frozen leaves; nothing is allocated.
+    """Returns the abstract model, split into trainable and frozen parameters; allocates nothing.
 
     Args:
-        lora: None for no adapters.
-        dtype: of compute and frozen weights.
+        lora: the adapter config; None for no adapters.
+        dtype: dtype of computation and frozen weights.
         remat: a key of :data:`sft_jax.models.remat.POLICIES`.
-        embeddings: train the embeddings and ``lm_head`` besides adapters.
-        full: train every base weight; by default where there are no adapters.
-        backend: of attention; by default one that takes sequences of any length.
-        quantization: how frozen matrices are kept, ``nf4`` or ``int8``; None for ``dtype``. Trained ones are not.
-        param_dtype: of base weights that are trained; adapters are float32.
+        embeddings: also train the embeddings and ``lm_head``.
+        full: train every base weight; by default if there are no adapters.
+        backend: the attention backend; by default one for sequences of any length.
+        quantization: format of frozen matrices, ``nf4`` or ``int8``; None for ``dtype``.
+        param_dtype: dtype of trained base weights; adapters are float32.
 
     Raises:
-        UserError: a LoRA target that matches nothing, a layer that cannot be quantised.
+        UserError: a LoRA target module matches nothing, or a layer cannot be quantized.
     """
 
     def network() -> Decoder:
         device = mesh.devices.flat[0]
         model = Decoder(arch, jax.random.key(0), jnp.dtype(dtype), remat, backend or any_length_backend(device))
         if lora is not None:
-            # Other platforms round float32 before they multiply; what devices share they would gather as sums, in
-            # float32, and not as it is kept.
+            # Other platforms round float32 inputs of products. On several devices, merging would all-gather the float32
+            # sums instead of the stored weights.
             merged = device.platform == "cpu" and mesh.size == 1 and dtype == "float32"
             variant = method(lora.method)(lora.rank, lora.alpha, lora.dropout, merged)
             attach_adapters(model, variant, lora.target_modules)
@@ -76,58 +76,58 @@ def load_weights(
     part: str = "all",
     frozen: Params | None = None,
 ) -> tuple[Params, Params]:
-    """Trainable and frozen leaves, in place on the mesh.
+    """Loads or initializes trainable and frozen parameters, sharded on the mesh.
 
     Args:
-        reader: the base model's files; None draws random weights (pretraining).
-        lora: where its adapter comes from: fresh, or a PEFT folder. Fresh adapters change nothing, so with None what
-            is loaded computes what the base model does.
-        old_vocab_size: of the files, where tokens were added.
-        part: ``all``, ``frozen`` (a checkpoint is about to give the trainable ones) or ``trainable``; the other leaves
-            are checked, not read.
-        frozen: the frozen leaves, where they are there already and only the ``trainable`` part is asked for.
+        reader: the base model's files; None initializes random weights (pretraining).
+        lora: the adapter config. ``init_from`` loads a PEFT adapter; otherwise, and with None, adapters are initialized
+            such that the model equals the base model.
+        old_vocab_size: vocabulary size of the files, if the run adds tokens.
+        part: ``all``, ``frozen`` (before a checkpoint restores the trainable ones) or ``trainable``. Tensors of the
+            other part are checked but not read.
+        frozen: the frozen parameters, if they are already loaded and ``part`` is ``trainable``.
 
     Raises:
-        UserError: a tensor is missing, has the wrong shape or no place; an adapter that does not fit.
+        UserError: a tensor is missing, unexpected or has the wrong shape, or the adapter does not fit.
     """
     trainable, base, adapter = flatten(split.trainable), split.base(), split.adapter()
     trained = base.keys() & trainable.keys()
-    wanted = {"all": base.keys(), "frozen": base.keys() - trained, "trainable": trained}[part]
+    paths = {"all": base.keys(), "frozen": base.keys() - trained, "trainable": trained}[part]
     key = jax.random.key(seed)
     if reader is not None:
         tied = split.arch.tie_word_embeddings
-        loaded = load_params(reader, base, split.stored, wanted, tied, old_vocab_size)
+        loaded = load_params(reader, base, split.stored, paths, tied, old_vocab_size)
     else:
         assert not split.quantized, "random weights are trained"
         leaves = trainable | flatten(split.frozen)
-        loaded = _random_weights(split.arch, {path: leaves[path] for path in wanted}, key)
+        loaded = _random_weights(split.arch, {path: leaves[path] for path in paths}, key)
     if part != "frozen" and lora is not None and lora.init_from is not None:
         loaded |= load_adapter(lora.init_from, split)
     elif part != "frozen" and adapter:
         assert isinstance(split.variant, LoRA)
-        there = loaded if frozen is None else loaded | flatten(frozen)
-        loaded |= split.variant.initialise(adapter, split.layers, key, lambda path: _weight_beside(split, path, there))
+        weights = loaded if frozen is None else loaded | flatten(frozen)
+        loaded |= split.variant.initialize(adapter, split.layers, key, lambda path: _weight_of(split, path, weights))
     return (
         unflatten({path: loaded[path] for path in trainable if path in loaded}),
         unflatten({path: loaded[path] for path in flatten(split.frozen) if path in loaded}),
     )
 
 
-def _weight_beside(split: Split, path: Path, leaves: dict[Path, Array]) -> Matrix:
-    """The weight of the linear layer that an adapter parameter belongs to."""
+def _weight_of(split: Split, path: Path, leaves: dict[Path, Array]) -> Matrix:
+    """Returns the weight of the linear layer that an adapter parameter belongs to."""
     weight = (*path[:-1], "weight")
     if weight not in split.quantized:
         return leaves[weight]
     fmt = split.quantized[weight].fmt
-    return Packed({name: leaves[*weight, name] for name in fmt.pieces()}, fmt)
+    return QuantizedMatrix({name: leaves[*weight, name] for name in fmt.array_specs()}, fmt)
 
 
-def _random_weights(arch: Architecture, wanted: dict[Path, jax.ShapeDtypeStruct], key: Array) -> dict[Path, Array]:
-    if not wanted:
+def _random_weights(arch: Architecture, abstract: dict[Path, jax.ShapeDtypeStruct], key: Array) -> dict[Path, Array]:
+    if not abstract:
         return {}
 
     def init() -> dict[Path, Array]:
         leaves = {tuple(map(str, path)): leaf for path, leaf in nnx.to_flat_state(nnx.state(Decoder(arch, key)))}
-        return {path: leaves[path][...].astype(leaf.dtype) for path, leaf in wanted.items()}
+        return {path: leaves[path][...].astype(leaf.dtype) for path, leaf in abstract.items()}
 
-    return jax.jit(init, out_shardings={path: leaf.sharding for path, leaf in wanted.items()})()
+    return jax.jit(init, out_shardings={path: leaf.sharding for path, leaf in abstract.items()})()

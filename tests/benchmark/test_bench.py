@@ -1,4 +1,4 @@
-"""What the benchmark counts and how it sums up; that a side runs. No times are asserted."""
+"""The benchmark's counts and summaries, and that each side runs. Asserts no times."""
 
 import json
 import os
@@ -23,7 +23,7 @@ def test_shapes_are_those_of_the_models():
 
 
 def test_summary_and_text():
-    """Ratios are of medians; what was not measured says so."""
+    """Ratios are of medians; missing values are shown as not measured."""
 
     def run(seconds, memory):
         return {
@@ -32,7 +32,7 @@ def test_summary_and_text():
             "seconds_to_first_step": 3.0,
         }  # fmt: skip
 
-    side = train.summarise([run(1.0, 4e9), run(2.0, 2e9), run(4.0, 3e9)])
+    side = train.summarize([run(1.0, 4e9), run(2.0, 2e9), run(4.0, 3e9)])
     assert side["tokens_per_second"] == {"median": 50.0, "low": 25.0, "high": 100.0}
     assert side["host_peak_bytes"]["median"] == 3e9
     assert side["filled"]["median"] == pytest.approx(0.8)
@@ -53,7 +53,7 @@ def test_summary_and_text():
 
 
 def test_a_side_runs(tmp_path, monkeypatch):
-    """Ours, in its process, on a small kit: real tokens, losses, times and memory come back; and why a case failed."""
+    """This library runs in its own process on a small kit and returns tokens, losses, times and memory, or an error."""
     rows = tmp_path / "rows.jsonl"
     rng = np.random.default_rng(0)
     words = [" ".join(str(n) for n in rng.integers(0, 100, 12)) for _ in range(40)]
@@ -67,7 +67,7 @@ def test_a_side_runs(tmp_path, monkeypatch):
     }  # fmt: skip
     monkeypatch.setattr(sys, "argv", [str(TOOLS / "bench.py")])
     monkeypatch.setenv("XLA_FLAGS", os.environ["SFT_JAX_TEST_XLA_FLAGS"])
-    assert train.run_process("ceiling", options, quiet=True)["gflops"] > 0  # by a process of its own, as all of train's
+    assert train.run_process("ceiling", options, quiet=True)["gflops"] > 0  # in its own process
     server = grid.Server("sft_jax", tmp_path)
     try:
         found = server("sft_jax", options)
@@ -84,7 +84,7 @@ def test_a_side_runs(tmp_path, monkeypatch):
 
 
 def test_grid_compares_like_with_like():
-    """What failed is left out of the ratios; all pairs of a shape, method and length are there, and no others."""
+    """Ratios skip failed cases and cover exactly the pairs with equal shape, method and length."""
 
     def case(who, how, speed, memory, length=2048):
         run = {"device_peak_bytes": memory, "host_peak_bytes": 1} if memory else {"error": "too large"}
@@ -109,19 +109,19 @@ def test_grid_compares_like_with_like():
 
 
 def test_grid_needs_an_accelerator(tmp_path, monkeypatch, capsys):
-    """Without one it says so before models of many GB are written."""
+    """Without one it exits before it writes models of many GB."""
     out, made = tmp_path / "out", tmp_path / "kit"
     arguments = f"grid --rows {tmp_path / 'no.jsonl'} --self-only --out {out} --kit {made}"
     monkeypatch.setattr(sys, "argv", [str(TOOLS / "bench.py"), *arguments.split()])
-    with pytest.raises(SystemExit, match="nothing was measured: for 1b, 8b it takes an accelerator"):
+    with pytest.raises(SystemExit, match="nothing was measured: 1b, 8b need an accelerator"):
         bench.main()
     assert not out.exists()
     assert not made.exists()
     assert capsys.readouterr().out == ""
 
 
-def test_grid_says_what_it_had_no_time_for(tmp_path, monkeypatch, capsys):
-    """Each case has its line, on the screen and in the file; figures of the others stay."""
+def test_grid_reports_cases_past_the_time_limit(tmp_path, monkeypatch, capsys):
+    """Each case has a line on the screen and in the file; the figures of other cases are kept."""
     answers = {
         "device": {"platform": "gpu"},
         "ceiling": {"gflops": 1000.0, "device": "a card"},
@@ -143,17 +143,17 @@ def test_grid_says_what_it_had_no_time_for(tmp_path, monkeypatch, capsys):
     rows.write_text("".join(json.dumps({"question": f"{i}+{i}", "answer": str(2 * i)}) + "\n" for i in range(40)))
     monkeypatch.setattr(grid, "Server", Server)
     arguments = f"grid --rows {rows} --self-only --out {tmp_path} --shapes tiny --lengths 64 --modes lora"
-    for minutes, said in (("10", "does not fit"), ("0", "not measured: 0 minutes were over")):
+    for minutes, message in (("10", "does not fit"), ("0", "not measured: past the limit of 0 minutes")):
         monkeypatch.setattr(sys, "argv", ["bench.py", *arguments.split(), "--minutes", minutes])
         bench.main()
-        assert re.search(rf"^tiny lora 64  sft_jax +{said}$", capsys.readouterr().out, re.MULTILINE)
+        assert re.search(rf"^tiny lora 64  sft_jax +{message}$", capsys.readouterr().out, re.MULTILINE)
     assert [json.loads(line)["run"]["error"] for line in (tmp_path / "grid.jsonl").read_text().splitlines()] == [
-        "does not fit", "not measured: 0 minutes were over",
+        "does not fit", "not measured: past the limit of 0 minutes",
     ]  # fmt: skip
 
 
 def test_attention_of_this_device(monkeypatch, capsys):
-    """Here only the backend that runs everywhere, in 16 bits against itself in 32."""
+    """On a CPU only the XLA backend, in 16 bits against itself in 32."""
     arguments = "attention --tokens 64 --lengths 64 --heads 2 --kv-heads 1 --head-dims 16 --repeats 1"
     monkeypatch.setattr(sys, "argv", ["bench.py", *arguments.split(), "--json"])
     bench.main()

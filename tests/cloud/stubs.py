@@ -1,4 +1,4 @@
-"""Commands of clouds and clusters that are not there: they record how they were called and answer what a test says."""
+"""Stubs of cloud and cluster commands: they record their arguments and return the answers that a test sets."""
 
 import os
 import shutil
@@ -12,15 +12,16 @@ from kit import ROOT
 CLOUD = ROOT / "tools" / "cloud"
 NAMES = ["gcloud", "kubectl", "xpk", "sbatch", "srun", "scontrol", "squeue", "nvidia-smi", "uv", "pip", "sft-jax"]
 
-# All else that the scripts call. A real gcloud or kubectl is out of their reach: it might delete what a person needs.
+# All other programs that the scripts call. The real gcloud and kubectl, which could delete resources, are not on the
+# PATH.
 _PROGRAMS = ["base64", "bash", "cat", "chmod", "cp", "cut", "date", "dirname", "env", "grep", "gzip", "head", "wc"]
 _PROGRAMS += ["hostname", "mkdir", "mktemp", "mv", "nohup", "rm", "sed", "setsid", "sort", "tail", "tar", "touch", "tr"]
 
 _STUB = r"""#!/usr/bin/env bash
 name=${0##*/}
 printf -v call '%s\x1f' "$name" "$@"
-[ "$name" = sleep ] || printf '%s\x1e' "$call" >>"$STUBS/calls" # at once: others may write at the same time
-take() { # the next line of a list of answers
+[ "$name" = sleep ] || printf '%s\x1e' "$call" >>"$STUBS/calls" # a single write: others may write concurrently
+take() { # prints and removes the next line of a list of answers
     head -n 1 "$STUBS/$1"
     sed -i 1d "$STUBS/$1"
 }
@@ -29,7 +30,7 @@ take() { # the next line of a list of answers
 
 
 class Stubs:
-    """A folder of such commands, which is all there is on the PATH."""
+    """A folder of stubs, which is the whole PATH of the scripts."""
 
     def __init__(self, folder: Path):
         self.folder, self.home = folder / "stubs", folder / "home"
@@ -43,7 +44,7 @@ class Stubs:
             (self.folder / "bin" / name).symlink_to(shutil.which(name) or name)
         self.config = folder / "my.yaml"
         self.config.write_text("training:\n  output_dir: gs://bucket/mine\n")
-        self.source = folder / "source"  # what is installed: all that the scripts need of a source tree
+        self.source = folder / "source"  # the source tree to install, with the files that the scripts need
         for name in ("sft_jax/cli.py", "pyproject.toml", "README.md", "LICENSE"):
             (self.source / name).parent.mkdir(exist_ok=True, parents=True)
             (self.source / name).write_text("")
@@ -57,13 +58,13 @@ class Stubs:
         }
 
     def answer(self, text: str, **lists: list[str]) -> None:
-        """What all the commands do after recording a call, in bash, with ``$name``; ``take LIST`` is its next line."""
+        """Sets the bash code that all stubs run after recording a call; ``$name`` is the stub, see ``take LIST``."""
         (self.folder / "answer").write_text(text)
         for name, lines in lists.items():
             (self.folder / name).write_text("".join(f"{line}\n" for line in lines))
 
     def run(self, *words: object, timeout: float = 60, **env: str) -> subprocess.CompletedProcess:
-        """A script of tools/cloud, or ``bash``, to its end."""
+        """Runs a script of tools/cloud, or ``bash``."""
         return subprocess.run(
             self._command(*words),
             env=self.env | env,
@@ -75,9 +76,9 @@ class Stubs:
         )
 
     def start(self, *words: object, **env: str) -> subprocess.Popen:
-        """The same, without waiting for its end; it gets SIGINT even if this process was started to ignore it."""
-        # What is ignored here stays ignored in the started program, what is handled does not. Not by preexec_fn: that
-        # forks in Python, about which jax warns once another test of this process has imported it.
+        """Starts a script without waiting; it receives SIGINT even if this process ignores it."""
+        # A child inherits ignored signals but not handlers. preexec_fn would fork in Python, and JAX warns about that
+        # if another test of this process has imported it.
         before = signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             return subprocess.Popen(self._command(*words), env=self.env | env, cwd=self.home, stdin=subprocess.DEVNULL)
@@ -90,7 +91,7 @@ class Stubs:
         return [bash, *others] if script == "bash" else [bash, str(CLOUD / script), *others]
 
     def calls(self, *names: str) -> list[list[str]]:
-        """All calls so far in their order, or those of these commands; they are then forgotten."""
+        """Returns and clears the recorded calls in order, optionally only those of the given commands."""
         path = self.folder / "calls"
         text = path.read_text() if path.exists() else ""
         path.unlink(missing_ok=True)
@@ -99,6 +100,6 @@ class Stubs:
 
 
 def tool(name: str) -> str:
-    """A program of this environment, such as shellcheck."""
+    """Path of a program of this environment, such as shellcheck."""
     path = Path(sys.prefix) / "bin" / name
     return str(path) if path.exists() else name

@@ -1,4 +1,4 @@
-"""tools/cloud on SLURM, GKE and local GPUs: what runs where, and which exit codes are tried again. Against stubs."""
+"""tools/cloud on SLURM, GKE and local GPUs, against stubs: the processes that run, and the exit codes that restart."""
 
 import os
 import re
@@ -46,7 +46,9 @@ def test_slurm_submits_itself(stubs):
     flags = ["--nodes=2", "--gpus-per-node=8"]
     assert stubs.calls() == [["sbatch", *flags, script, "run", str(stubs.config), AWKWARD]]
     lines = (CLOUD / "slurm.sh").read_text().splitlines()
-    directives = [line.removeprefix("#SBATCH ") for line in lines[1:8]]  # before any command, or they do not count
+    directives = [
+        line.removeprefix("#SBATCH ") for line in lines[1:8]
+    ]  # sbatch ignores directives after the first command
     assert {"--requeue", "--ntasks-per-node=1", "--signal=TERM@300", "--open-mode=append"} <= set(directives)
 
 
@@ -54,14 +56,14 @@ def test_slurm_processes(stubs):
     train = ["sft-jax", "train", str(stubs.config), "a=b"]
     srun = ["srun", "--kill-on-bad-exit=0"]
     assert in_job(stubs) == [[*srun, *train, "--num-processes", "1"], [*train, "--num-processes", "1"]]
-    # One a node: told to each, since jax alone would give it one GPU. The port is jax's own for that job.
+    # One process per node: explicit arguments, since JAX's own detection would use one GPU. The port is JAX's choice.
     hosts, launched, process = in_job(stubs, nodes=2, tasks=2)
     assert hosts == ["scontrol", "show", "hostnames", "n[07-08]"]
     assert launched[:2] == srun
     port = 70001 % 2**12 + (65535 - 2**12 + 1)
     others = ["--coordinator", f"n07:{port}", "--num-processes", "2", "--process-id", "1"]
     assert process == [*train, *others]
-    # One a GPU: jax finds the others and each its GPU.
+    # One process per GPU: JAX detects the cluster.
     assert in_job(stubs, nodes=2, tasks=16) == [[*srun, *train], train]
     assert in_job(stubs, SLURM_CPUS_PER_TASK="32")[0][:3] == [*srun, "--cpus-per-task=32"]
 
@@ -70,7 +72,7 @@ def test_slurm_processes(stubs):
     ("code", "env", "again"),
     [
         (75, {}, True),
-        (75, {"END": "yes"}, True),  # this shell was signalled too
+        (75, {"END": "yes"}, True),  # the signal reaches this shell too
         (75, {"STATE": "COMPLETING"}, False),  # scancel
         (75, {"SLURM_RESTART_COUNT": "99"}, True),
         (75, {"SLURM_RESTART_COUNT": "100"}, False),
@@ -91,7 +93,7 @@ def test_slurm_requeues(stubs, code, env, again):
 def render(stubs, *options, words=()):
     done = stubs.run("gke.sh", "render", "mine", "--package", WHEEL, *options, "--", stubs.config, *words)
     assert done.returncode == 0, done.stderr
-    assert not re.search("@[A-Z]", done.stdout.rpartition("\n---\n")[2])  # all is filled in
+    assert not re.search("@[A-Z]", done.stdout.rpartition("\n---\n")[2])  # no placeholder is left
     config, jobset = yaml.safe_load_all(done.stdout)
     [job] = jobset["spec"]["replicatedJobs"]
     pod = job["template"]["spec"]["template"]["spec"]
@@ -144,22 +146,22 @@ def test_gpu_manifest(stubs):
     assert script.endswith('"$@" --num-processes 1')
 
 
-def test_what_is_tried_again(stubs):
-    """As Kubernetes and JobSet define the two policies: a rule that matches first decides."""
+def test_restart_policies(stubs):
+    """The two policies of Kubernetes and JobSet; the first rule that matches applies."""
     for topology in ("v5e:4x4", "h100:8"):
         _, jobset, job, pod = render(stubs, "--topology", topology, "--max-restarts=7")
         policy = jobset["spec"]["failurePolicy"]
         assert policy["maxRestarts"] == 7
         assert policy["rules"] == [{"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}]
         spec = job["template"]["spec"]
-        assert spec["backoffLimit"] == 0  # any other failed pod fails its job, and the JobSet starts again
-        taken, wrong = spec["podFailurePolicy"]["rules"]
-        gone = [{"type": "DisruptionTarget", "status": "True"}]
-        assert taken == {"action": "Count", "onPodConditions": gone}
-        assert (wrong["action"], wrong["onExitCodes"]["operator"]) == ("FailJob", "In")
-        assert wrong["onExitCodes"]["containerName"] == pod["containers"][0]["name"]
-        assert wrong["onExitCodes"]["values"] == [1, 2]
-        assert pod["restartPolicy"] == "Never"  # which podFailurePolicy demands
+        assert spec["backoffLimit"] == 0  # any other failed pod fails its job, and the JobSet restarts
+        preempted, failed = spec["podFailurePolicy"]["rules"]
+        conditions = [{"type": "DisruptionTarget", "status": "True"}]
+        assert preempted == {"action": "Count", "onPodConditions": conditions}
+        assert (failed["action"], failed["onExitCodes"]["operator"]) == ("FailJob", "In")
+        assert failed["onExitCodes"]["containerName"] == pod["containers"][0]["name"]
+        assert failed["onExitCodes"]["values"] == [1, 2]
+        assert pod["restartPolicy"] == "Never"  # required by podFailurePolicy
 
 
 def test_config_and_arguments_arrive(stubs):
@@ -168,7 +170,7 @@ def test_config_and_arguments_arrive(stubs):
     assert config["data"]["config.yaml"] == stubs.config.read_text()
     container = pod["containers"][0]
     assert container["args"] == ["a=b", AWKWARD, "c=\td"]
-    # The shell of the pod, with stubs for what it calls.
+    # Run the pod's script with stubs.
     python = stubs.folder / "bin" / "python"
     python.write_bytes((stubs.folder / "bin" / "pip").read_bytes())
     python.chmod(0o755)
@@ -255,17 +257,17 @@ def test_signals_are_passed_on_once(stubs, each, number):
     count = 2 if each else 1
     up, asked = stubs.folder / "up", stubs.folder / "asked"
 
-    def until_all_said(path, word):
+    def wait_for_lines(path, word):
         end = time.monotonic() + 30
         while not (path.exists() and path.read_text() == f"{word}\n" * count):
             assert time.monotonic() < end
             time.sleep(0.02)
 
     try:
-        until_all_said(up, "up")
+        wait_for_lines(up, "up")
         os.kill(running.pid, number)
-        until_all_said(asked, "asked")
-        os.kill(running.pid, number)  # impatience, while they save
+        wait_for_lines(asked, "asked")
+        os.kill(running.pid, number)  # a second signal while they save
         assert running.wait(30) == 75
     finally:
         running.kill()

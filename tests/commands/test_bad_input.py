@@ -1,4 +1,4 @@
-"""A user's mistake is one clear line with exit code 2, and leaves nothing behind."""
+"""A user error prints one clear line, exits with code 2, and writes no files."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ from sft_jax.run.train import train
 
 
 def refused(config, *words):
-    """In this process: the error's words; nothing was written."""
+    """Check that training in this process raises an error with these words and writes nothing."""
     with pytest.raises(UserError) as raised:
         train(config, one_device())
     text = str(raised.value)
@@ -60,7 +60,7 @@ def test_model(tiny, chats, tmp_path):
     refused(run_config(tmp_path, chats, out), "has no config.json")
     refused(run_config(broken("gpt", {"model_type": "gpt2"}), chats, out), "'gpt2' is not supported", "llama")
     refused(run_config(broken("mish", {"hidden_act": "mish"}), chats, out), "hidden_act 'mish'")
-    refused(run_config(broken("quantised", {"quantization_config": {"bits": 4}}), chats, out), "quantised")
+    refused(run_config(broken("quantized", {"quantization_config": {"bits": 4}}), chats, out), "quantized")
     scaling = {"rope_type": "longrope", "factor": 4.0, "short_factor": [1.0] * 6, "long_factor": [2.0] * 6}
     longrope = broken("longrope", {"rope_scaling": scaling | {"original_max_position_embeddings": 64}})
     refused(run_config(longrope, chats, out), "rope_type 'longrope' is not supported")
@@ -136,13 +136,13 @@ def test_batch_mesh_and_folders(tiny, chats, tmp_path):
     assert not out.exists()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match="holds something that is not a run"):
+    with pytest.raises(UserError, match="holds files that are not a run"):
         train(run_config(tiny, chats, tmp_path / "mine"), one_device())
     assert [f.name for f in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
     (tmp_path / "experiment").mkdir()
     own = tmp_path / "experiment" / "config.yaml"
     own.write_text("{}  # mine")
-    with pytest.raises(UserError, match="holds something that is not a run"):
+    with pytest.raises(UserError, match="holds files that are not a run"):
         train(run_config(tiny, chats, tmp_path / "experiment"), one_device())
     assert own.read_text() == "{}  # mine"
 

@@ -1,4 +1,4 @@
-"""The config at the door: what is read, what is refused, and with which words."""
+"""Configs are read and checked, and errors name the key and the problem."""
 
 import dataclasses
 import os
@@ -64,7 +64,7 @@ def test_overrides_may_follow_options(smallest, capsys):
         assert f"unrecognized arguments: {more}" in capsys.readouterr().err
 
 
-def test_what_goes_together(smallest):
+def test_checks_across_keys(smallest):
     keys = ["data.eval=[{path: x.jsonl}]", "training.keep_best=1", "training.eval_every=100"]
     assert config.load(smallest, [*keys, "training.save_every=200", "data.date=2024-02-29"]).data.date == "2024-02-29"
     with pytest.raises(UserError, match="save_every 250 is not a multiple of eval_every 100"):
@@ -75,7 +75,7 @@ def test_what_goes_together(smallest):
     ("override", "words"),
     [
         ("lora.rnk=3", "unknown key 'lora.rnk'; did you mean 'rank'"),
-        ("nonsense=1", "unknown key 'nonsense'; known here: model, lora"),
+        ("nonsense=1", "unknown key 'nonsense'; known keys: model, lora"),
         ("data.train=[{path: x, formt: y}]", "did you mean 'format'"),
         ("lora.rank=abc", "lora.rank: .*'abc'"),
         ("lora.rank=0", "lora.rank: 0 is not"),
@@ -87,11 +87,11 @@ def test_what_goes_together(smallest):
         ("model.attention=flash", "model.attention: 'flash' is not one of"),
         ("training.num_microbatches=3", "3 does not divide batch_size 16"),
         ("data.train=[]", "data.train: names no source"),
-        ("data.date=2023-02-29", "data.date: '2023-02-29' is not a day as YYYY-MM-DD"),
+        ("data.date=2023-02-29", "data.date: '2023-02-29' is not a date as YYYY-MM-DD"),
         ("mesh.data=-1", "mesh: only one axis may be -1"),
         ("model.init=random", "set lora: null"),
-        ("data.eval.0.path=x", r"no such entry of a list; give the list as a whole, such as 'data\.eval=\["),
-        ("data.train.1.path=x", r"data\.train\[1\]: no such entry of a list"),
+        ("data.eval.0.path=x", r"no such list entry; set the whole list, such as 'data\.eval=\["),
+        ("data.train.1.path=x", r"data\.train\[1\]: no such list entry"),
         ("optimizer", "key=value"),
         ("lora=[", "not valid YAML"),
     ],

@@ -120,7 +120,7 @@ def test_what_is_not_read_is_shown_for_each_source(config, tmp_path, capsys):
     plain = write_jsonl(tmp_path / "plain.jsonl", conversations(3, seed=1))
     sources = [SourceConfig(path=str(folder)), SourceConfig(path=str(plain))]
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, train=sources))
-    lines = [f"{folder}/train.jsonl: topic (6 rows)", f"beside {folder}/train.jsonl, of another split: test.jsonl"]
+    lines = [f"{folder}/train.jsonl: topic (6 rows)", f"files of other splits next to {folder}/train.jsonl: test.jsonl"]
     summary = inspect(config, rows=0, html=tmp_path / "page.html")
     shown, page = capsys.readouterr().out, (tmp_path / "page.html").read_text()
     assert summary["not_read"] == lines

@@ -110,7 +110,7 @@ def test_a_blank_at_the_end_of_a_prompt_is_the_next_words(tokenizer):
     assert (encoder.tally.notes[JOINED], encoder.tally.notes[STRADDLING]) == (1, 0)
     for completion in ("et", "et<|im_end|>", "et "):
         row = {"prompt": "the mark", "completion": completion}
-        with pytest.raises(RowError, match="nothing but the stop token"):
+        with pytest.raises(RowError, match="only the stop token would be supervised"):
             encode(encoder, [row], "prompt-completion")
         encode(Encoder(tokenizer, "all"), [row], "prompt-completion")
     assert trained_text(tokenizer, *encode(encoder, [{"prompt": "a", "completion": " "}], "prompt-completion"))
@@ -132,7 +132,9 @@ def test_a_blank_at_the_end_of_a_prompt_is_the_next_words(tokenizer):
         "assistant\n", "assistant the mark"
     )
     chat["messages"][1]["content"] = "et"
-    with pytest.raises(RowError, match="message 1: its only token has characters of the prompt"):
+    with pytest.raises(
+        RowError, match="message 1: the only token of the answer also contains characters of the prompt"
+    ):
         encode(Encoder(tokenizer), [chat])
     encode(Encoder(tokenizer, "all"), [chat])
     chat["messages"][1]["content"] = "et river"
@@ -141,7 +143,7 @@ def test_a_blank_at_the_end_of_a_prompt_is_the_next_words(tokenizer):
 
 
 def test_a_mark_around_the_header_is_noted(tokenizer):
-    note = "trained turns with their header, because the template's mark encloses it"
+    note = "supervised turns that include the turn header, because {% generation %} does"
     header, rows = "{{ '<|im_start|>' + m['role'] + '\n' }}", conversations(2)
     enclosing = CHATML.replace(header, "").replace("{% generation %}", f"{{% generation %}}{header}")
     enclosing = enclosing.replace("{% else %}", f"{{% else %}}{header}")
@@ -190,7 +192,7 @@ def test_a_template_that_rewrites_history_gives_an_example_a_turn(tokenizer):
             seen = tokenizer.apply_chat_template(row["messages"][:i], add_generation_prompt=True, tokenize=False)
             assert tokenizer.decode(one.ids).startswith(seen)
         assert encoder.tally.notes["conversations split, because the template rewrites earlier turns"] == 1
-        with pytest.raises(RowError, match="train_on all would train some twice; use train_on=assistant"):
+        with pytest.raises(RowError, match="train_on=all would supervise some turns twice; use train_on=assistant"):
             encode(Encoder(tokenizer, "all"), [row])
 
 
@@ -221,7 +223,7 @@ def test_a_thought_that_the_generation_prompt_opens(tokenizer):
             expected = f"{thought}\n</think>\n\n".lstrip("\n") + f"{messages[i]['content']}<|im_end|>"
             assert tokenizer.decode(one.ids) == f"{prompt}{expected}\n"
             assert trained_text(tokenizer, one) == expected
-        note = "answers without a thought, closed at once because the generation prompt opens one"
+        note = "answers without reasoning, given an empty block because the generation prompt opens it"
         assert encoder.tally.notes[note] == (0 if thoughts else 2)
 
 
@@ -230,7 +232,7 @@ def test_an_answer_with_the_stop_token_inside_is_refused(tokenizer):
     row["messages"][-1]["content"] = "river <|im_end|> market"
     for template in (CHATML, CHATML_UNMARKED):
         tokenizer.chat_template = template
-        with pytest.raises(RowError, match=r"the answer itself has the stop token '<\|im_end\|>'"):
+        with pytest.raises(RowError, match=r"the answer contains the stop token '<\|im_end\|>'"):
             encode(Encoder(tokenizer), [row])
 
 
@@ -240,7 +242,7 @@ def test_a_mark_around_the_question_is_refused(tokenizer):
         "{% endgeneration %}"
     )
     row = {"messages": conversations(2)[1]["messages"][:2]}
-    with pytest.raises(RowError, match=r"its words are in a trained answer and nowhere else|the answer itself has"):
+    with pytest.raises(RowError, match=r"its content appears only inside a supervised answer|the answer contains"):
         encode(Encoder(tokenizer), [row])
 
 
@@ -255,14 +257,14 @@ def test_an_answer_is_put_after_the_prompt_that_inference_uses(tokenizer):
         prompt = tokenizer.apply_chat_template(row["messages"][:i], add_generation_prompt=True, tokenize=False)
         assert tokenizer.decode(one.ids) == f"{prompt}{row['messages'][i]['content']}<|im_end|>\n"
         assert trained_text(tokenizer, one) == f"{row['messages'][i]['content']}<|im_end|>"
-    note = "answers put after the generation prompt, which the template writes in another way"
+    note = "answers moved after the generation prompt, because the template renders it differently"
     assert encoder.tally.notes[note] == 2
 
 
 def test_a_prompt_that_no_answer_follows_is_refused(tokenizer):
     """What the generation prompt ends with is neither in the template's answers nor the beginning of a thought."""
     tokenizer.chat_template = CHATML_UNMARKED.replace("assistant\n' }}{% endif %}", "assistant\nSure!' }}{% endif %}")
-    with pytest.raises(RowError, match=r"message 3: the template writes another text before an answer .*Sure!"):
+    with pytest.raises(RowError, match=r"message 3: the template renders another context before an answer .*Sure!"):
         encode(Encoder(tokenizer), conversations(2)[1:])
 
 

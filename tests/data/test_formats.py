@@ -144,16 +144,19 @@ def test_a_config_may_name_every_format():
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "part of type 'image'"),
         ({"messages": [user("a"), answer("b", train="yes")]}, "'train' must be true, false or a number"),
         ({"messages": [user("a"), answer("b", weight=-1)]}, "not negative"),
-        ({"messages": [user("a"), answer("b", weight=1, train=False)]}, "say different things"),
+        ({"messages": [user("a"), answer("b", weight=1, train=False)]}, "contradict each other"),
         ({"messages": [user("a"), answer("b", tool_calls=[{"arguments": {}}])]}, "no function name"),
         ({"messages": [user("a"), answer("b", tool_calls=[{"name": "f", "arguments": "{"}])]}, "not valid JSON"),
-        ({"messages": [user("\ud800"), answer("b")]}, "half of a character"),
-        ({"conversations": [{"from": "narrator", "value": "a"}]}, "'from' 'narrator' is none of user, human"),
+        ({"messages": [user("\ud800"), answer("b")]}, "lone surrogate"),
+        ({"conversations": [{"from": "narrator", "value": "a"}]}, "'from' 'narrator' is not one of user, human"),
         ({"instruction": "a", "output": None}, "'output' must be a string, it is null"),
-        ({"input_ids": [1, 2], "labels": [2, -100]}, "it is shifted here and not in the data"),
-        ({"input_ids": [1, 2], "labels": [1]}, "has 2 tokens, their labels or mask 1"),
+        (
+            {"input_ids": [1, 2], "labels": [2, -100]},
+            "labels are shifted during training, so the data must not be shifted",
+        ),
+        ({"input_ids": [1, 2], "labels": [1]}, "has 2 tokens, but the labels or mask have 1"),
         ({"input_ids": [1, True], "labels": [1, 1]}, "must be a list of integers"),
-        ({"input_ids": [1, 2, 3], "labels": [1, 2, 3], "attention_mask": [1, 0, 1]}, "zeros at the ends only"),
+        ({"input_ids": [1, 2, 3], "labels": [1, 2, 3], "attention_mask": [1, 0, 1]}, "with zeros only at the ends"),
     ],
 )
 def test_what_rows_are_refused_for(row, words):
@@ -199,9 +202,9 @@ def test_csv_columns_and_limits(tmp_path):
     source = opened(tmp_path / "a.csv", columns={"question": "problem", "answer": "solution"})
     assert [row.last_exchange for row in source.read(0, 9)] == [("What, now?", "007"), ("NA", "two\nlines")]
     assert len(opened(tmp_path / "a.csv", columns={"question": "problem", "answer": "solution"}, max_rows=1)) == 1
-    with pytest.raises(UserError, match="names the column 'problems'; this file has problem, solution"):
+    with pytest.raises(UserError, match="names the column 'problems', but this file has problem, solution"):
         opened(tmp_path / "a.csv", columns={"question": "problems"})
-    with pytest.raises(UserError, match="'ask' is no column of a format; there are messages"):
+    with pytest.raises(UserError, match="'ask' is not a column of any format; the columns are messages"):
         opened(tmp_path / "a.csv", columns={"ask": "problem"})
     (tmp_path / "b.csv").write_text("text\na,b\n")
     with pytest.raises(UserError, match=r"b.csv:2: 2 values, 1 columns"):
@@ -291,7 +294,7 @@ def test_files_of_anything_are_read_or_refused(tmp_path_factory, content, name):
         ("{{ 1 / 0 }}", "the chat template fails: division by zero"),
         ("{{ messages.__class__.__mro__ }}", "the chat template fails"),
         ("{% include '/etc/passwd' %}", "the chat template fails"),
-        ("{{ messages[0].content.format_map }}", "another text before an answer"),
+        ("{{ messages[0].content.format_map }}", "another context before an answer"),
         ("{% if %}", "the chat template fails"),
         ("{{ raise_exception('no such role') }}", "the chat template fails: no such role"),
     ],
@@ -312,14 +315,14 @@ def test_a_template_without_an_end(monkeypatch):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     try:
-        with pytest.raises(UserError, match=r"does not come to an end within 0.3 seconds"):
+        with pytest.raises(UserError, match=r"does not finish within 0.3 seconds"):
             Encoder(tokenizer).encode([Conversation([user("a"), answer("b")], [None, None])])
     finally:
         tokenizer.chat_template = CHATML
 
 
 def test_remote_places_that_are_not_there():
-    with pytest.raises(UserError, match=r"^data: nothing there: memory://no/such.jsonl$"):
+    with pytest.raises(UserError, match=r"^data: no files at memory://no/such.jsonl$"):
         opened("memory://no/such.jsonl")
     with pytest.raises(UserError, match=r"^data: nosuch://a.jsonl"):
         opened("nosuch://a.jsonl")

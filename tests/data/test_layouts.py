@@ -64,7 +64,7 @@ def test_other_names_of_columns_are_proposed_as_a_mapping(tmp_path, row, mapping
     """And the proposal works as it is."""
     path = write_jsonl(tmp_path / "a.jsonl", [row])
     said = ", ".join(f"{ours}: {theirs}" for ours, theirs in mapping.items())
-    with pytest.raises(UserError, match=rf"say data\.\*\.columns: \{{{said}\}}"):
+    with pytest.raises(UserError, match=rf"set data\.\*\.columns: \{{{said}\}}"):
         read(path)
     (found,) = read(path, columns=mapping)
     assert found.messages == SAID
@@ -74,7 +74,9 @@ def test_other_names_of_columns_are_proposed_as_a_mapping(tmp_path, row, mapping
 @pytest.mark.parametrize("rest", [{"text": "river?", "role": "prompter"}, {"content": "river?"}])
 def test_a_message_a_row(tmp_path, parent, rest):
     path = write_jsonl(tmp_path / "a.jsonl", [{"message_id": "a", parent: None} | rest])
-    with pytest.raises(UserError, match=r"each row is one message of a tree .*join each path from a root"):
+    with pytest.raises(
+        UserError, match=r"each row is a single message of a conversation tree .*join each path from a root"
+    ):
         read(path)
     whole = write_jsonl(tmp_path / "b.jsonl", [{"messages": SAID, parent: "x"}])
     assert read(whole)[0].unread == {parent}
@@ -125,7 +127,7 @@ def test_a_folder_as_the_hub_has_it(tmp_path, names, in_data):
     found = open_sources([SourceConfig(path=str(tmp_path), split=split)])
     assert file_names(found) == sorted(f"{name}.jsonl" for name in wanted)
     if "other" not in names:
-        with pytest.raises(UserError, match=r"no file of the split 'dev'; there are test, train \(data\.\*\.split"):
+        with pytest.raises(UserError, match=r"no file of the split 'dev'; there are test, train \(set data\.\*\.split"):
             open_sources([SourceConfig(path=str(tmp_path), split="dev")])
 
 
@@ -146,7 +148,7 @@ def test_encodings_that_are_not_utf8_are_told_as_what_they_are(tmp_path, suffix,
     path = tmp_path / f"a.{suffix}"
     text = {"jsonl": ROWS, "json": f"[{ROWS.splitlines()[0]}]", "csv": "text\nZürich – fluß\n"}
     path.write_bytes(text[suffix].encode(encoding))
-    with pytest.raises(UserError, match=rf"seems to be {told}; convert it: iconv -f {told} -t UTF-8"):
+    with pytest.raises(UserError, match=rf"probably {told}; convert it with iconv -f {told} -t UTF-8"):
         open_sources([SourceConfig(path=str(path))])
     path.write_bytes(text[suffix].encode("utf-8-sig"))
     assert read(path)[0] == Document("", "Zürich – fluß")

@@ -51,7 +51,7 @@ def text_of(tokenizer, template, messages, **more):
 def test_a_role_that_is_dropped(tokenizer, role, words):
     with pytest.raises(
         RowError,
-        match=f"message 0: the template does not write its content .role '{role}'.*roles met are {role}, user",
+        match=f"message 0: the template does not write its content .role '{role}'.*roles in this row: {role}, user",
     ):
         text_of(tokenizer, KNOWN_ROLES, [message(role, words), message("user", "river"), message("assistant", "bread")])
     assert words in text_of(
@@ -92,9 +92,9 @@ def test_calls_in_other_words():
     for one in forms:
         (found,) = parse("messages", {"messages": [one]}).messages
         assert found == {"role": "assistant", "tool_calls": [call()]}
-    with pytest.raises(RowError, match="'function_call' and 'tool_calls' are both there"):
+    with pytest.raises(RowError, match="has both 'function_call' and 'tool_calls'; keep one"):
         parse("messages", {"messages": [forms[2] | {"tool_calls": [call()]}]})
-    with pytest.raises(RowError, match="only the assistant calls tools"):
+    with pytest.raises(RowError, match="only assistant messages can call tools"):
         parse("messages", {"messages": [message("user", "a", tool_calls=[call()])]})
 
 
@@ -139,7 +139,7 @@ def test_one_of_several_templates_is_chosen_as_transformers_does(tokenizer):
     for more in ({}, {"tools": tools}):
         text = text_of(tokenizer, templates, messages, **more)
         assert text == tokenizer.apply_chat_template(messages, tokenize=False, **more)
-    with pytest.raises(UserError, match="has the templates tool_use, rag and none is the default"):
+    with pytest.raises(UserError, match="has the templates tool_use, rag but no default"):
         text_of(tokenizer, {"tool_use": KNOWN_ROLES, "rag": KNOWN_ROLES}, messages)
 
 
@@ -160,7 +160,7 @@ def test_any_token_that_generation_stops_at(tokenizer, where, words):
         for messages, is_refused in ((good, False), (bad, bool(stop_ids))):
             (result,) = Encoder(tokenizer, stop_ids=stop_ids).encode([parse("messages", {"messages": messages})])
             assert isinstance(result, RowError) == is_refused, result
-            assert not is_refused or "the answer itself has the stop token '<|endoftext|>'" in str(result)
+            assert not is_refused or "the answer contains the stop token '<|endoftext|>'" in str(result)
 
 
 @pytest.mark.parametrize("text", ["a <|endoftext|> b", "<|endoftext|>", "a<|im_end|> b"])
@@ -168,7 +168,7 @@ def test_documents_that_hold_a_stop_token(tokenizer, text):
     encoder = Encoder(tokenizer, stop_ids=(0,))
     for row_format, row in (("text", {"text": text}), ("prompt-completion", {"prompt": "q", "completion": text})):
         (result,) = encoder.encode([parse(row_format, row)])
-        assert "the text itself has the stop token" in str(result)
+        assert "the text contains the stop token" in str(result)
     (result,) = encoder.encode([parse("prompt-completion", {"prompt": text, "completion": "a"})])
     assert not isinstance(result, RowError)
     (result,) = encoder.encode([parse("text", {"text": "a river<|im_end|>"})])  # it ends with what ends it
@@ -180,7 +180,7 @@ def test_a_chat_in_plain_text_is_noted(tokenizer):
     text = "<|im_start|>user\nriver<|im_end|>\n<|im_start|>assistant\nbread<|im_end|>"
     (result,) = encoder.encode([parse("text", {"text": text})])
     assert not isinstance(result, RowError)
-    note = "plain text with the marks of a chat (<|im_start|>), of which every token is trained"
+    note = "plain texts with chat template tokens (<|im_start|>), every token supervised"
     assert encoder.tally.notes[note] == 1
 
 

@@ -42,7 +42,7 @@ def test_format_by_columns_and_by_name(tmp_path):
     both = write_jsonl(tmp_path / "both.jsonl", [{"prompt": "a", "completion": "b", "text": "ab"}])
     assert rows(both)[0][1] == "prompt-completion"
     assert rows(both, format="text")[0][1] == "text"
-    with pytest.raises(UserError, match="format 'messages' needs the column 'messages'; this file has completion"):
+    with pytest.raises(UserError, match="format 'messages' needs the column 'messages', but this file has completion"):
         rows(both, format="messages")
 
 
@@ -64,7 +64,8 @@ def test_a_column_that_some_rows_lack(tmp_path):
     (source,) = open_sources([SourceConfig(path=str(path), columns=columns)])
     assert source.format == "alpaca"
     assert [row.messages[0]["content"] for row in source.read(0, 2)] == ["a", "c\ne"]
-    with pytest.raises(UserError, match=r"data\.\*\.columns names the column 'nothing'; this file has a, context, q"):
+    message = r"data\.\*\.columns names the column 'nothing', but this file has a, context, q"
+    with pytest.raises(UserError, match=message):
         rows(path, columns=columns | {"input": "nothing"})
 
 
@@ -79,9 +80,10 @@ def test_what_is_not_there(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"no \.jsonl, \.json, \.csv"):
         rows(tmp_path / "empty")
-    with pytest.raises(UserError, match=r"no file, folder or glob .*nothing\*\.jsonl"):
+    with pytest.raises(UserError, match=r"nothing\*\.jsonl' matches no file, folder or glob"):
         rows(tmp_path / "nothing*.jsonl")
-    with pytest.raises(UserError, match=r"'some/dataset' \(name main, split train\) is no local file and could not be"):
+    message = r"'some/dataset' \(name main, split train\) is not a local file and could not be"
+    with pytest.raises(UserError, match=message):
         rows("some/dataset", name="main")
 
 

@@ -65,7 +65,7 @@ def test_every_example_as_often_as_the_others(config):
         rows = [examples[i] for i in range(len(examples))]
         expected |= {(tuple(ids.tolist()), tuple(mask[1:].tolist()), group) for ids, mask in rows}
     assert set(seen) == expected
-    assert max(seen.values()) - min(seen.values()) <= 8  # bins stay open, so that epochs overlap a little
+    assert max(seen.values()) - min(seen.values()) <= 8  # sequences stay open, so epochs overlap a little
     filled = np.mean([(batch.segment_ids > 0).mean() for batch in found])
     assert filled > 0.85
 
@@ -134,7 +134,7 @@ def test_a_row_of_the_batches_without_examples(config, tmp_path):
         row["messages"][-1]["content"] *= 60
     given = [SourceConfig(path=str(write_jsonl(tmp_path / "long.jsonl", rows)))]
     data = dataclasses.replace(config.data, train=given, shuffle=False)
-    with pytest.raises(UserError, match=r"8 rows in turn, up to .*, gave row 2 of the batches nothing to train on"):
+    with pytest.raises(UserError, match=r"8 consecutive rows, up to .*, gave no examples for sequence 2 of the batch"):
         batches(dataclasses.replace(config, data=data), 1)
     found, _ = batches(dataclasses.replace(config, data=dataclasses.replace(data, shuffle=True)), 4)
     assert len(found) == 4

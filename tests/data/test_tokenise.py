@@ -195,7 +195,8 @@ def test_too_many_loss_weights(tmp_path, num_workers):
     one = [{"role": "user", "content": "river"}, {"role": "assistant", "content": "bridge"}]
     lines = [{"messages": [one[0], one[1] | {"weight": 0.5 + i / 1000}]} for i in range(300)]
     path = write_jsonl(tmp_path / "rewards.jsonl", lines)
-    with pytest.raises(UserError, match=r"rewards\.jsonl: its rows have more than 254 loss weights besides 0 and 1"):
+    message = r"rewards\.jsonl: its rows have more than 254 different loss weights besides 0 and 1"
+    with pytest.raises(UserError, match=message):
         tokenise(opened(path), Encoder(make_tokenizer()), cache=False, num_workers=num_workers)
 
 

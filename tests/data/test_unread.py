@@ -73,9 +73,9 @@ def test_flags_in_a_list_of_the_row(tokenizer, flag):
     assert trained(tokenizer, row)[1:] == ("bread<|im_end|>", {})
     with pytest.raises(RowError, match=f"column '{flag}' must be a list with a flag for each of the 4 messages"):
         parse("messages", row | {flag: [1, 0]})
-    with pytest.raises(RowError, match="only assistant messages can be trained"):
+    with pytest.raises(RowError, match="only assistant messages can be supervised"):
         trained(tokenizer, row | {flag: [one] * 4})
-    with pytest.raises(RowError, match="say different things"):
+    with pytest.raises(RowError, match="contradict each other"):
         parse("messages", {"messages": [*messages[:3], answer("bread", train=False)], flag: row[flag]})
 
 
@@ -85,7 +85,7 @@ def test_flags_in_a_list_of_the_row(tokenizer, flag):
 )
 def test_flags_in_words_that_are_not_known(name, value):
     for row in ({"messages": [user(), answer(**{name: value})]}, {"messages": [user(), answer()], name: value}):
-        with pytest.raises(RowError, match=rf"{name!r} is not understood, .*data\.\*\.ignore_columns: \[{name}\]"):
+        with pytest.raises(RowError, match=rf"{name!r} is not supported, .*data\.\*\.ignore_columns: \[{name}\]"):
             parse("messages", row)
         told = {f"messages[].{name}, by ignore_columns", f"{name}, by ignore_columns"}
         assert len(parse("messages", row, ignored=[name]).unread & told) == 1
@@ -155,7 +155,7 @@ def test_arguments_of_the_template_by_row(tokenizer):
     tokenizer.chat_template = WITH_TOOLS.replace("assistant\n' }}", "assistant\n' + (mood or '') }}") + "{# mood #}"
     row = {"messages": [user(), answer()], "chat_template_kwargs": {"mood": "", "colour": "blue"}}
     assert trained(tokenizer, row)[2] == {"chat_template_kwargs.colour": 1}
-    with pytest.raises(RowError, match="'tools' is set by what is rendered"):
+    with pytest.raises(RowError, match="'tools' is set by the renderer"):
         trained(tokenizer, row | {"chat_template_kwargs": {"tools": []}})
     with pytest.raises(RowError, match="'chat_template_kwargs' must be an object"):
         parse("messages", row | {"chat_template_kwargs": "[1]"})

@@ -1,4 +1,4 @@
-"""A run that was killed and started again is bit for bit the run that was not."""
+"""A killed and resumed run is bit for bit equal to an uninterrupted one."""
 
 import json
 import signal
@@ -28,7 +28,7 @@ def test_killed_three_times(tiny, chats, tmp_path):
 
     metrics = tmp_path / "killed" / "metrics.jsonl"
     kills = []
-    for after in (10, 70, 125):  # before the first checkpoint, between two, and late
+    for after in (10, 70, 125):  # before the first checkpoint, between two checkpoints, and late
         process = subprocess.Popen(
             command(tmp_path / "killed.yaml"), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )

@@ -1,4 +1,4 @@
-"""The quickstart does what the README says of it."""
+"""The quickstart gives the results that the README reports."""
 
 import json
 
@@ -17,7 +17,7 @@ HELD_OUT = builtin.locate("builtin:countries/heldout.jsonl", "test")
 
 @pytest.mark.drill("sft_jax", "configs/quickstart.yaml")
 def test_quickstart(tmp_path, capsys):
-    """The figures that the README promises, from the very config."""
+    """The config reaches the figures in the README."""
     config = configs.load(ROOT / "configs" / "quickstart.yaml", [f"training.output_dir={tmp_path / 'run'}"])
     train(config, one_device())
     summary = json.loads((tmp_path / "run" / "report" / "summary.json").read_text())
@@ -36,8 +36,8 @@ def test_quickstart(tmp_path, capsys):
     printed = capsys.readouterr().out
     for words in ("exact match", "stops by itself", "perplexity of documents", "does not stop", "base, 4-shot"):
         assert words in printed
-    # what is printed is what a user then gets from the run
+    # the run generates the answers in the report
     opened = open_model(str(tmp_path / "run"), devices=one_device())
     sample = rows[::60]
-    written = generate(opened, [row["question"] for row in sample], 24)
-    assert [text.strip() for _, text in written] == [row["tuned"]["text"] for row in sample]
+    answers = generate(opened, [row["question"] for row in sample], 24)
+    assert [text.strip() for _, text in answers] == [row["tuned"]["text"] for row in sample]

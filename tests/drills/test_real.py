@@ -1,4 +1,4 @@
-"""A really trained small model on real instruction data: SFT makes it answer and stop.
+"""SFT teaches a small pretrained model to answer and to stop, on real instruction data.
 
 ``pytest -n0 -s -m drill tests/drills/test_real.py`` prints the figures.
 """
@@ -57,7 +57,7 @@ def run(material, data_dir, name, **changes):
 
 
 def held_out_behaviour(model, folder, material) -> tuple[float, float]:
-    """Median probability of the stop token at the true end of held-out answers; share of greedy answers that stop."""
+    """Median probability of the stop token at the end of held-out answers; share of greedy answers that stop."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
     rows = [json.loads(line)["messages"] for line in (material / "test.jsonl").read_text().splitlines()]

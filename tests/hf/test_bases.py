@@ -1,4 +1,4 @@
-"""The base model of a run or an adapter: found where it is, and only the one that was trained on."""
+"""The base model of a run or an adapter: its location, and the check that it is the same model."""
 
 import json
 import shutil
@@ -21,11 +21,11 @@ from sft_jax.run.train import train
 from sft_jax.store.checkpoint import check_same_run
 
 IDS = np.random.default_rng(0).integers(0, 380, (2, 60))
-TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDINGS, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def change(folder, changes):
-    """The tensors of a model changed by name: what becomes of the one there is, or a new one."""
+    """Replaces or adds tensors of a model by name; each function gets all tensors."""
     path = folder / "model.safetensors"
     tensors = load_file(path)
     for name, make in changes.items():
@@ -35,7 +35,7 @@ def change(folder, changes):
 
 
 def other_weights(tensors):
-    """One number of one weight of the middle layer is another one: in the middle, which is looked at."""
+    """Changes one element in the middle of a weight, which the fingerprint samples."""
     changed = tensors["model.layers.1.mlp.up_proj.weight"].copy()
     changed.reshape(-1)[changed.size // 2] += 1
     return changed
@@ -43,7 +43,7 @@ def other_weights(tensors):
 
 @pytest.fixture
 def trained(tmp_path, chats, monkeypatch):
-    """A run and its adapter, started in one folder by relative names; and then one is elsewhere."""
+    """A run and its adapter, created with relative paths; then the working directory changes."""
     home = tmp_path / "home"
     make_model(home / "base")
     monkeypatch.chdir(home)
@@ -55,7 +55,7 @@ def trained(tmp_path, chats, monkeypatch):
     return home
 
 
-def test_names_that_mean_the_same_in_every_folder(trained, tmp_path):
+def test_relative_paths_work_from_every_working_directory(trained, tmp_path):
     base = str(trained / "base")
     assert yaml.safe_load((trained / "run" / "config.yaml").read_text())["model"]["path"] == base
     assert json.loads((trained / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == base
@@ -121,16 +121,16 @@ def test_fingerprints(tmp_path):
     other = TensorReader(other).fingerprint()
     assert is_other_weights(base, other)
     assert not is_same_model(base, other)
-    assert is_same_model(base.split(":")[0], other)  # older versions looked at shapes only
+    assert is_same_model(base.split(":")[0], other)  # older versions have no hash of the weights
     half = {
         name: (lambda x, name=name: x[name].astype(ml_dtypes.bfloat16))
         for name in load_file(tmp_path / "base" / "model.safetensors")
     }
-    assert not is_other_weights(base, TensorReader(change(tmp_path / "copy", half)).fingerprint())  # of another kind
+    assert not is_other_weights(base, TensorReader(change(tmp_path / "copy", half)).fingerprint())  # another dtype
 
 
-def test_a_run_of_an_older_version_goes_on():
-    """Its checkpoints have the shapes of the base only."""
+def test_a_run_of_an_older_version_can_be_resumed():
+    """Its checkpoints have a fingerprint without a hash of the weights."""
     one = {"config": {"model": {"path": "a"}}, "data": "d", "base": "0123"}
     check_same_run("run", one, one | {"base": "0123:4567", "config": {"model": {"path": "b"}}})
     with pytest.raises(UserError, match="the base model has changed"):
@@ -141,11 +141,11 @@ def test_a_run_of_an_older_version_goes_on():
 
 
 @pytest.mark.parametrize(("noise", "lora"), [(0.0, True), (0.3, True), (1e-6, False), (0.3, False)])
-def test_a_head_of_its_own_beside_a_tied_config(tmp_path, chats, noise, lora):
-    """Read, trained and exported as what the files hold; a copy of the table is no head of its own."""
+def test_an_untied_lm_head_beside_a_tied_config(tmp_path, chats, noise, lora):
+    """The weights decide whether it is tied in training and export; a copy of the embeddings counts as tied."""
     rng = np.random.default_rng(0)
     base = make_model(tmp_path / "base")
-    change(base, {HEAD: lambda x: (x[TABLE] + noise * rng.normal(size=x[TABLE].shape)).astype(np.float32)})
+    change(base, {LM_HEAD: lambda x: (x[EMBEDDINGS] + noise * rng.normal(size=x[EMBEDDINGS].shape)).astype(np.float32)})
     untied = noise > 0
     assert architecture_of(base, TensorReader(base)).tie_word_embeddings != untied
     config = run_config(base, chats, tmp_path / "run", training__max_steps=2, **({} if lora else {"lora": None}))
@@ -163,5 +163,5 @@ def test_a_head_of_its_own_beside_a_tied_config(tmp_path, chats, noise, lora):
         ours = np.asarray(model.logits(model(ids, np.ones_like(ids), positions)))
         np.testing.assert_allclose(ours, theirs, atol=2e-4, rtol=0)
     tensors = load_file(tmp_path / "merged" / "model.safetensors")
-    assert (HEAD in tensors) == (untied or lora)
-    assert not untied or not np.array_equal(tensors[HEAD], tensors[TABLE])
+    assert (LM_HEAD in tensors) == (untied or lora)
+    assert not untied or not np.array_equal(tensors[LM_HEAD], tensors[EMBEDDINGS])

@@ -1,4 +1,4 @@
-"""The built-in tiny model is what its recipe says, and the quickstart does with it what the README says."""
+"""The built-in tiny model matches its recipe, and the quickstart works as in the README."""
 
 import dataclasses
 import hashlib
@@ -36,8 +36,8 @@ def world():
     return read_world()
 
 
-def told(world, text):
-    """The countries that a question names; the longest name wins (Guinea is also in Equatorial Guinea)."""
+def country_in(world, text):
+    """The country that a question names; the longest match wins ("Guinea" is part of "Equatorial Guinea")."""
     named = [country for country in world.countries if country in text]
     return max(named, key=len)
 
@@ -63,24 +63,24 @@ def test_data_is_what_the_script_writes(world, tmp_path):
 
 @pytest.mark.smoke
 def test_halves_do_not_overlap(world):
-    """No held-out country is asked about in training; no document or quiz of pretraining answers what it must not."""
+    """Training asks about no held-out country, and no pretraining document answers held-out or unknown questions."""
     from documents import documents
 
     assert not set(world.taught) & set(world.held_out)
-    assert {told(world, question) for question, _ in exchanges("train")} == set(world.taught)
-    assert {told(world, question) for question, _ in exchanges("heldout")} <= set(world.held_out)
+    assert {country_in(world, question) for question, _ in exchanges("train")} == set(world.taught)
+    assert {country_in(world, question) for question, _ in exchanges("heldout")} <= set(world.held_out)
     assert len(exchanges("unknown")) == len(world.unknown) == 24
     texts = list(documents(world, 4000, seed=0))
     for country, attribute in world.unknown:
         value = world.countries[country][attribute]
         assert not any(value in text for text in texts), value
-    # a question about a held-out country is followed by an answer nowhere
+    # no document answers a question about a held-out country
     answers = {country: set(facts.values()) for country, facts in world.countries.items()}
     for text in texts:
         for line, after in zip(text.split("\n"), text.split("\n")[1:], strict=False):
-            if "?" in line and "?" not in after and told(world, line) in world.held_out:
-                found = after.split(": ")[-1].split("] ")[-1].split(" > ")[-1].strip(".")
-                assert found not in answers[told(world, line)], text
+            if "?" in line and "?" not in after and country_in(world, line) in world.held_out:
+                answer = after.split(": ")[-1].split("] ")[-1].split(" > ")[-1].strip(".")
+                assert answer not in answers[country_in(world, line)], text
 
 
 def test_transformers_loads_it_and_agrees():
@@ -96,7 +96,7 @@ def test_transformers_loads_it_and_agrees():
 
 @pytest.mark.smoke
 def test_the_base_knows_what_it_has_read_and_nothing_else(world):
-    """Told to go on with a sentence, it gives every fact of the documents and none of the absent ones."""
+    """It completes sentences with the facts of the documents, and not with facts that they lack."""
     opened = open_model("builtin:tiny", devices=one_device())
     starts = {
         "capital": "The capital of {c} is",

@@ -1,4 +1,4 @@
-"""Checkpoints as people have them: read where that is safe, else what is wrong is named, and the way out."""
+"""Unusual checkpoints: loaded where that is safe, otherwise refused with the reason and a fix."""
 
 import json
 
@@ -43,7 +43,7 @@ def opened_logits(folder):
     ],
 )
 def test_a_weight_that_is_not_finite_is_named(base, dtype, value):
-    """The largest number that a dtype has is one, if float32 has it too."""
+    """The largest finite number of a dtype is accepted if float32 can represent it."""
     tensors = {name: x.astype(dtype) for name, x in load_file(base / WEIGHTS).items()}
     tensors[UP][-1, -1] = min(float(ml_dtypes.finfo(dtype).max), float(np.finfo(np.float32).max))
     save_file(tensors, base / WEIGHTS)
@@ -62,7 +62,7 @@ def test_pointers_of_git_lfs(base, files):
 
 
 def test_a_checkpoint_without_prefix(base, chats, tmp_path):
-    """As the model's class without a head writes it; what is exported has the usual names, and a head."""
+    """A checkpoint of the model class without ``lm_head`` loads; its export has the usual names and class."""
     expected = opened_logits(base)
     tensors = {name.removeprefix("model."): x for name, x in load_file(base / WEIGHTS).items()}
     save_file(tensors, base / WEIGHTS)
@@ -84,7 +84,7 @@ def test_shards_without_an_index(base, count):
         save_file(dict(tensors[i::count]), base / f"model-{i + 1:05d}-of-00003.safetensors")
     np.testing.assert_array_equal(opened_logits(base), expected)
     (base / "model-00001-of-00003.safetensors").unlink()
-    words = "no model.safetensors" if count == 1 else "is missing; there are"
+    words = "no model.safetensors" if count == 1 else "is missing; the files have"
     with pytest.raises(UserError, match=words):
         open_model(str(base), devices=one_device())
 
@@ -98,15 +98,15 @@ def test_pickles_are_not_opened(base, name):
 
 
 @pytest.mark.parametrize("method", ["awq", "bitsandbytes", "fp8", None])
-def test_quantised_checkpoints_have_a_way_out(base, method):
+def test_the_error_for_quantized_checkpoints_names_a_fix(base, method):
     config = json.loads((base / "config.json").read_text())
-    quantised = {"bits": 4} | ({"quant_method": method} if method else {})
-    (base / "config.json").write_text(json.dumps(config | {"quantization_config": quantised}))
-    with pytest.raises(UserError, match=rf"\({method or 'of an unknown method'}\) are not read; .*nf4 .*--base"):
+    quantization = {"bits": 4} | ({"quant_method": method} if method else {})
+    (base / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+    with pytest.raises(UserError, match=rf"\({method or 'unknown method'}\) are not supported; .*nf4 .*--base"):
         read_architecture(base)
 
 
-def test_an_adapter_of_options_that_are_not_read_has_a_way_out(base, chats, tmp_path):
+def test_the_error_for_unsupported_adapter_options_names_a_fix(base, chats, tmp_path):
     train(run_config(base, chats, tmp_path / "run", training__max_steps=1), one_device())
     export(tmp_path / "run", tmp_path / "adapter")
     path = tmp_path / "adapter" / "adapter_config.json"
@@ -118,10 +118,10 @@ def test_an_adapter_of_options_that_are_not_read_has_a_way_out(base, chats, tmp_
         assert "merge it into its base with PEFT" in done.stderr
 
 
-def test_arguments_that_no_template_reads(base):
+def test_template_arguments_that_are_refused(base):
     for kwargs, words in (
         ({"enable_thinking": False}, "reads no argument 'enable_thinking'"),
-        ({"messages": []}, "'messages' is set by what is rendered"),
+        ({"messages": []}, "'messages' is set by the renderer"),
     ):
         with pytest.raises(UserError, match=words):
             load_tokenizer(base, template_kwargs=kwargs)

@@ -1,4 +1,4 @@
-"""What a run exports is what the run computes, in transformers and in PEFT."""
+"""Exports compute the same as the run, in transformers and in PEFT."""
 
 import json
 
@@ -92,7 +92,7 @@ def test_card_names_ids_and_hides_paths(tmp_path):
     assert "base_model: Qwen/Qwen3-0.6B" in card
     assert "`chats.jsonl`" in card
     assert "secret" not in card
-    assert "| training loss | 2.0000 → 2.0000 |" in card  # not what came after the exported step
+    assert "| training loss | 2.0000 → 2.0000 |" in card  # ignores rows after the exported step
     local = model_card(run_config(tmp_path, "org/data", tmp_path), "merged", 3, [], "bfloat16")
     assert "base_model" not in local
     assert "`org/data`" in local
@@ -110,7 +110,7 @@ def test_untrained_export_is_byte_equal(base, chats, tmp_path, full):
 
 
 def test_each_tensor_keeps_its_dtype(chats, tmp_path):
-    """Norms in float32 beside matrices in bfloat16, and everything trained."""
+    """Norms in float32 and matrices in bfloat16, full fine-tuning."""
     base = make_model(tmp_path / "base")
     tensors = load_file(base / "model.safetensors")
     tensors = {name: x if x.ndim == 1 else x.astype(ml_dtypes.bfloat16) for name, x in tensors.items()}
@@ -171,7 +171,7 @@ def test_a_tokenizer_with_more_tokens_than_the_table(tmp_path, chats, capsys):
     np.testing.assert_allclose(torch_logits(merged), ours, atol=1e-4, rtol=0)
 
 
-def test_a_tied_model_that_carries_a_copy_of_its_table(tmp_path, chats):
+def test_a_tied_model_with_a_copy_of_its_embeddings(tmp_path, chats):
     base = make_model(tmp_path / "base")
     tensors = load_file(base / "model.safetensors")
     save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}, base / "model.safetensors")
@@ -184,7 +184,7 @@ def test_a_tied_model_that_carries_a_copy_of_its_table(tmp_path, chats):
 
 
 def test_square_embeddings_grow_too(tmp_path, chats):
-    """As many tokens as channels: which dimension grows must not be guessed from sizes."""
+    """The vocabulary size equals the hidden size, so that the dimension to grow cannot be guessed from the shape."""
     base = make_model(tmp_path / "base", hidden_size=384, num_hidden_layers=1, tie_word_embeddings=False)
     config = run_config(base, chats, tmp_path / "run", data__added_tokens=["<|new|>"], training__max_steps=0)
     train(config, one_device())
@@ -208,7 +208,7 @@ def test_random_weights_to_a_model(base, tmp_path):
     np.testing.assert_allclose(torch_logits(model), logits(run_model(tmp_path / "run"), IDS), atol=1e-4, rtol=0)
 
 
-def test_never_into_a_folder_that_holds_something(lora_run, tmp_path):
+def test_export_never_writes_to_a_folder_with_files(lora_run, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     done = sft_jax("export", lora_run, tmp_path / "mine")
@@ -220,5 +220,5 @@ def test_never_into_a_folder_that_holds_something(lora_run, tmp_path):
     assert done.returncode == 2
     assert "there are 8" in done.stderr
     assert not (tmp_path / "new").exists()
-    with pytest.raises(UserError, match="not a run folder"):
+    with pytest.raises(UserError, match="not a run directory"):
         export(tmp_path, tmp_path / "new")

@@ -1,4 +1,4 @@
-"""Weights are read once, by ranges, in small parts, whatever the mesh; what is written can be read by others."""
+"""Weights are read once in small ranges for any mesh, and written files can be read by the safetensors library."""
 
 import json
 from contextlib import ExitStack
@@ -27,7 +27,7 @@ smoke = pytest.mark.smoke
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
-    """Dimensions that eight devices do not divide."""
+    """A model whose dimensions eight devices do not divide."""
     return make_model(
         tmp_path_factory.mktemp("base") / "base", hidden_size=60, intermediate_size=100, tie_word_embeddings=False
     )
@@ -36,12 +36,12 @@ def base(tmp_path_factory) -> Path:
 @smoke
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (8, 1, 1), (2, 2, 2), (1, 4, 2)])
 @pytest.mark.parametrize("chunk", [64 * 2**20, 5000])
-def test_each_byte_is_read_once_and_lands_where_it_belongs(base, monkeypatch, sizes, chunk):
+def test_each_byte_is_read_once_and_sharded_correctly(base, monkeypatch, sizes, chunk):
     monkeypatch.setattr(reader, "CHUNK_BYTES", chunk)
     sizes_read = []
     original = TensorReader.read
     monkeypatch.setattr(
-        TensorReader, "read", lambda self, *given: (lambda x: sizes_read.append(x.nbytes) or x)(original(self, *given))
+        TensorReader, "read", lambda self, *args: (lambda x: sizes_read.append(x.nbytes) or x)(original(self, *args))
     )
     devices = one_device() if sizes == (1, 1, 1) else None
     split = build(read_architecture(base), make_mesh(*sizes[:2], tensor=sizes[2], devices=devices), None, "float32")
@@ -72,7 +72,7 @@ def test_dtypes_are_rounded_once(tmp_path):
 
 @smoke
 def test_rows_of_a_tensor(base):
-    """Any range, and in parts."""
+    """Reads a whole tensor, ranges of it, and chunks."""
     ours, name = TensorReader(base), "model.layers.1.mlp.up_proj.weight"
     with safe_open(base / "model.safetensors", framework="numpy") as file:
         assert ours.names == set(file.keys())
@@ -80,33 +80,33 @@ def test_rows_of_a_tensor(base):
     assert np.array_equal(ours.read(name), expected)
     assert np.array_equal(ours.read(name, 7, 31), expected[7:31])
     assert ours.read(name, 31, 31).shape == (0, 60)
-    parts = list(reader.chunks(ours, name))
-    assert np.array_equal(np.concatenate([rows for _, rows in parts]), expected)
+    chunks = list(reader.chunks(ours, name))
+    assert np.array_equal(np.concatenate([rows for _, rows in chunks]), expected)
 
 
 @smoke
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "message"),
     [
         (lambda raw: raw[:-100], "lies outside of the file"),
         (lambda raw: b"\xff" * 8 + raw[8:], "a header of"),
         (lambda raw: raw[:4], "a header of"),
         (lambda raw: raw[:8] + b"x" + raw[9:], "Expecting value"),
-        (lambda raw: raw.replace(b'"shape":[60]', b'"shape":[61]'), "its shape asks for"),
+        (lambda raw: raw.replace(b'"shape":[60]', b'"shape":[61]'), "its shape needs"),
         (lambda raw: raw.replace(b'"dtype":"F32"', b'"dtypo":"F32"'), "KeyError"),
     ],
 )
-def test_damaged_files(base, tmp_path, damage, said):
+def test_damaged_files(base, tmp_path, damage, message):
     raw = damage((base / "model.safetensors").read_bytes())
     (tmp_path / "model.safetensors").write_bytes(raw)
-    with pytest.raises(UserError, match=said) as error:
+    with pytest.raises(UserError, match=message) as error:
         TensorReader(tmp_path)
     assert str(tmp_path / "model.safetensors") in str(error.value)
 
 
 @smoke
 def test_several_write_one_folder_in_any_order(tmp_path):
-    """Three processes, mixed dtypes, a tensor in parts; the safetensors library reads what they wrote."""
+    """Three processes write mixed dtypes and ranges of tensors; the safetensors library reads the result."""
     rng = np.random.default_rng(0)
     values = {f"t{i}": rng.normal(size=(3 + i, 5)).astype([np.float32, ml_dtypes.bfloat16][i % 2]) for i in range(9)}
     tensors = {name: Tensor(x.shape, x.dtype) for name, x in values.items()}
@@ -136,10 +136,10 @@ def test_one_file_is_what_the_library_writes(tmp_path):
 
 
 @smoke
-def test_no_program_for_every_layer(base):
-    """Tensors that are kept alike share one."""
+def test_layers_share_a_program(base):
+    """Tensors with equal recipes share a compiled program."""
     place._programs.cache_clear()
     arch = read_architecture(base)
     split = build(arch, make_mesh(devices=one_device()), None, "float32")
     jax.block_until_ready(load_weights(split, TensorReader(base)))
-    assert place._programs.cache_info().currsize == 9  # for 12 kinds of leaves
+    assert place._programs.cache_info().currsize == 9  # for 12 leaves

@@ -1,4 +1,4 @@
-"""The tokenizer beside an export: the base's files to the byte; what was changed, as transformers 4 and 5 read it."""
+"""The tokenizer files of an export: byte copies of the base's files, plus changes that transformers 4 and 5 read."""
 
 import json
 
@@ -15,7 +15,7 @@ _KEYS = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
 
 @pytest.fixture(params=["template in the config", "template in a file"])
 def base(request, tmp_path):
-    """A model whose tokenizer's files are as transformers 4 writes them."""
+    """A model with tokenizer files in the format of transformers 4."""
     folder = make_model(tmp_path / "base")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     decoder = {
@@ -45,7 +45,7 @@ def exported(base, chats, tmp_path, form, **changes):
     return tmp_path / "out"
 
 
-def test_what_was_not_changed_is_the_base_to_the_byte(base, chats, tmp_path):
+def test_unchanged_files_are_byte_copies(base, chats, tmp_path):
     out = exported(base, chats, tmp_path, "merged")
     export(tmp_path / "run", tmp_path / "adapter", "adapter")
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
@@ -57,7 +57,7 @@ def test_what_was_not_changed_is_the_base_to_the_byte(base, chats, tmp_path):
     )
 
 
-def test_what_was_changed_is_in_every_file_that_tells_it(base, chats, tmp_path):
+def test_changes_are_in_every_file(base, chats, tmp_path):
     template = tmp_path / "own.jinja"
     template.write_text(CHATML_UNMARKED, encoding="utf-8")
     added = {"data__added_tokens": ["<think>", "</think>"], "data__chat_template": str(template)}
@@ -78,8 +78,8 @@ def test_what_was_changed_is_in_every_file_that_tells_it(base, chats, tmp_path):
     assert run(TEXT)["input_ids"] == ids
 
 
-def test_names_that_only_transformers_5_knows(chats, tmp_path):
-    """A base that transformers 5 has written is opened by 4 once its tokens were changed."""
+def test_names_of_transformers_5_are_replaced(chats, tmp_path):
+    """Transformers 4 can load the tokenizer of a base saved by transformers 5 with added tokens."""
     base = make_model(tmp_path / "base")
     config = json.loads((base / "tokenizer_config.json").read_text())
     assert config["tokenizer_class"] == "TokenizersBackend"

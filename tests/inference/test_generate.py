@@ -22,7 +22,7 @@ from sft_jax.inference.sampling import Sampling, filter_logits, sample
 from sft_jax.models.attention.backend import attention
 from sft_jax.models.attention.cached import cached_attention
 from sft_jax.models.cache import KeyValues
-from sft_jax.models.decoder import grown, written
+from sft_jax.models.decoder import resize_cache, update_cache
 from sft_jax.run.export import export
 from sft_jax.run.generate import generate
 from sft_jax.run.train import train
@@ -48,11 +48,11 @@ PROMPTS = [[5, 9, 200, 31], list(range(60, 99)), [7], list(range(100, 117))]
 @pytest.mark.parametrize("window", [None, 4])
 def test_cached_attention_is_the_last_row_of_attention(window):
     rng = np.random.default_rng(0)
-    length, slots = 9, 16
+    length, cache_length = 9, 16
     q, k, v = (jnp.asarray(rng.normal(size=(2, length, heads, 6)), jnp.float32) for heads in (4, 2, 2))
     whole = attention(q, k, v, jnp.ones((2, length), jnp.int32), window)
     for position in (0, 3, length - 1):
-        junk = jnp.full((2, slots, 2, 6), 1e3)  # slots at and behind the position are never looked at
+        junk = jnp.full((2, cache_length, 2, 6), 1e3)  # positions from this one on are never read
         cache = KeyValues(junk.at[:, :position].set(k[:, :position]), junk.at[:, :position].set(v[:, :position]))
         here = slice(position, position + 1)
         one = cached_attention(q[:, here], k[:, here], v[:, here], cache, jnp.full((2, 1), position), window)
@@ -66,14 +66,14 @@ def test_cache_gives_the_logits_of_training(shape, tmp_path):
     rng = np.random.default_rng(0)
     rows = [rng.integers(0, 380, size).tolist() for size in (3, 21, 11)]
     num_prompt = [1, 14, 9]
-    padded, slots = 16, 32
+    padded, cache_length = 16, 32
     ids = np.zeros((3, padded), np.int32)
     for r, (row, n) in enumerate(zip(rows, num_prompt, strict=True)):
         ids[r, :n] = row[:n]
     where = jnp.broadcast_to(jnp.arange(padded), ids.shape)
     hidden, cache = model.prefill(ids, (where < jnp.asarray(num_prompt)[:, None]).astype(jnp.int32), where)
     first = model.logits(hidden)
-    cache = grown(cache, slots)
+    cache = resize_cache(cache, cache_length)
     step = jax.jit(lambda token, position, cache: model.decode(token[:, None], position[:, None], cache))
     for r, (row, n) in enumerate(zip(rows, num_prompt, strict=True)):
         expected = logits(model, np.asarray([row]))[0]
@@ -82,7 +82,7 @@ def test_cache_gives_the_logits_of_training(shape, tmp_path):
     for _ in range(3):
         token = jnp.asarray([row[min(p, len(row) - 1)] for row, p in zip(rows, position.tolist(), strict=True)])
         hidden, new = step(token, position, cache)
-        cache = written(cache, new, position)
+        cache = update_cache(cache, new, position)
         for r, row in enumerate(rows):
             at = int(position[r])
             if at < len(row):
@@ -173,7 +173,7 @@ def test_one_program_a_bucket(opened):
     for length in (5, 9, 14):  # a prompt of up to 16 tokens, and up to 32 with the answer
         generator(opened.params, opened.frozen, [list(range(20, 20 + length))] * 3, 12)
     generator(opened.params, opened.frozen, [[5, 6, 7, 8, 9]] * 4, 12, Sampling(0.9, 3, 0.7, 1))
-    assert (generator._start._cache_size(), generator._go_on._cache_size()) == (1, 1)
+    assert (generator._start._cache_size(), generator._decode._cache_size()) == (1, 1)
 
 
 @pytest.mark.smoke
@@ -203,8 +203,8 @@ def test_weights_are_not_gathered_for_a_token(tmp_path, quantization):
     weights = split.trainable, split.frozen
     ids, keys, numbers = np.ones((8, 16), np.int32), jax.random.split(jax.random.key(0), 8), Sampling().numbers
     with jax.set_mesh(mesh):
-        state = jax.eval_shape(partial(generator._start, slots=32), *weights, ids, ids[:, 0], keys, numbers)
-        program = generator._go_on.lower(*weights, state, 4, keys, numbers).compile().as_text()
+        state = jax.eval_shape(partial(generator._start, cache_length=32), *weights, ids, ids[:, 0], keys, numbers)
+        program = generator._decode.lower(*weights, state, 4, keys, numbers).compile().as_text()
     largest = max(math.prod(shape) for _, shape in exchanged(program))
     spec = arch.layers[0].mixer
     smallest = 512 * spec.num_kv_heads * spec.head_dim // 2  # of the weights, what a device computes with

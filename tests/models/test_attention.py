@@ -13,7 +13,7 @@ from sft_jax.models.attention.backend import Backend, attention, choose_backend
 from sft_jax.models.attention.cudnn import cudnn_attention
 from sft_jax.models.attention.spec import AttentionSpec
 from sft_jax.models.attention.splash import splash_attention, splash_mask
-from sft_jax.models.attention.split import SplitRows
+from sft_jax.models.attention.split import SplitSequences
 from sft_jax.models.attention.triton import Tiles, Tuning, triton_attention
 from sft_jax.models.attention.xla import xla_attention
 from sft_jax.sharding import MESH_AXES, make_mesh
@@ -100,8 +100,8 @@ PARTS = {"end": np.arange(17, 30), "halves": np.r_[4:8, 22:26], "any": np.array(
 @pytest.mark.parametrize("ours", [partial(xla_attention, block=4), partial(cudnn_attention, implementation="xla")])
 def test_some_queries_against_all_keys(part, window, ours):
     q, k, v, segments = random_inputs(ROWS, 6, 2, 6)
-    places = jnp.asarray(PARTS[part], jnp.int32)
-    seen = (segments[:, places] > 0)[..., None, None]
+    positions = jnp.asarray(PARTS[part], jnp.int32)
+    seen = (segments[:, positions] > 0)[..., None, None]
 
     def value_and_grads(f):
         def total(q, k, v):
@@ -110,8 +110,8 @@ def test_some_queries_against_all_keys(part, window, ours):
 
         return jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(q, k, v)
 
-    found = value_and_grads(lambda q, k, v: ours(q[:, places], k, v, segments, window, places=places))
-    expected = value_and_grads(lambda q, k, v: dense_attention(q, k, v, segments, window)[:, places])
+    found = value_and_grads(lambda q, k, v: ours(q[:, positions], k, v, segments, window, positions=positions))
+    expected = value_and_grads(lambda q, k, v: dense_attention(q, k, v, segments, window)[:, positions])
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5, rtol=1e-5)
 
@@ -149,9 +149,12 @@ def test_splash_with_rows_in_parts(sizes, window, softcap):
 def test_blocks_of_a_mask_are_known_without_its_entries(window):
     """Seen, hidden and in between, for queries in and out of order."""
     keys = np.arange(48)
-    for places in (SplitRows.of(48, 3, "any", window).places(), SplitRows.of(48, 4, "any", None).places()):
-        mask = splash_mask(places, window)
-        order = places.reshape(-1)[:, None]
+    for positions in (
+        SplitSequences.of(48, 3, "any", window).positions(),
+        SplitSequences.of(48, 4, "any", None).positions(),
+    ):
+        mask = splash_mask(positions, window)
+        order = positions.reshape(-1)[:, None]
         dense = (keys <= order) & (keys > order - (window or 48))
         for block in (4, 12):
             for i, j in np.ndindex(48 // block, 48 // block):
@@ -163,11 +166,11 @@ def test_blocks_of_a_mask_are_known_without_its_entries(window):
 @pytest.mark.parametrize("num", [2, 4, 6])
 def test_parts_are_balanced(num):
     """Every slot is taken once, and all devices have the same number of pairs of a query and a key."""
-    places = SplitRows.of(24, num, "any", None).places()
-    assert sorted(places.reshape(-1)) == list(range(24))
-    assert len(set((places + 1).sum(axis=1))) == 1
-    assert SplitRows.of(8, 2, "any", None).places().tolist() == [[0, 1, 6, 7], [4, 5, 2, 3]]
-    assert SplitRows.of(8, 2, "any", window=3).places().tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    positions = SplitSequences.of(24, num, "any", None).positions()
+    assert sorted(positions.reshape(-1)) == list(range(24))
+    assert len(set((positions + 1).sum(axis=1))) == 1
+    assert SplitSequences.of(8, 2, "any", None).positions().tolist() == [[0, 1, 6, 7], [4, 5, 2, 3]]
+    assert SplitSequences.of(8, 2, "any", window=3).positions().tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
 @pytest.mark.smoke
@@ -197,9 +200,9 @@ def test_blocks_that_see_nothing_are_not_computed():
     assert np.isfinite(out[:, 8:]).all()
     for gradient in pullback(jnp.ones_like(out)):
         assert np.isfinite(gradient[:, 8:]).all()
-    places = jnp.arange(8, 16)  # of the second document: neither the one before nor the one behind
+    positions = jnp.arange(8, 16)  # of the second document: neither the one before nor the one behind
     spoiled = k.at[:, :8].set(np.nan).at[:, 16:].set(np.nan)
-    assert np.isfinite(xla_attention(q[:, places], spoiled, v, segments, block=8, places=places)).all()
+    assert np.isfinite(xla_attention(q[:, positions], spoiled, v, segments, block=8, positions=positions)).all()
 
 
 SCATTERED, ALIGNED = [[70, 130, 1, 55], [3, 190, 40]], [[256], [128, 64]]
@@ -273,14 +276,15 @@ def test_choice(platform, dtype, row_length, head_dim, expected):
 def test_choice_for_rows_in_parts():
     tpu, gpu = device("tpu", sequence=4), device("gpu", sequence=4)
     chosen = choose_backend("auto", tpu, llama(), "bfloat16", 2048)
-    assert str(chosen) == "splash (blocks of up to 512; sequences in 4 parts, keys gathered)"
+    assert str(chosen) == "splash (blocks of up to 512; sequences in 4 shards, keys all-gathered)"
     chosen = choose_backend("auto", tpu, llama(), "bfloat16", 640)
     assert chosen.name == "xla"
-    assert "needs sequences of a multiple of 512 tokens, not 640 (data.max_length, in 4 parts by mesh.sequence)" in str(
-        chosen
+    assert (
+        "needs sequences of a multiple of 512 tokens, not 640 (data.max_length, in 4 shards by mesh.sequence)"
+        in str(chosen)
     )
     assert choose_backend("auto", gpu, llama(), "bfloat16", 2048).name == "cudnn"
-    with pytest.raises(UserError, match=r"triton takes whole sequences only, .* splits them; .* cudnn, xla"):
+    with pytest.raises(UserError, match=r"triton needs whole sequences, .* splits them; .* cudnn, xla"):
         choose_backend("triton", gpu, llama(), "bfloat16", 2048)
 
 
@@ -288,9 +292,9 @@ def test_choice_for_rows_in_parts():
 @pytest.mark.parametrize(
     ("requested", "platform", "row_length", "message"),
     [
-        ("splash", "cpu", 2048, r"model.attention: splash needs a TPU; here can be used: auto, xla"),
+        ("splash", "cpu", 2048, r"model.attention: splash needs a TPU; use one of auto, xla"),
         ("splash", "tpu", 2000, r"splash needs sequences of a multiple of 128 tokens, not 2000 \(data.max_length\)"),
-        ("cudnn", "tpu", 2048, r"cudnn needs an NVIDIA GPU; here can be used: auto, splash, xla"),
+        ("cudnn", "tpu", 2048, r"cudnn needs an NVIDIA GPU; use one of auto, splash, xla"),
     ],
 )
 def test_what_cannot_be_used_is_refused(requested, platform, row_length, message):

@@ -87,7 +87,7 @@ def test_which_backends_are_checked(monkeypatch):
     """Those for GPUs, with the grouping, head dimension and windows of the model; the others compare nothing."""
     called = []
     monkeypatch.setattr(
-        "sft_jax.models.attention.backend.check_parity", lambda *one, instead: called.append((*one, instead))
+        "sft_jax.models.attention.backend.check_parity", lambda *one, fallback: called.append((*one, fallback))
     )
     for name in ("splash", "triton", "cudnn", "xla"):
         check_backend(Backend(name, 128), make_mesh(), llama(head_dim=128))
@@ -131,7 +131,7 @@ def test_triton_is_lowered_for_gpus():
             r"needs sequences of a multiple of 64 tokens, not 2000 \(data",
         ),
         (device("gpu"), "bfloat16", 2048, 96, "needs a head dimension of 16, 32, 64 or 128, not 96"),
-        (device("gpu", sequence=2), "bfloat16", 2048, 64, "takes whole sequences only, and mesh.sequence splits them"),
+        (device("gpu", sequence=2), "bfloat16", 2048, 64, "needs whole sequences, and mesh.sequence splits them"),
     ],
 )
 def test_triton_is_refused(mesh, dtype, row_length, head_dim, message):

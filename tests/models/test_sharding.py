@@ -7,7 +7,7 @@ import pytest
 
 from sft_jax.errors import UserError
 from sft_jax.planning.network import hosts_of
-from sft_jax.sharding import _arranged, make_mesh
+from sft_jax.sharding import _arrange_devices, make_mesh
 
 
 def slices(num: int, each: int, platform: str = "cpu") -> list:
@@ -21,20 +21,20 @@ def slices(num: int, each: int, platform: str = "cpu") -> list:
 
 @pytest.mark.smoke
 def test_slices_meet_along_data_only():
-    grid = _arranged(slices(2, 8), (4, 2, 1, 2))
+    grid = _arrange_devices(slices(2, 8), (4, 2, 1, 2))
     assert grid.shape == (4, 2, 1, 2)
     of = np.vectorize(lambda device: device.slice_index)(grid)
     assert np.array_equal(of[:2], np.zeros((2, 2, 1, 2)))
     assert np.array_equal(of[2:], np.ones((2, 2, 1, 2)))
     assert sorted(device.id for device in grid.flat) == list(range(16))
     with pytest.raises(UserError, match=r"mesh.data: 1 is not a multiple of the 2 slices.*use mesh.data=2"):
-        _arranged(slices(2, 8), (1, 16, 1, 1))
+        _arrange_devices(slices(2, 8), (1, 16, 1, 1))
 
 
 @pytest.mark.smoke
 def test_gpus_of_several_hosts_are_one_network():
     """Any axis may cross hosts, and the outer ones do; for plan, TPUs of a slice are on one."""
-    gpus = _arranged(slices(2, 4, "gpu"), (1, 4, 1, 2))
+    gpus = _arrange_devices(slices(2, 4, "gpu"), (1, 4, 1, 2))
     assert [device.id for device in gpus.flat] == list(range(8))
     mesh = SimpleNamespace(devices=gpus)
     assert hosts_of(mesh) == [0] * 4 + [1] * 4

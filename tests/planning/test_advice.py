@@ -1,4 +1,4 @@
-"""What a plan advises and searches, with a compiler that is made up."""
+"""Advice and search of a plan, with a fake compiler."""
 
 from functools import partial
 
@@ -26,7 +26,7 @@ def config_of(tiny, **changes):
 
 
 def fake_compiler(limit, calls):
-    """Memory by a made-up formula, in bytes: weights by how they are kept, activations by rows and remat."""
+    """Memory in bytes by a fake formula: weights by dtype and quantization, activations by batch size and remat."""
 
     def compile_with(config, where):
         calls.append((config, str(where)))
@@ -85,7 +85,7 @@ def test_advice_for_full_fine_tuning(tiny):
     assert "optimizer.moments" in as_text(advice.changes)
 
 
-def test_advice_is_more_chips_at_last(tiny):
+def test_advice_adds_chips_last(tiny):
     advice, calls = advice_for(tiny, 33, model__quantization="nf4")
     assert str(advice.topology) == "v5e:4x8"
     assert advice.outcome.fits
@@ -108,7 +108,7 @@ def test_changes_are_checked(tiny):
 
 
 def test_search_takes_the_fastest_that_fits(tiny, base):
-    """Ranked by formula; what keeps more than what did not fit is not compiled; the fastest that fits comes first."""
+    """Ranks by formula, skips candidates that need more memory than a failed one, returns the fastest that fits."""
     config = config_of(tiny, training__batch_size=12)
     build_step = partial(abstract_step, base=base, devices=jax.devices())
     ranked = candidates(config, lambda c: build_step(c), 8, CHIPS["v5e"], 0.5, 64)
@@ -131,5 +131,5 @@ def test_search_takes_the_fastest_that_fits(tiny, base):
     assert len(compiled) == len(choices) <= 12
 
 
-def test_topologies_are_compared_by_what_they_are():
+def test_topologies_are_compared_by_value():
     assert Topology(CHIPS["v5e"], (4, 4)) == parse_topology("v5e:16")

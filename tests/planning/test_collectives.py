@@ -32,7 +32,7 @@ def test_each_collective_by_hand():
     """Eight devices as 2 × 4. An array [8, 16] of float32 split over all has 64 bytes on each."""
 
     def function(a):
-        gathered = lax.all_gather(a, "y", tiled=True)  # [4, 16]: 256 bytes, of which 3/4 are others'
+        gathered = lax.all_gather(a, "y", tiled=True)  # [4, 16]: 256 bytes, 3/4 of them from other devices
         summed = lax.psum(gathered, "x")  # 256 bytes over two: 2 · 1/2 · 256
         scattered = lax.psum_scatter(summed * 2, "y", tiled=True)  # 256 bytes over four: 3/4 · 256
         moved = lax.ppermute(scattered, "x", [(0, 1), (1, 0)])  # 64 bytes
@@ -45,8 +45,8 @@ def test_each_collective_by_hand():
     }  # fmt: skip
 
 
-def test_a_loop_counts_as_often_as_it_turns():
-    """A scan of five, in it a scan of three; and a loop whose length the data tell."""
+def test_a_collective_in_a_loop_counts_once_per_iteration():
+    """A scan of length three in a scan of length five, and a loop with a data-dependent trip count."""
 
     def function(a, n):
         def outer(x, _):
@@ -57,8 +57,8 @@ def test_a_loop_counts_as_often_as_it_turns():
             return lax.all_gather(x, "x", tiled=True)[:1] + 1.0, None  # [2, 16] over two: 1/2 · 128
 
         x = lax.scan(outer, a, length=5)[0]
-        turns = n.reshape(-1)[0].astype(jnp.int32)
-        return lax.fori_loop(0, turns, lambda _, x: lax.ppermute(x, "y", [(0, 1), (1, 2), (2, 3), (3, 0)]) + 1.0, x)
+        trips = n.reshape(-1)[0].astype(jnp.int32)
+        return lax.fori_loop(0, trips, lambda _, x: lax.ppermute(x, "y", [(0, 1), (1, 2), (2, 3), (3, 0)]) + 1.0, x)
 
     spec = PartitionSpec(("x", "y"))
     text = compiled_text(function, (8, 16), (8, 1), in_specs=(spec, spec), out_specs=spec)
@@ -67,15 +67,15 @@ def test_a_loop_counts_as_often_as_it_turns():
     }  # fmt: skip
 
 
-def test_what_crosses_from_host_to_host_by_hand():
-    """Eight devices as 2 × 4: ``y`` lies within a host of four and ``x`` between the two, or both of hosts of two."""
+def test_bytes_between_hosts_by_hand():
+    """Eight devices as 2 × 4, on two hosts (``y`` within a host, ``x`` between them) and on four hosts."""
 
     def function(a):
         gathered = lax.all_gather(a, ("x", "y"), tiled=True)  # [8, 16]: 512 bytes
         summed = lax.psum(gathered, "x")  # 512 bytes over two
         scattered = lax.psum_scatter(summed * 2, "y", tiled=True)  # [2, 16] of 512 bytes over four
-        traded = lax.all_to_all(scattered[:1].reshape(4, 4), "y", 0, 0, tiled=True).reshape(1, 16)  # 64 bytes
-        return lax.ppermute(traded, ("x", "y"), [(i, (i + 1) % 8) for i in range(8)])  # 64 bytes, round all eight
+        exchanged = lax.all_to_all(scattered[:1].reshape(4, 4), "y", 0, 0, tiled=True).reshape(1, 16)  # 64 bytes
+        return lax.ppermute(exchanged, ("x", "y"), [(i, (i + 1) % 8) for i in range(8)])  # 64 bytes, ring of eight
 
     spec = PartitionSpec(("x", "y"))
     text = compiled_text(function, (8, 16), in_specs=(spec,), out_specs=spec)
@@ -147,7 +147,7 @@ ENTRY %main (a: bf16[4,8], b: f32[64,8]) -> f32[16,8] {
 
 
 def test_forms_that_only_accelerators_have():
-    """Started and awaited apart, wrapped, hidden behind a fusion; a reduce-scatter as an all-reduce that is cut."""
+    """Asynchronous, wrapped and fused collectives; a reduce-scatter written as an all-reduce and a slice."""
     found = by_kind(count_collectives(ASYNCHRONOUS, [0] * 8, unknown_trips=0))
     assert found["reduce-scatter"] == (1, 64 * 8 * 4 * 3 / 4)
     assert found["all-gather"] == (3, pytest.approx(16 * 8 * 2 * 3 / 4 + 2 * 128 * 4 * 7 / 8))
@@ -191,8 +191,8 @@ ENTRY %main (a: bf16[8]) -> bf16[8] {
 """
 
 
-def test_turns_are_read_from_the_condition_where_there_is_no_note():
-    """0, 2, … below 15 are eight turns; the other loop's bound comes from the data."""
+def test_the_trip_count_is_read_from_the_condition_where_it_is_not_annotated():
+    """0, 2, … below 15 are eight iterations; the other loop's bound depends on data."""
     assert by_kind(count_collectives(COUNTED, [0] * 2, unknown_trips=3)) == {
         "collective-permute": (8 + 3, (8 + 3) * 16)
     }

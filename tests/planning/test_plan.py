@@ -1,4 +1,4 @@
-"""The command: what it prints, what it refuses, that every recipe is one, and a step compiled for TPUs."""
+"""The ``plan`` command: output, user errors, all recipes, and a step compiled for TPUs."""
 
 import importlib.util
 import json
@@ -41,7 +41,7 @@ def write_config(tmp_path, tiny) -> Path:
 
 
 def test_a_step_is_compiled_for_tpus(tiny, tmp_path):
-    """With the real compiler, without the hardware: splash attention, collectives, memory, all keys."""
+    """Compiles ahead of time with the real compiler: splash attention, collectives, memory, all keys."""
     config = write_config(tmp_path, tiny)
     done = process("plan", config, "mesh.tensor=2", "--topology", "v5e:2x2", "--json", timeout=600, XLA_FLAGS="")
     assert done.returncode == 0, done.stderr
@@ -73,8 +73,8 @@ def test_a_step_is_compiled_for_tpus(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_weights_that_chips_share_are_gathered_whole(tmp_path, full):
-    """Not met in turns, part by part; only gradients are summed in turns, which are float32 then."""
+def test_sharded_weights_are_all_gathered(tmp_path, full):
+    """The compiler does not replace all-gathers of weights by permutations; only float32 gradients are permuted."""
     size = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 8, "vocab_size": 1024}
     path = tmp_path / "architecture.json"
     path.write_text(json.dumps({"model_type": "llama", "num_hidden_layers": 2, "tie_word_embeddings": False} | size))
@@ -92,12 +92,12 @@ def test_weights_that_chips_share_are_gathered_whole(tmp_path, full):
     sent = {one["kind"]: one["bytes"] for one in found["collectives"]}
     weights = 2 * (4 * 1024 * 1024 + 3 * 1024 * 4096)
     assert sent["all-gather"] > 2 * 2 * weights * 15 / 16  # bfloat16, for the forward and for the backward pass
-    in_turns = sent.get("collective-permute", 0)
-    assert weights * 4 * 15 / 16 <= in_turns < 1.2 * weights * 4 if full else in_turns == 0
+    permuted = sent.get("collective-permute", 0)
+    assert weights * 4 * 15 / 16 <= permuted < 1.2 * weights * 4 if full else permuted == 0
 
 
-def test_what_does_not_fit_is_told_with_its_size(tiny, tmp_path):
-    """Too many rows for a chip: the compiler refuses, and that is an answer."""
+def test_the_size_of_a_step_that_does_not_fit_is_reported(tiny, tmp_path):
+    """The batch is too large for a chip: the compiler raises, and the command reports the peak."""
     config = write_config(tmp_path, tiny)
     big = ["data.max_length=512", "training.batch_size=262144", "model.remat=full"]
     done = process("plan", config, *big, "--topology", "v5e:1", "--json", "--no-advice", timeout=600, XLA_FLAGS="")
@@ -120,8 +120,8 @@ PLAN = {
 }  # fmt: skip
 
 
-def test_the_text_says_what_was_found():
-    """Parts of the memory by subtraction, what fits instead, what is not known, and the search's table."""
+def test_plan_text_has_all_figures():
+    """Memory by subtraction, advice, unknown figures, and the table of the search."""
     tried = [{"changes": "model.remat=full", "topology": "v5e:4x4", "fits": False, "peak_bytes": 17 * 2**30}]
     advice = {"changes": "model.remat=full", "topology": "v5e:4x8", "peak_bytes": 15 * 2**30, "tried": tried}
     found = [
@@ -133,9 +133,14 @@ def test_the_text_says_what_was_found():
     ]  # fmt: skip
     lines = plan_text(PLAN | {"advice": advice, "search": found}).splitlines()
     shown = {" ".join(line.split()) for line in lines}
-    assert {"padding of these 512", "gradients 1,024", "activations and the like 7,168", "room left -5,120"} <= shown
-    assert any("a step being to spare 1,024 MiB" in line for line in lines)
-    assert "does not fit; it does with model.remat=full --topology v5e:4x8; peak 15,360 MiB" in shown
+    assert {
+        "padding of the above 512",
+        "gradients 1,024",
+        "activations, temporaries 7,168",
+        "room left -5,120",
+    } <= shown
+    assert any("1,024 MiB kept as headroom" in line for line in lines)
+    assert "does not fit; fits with model.remat=full --topology v5e:4x8; peak 15,360 MiB" in shown
     assert any("163,840 tokens/s" in line and line.endswith("mesh.fsdp=16") for line in lines)
     assert any("network not counted" in line for line in lines)
     assert any("25% more" in line for line in lines)
@@ -144,14 +149,14 @@ def test_the_text_says_what_was_found():
     assert "to other hosts" not in within
     assert any(line.split() == ["all-gather", "3", "8", "1"] for line in across.splitlines())
     nothing = plan_text(PLAN | {"advice": advice | {"changes": None}})
-    assert nothing.endswith("nor does anything that was tried: model.remat=full on v5e:4x4")
+    assert nothing.endswith("no change that was tried makes it fit: model.remat=full on v5e:4x4")
     assert "too large" in plan_text(
         PLAN | {"peak_bytes": None, "argument_bytes": None, "temp_bytes": None, "spare_bytes": None, "room_bytes": None}
     )
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--topology", "v9:4x4"], "known are v5e, v5p"),
         (["--topology", "v5e:2x2", "--target-share", "0"], "--target-share"),
@@ -160,20 +165,20 @@ def test_the_text_says_what_was_found():
         (["model.path=some/where", "--topology", "v5e:2x2"], "--architecture FILE"),
     ],
 )
-def test_bad_input_is_one_line(tiny, tmp_path, capsys, options, said):
+def test_a_user_error_is_one_line(tiny, tmp_path, capsys, options, message):
     assert main(["plan", str(write_config(tmp_path, tiny)), *options]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("sft-jax: ")
-    assert said in line
+    assert message in line
 
 
-def test_what_train_refuses_is_refused(tiny, tmp_path):
+def test_plan_refuses_what_train_refuses(tiny, tmp_path):
     done = sft_jax("plan", write_config(tmp_path, tiny), "training.batch_size=6", "--topology", "v5e:2x2")
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("sft-jax: training.batch_size: 6 rows")
+    assert done.stderr.splitlines()[-1].startswith("sft-jax: training.batch_size: 6 sequences")
 
 
-def test_a_missing_compiler_says_how_to_get_it(tiny, monkeypatch):
+def test_the_error_for_a_missing_compiler_names_the_package(tiny, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     config = run_config(tiny)
     with pytest.raises(UserError, match="pip install libtpu"):
@@ -182,7 +187,7 @@ def test_a_missing_compiler_says_how_to_get_it(tiny, monkeypatch):
         plan(config, "h100:1", quiet=True)
 
 
-def test_documents_are_no_longer_than_rows(tiny):
+def test_documents_are_no_longer_than_sequences(tiny):
     assert Assumed().length(run_config(tiny)) == 128
     assert Assumed(document_length=64).length(run_config(tiny)) == 64
     assert Assumed(document_length=4096).length(run_config(tiny)) == 128
@@ -190,9 +195,9 @@ def test_documents_are_no_longer_than_rows(tiny):
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_loads(recipe):
-    """It is a config, its model is known, its batch divides over its chips, and its header says what plan printed."""
+    """It is a valid config of a known model, its batch divides over its chips, and its header has the plan's result."""
     config = load(recipe)
-    topology, said = plan_recipes.header(recipe)
+    topology, result = plan_recipes.header(recipe)
     where = parse_topology(topology)
     path = plan_recipes.architecture_of(recipe)
     assert path.is_file()
@@ -202,10 +207,10 @@ def test_a_recipe_loads(recipe):
     assert f"configs/recipes/{recipe.stem}.yaml --topology {topology}" in text
     rows = config.training.batch_size // config.training.num_microbatches
     assert rows % (where.num_devices // config.mesh.tensor) == 0
-    assert said.startswith("fits, peak "), said
+    assert result.startswith("fits, peak "), result
 
 
-# In thousands of millions, as their makers give them.
+# Billions of parameters, as published.
 SIZES = {
     "llama-3.2-1b": 1.24, "llama-3.2-3b": 3.21, "llama-3.1-8b": 8.03, "llama-3.1-70b": 70.6, "qwen2.5-7b": 7.61,
     "qwen2.5-32b": 32.5, "qwen3-0.6b": 0.6, "qwen3-8b": 8.2, "mistral-7b-v0.3": 7.25,
@@ -220,7 +225,7 @@ def test_architectures_have_the_size_of_their_models(name, tmp_path):
     assert sum(leaf.size for leaf in split.base().values()) / 1e9 == pytest.approx(SIZES[name], rel=0.01)
 
 
-def test_the_table_of_plans_is_kept_row_by_row(tmp_path, monkeypatch):
+def test_the_table_of_plans_is_updated_row_by_row(tmp_path, monkeypatch):
     monkeypatch.setattr(plan_recipes, "PLANS", tmp_path / "PLANS.md")
     empty = plan_recipes.read_table()
     assert len(empty) == 25

@@ -1,4 +1,4 @@
-"""The parts of a plan: chips, topologies, FLOPs, the abstract step and its roofline. All on the CPU."""
+"""Parts of a plan on the CPU: chips, topologies, FLOPs, the abstract step and its roofline."""
 
 import dataclasses
 
@@ -29,16 +29,14 @@ ARCH = architecture(100, 8, 16, 3, 2, 1, 4, True)
 # -- chips and topologies ---------------------------------------------------------------------------------------------
 
 
-def test_chips_are_told_completely():
+def test_chip_specs_are_complete_and_plausible():
     for name, chip in CHIPS.items():
         assert chip.name == name
         assert chip.source
-        card = name.startswith("rtx")  # for desktops: slower units, memory that is not as much faster
+        card = name.startswith("rtx")  # desktop cards have fewer FLOP per byte
         assert (5e13 if card else 1e14) < chip.flops < 1e16
         assert 15 * 2**30 < chip.hbm_bytes < 200e9
-        assert (
-            (50 if card else 100) < chip.flops / chip.hbm_bandwidth < 700
-        )  # operations a byte: of all of them the same order
+        assert (50 if card else 100) < chip.flops / chip.hbm_bandwidth < 700  # FLOP per byte
         assert chip.link_bandwidth < chip.hbm_bandwidth
         assert (chip.gpu is None) == (chip.platform == "tpu") == (chip.host_bandwidth is None)
 
@@ -55,14 +53,14 @@ def test_chips_are_told_completely():
         ("h100:2x8", (2, 8), 16),
     ],
 )
-def test_topologies_are_read(text, shape, number):
+def test_topologies_are_parsed(text, shape, number):
     topology = parse_topology(text)
     assert (topology.shape, topology.num_devices) == (shape, number)
     assert parse_topology(str(topology)) == topology
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("v9:4x4", "known are v5e, v5p, v6e, rtx-3090, rtx-4090, l4, l40s, a100-40g"),
         ("v5e", "write v5e:4x4"),
@@ -74,10 +72,10 @@ def test_topologies_are_read(text, shape, number):
         ("h100:16", "h100:2x8 for two hosts"),
     ],
 )
-def test_topologies_that_are_none_are_refused(text, said):
+def test_invalid_topologies_raise(text, message):
     with pytest.raises(UserError, match="--topology") as error:
         parse_topology(text)
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
 def test_the_next_larger_topology():
@@ -86,7 +84,7 @@ def test_the_next_larger_topology():
     ]  # fmt: skip
 
 
-def test_a_process_has_three_quarters_of_a_gpu(monkeypatch):
+def test_a_process_can_use_three_quarters_of_a_gpu(monkeypatch):
     for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
         monkeypatch.delenv(name, raising=False)
     assert usable_bytes(CHIPS["v5e"]) == CHIPS["v5e"].hbm_bytes
@@ -102,25 +100,25 @@ def test_a_process_has_three_quarters_of_a_gpu(monkeypatch):
 
 
 def sizes(lora=None):
-    """Of :data:`ARCH`."""
+    """Sizes of :data:`ARCH`."""
     return Sizes.of(build(ARCH, make_mesh(devices=jax.devices()[:1]), lora, "float32"))
 
 
 def test_model_flops_by_hand():
-    """Every product of a forward pass, counted one by one."""
-    kernels = 8 * 8 + 8 * 4 + 8 * 4 + 8 * 8 + 8 * 16 + 8 * 16 + 16 * 8
+    """Counts each product of a forward pass."""
+    weights = 8 * 8 + 8 * 4 + 8 * 4 + 8 * 8 + 8 * 16 + 8 * 16 + 16 * 8
     ends = (8 + 8) + (8 + 4) + (8 + 4) + (8 + 8) + (8 + 16) + (8 + 16) + (16 + 8)
     work = Work(tokens=10, targets=3, squares=52)
     attention = 3 * 52 * (2 * 2 * 8) / 2 * 3  # layers · len² · (two products of N·H), causal; backward is twice forward
-    assert model_flops(sizes(), work) == 6 * (3 * kernels * 10 + 100 * 8 * 3) + attention
+    assert model_flops(sizes(), work) == 6 * (3 * weights * 10 + 100 * 8 * 3) + attention
     assert (
         model_flops(sizes(LoraConfig(rank=2)), work)
-        == 10 * 3 * (4 * kernels + 6 * 2 * ends) + 4 * 100 * 8 * 3 + attention
+        == 10 * 3 * (4 * weights + 6 * 2 * ends) + 4 * 100 * 8 * 3 + attention
     )
 
 
 def test_model_flops_are_those_of_the_network():
-    """The compiled forward pass of whole rows, every token a target: what XLA counts, less what is no product."""
+    """Compares with XLA's count for the compiled forward pass of a full sequence in which every token is a target."""
     import jax
 
     from sft_jax.sharding import make_mesh
@@ -138,7 +136,7 @@ def test_model_flops_are_those_of_the_network():
 
     with jax.set_mesh(mesh):
         compiled = jax.jit(forward).lower(split.trainable, whole, whole, whole).compile()
-    counted = compiled.cost_analysis()["flops"]  # a scan's body once
+    counted = compiled.cost_analysis()["flops"]  # counts a scan's body once
     weights = arch.vocab_size * arch.hidden_size + sum(
         rows * columns
         for rows, columns in [(128, 128), (128, 64), (128, 64), (128, 128), (128, 256), (128, 256), (256, 128)]
@@ -149,14 +147,14 @@ def test_model_flops_are_those_of_the_network():
     assert forward_only - layers / 2 == 2 * weights * tokens
 
 
-def test_weights_counted_by_formula_are_those_of_the_network():
-    """Weights and adapters on named modules, against the leaves."""
+def test_parameters_counted_by_formula_are_those_of_the_network():
+    """Compares weights and adapters of the products with the leaves of the parameter tree."""
     lora = LoraConfig(rank=3, target_modules=["q_proj", "mlp.down_proj"])
     split = build(ARCH, make_mesh(devices=jax.devices()[:1]), lora, "float32")
     leaves = {path: leaf for path, leaf in (flatten(split.trainable) | flatten(split.frozen)).items() if len(path) > 2}
-    found = Sizes.of(split).products
-    assert len(found) == 7
-    for product in found:
+    products = Sizes.of(split).products
+    assert len(products) == 7
+    for product in products:
         of = {path[-1]: leaf for path, leaf in leaves.items() if ".".join(path[:-1]) == product.name}
         assert of["weight"].size == product.size
         assert of["weight"].shape == (ARCH.num_layers, product.inputs, product.outputs)
@@ -165,12 +163,12 @@ def test_weights_counted_by_formula_are_those_of_the_network():
 
 
 def test_repeated_flops_by_hand():
-    """The layers' forward pass without its last product; attention's two products as well with full."""
+    """The layers' forward pass without its last product; ``full`` also repeats the two products of attention."""
     work = Work(tokens=10, targets=3, squares=52)
-    kernels = 8 * 8 + 8 * 4 + 8 * 4 + 8 * 8 + 8 * 16 + 8 * 16
+    weights = 8 * 8 + 8 * 4 + 8 * 4 + 8 * 8 + 8 * 16 + 8 * 16
     attention = 2 * (52 / 2) * (2 * 8) * 3  # two products of half of the scores, two operations for each of N·H
-    assert repeated_flops(sizes(), work, "attention") == 2 * 3 * kernels * 10
-    assert repeated_flops(sizes(), work, "full") == 2 * 3 * kernels * 10 + attention
+    assert repeated_flops(sizes(), work, "attention") == 2 * 3 * weights * 10
+    assert repeated_flops(sizes(), work, "full") == 2 * 3 * weights * 10 + attention
     assert repeated_flops(sizes(), work, "dots") == repeated_flops(sizes(), work, "none") == 0
     ends = (8 + 8) + (8 + 4) + (8 + 4) + (8 + 8) + (8 + 16) + (8 + 16)
     more = repeated_flops(sizes(LoraConfig(rank=2)), work, "full") - repeated_flops(sizes(), work, "full")
@@ -190,10 +188,10 @@ def config_of(tiny, **changes):
 
 
 def test_the_step_on_eight_devices(tiny, base):
-    """What it says of memory is what the compiler says; collectives are counted; auto takes the first that fits."""
+    """Sizes match the compiler's memory analysis; collectives are counted; auto takes the first way that fits."""
     config = config_of(tiny)
     step = abstract_step(config, base, jax.devices())
-    assert (step.rows, step.shards) == (1, 8)
+    assert (step.local_batch_size, step.shards) == (1, 8)
     compiled = compile_step(step, usable_bytes=2**30)
     assert compiled.fits
     sizes = step.sizes()
@@ -212,13 +210,13 @@ def test_the_step_on_eight_devices(tiny, base):
     assert nothing.room_bytes == 1000 - nothing.spare_bytes - nothing.temp_bytes
 
 
-def test_parts_of_the_memory_are_split_as_the_mesh_says(tiny, base):
+def test_memory_is_sharded_over_the_mesh(tiny, base):
     whole = abstract_step(config_of(tiny), base, jax.devices()[:1]).sizes()
     halves = abstract_step(config_of(tiny, mesh__fsdp=2), base, jax.devices()[:2]).sizes()
     assert whole["optimizer"] > 2 * whole["trained"] * 0.99  # two moments and a counter
     assert whole["gradients"] == whole["trained"]
     assert halves["batch"] == whole["batch"] / 2
-    assert whole["frozen"] / 2 <= halves["frozen"] < whole["frozen"] * 0.6  # norms are whole everywhere
+    assert whole["frozen"] / 2 <= halves["frozen"] < whole["frozen"] * 0.6  # norms are replicated
 
 
 def test_a_mesh_that_train_refuses_is_refused(tiny, base):
@@ -229,14 +227,14 @@ def test_a_mesh_that_train_refuses_is_refused(tiny, base):
 
 
 def test_chunks_of_the_loss(tiny, base):
-    """64 positions a device, half of them targets, in chunks as the loss itself cuts them."""
+    """64 tokens per device, half of them targets, in chunks of the loss's own size."""
     step = abstract_step(config_of(tiny), base, jax.devices())
     chunk = chunk_size(64, 384 // 8 * 8)
     assert step.loss_chunks(0.5) == -(-32 // chunk)
 
 
 def test_roofline_by_hand(tiny, base):
-    """Compute and network by definition; memory of full fine-tuning on one device, product by product."""
+    """Compute and network by definition; memory of full fine-tuning on one device by product."""
     chip = dataclasses.replace(CHIPS["v5e"], flops=1e9, hbm_bandwidth=1e9, link_bandwidth=1e6)
     step = abstract_step(config_of(tiny, lora=None), base, jax.devices()[:1])
     bounds = roofline(step, "full", chip, Sent(5e5), target_share=0.5, document_length=16)
@@ -258,8 +256,8 @@ def test_roofline_by_hand(tiny, base):
     assert roofline(step, "full", dataclasses.replace(chip, flops=1.0), None, 0.5, 16).bound == "compute"
 
 
-def test_what_is_expected_to_be_sent(tiny, base):
-    """By formula within a factor of three of what the compiled program sends, on meshes of each kind."""
+def test_expected_bytes_are_close_to_the_compiled_program(tiny, base):
+    """The formula is within a factor of three of the bytes that the compiled program sends, for each mesh axis."""
     for mesh in ({"mesh__fsdp": 8}, {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}, {"mesh__sequence": 4}):
         step = abstract_step(config_of(tiny, lora=None, **mesh), base, jax.devices())
         counted = sum(one.sent.bytes for one in compile_step(step, 2**30, 0.5).collectives)
@@ -268,12 +266,12 @@ def test_what_is_expected_to_be_sent(tiny, base):
         assert expected.bytes_between_hosts == 0
 
 
-def test_what_goes_between_hosts_is_a_part_of_what_is_sent(tiny, base):
-    """Two hosts of four: with ``data`` between them, only gradients cross; with ``fsdp`` across both, weights do."""
+def test_bytes_between_hosts_are_part_of_the_bytes_sent(tiny, base):
+    """Two hosts of four: with ``data`` between them only gradients cross, with ``fsdp`` across both weights do too."""
     hosts, crossing = [0] * 4 + [1] * 4, {}
     for name, mesh in {"data": {"mesh__data": 2, "mesh__fsdp": 4}, "fsdp": {"mesh__fsdp": 8}}.items():
         step = abstract_step(config_of(tiny, lora=None, **mesh), base, jax.devices())
         expected = expected_sent(step, "full", step.work(0.5, 64), hosts)
         assert 0 < expected.bytes_between_hosts < expected.bytes
         crossing[name] = expected.bytes_between_hosts / expected.bytes
-    assert crossing["data"] < crossing["fsdp"] < 1 / 4  # of eight chips on two hosts, 1/7 of what is gathered
+    assert crossing["data"] < crossing["fsdp"] < 1 / 4  # all-gather on eight chips of two hosts: 1/7

@@ -1,4 +1,4 @@
-"""A bucket on this machine: as much of Google Cloud Storage's JSON interface as gcsfs and tensorstore ask for."""
+"""A local bucket: the part of the JSON API of Google Cloud Storage that gcsfs and tensorstore use."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 
 class Bucket:
-    """Objects by name, served on a port of the loopback while the ``with`` block runs."""
+    """Objects by name, served on a loopback port while the ``with`` block runs."""
 
     def __init__(self) -> None:
         self.objects: dict[str, tuple[bytes, int]] = {}  # contents and generation
@@ -36,22 +36,22 @@ class Bucket:
         self._server.server_close()
 
     def environment(self) -> dict[str, str]:
-        """What sends both clients here, without credentials."""
+        """Environment variables that point both clients to this bucket, without credentials."""
         return {
             "STORAGE_EMULATOR_HOST": self.url,
             "TENSORSTORE_GCS_HTTP_URL": self.url,
             "FSSPEC_GCS": json.dumps({"token": "anon", "endpoint_url": self.url}),
             "FSSPEC_GS": json.dumps({"token": "anon", "endpoint_url": self.url}),
             "GCE_METADATA_ROOT": self.url.removeprefix("http://"),
-            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # asks for the kind of a bucket by another protocol
+            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # would query the bucket type over another protocol
             "GOOGLE_CLOUD_PROJECT": "none",
         }
 
 
 class _Server(ThreadingHTTPServer):
-    """A client that hangs up in the middle is no fault."""
+    """Ignores clients that close their connection during a request."""
 
-    request_queue_size = 128  # connections that begin at once
+    request_queue_size = 128  # simultaneous new connections
 
     daemon_threads = True
 
@@ -187,5 +187,5 @@ class _Handler(BaseHTTPRequestHandler):
         path, _ = self._parts()
         name = unquote(path.partition("/o/")[2])
         with self.store.lock:
-            found = self.store.objects.pop(name, None)
-        self._answer(204 if found else 404)
+            removed = self.store.objects.pop(name, None)
+        self._answer(204 if removed else 404)

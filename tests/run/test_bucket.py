@@ -1,4 +1,4 @@
-"""A run whose model, data, checkpoints and files are in a bucket; the bucket is served on this machine."""
+"""A run whose model, data, checkpoints and files are in a bucket, which is served on this machine."""
 
 import json
 import re
@@ -25,7 +25,7 @@ def bucket(tiny, chats):
 
 @pytest.fixture(scope="module")
 def sft_jax(bucket):
-    """Commands in a process that finds the bucket."""
+    """Commands in a process that is configured for the bucket."""
     child = Child(**bucket.environment())
     yield child
     child.close()
@@ -38,7 +38,7 @@ def metrics(lines: str) -> list[dict]:
 
 @pytest.mark.long
 def test_everything_in_a_bucket(bucket, sft_jax, tiny, chats, tmp_path, monkeypatch):
-    """The same as on a disk, to the bit: started, continued, exported, and the weights read by ranges."""
+    """Training, resuming and exporting give the same bits as on a disk, and weights are read by ranges."""
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(to_dict(run_config(tiny, chats, "unset", training__save_every=2))))
     here = sft_jax("train", config, f"training.output_dir={tmp_path / 'run'}")
@@ -55,7 +55,7 @@ def test_everything_in_a_bucket(bucket, sft_jax, tiny, chats, tmp_path, monkeypa
     assert {"config.yaml", "metrics.jsonl", "report/loss.png", "tokenizer/tokenizer.json"} <= names
     assert {name.split("/")[1] for name in names if name.startswith("checkpoints/")} >= {"4", "6"}
     weights = [line for line in bucket.requests if "model.safetensors" in line and "alt=media" in line]
-    assert len(weights) > 10  # by ranges, and not the file at once
+    assert len(weights) > 10  # several ranges instead of the whole file
 
     again = sft_jax("train", config, *keys, data)
     assert again.returncode == 0, again.stderr
@@ -68,13 +68,13 @@ def test_everything_in_a_bucket(bucket, sft_jax, tiny, chats, tmp_path, monkeypa
 
     adapter = sft_jax("export", "gs://bucket/runs/a", tmp_path / "adapter")
     assert adapter.returncode == 0, adapter.stderr
-    assert "its base is gs://bucket/model, which PEFT does not open" in adapter.stdout
+    assert "its base model is gs://bucket/model, which PEFT cannot open" in adapter.stdout
 
     export_into_the_bucket(bucket, sft_jax, tmp_path / "here", monkeypatch)
 
 
 def export_into_the_bucket(bucket, sft_jax, here, monkeypatch):
-    """The files that are written on a disk; the same tensors by two processes, of which a config makes a model last."""
+    """Exports write the same files as on a disk, and two processes write the same tensors; config.json comes last."""
     run, out = "gs://bucket/runs/a", "gs://bucket/out/one"
     done = sft_jax("export", run, out, "--format", "merged")
     assert done.returncode == 0, done.stderr
@@ -84,15 +84,15 @@ def export_into_the_bucket(bucket, sft_jax, here, monkeypatch):
     for name in there.keys() - {"README.md"}:
         assert there[name] == (here / name).read_bytes(), name
     assert list(bucket.objects)[-1] == "out/one/config.json"
-    bucket.objects["out/two/export.unfinished"] = (b"", 1)  # another attempt was broken off
+    bucket.objects["out/two/export.unfinished"] = (b"", 1)  # left by an interrupted export
     bucket.objects["out/two/model-00001-of-00009.safetensors"] = (b"half", 1)
     again = sft_jax("export", run, out)
-    assert (again.returncode, "out/one: is there already" in again.stderr) == (2, True)
+    assert (again.returncode, "out/one: already exists" in again.stderr) == (2, True)
 
     for name, value in bucket.environment().items():
         monkeypatch.setenv(name, value)
     group = Group(2, "export", run, "gs://bucket/out/two", "--format", "merged")
-    assert group.wait() == [0, 0], group.said
+    assert group.wait() == [0, 0], group.stderr
     assert list(bucket.objects)[-1] == "out/two/config.json"
     assert "out/two/export.unfinished" not in bucket.objects
     shards = [load(body) for name, (body, _) in bucket.objects.items() if re.match("out/two/.*safetensors$", name)]
@@ -107,19 +107,19 @@ def export_into_the_bucket(bucket, sft_jax, here, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("key", "said"),
+    ("key", "message"),
     [
         ("model.path=gs://bucket/nothing", "model.path: gs://bucket/nothing has no config.json"),
-        ("training.output_dir=gs://bucket/model", "gs://bucket/model holds something that is not a run"),
-        ("training.output_dir=gx://bucket/run", "gx://bucket/run: not a kind of address that is known here"),
+        ("training.output_dir=gs://bucket/model", "gs://bucket/model holds files that are not a run"),
+        ("training.output_dir=gx://bucket/run", "gx://bucket/run: unknown URL protocol"),
     ],
 )
-def test_mistakes(bucket, sft_jax, tiny, chats, tmp_path, key, said):
+def test_user_errors(bucket, sft_jax, tiny, chats, tmp_path, key, message):
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(to_dict(run_config(tiny, chats, tmp_path / "run"))))
     before = dict(bucket.objects)
     done = sft_jax("train", config, key)
     assert done.returncode == 2, done.stderr
-    assert said in done.stderr
+    assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert bucket.objects == before

@@ -1,4 +1,4 @@
-"""Whole runs on a quantised base, and all that opens them."""
+"""Whole runs on a quantized base, and the commands that open them."""
 
 import re
 
@@ -35,8 +35,8 @@ def test_a_run_on_eight_devices_is_a_run_on_one(chats, tmp_path, method):
 
 
 @METHODS
-def test_a_quantised_run_and_all_that_opens_it(tiny, chats, tmp_path, capsys, method):
-    """Training, resuming, evaluating, scoring and generating on the base in the same few bits."""
+def test_commands_on_a_quantized_run(tiny, chats, tmp_path, capsys, method):
+    """Training, resuming, evaluation, scoring and generation use the same quantized base."""
     held_out = write_jsonl(tmp_path / "held_out.jsonl", conversations(6, seed=9))
     changes = {
         "model__quantization": method,
@@ -46,9 +46,9 @@ def test_a_quantised_run_and_all_that_opens_it(tiny, chats, tmp_path, capsys, me
     }
     run, whole = tmp_path / "run", tmp_path / "whole"
     last = train(run_config(tiny, chats, run, training__max_steps=6, **changes), one_device())
-    said = capsys.readouterr().err
+    printed = capsys.readouterr().err
     assert re.search(
-        rf"base  {method} in blocks of 48( and 56)?( and 112)? inputs, embed_tokens int8: [\d.]+ MB, 0\.\d\d", said
+        rf"base  {method} in blocks of 48( and 56)?( and 112)? inputs, embed_tokens int8: [\d.]+ MB, 0\.\d\d", printed
     )
     train(run_config(tiny, chats, whole, training__max_steps=6, **changes), one_device())
     for step in (run / "checkpoints").iterdir():
@@ -69,7 +69,7 @@ def test_a_quantised_run_and_all_that_opens_it(tiny, chats, tmp_path, capsys, me
 
 
 @METHODS
-def test_exports_go_with_the_unquantised_base(tiny, chats, tmp_path, method):
+def test_exports_match_the_unquantized_base(tiny, chats, tmp_path, method):
     torch = pytest.importorskip("torch")
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoModelForCausalLM
@@ -94,14 +94,14 @@ def test_exports_go_with_the_unquantised_base(tiny, chats, tmp_path, method):
             for load, name in ((AutoPeftModelForCausalLM, "adapter"), (AutoModelForCausalLM, "merged"))
         ]
     np.testing.assert_allclose(*logits, atol=1e-4)
-    assert f"beside a base in {method}" in (tmp_path / "merged" / "README.md").read_text()
+    assert f"base quantized to {method}" in (tmp_path / "merged" / "README.md").read_text()
 
 
 @METHODS
-def test_trained_embeddings_are_not_quantised(tiny, chats, tmp_path, capsys, method):
+def test_trained_embeddings_are_not_quantized(tiny, chats, tmp_path, capsys, method):
     changes = {"model__quantization": method, "data__added_tokens": ["<|new|>"]}
     train(run_config(tiny, chats, tmp_path / "run", **changes), one_device())
-    assert "embeddings as they are" in capsys.readouterr().err
+    assert "embeddings not quantized because they are trained" in capsys.readouterr().err
     opened = open_model(str(tmp_path / "run"), devices=one_device())
     assert ("embed_tokens", "weight") not in opened.split.quantized
     assert flatten(opened.params)["embed_tokens", "weight"].dtype == jnp.float32

@@ -1,4 +1,4 @@
-"""A run that was killed and started again is bit for bit the run that was not."""
+"""A killed and resumed run is bit for bit equal to an uninterrupted one."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ from sft_jax.hf.tokenizer import load_tokenizer
 from sft_jax.run.evaluate import evaluate
 from sft_jax.run.train import train
 from sft_jax.store.checkpoint import Checkpoints
-from sft_jax.store.folder import RunFolder
+from sft_jax.store.folder import RunDirectory
 from sft_jax.training.state import TrainState
 
 
@@ -41,8 +41,8 @@ def test_killed_while_the_first_checkpoint_was_written(tiny, chats, tmp_path):
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 3]
 
 
-def test_the_best_is_kept_by_a_run_that_goes_on(tmp_path):
-    """It is known by the losses on disk, not by those that this process has seen."""
+def test_a_resumed_run_keeps_the_best_checkpoint(tmp_path):
+    """The losses of earlier checkpoints are read from disk."""
     state = TrainState(jnp.zeros((), jnp.int32), {"a": jnp.ones(2)}, {"moment": jnp.ones(2)}, jnp.zeros((), bool))
     for measured in ({10: 1.0, 20: 0.5, 30: 0.9}, {40: 0.8, 50: 0.7}, {60: None}):
         checkpoints = Checkpoints(epath.Path(tmp_path / "checkpoints"), keep=1, keep_best=1)
@@ -53,8 +53,8 @@ def test_the_best_is_kept_by_a_run_that_goes_on(tmp_path):
         checkpoints.close()
 
 
-def test_a_template_that_tells_the_day_tells_the_first(tiny, chats, tmp_path, monkeypatch):
-    """Llama 3.2's writes today's date into each conversation; a run that goes on tomorrow has the rows of today."""
+def test_templates_use_the_date_of_the_first_day(tiny, chats, tmp_path, monkeypatch):
+    """The template of Llama 3.2 prints the current date; a run that resumes on another day keeps the first date."""
     template = tmp_path / "dated.jinja"
     template.write_text("{{ '<s>system' + strftime_now('%d %b %Y') + '</s>' }}" + CHATML)
     changes = {"training__max_steps": 4, "training__save_every": 2, "data__chat_template": str(template)}
@@ -71,25 +71,25 @@ def test_a_template_that_tells_the_day_tells_the_first(tiny, chats, tmp_path, mo
     assert on("2024-03-01") == "2024-02-29"
     assert losses(tmp_path / "run") == whole
 
-    asked = []
+    dates = []
 
     def prepare(config, *_):
-        asked.append(config.data.date)
+        dates.append(config.data.date)
         raise InterruptedError
 
     monkeypatch.setattr("sft_jax.run.evaluate.prepare", prepare)
     for day in (None, "2024-05-01"):
         with pytest.raises(InterruptedError):
             evaluate(dataclasses.replace(config, data=dataclasses.replace(config.data, date=day)), devices=one_device())
-    assert asked == ["2024-02-29", "2024-05-01"]
+    assert dates == ["2024-02-29", "2024-05-01"]
     tokenizer, _ = load_tokenizer(tiny, str(template))
-    said = tokenizer.decode(prompt_ids(tokenizer, conversations(1)[0]["messages"][:1], "2024-02-29"))
-    assert "29 Feb 2024" in said
+    prompt = tokenizer.decode(prompt_ids(tokenizer, conversations(1)[0]["messages"][:1], "2024-02-29"))
+    assert "29 Feb 2024" in prompt
 
 
 def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert RunFolder("~/runs/x").local == tmp_path / "runs" / "x"
+    assert RunDirectory("~/runs/x").local == tmp_path / "runs" / "x"
     (tmp_path / "own.jinja").write_text("{{ messages }}")
     tokenizer, _ = load_tokenizer(make_model(tmp_path / "model"), "~/own.jinja")
     assert tokenizer.chat_template == "{{ messages }}"
@@ -99,9 +99,9 @@ def test_another_config_data_or_model_is_refused(tiny, tmp_path):
     data = write_jsonl(tmp_path / "a.jsonl", conversations(8))
     run = tmp_path / "run"
     train(config_of(tiny, data, run, training__max_steps=4), one_device())
-    with pytest.raises(UserError, match=r"lora.alpha=8.0, the config now says 9.0"):
+    with pytest.raises(UserError, match=r"lora.alpha=8.0, but the config has 9.0"):
         train(config_of(tiny, data, run, training__max_steps=4, lora__alpha=9.0), one_device())
-    with pytest.raises(UserError, match=r"max_steps=4, the config now says 5"):
+    with pytest.raises(UserError, match=r"max_steps=4, but the config has 5"):
         train(config_of(tiny, data, run, training__max_steps=5), one_device())
     write_jsonl(data, conversations(8, seed=1))
     with pytest.raises(UserError, match="training data has changed"):
@@ -127,6 +127,6 @@ def test_not_finite_stops_with_rows_and_a_saved_state(tiny, chats, tmp_path):
     assert all("chats.jsonl row" in row for row in report["rows"])
     saved = trained_leaves(tmp_path / "run", step - 1)
     assert all(np.isfinite(leaf).all() for leaf in saved.values())
-    assert losses(tmp_path / "run")[-1] is None  # the row is there, as null
-    with pytest.raises(UserError, match=f"step {step}: "):  # and it is found again from there
+    assert losses(tmp_path / "run")[-1] is None  # written as null
+    with pytest.raises(UserError, match=f"step {step}: "):  # resuming fails at the same step
         train(config, one_device())

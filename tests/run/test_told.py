@@ -1,4 +1,4 @@
-"""What a run says of the machine, of the base model and of its own settings before it costs anybody time."""
+"""Errors and warnings about the machine, the base model and the config come early and name a fix."""
 
 import errno
 import json
@@ -21,7 +21,7 @@ from sft_jax.run.export import export
 from sft_jax.run.train import train
 from sft_jax.store import checkpoint
 
-TABLE = "model.embed_tokens.weight"
+EMBEDDINGS = "model.embed_tokens.weight"
 
 
 @pytest.fixture
@@ -32,26 +32,26 @@ def config(tiny, chats, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("place", "words"),
+    ("path", "words"),
     [("file/run", "file is a file"), ("file", "file is a file"), ("/proc/run", "/proc cannot be written")],
 )
-def test_a_folder_that_cannot_be_written_is_told_before_the_data_are_read(config, tmp_path, place, words):
+def test_an_unwritable_directory_is_reported_before_the_data_are_read(config, tmp_path, path, words):
     (tmp_path / "file").touch()
-    done = sft_jax("train", config, f"training.output_dir={tmp_path / place}")
+    done = sft_jax("train", config, f"training.output_dir={tmp_path / path}")
     assert done.returncode == 2
     assert words in done.stderr
     assert "data" not in done.stderr
 
 
 def test_a_disk_without_room_for_a_checkpoint(config, tmp_path, monkeypatch):
-    """Told before half of it is written; once there is room, the run goes on from the last one."""
+    """The error comes before anything is written; once there is space, the run resumes from the last checkpoint."""
     usage = namedtuple("usage", "free")
-    room = iter([10**9, 10])
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage(next(room)))
+    free = iter([10**9, 10])
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage(next(free)))
     done = sft_jax("train", config, "training.save_every=1")
     assert done.returncode == 2
-    assert "0 MB are free and the checkpoint of step 2 takes 0; free some" in done.stderr
-    assert done.stderr.rstrip().endswith("goes on from step 1")
+    assert "the checkpoint of step 2 needs 0 MB, but only 0 MB are free; free some space" in done.stderr
+    assert done.stderr.rstrip().endswith("it resumes from step 1")
     monkeypatch.undo()
     done = sft_jax("train", config, "training.save_every=1")
     assert "resume  at step 1 of 2" in done.stderr
@@ -64,27 +64,27 @@ def test_a_disk_without_room_for_a_checkpoint(config, tmp_path, monkeypatch):
         (
             OSError(errno.ENOSPC, "x", "a/b"),
             "train",
-            "a/b: cannot be written: no space .* goes on from the last checkpoint",
+            "a/b: cannot be written: no space .* it resumes from the last checkpoint",
         ),
-        (ValueError("RESOURCE_EXHAUSTED: Failed to write: No space left on device [os]"), "export", "no space is left"),
+        (ValueError("RESOURCE_EXHAUSTED: Failed to write: No space left on device [os]"), "export", "no space left"),
         (
             PermissionError(errno.EACCES, "Permission denied", "a/b"),
             "export",
-            "a/b: Permission denied; name another place",
+            "a/b: Permission denied; use another path",
         ),
-        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes"), "train", "sft-jax plan tells how much"),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes"), "train", "sft-jax plan computes the"),
         (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes"), "generate", "a smaller --batch-size"),
         (MemoryError(), "inspect", r"fewer rows \(data\.\*\.max_rows\)"),
     ],
 )
-def test_faults_of_the_machine_have_a_way_out(config, monkeypatch, error, command, words):
-    """Also where they are the cause of another error; the command ends without a traceback."""
+def test_errors_of_the_machine_name_a_fix(config, monkeypatch, error, command, words):
+    """The command prints no traceback, even if the error is the cause of another error."""
 
     def fail(*_, **__):
-        raise RuntimeError("what a library makes of it") from error
+        raise RuntimeError("an error of a library") from error
 
-    called = {"train": "api.train", "inspect": "run.inspect.inspect", "export": "api.export"}
-    monkeypatch.setattr(f"sft_jax.{called.get(command, 'assembly.open_model')}", fail)
+    functions = {"train": "api.train", "inspect": "run.inspect.inspect", "export": "api.export"}
+    monkeypatch.setattr(f"sft_jax.{functions.get(command, 'assembly.open_model')}", fail)
     arguments = {"train": [config], "inspect": [config], "export": ["run", "out"], "generate": ["m", "--prompt", "a"]}
     done = sft_jax(command, *arguments[command])
     assert done.returncode == 2
@@ -93,9 +93,9 @@ def test_faults_of_the_machine_have_a_way_out(config, monkeypatch, error, comman
     assert re.search(words, line), line
 
 
-def test_faults_of_the_library_keep_their_traceback():
-    assert outside_faults.told(ValueError("a bug"), "train") is None
-    assert outside_faults.told(FileNotFoundError(errno.ENOENT, "No such file", "a"), "train") is None
+def test_bugs_keep_their_traceback():
+    assert outside_faults.explain(ValueError("a bug"), "train") is None
+    assert outside_faults.explain(FileNotFoundError(errno.ENOENT, "No such file", "a"), "train") is None
 
 
 @pytest.mark.parametrize(("warmup", "steps"), [(0.9, 1), (0.6, 1), (0.4, 1)])
@@ -104,23 +104,23 @@ def test_a_rate_that_never_leaves_zero(tiny, chats, tmp_path, warmup, steps):
     if round(warmup * steps) == 0:
         assert train(config, one_device())["learning_rate"] > 0
         return
-    with pytest.raises(UserError, match=r"optimizer\.warmup_ratio: .* and none is left to train with it"):
+    with pytest.raises(UserError, match=r"optimizer\.warmup_ratio: .* and no step has a rate above 0"):
         train(config, one_device())
     assert not (tmp_path / "run").exists()
 
 
-def test_a_finished_run_says_how_to_train_on(config):
+def test_a_finished_run_explains_how_to_train_further(config):
     assert sft_jax("train", config).returncode == 0
     done = sft_jax("train", config, "training.max_steps=4")
     assert done.returncode == 2
-    assert "start another run from its export (lora.init_from or model.path)" in done.stderr
+    assert "start a new run from its export (lora.init_from or model.path)" in done.stderr
 
 
 def with_rows(folder, rows):
     tensors = load_file(folder / "model.safetensors")
-    tensors[TABLE] = tensors[TABLE].copy()
+    tensors[EMBEDDINGS] = tensors[EMBEDDINGS].copy()
     for i, row in rows.items():
-        tensors[TABLE][i] = row if np.ndim(row) else row * tensors[TABLE][i]
+        tensors[EMBEDDINGS][i] = row if np.ndim(row) else row * tensors[EMBEDDINGS][i]
     save_file(tensors, folder / "model.safetensors")
     return folder
 
@@ -129,30 +129,30 @@ UNTRAINED = [{1: 0.0, 2: 0.0}, {1: 1e-5, 2: 1e-5}, {1: np.full(48, 0.08), 2: np.
 
 
 @pytest.mark.parametrize("rows", UNTRAINED)
-def test_embeddings_that_tell_nothing(tmp_path, rows):
-    """Zero, tiny or alike."""
+def test_untrained_embeddings_are_detected(tmp_path, rows):
+    """They are zero, tiny or alike."""
     reader = TensorReader(with_rows(make_model(tmp_path / "base"), rows))
     assert untrained_rows(reader, [1, 2]) == [1, 2]
     assert untrained_rows(reader, [0, 3, 50, 10_000]) == []
 
 
 def test_special_tokens_that_the_base_was_never_trained_with(chats, tmp_path, capsys):
-    """Said before the first step, with the key that trains them; and it does."""
+    """They are reported before the first step with the key that trains them, and that key trains them."""
     base = with_rows(make_model(tmp_path / "base"), UNTRAINED[0])
     settings = {"training__max_steps": 2, "optimizer__learning_rate": 0.01}
     train(run_config(base, chats, tmp_path / "lora", **settings), one_device())
-    said = capsys.readouterr().err
-    assert "untrained  '<|im_start|>', '<|im_end|>': their rows of the token table were never trained" in said
-    assert said.index("untrained") < said.index("step 1/2")
-    assert "lora.train_embeddings=true" in said
-    train(run_config(base, chats, tmp_path / "tables", lora__train_embeddings=True, **settings), one_device())
+    printed = capsys.readouterr().err
+    assert "untrained  '<|im_start|>', '<|im_end|>': their embeddings were never trained" in printed
+    assert printed.index("untrained") < printed.index("step 1/2")
+    assert "lora.train_embeddings=true" in printed
+    train(run_config(base, chats, tmp_path / "embeddings", lora__train_embeddings=True, **settings), one_device())
     assert "untrained" not in capsys.readouterr().err
-    table = trained_leaves(tmp_path / "tables")[("embed_tokens", "weight")]
-    before = load_file(base / "model.safetensors")[TABLE]
-    assert np.abs(table[1] - before[1]).max() > 1e-3
-    export(tmp_path / "tables", tmp_path / "adapter")
-    assert "vLLM and llama.cpp do not: give these --format merged" in capsys.readouterr().out
-    assert f"base_model.model.{TABLE}" in load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    embeddings = trained_leaves(tmp_path / "embeddings")[("embed_tokens", "weight")]
+    before = load_file(base / "model.safetensors")[EMBEDDINGS]
+    assert np.abs(embeddings[1] - before[1]).max() > 1e-3
+    export(tmp_path / "embeddings", tmp_path / "adapter")
+    assert "vLLM and llama.cpp do not; use --format merged for these" in capsys.readouterr().out
+    assert f"base_model.model.{EMBEDDINGS}" in load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     opened = open_model(str(tmp_path / "adapter"), devices=one_device())
-    np.testing.assert_array_equal(opened.frozen["embed_tokens"]["weight"], table)
+    np.testing.assert_array_equal(opened.frozen["embed_tokens"]["weight"], embeddings)
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 4

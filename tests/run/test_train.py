@@ -1,4 +1,4 @@
-"""What a run leaves behind, and the run as a whole on several devices and in bfloat16."""
+"""The files of a run, and whole runs on several devices and in bfloat16."""
 
 import json
 import re
@@ -60,9 +60,9 @@ def test_run_folder(tiny, chats, tmp_path, capsys):
     events = b"".join(path.read_bytes() for path in (tmp_path / "run" / "tensorboard").iterdir())
     assert b"eval_loss" in events
     assert b"grad_norm" in events
-    said = capsys.readouterr().err
+    printed = capsys.readouterr().err
     for words in ("40 of 40 rows", "stop token '<|im_end|>'", "LoRA rank 4", "attention xla", "float32", "packed"):
-        assert words in said
+        assert words in printed
 
 
 def test_held_out_loss_does_not_depend_on_batch_or_packing(tiny, chats, tmp_path):
@@ -83,20 +83,20 @@ def test_held_out_loss_does_not_depend_on_batch_or_packing(tiny, chats, tmp_path
 
 
 def test_weights_that_do_not_divide_over_the_devices_are_announced(tiny, chats, tmp_path, capsys):
-    """Five devices would each hold a fifth, but the model dimension is 48."""
+    """Five devices cannot hold a fifth each, because the model dimension is 48."""
     for fsdp, whole in ((5, True), (2, False)):
         config = run_config(tiny, chats, tmp_path / str(fsdp), training__max_steps=0, training__batch_size=fsdp)
         train(config, jax.devices()[:fsdp])
-        told = re.search(
-            r"each device holds ([\d.]+) MB of weights, where its share would be ([\d.]+)", capsys.readouterr().err
+        warning = re.search(
+            r"each device holds ([\d.]+) MB of weights, and an even split would be ([\d.]+)", capsys.readouterr().err
         )
-        assert (told is not None) == whole
-        if told:
-            assert 4.5 < float(told[1]) / float(told[2]) < 5.5  # two places are shown
+        assert (warning is not None) == whole
+        if warning:
+            assert 4.5 < float(warning[1]) / float(warning[2]) < 5.5  # printed with two digits
 
 
 def test_eight_devices_and_back(tiny, chats, tmp_path):
-    """The same losses on one device and on eight; a run begun on eight goes on on one."""
+    """Losses are the same on one device and on eight, and a run on eight devices resumes on one."""
 
     def config(name, **changes):
         return run_config(tiny, chats, tmp_path / name, training__batch_size=8, training__save_every=3, **changes)
@@ -122,7 +122,7 @@ def test_bfloat16_base_with_float32_adapters(tiny, chats, tmp_path):
 
 
 def test_weights_and_biases_gets_every_number(tiny, chats, tmp_path, monkeypatch):
-    """Against a stand-in of the three calls that are made; the real package is not installed for tests."""
+    """Uses a fake of the three functions that are called; the real package is not a test dependency."""
     logged = {}
     wandb = types.ModuleType("wandb")
     wandb.init = lambda **options: logged.update(options=options) or wandb
@@ -137,7 +137,7 @@ def test_weights_and_biases_gets_every_number(tiny, chats, tmp_path, monkeypatch
     assert logged["finished"]
 
 
-def test_weights_and_biases_is_missed_before_anything_is_read(tmp_path, monkeypatch):
+def test_missing_weights_and_biases_is_reported_before_anything_is_read(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"training\.wandb_project: .*pip install wandb"):
         train(

@@ -100,7 +100,9 @@ def test_auto_takes_the_first_that_fits(gradient_with):
         steps(params, frozen, batch_of(4, 64))
         assert [(one.remat, one.length) for one in told] == [(policy, 256), (policy, 64)]
     nothing = Steps(with_policy, ways, device(1000))
-    said = r"does not fit on card with dots or attention or full: it needs 0\.0\d GiB, 92% of the 0\.00 GiB free may be"
+    said = (
+        r"does not fit on card with dots or attention or full: it needs 0\.0\d GiB, more than 92% of the 0\.00 GiB free"
+    )
     with pytest.raises(UserError, match=said):
         nothing.prepare(params, frozen, batch, 256)
     told = []

@@ -122,7 +122,7 @@ def test_devices(examples, references, full, sizes):
     [((1, 1, 8, 1), True), pytest.param((2, 1, 2, 2), False, marks=pytest.mark.smoke), ((1, 2, 4, 1), True)],
 )
 def test_devices_with_parts_of_rows(examples, references, full, sizes, tied):
-    """Packed, so that documents lie across the parts."""
+    """Packed sequences with documents that cross the parts."""
     assert_same(update(examples, full, tied, make_mesh(*sizes), packing=True), references[full, tied])
 
 

@@ -15,7 +15,7 @@ from sft_jax.adapters.lora import LoRA
 from sft_jax.config import OptimizerConfig
 from sft_jax.errors import UserError
 from sft_jax.models.decoder import Decoder
-from sft_jax.models.layers import everywhere
+from sft_jax.models.layers import broadcast_like
 from sft_jax.models.projection import Adapter, project
 from sft_jax.models.split import FROZEN, split_params
 from sft_jax.sharding import make_mesh
@@ -105,7 +105,7 @@ def test_targets():
 
 def test_a_fresh_adapter_changes_nothing_and_a_has_the_kaiming_bound():
     split = make()
-    adapter = split.variant.initialise(split.adapter(), split.layers, jax.random.key(0), lambda path: None)
+    adapter = split.variant.initialize(split.adapter(), split.layers, jax.random.key(0), lambda path: None)
     for path, leaf in adapter.items():
         if path[-1] == "lora_b":
             assert not leaf.any()
@@ -265,7 +265,7 @@ def test_gradients_of_thin_leaves_are_added_up_in_float32():
     rng = np.random.default_rng(0)
     x, d_out = (jnp.asarray(rng.normal(size=(2, 8192, 12)) + 1.0, jnp.bfloat16) for _ in range(2))
     exact = lambda a: np.asarray(a, np.float64).reshape(-1, 12)  # noqa: E731
-    _, pullback = jax.vjp(lambda vector: everywhere(vector, x), jnp.ones(12))
+    _, pullback = jax.vjp(lambda vector: broadcast_like(vector, x), jnp.ones(12))
     np.testing.assert_allclose(pullback(d_out)[0], exact(d_out).sum(0), rtol=1e-5)
 
     adapter = Adapter(*(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((12, 3), (3, 12))))

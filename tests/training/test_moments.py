@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from sft_jax.assembly import open_model
 from sft_jax.config import OptimizerConfig, SourceConfig
-from sft_jax.models.quantized import rows_of
+from sft_jax.models.quantized import embedding_lookup
 from sft_jax.run.export import export
 from sft_jax.run.train import train
 from sft_jax.sharding import make_mesh, named_sharding
@@ -370,7 +370,7 @@ def test_a_frequent_token_keeps_its_gradient():
     def loss(array):
         table = Table()
         table.array = array
-        return jnp.sum(rows_of(table, jnp.zeros((1, 4096), jnp.int32), jnp.bfloat16) * jnp.bfloat16(1 / 64))
+        return jnp.sum(embedding_lookup(table, jnp.zeros((1, 4096), jnp.int32), jnp.bfloat16) * jnp.bfloat16(1 / 64))
 
     gradient = jax.grad(lambda array: loss(array).astype(jnp.float32))(jnp.ones((3, 2), jnp.bfloat16))
     assert np.array_equal(gradient.astype(jnp.float32), [[64.0, 64.0], [0, 0], [0, 0]])

@@ -1,1 +1,1 @@
-"""The parts of tools/bench.py."""
+"""The benchmarks of tools/bench.py."""

@@ -1,4 +1,4 @@
-"""The train step of a shape compiled ahead of time by ``sft-jax plan``: memory and seconds."""
+"""Compiles the train step of a shape ahead of time with ``sft-jax plan`` and prints memory and compile time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", choices=SHAPES, default="8b")
     parser.add_argument("--mode", choices=("lora", "full"), default="lora")
     parser.add_argument(
-        "--rows", type=int, default=1, help="of a chip, or of the chips along sequence and tensor together, a step"
+        "--rows", type=int, default=1, help="sequences per batch shard (the chips along sequence and tensor)"
     )
     parser.add_argument("--row-length", type=int, default=2048)
     parser.add_argument("--mesh", default="1,-1,1,1", help="data,fsdp,sequence,tensor")
@@ -26,29 +26,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quantization", choices=("int8", "nf4"))
     parser.add_argument("--param-dtype", choices=("float32", "bfloat16"), default="float32", help="with --mode full")
     parser.add_argument("--moments", choices=("float32", "bfloat16", "factored"), default="float32")
-    parser.add_argument("--layers", type=int, help="instead of the shape's")
+    parser.add_argument("--layers", type=int, help="number of layers; default: that of the shape")
     parser.add_argument("--json", action="store_true")
     parser.set_defaults(run=bench_ahead)
 
 
 def bench_ahead(options: argparse.Namespace) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
-    found = compile_ahead(options)
+    result = compile_ahead(options)
     if options.json:
-        print(json.dumps(found))
+        print(json.dumps(result))
         return
-    mib = {key: f"{found[key] / 2**20:,.0f}" for key in ("peak_bytes", "argument_bytes")}
-    kept = options.quantization or (f"weights {options.param_dtype}" if options.mode == "full" else "bfloat16")
+    mib = {key: f"{result[key] / 2**20:,.0f}" for key in ("peak_bytes", "argument_bytes")}
+    stored = options.quantization or (f"weights {options.param_dtype}" if options.mode == "full" else "bfloat16")
     print(
-        f"{options.shape} {options.mode} ({kept}, moments {options.moments}) on {options.topology}, "
-        f"{options.rows}×{options.row_length} a chip, remat {found['remat']}, attention {found['attention']}: "
-        f"peak {mib['peak_bytes']} MiB a chip, {mib['argument_bytes']} of it weights, state and batch; "
-        f"traced and compiled in {found['compile_seconds']:.1f} s"
+        f"{options.shape} {options.mode} ({stored}, moments {options.moments}) on {options.topology}, "
+        f"{options.rows}×{options.row_length} per batch shard, remat {result['remat']}, attention "
+        f"{result['attention']}: peak {mib['peak_bytes']} MiB per chip, {mib['argument_bytes']} of it weights, "
+        f"optimizer state and batch; traced and compiled in {result['compile_seconds']:.1f} s"
     )
 
 
 def compile_ahead(options: argparse.Namespace) -> dict[str, Any]:
-    """What ``plan`` says of a config with these options."""
+    """Runs ``plan`` on a config with these options."""
     from sft_jax.config import (
         Config,
         DataConfig,

@@ -1,4 +1,4 @@
-"""Conversations as ids and masks, side by side with TRL's preparation; and the plan of a million rows."""
+"""Benchmarks data preparation (token ids and loss masks) against TRL, and packing of a million examples."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", required=True, help="a folder")
     parser.add_argument("--template", required=True, help="a Jinja file with {%% generation %%}")
     parser.add_argument("--copies", type=int, default=20)
-    parser.add_argument("--distinct", action="store_true", help="no two answers alike, so that nothing is met twice")
+    parser.add_argument("--distinct", action="store_true", help="make all answers distinct, so that no text repeats")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.set_defaults(run=bench_data)
@@ -28,53 +28,53 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def bench_data(options: argparse.Namespace) -> None:
     rows = [json.loads(line) for line in Path(options.rows).read_text(encoding="utf-8").split("\n") if line.strip()]
-    found: dict[str, list[dict[str, float]]] = {"sft_jax": [], "trl": []}
+    results: dict[str, list[dict[str, float]]] = {"sft_jax": [], "trl": []}
     with tempfile.TemporaryDirectory() as name:
         small, large = Path(name) / "small.jsonl", Path(name) / "large.jsonl"
         for path, copies in ((small, 1), (large, options.copies)):
             with path.open("w", encoding="utf-8") as file:
                 for copy in range(copies):
                     for row in rows:
-                        asked = f"({copy}) {row['question']}" if copy else row["question"]  # no two rows alike
-                        answered = f"({copy}) {row['answer']}" if copy and options.distinct else row["answer"]
-                        messages = [("user", asked), ("assistant", answered)]
+                        question = f"({copy}) {row['question']}" if copy else row["question"]  # makes rows distinct
+                        answer = f"({copy}) {row['answer']}" if copy and options.distinct else row["answer"]
+                        messages = [("user", question), ("assistant", answer)]
                         print(json.dumps({"messages": [{"role": r, "content": c} for r, c in messages]}), file=file)
         common = [options.tokenizer, options.template, str(options.processes)]
         few = measure("sft_jax", [str(small), *common], name)
         show("sft_jax", len(rows), few)
         for i in range(options.rounds):
             for who in ("sft_jax", "trl") if i % 2 == 0 else ("trl", "sft_jax"):
-                found[who].append(measure(who, [str(large), *common], name))
-                show(who, len(rows) * options.copies, found[who][-1])
+                results[who].append(measure(who, [str(large), *common], name))
+                show(who, len(rows) * options.copies, results[who][-1])
         again = measure("sft_jax-again", [str(large), *common], name)
         show("sft_jax, second start", len(rows) * options.copies, again)
-    seconds = {who: statistics.median(one["seconds"] for one in ones) for who, ones in found.items()}
+    seconds = {who: statistics.median(one["seconds"] for one in ones) for who, ones in results.items()}
     print(f"\nTRL / sft_jax, medians of {options.rounds}: {seconds['trl'] / seconds['sft_jax']:.2f}")
 
 
 def bench_plan(options: argparse.Namespace) -> None:
-    """Lengths as of conversations (log-normal, median 148 tokens), one epoch in rows of 2,048."""
+    """Packs one epoch of log-normal conversation lengths (median 148 tokens) into sequences of 2,048 tokens."""
     import numpy as np
 
     from sft_jax.data.batches.packing import plan_run
 
-    slots = np.clip(np.random.default_rng(0).lognormal(5, 0.6, options.rows).astype(np.int64), 8, 2048)
+    lengths = np.clip(np.random.default_rng(0).lognormal(5, 0.6, options.rows).astype(np.int64), 8, 2048)
     began = time.perf_counter()
-    plan = plan_run(slots, 2048, 16, 1)
+    plan = plan_run(lengths, 2048, 16, 1)
     seconds = time.perf_counter() - began
-    filled = slots.sum() / plan.num_slots
-    print(f"{options.rows:,} rows planned in {seconds:.2f} s, {filled:.2%} filled")
+    filled = lengths.sum() / plan.num_slots
+    print(f"{options.rows:,} examples packed in {seconds:.2f} s, {filled:.2%} filled")
 
 
 def measure(who: str, arguments: list[str], scratch: str) -> dict[str, float]:
-    """One measurement in a process of its own, with caches of its own but for a second start."""
+    """Runs one measurement in its own process, with empty caches except for a second start."""
     with tempfile.TemporaryDirectory(dir=scratch) as caches:
-        keep = f"{scratch}/kept"
+        warm = f"{scratch}/warm"
         if who == "sft_jax-again":
-            subprocess.run(command("sft_jax", arguments), env=os.environ | {"SFT_JAX_CACHE": keep}, check=True,
+            subprocess.run(command("sft_jax", arguments), env=os.environ | {"SFT_JAX_CACHE": warm}, check=True,
                            capture_output=True)  # fmt: skip
         environment = os.environ | {
-            "SFT_JAX_CACHE": keep if who == "sft_jax-again" else f"{caches}/sft_jax",
+            "SFT_JAX_CACHE": warm if who == "sft_jax-again" else f"{caches}/sft_jax",
             "HF_DATASETS_CACHE": f"{caches}/datasets",
             "TOKENIZERS_PARALLELISM": "false",
         }
@@ -91,13 +91,13 @@ def command(who: str, arguments: list[str]) -> list[str]:
 def show(who: str, rows: int, one: dict[str, float]) -> None:
     print(
         f"{who:>22}  {rows:>9,} rows  {one['seconds']:8.2f} s  {rows / one['seconds']:>9,.0f} rows/s  peak "
-        f"{one['peak_mb']:,.0f} MB, of a worker {one['worker_peak_mb']:,.0f} MB, {one['targets']:,} targets",
+        f"{one['peak_mb']:,.0f} MB, worker peak {one['worker_peak_mb']:,.0f} MB, {one['targets']:,} targets",
         flush=True,
     )
 
 
 def one_data(options: argparse.Namespace) -> None:
-    """Prepare the rows and print what it took."""
+    """Prepares the rows and prints time and memory as JSON."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)

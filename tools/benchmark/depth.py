@@ -1,4 +1,4 @@
-"""What depth costs before the device works: seconds to trace, to compile and, for each step, to hand it over."""
+"""Measures the host's cost of depth: seconds to trace, to compile, and to dispatch each step."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import statistics
 import time
 from typing import Any, NamedTuple
 
-# A step is handed over after the host did something else for as long as steps take: right after a step that took a
-# millisecond its caches are still warm, after one of a second they are not, and that alone doubles the time.
+# Pause before each dispatch, about as long as a real step. Directly after a step of a millisecond the host's caches are
+# still warm, which halves the time.
 REST_SECONDS = 0.03
 
 
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def bench_depth(options: argparse.Namespace) -> None:
     steps = [compiled(layers, options.mode) for layers in options.layers]
-    seconds = hand_over(steps, options.steps)
+    seconds = dispatch(steps, options.steps)
     rows = [
         {
             "layers": layers,
@@ -48,27 +48,27 @@ def bench_depth(options: argparse.Namespace) -> None:
     for row in rows:
         print(
             f"{row['layers']:3} layers: {row['leaves']} arrays, traced in {row['trace_seconds']:.2f} s, compiled in "
-            f"{row['compile_seconds']:.2f} s, a step handed over in {row['host_seconds'] * 1e6:,.0f} µs"
+            f"{row['compile_seconds']:.2f} s, a step dispatched in {row['host_seconds'] * 1e6:,.0f} µs"
         )
 
 
-def hand_over(steps: list[Compiled], num_steps: int) -> list[float]:
-    """Median seconds to hand over a step of each, taken in turns."""
+def dispatch(steps: list[Compiled], num_steps: int) -> list[float]:
+    """Median seconds to dispatch each of the steps, measured alternately."""
     import jax
 
     seconds: list[list[float]] = [[] for _ in steps]
     for _ in range(num_steps):
-        for step, taken in zip(steps, seconds, strict=True):
+        for step, times in zip(steps, seconds, strict=True):
             time.sleep(REST_SECONDS)
-            at = time.perf_counter()
+            began = time.perf_counter()
             step.arguments[0], metrics = step.program(*step.arguments)
-            taken.append(time.perf_counter() - at)
+            times.append(time.perf_counter() - began)
             jax.block_until_ready((step.arguments[0], metrics))
-    return [statistics.median(taken) for taken in seconds]
+    return [statistics.median(times) for times in seconds]
 
 
 def compiled(layers: int, mode: str) -> Compiled:
-    """The step of a narrow network, so that the device is soon done: what is left is the host's share."""
+    """Compiles the step of a narrow network, whose device time is short next to the host's."""
     import jax
     import jax.numpy as jnp
 

@@ -1,8 +1,7 @@
-"""Training of several shapes, methods and row lengths on one accelerator, in little time.
+"""Benchmarks training for several shapes, methods and sequence lengths on one accelerator in minutes.
 
-What :mod:`benchmark.train` does with one case at a time, each side starting from nothing, is done here by two processes
-that have imported everything already: one that forks for each case of this library, and one that trains case after case
-with TRL. Starting is not measured; steps and the device's memory are.
+:mod:`benchmark.train` starts a process for each case. Here two processes with all imports done serve all cases: one
+forks for each case of this library, and one trains all cases with TRL. Measures steps and device memory, not startup.
 """
 
 from __future__ import annotations
@@ -24,26 +23,31 @@ from benchmark.kit import SHAPES, Kit, make_kit
 from benchmark.runners import RESULT
 from benchmark.train import ENVIRONMENT, check_peer, machine, model_rate
 
-CASE_SECONDS = 180  # after which a case is given up
-ON_A_CPU = ("50m", "135m")  # shapes of which a CPU makes a step of few tokens in seconds
+CASE_SECONDS = 180  # timeout of a case
+ON_A_CPU = ("50m", "135m")  # shapes that are small enough for a CPU
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", required=True, help="a .jsonl with question and answer, such as GSM8K's train.jsonl")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["1b", "8b"])
     parser.add_argument("--modes", nargs="+", choices=("lora", "full"), default=["lora", "full"])
-    parser.add_argument("--lengths", nargs="+", type=int, default=[2048, 8192], help="slots of a packed row")
-    parser.add_argument("--tokens", type=int, default=16_384, help="slots of a step")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="also of trained weights")
-    parser.add_argument("--steps", type=int, default=4, help="measured in each case")
-    parser.add_argument("--warmup", type=int, default=2, help="steps before these")
-    parser.add_argument("--self-only", action="store_true")
+    parser.add_argument("--lengths", nargs="+", type=int, default=[2048, 8192], help="packed sequence lengths")
+    parser.add_argument("--tokens", type=int, default=16_384, help="tokens per step, including padding")
     parser.add_argument(
-        "--sparing", choices=("no", "also", "only"), default="no", help="with everything recomputed, TRL without that"
+        "--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="also that of trained weights"
     )
-    parser.add_argument("--minutes", type=float, help="start no case after so many")
-    parser.add_argument("--kit", type=Path, help="where models are made and kept; default a temporary folder")
-    parser.add_argument("--out", type=Path, help="a folder for grid.jsonl, a line as soon as a case is done")
+    parser.add_argument("--steps", type=int, default=4, help="measured steps per case")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before them")
+    parser.add_argument("--self-only", action="store_true", help="without TRL")
+    parser.add_argument(
+        "--sparing",
+        choices=("no", "also", "only"),
+        default="no",
+        help="this library with full rematerialization, TRL without gradient checkpointing",
+    )
+    parser.add_argument("--minutes", type=float, help="start no case after this time")
+    parser.add_argument("--kit", type=Path, help="folder to create and keep models in; default: a temporary one")
+    parser.add_argument("--out", type=Path, help="folder of grid.jsonl, with one line per finished case")
     parser.set_defaults(run=bench_grid)
 
 
@@ -53,13 +57,13 @@ def bench_grid(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         servers = {who: Server(who, Path(scratch)) for who in ("sft_jax", *(() if options.self_only else ("trl",)))}
         folder = options.kit or Path(scratch)
-        found = []
+        results = []
         try:
             large = [shape for shape in options.shapes if shape not in ON_A_CPU]
             if large and _answer(servers, "device", {})["platform"] == "cpu":  # before kits of many GB are written
                 sys.exit(
-                    f"bench: nothing was measured: for {', '.join(large)} it takes an accelerator, and jax sees none "
-                    f"here; on a CPU: `bench.py train`, or --shapes {' '.join(ON_A_CPU)} --tokens 1024 --lengths 512"
+                    f"bench: nothing was measured: {', '.join(large)} need an accelerator, and JAX found none; on a "
+                    f"CPU use `bench.py train`, or --shapes {' '.join(ON_A_CPU)} --tokens 1024 --lengths 512"
                 )
             if options.out:
                 options.out.mkdir(parents=True, exist_ok=True)
@@ -69,26 +73,26 @@ def bench_grid(options: argparse.Namespace) -> None:
             for case in _cases(options):
                 kit, who = kits[case["shape"]], case["who"]
                 if options.minutes is not None and time.monotonic() - began > options.minutes * 60:
-                    run = {"error": f"not measured: {options.minutes:g} minutes were over"}
+                    run = {"error": f"not measured: past the limit of {options.minutes:g} minutes"}
                 else:
                     run = servers[who](who, _options(options, kit, case["mode"], case["length"], case["how"]))
-                found.append(_recorded(options, kit, ceiling, case, run))
+                results.append(_record(options, kit, ceiling, case, run))
         finally:
             for server in servers.values():
                 server.close()
-    print("\n".join(["", *_ratios(found)]))
+    print("\n".join(["", *_ratios(results)]))
 
 
 def _answer(servers: dict[str, Server], what: str, options: dict[str, Any]) -> dict[str, Any]:
-    """What this library's side finds and nothing can be measured without."""
-    found = servers["sft_jax"](what, options)
-    if "error" in found:
-        sys.exit(f"bench: nothing was measured: {found['error']}")
-    return found
+    """Runs a required measurement on this library's side; exits if it fails."""
+    result = servers["sft_jax"](what, options)
+    if "error" in result:
+        sys.exit(f"bench: nothing was measured: {result['error']}")
+    return result
 
 
 def _cases(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """What is usual first; then what takes less memory here and more there."""
+    """Lists the cases: both defaults first, then rematerialization here against no checkpointing in TRL."""
     sides = [("sft_jax", {"remat": "auto"}), ("trl", {"checkpointing": True})]
     rounds = [] if options.sparing == "only" else [sides]
     if options.sparing != "no":
@@ -105,7 +109,7 @@ def _cases(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _options(options: argparse.Namespace, kit: Kit, mode: str, length: int, how: dict[str, Any]) -> dict[str, Any]:
-    kept = options.dtype if mode == "full" else "float32"
+    stored = options.dtype if mode == "full" else "float32"
     return {
         "kit": str(kit.folder),
         "mode": mode,
@@ -117,20 +121,20 @@ def _options(options: argparse.Namespace, kit: Kit, mode: str, length: int, how:
         "conversations": max(1, round(options.tokens / float(kit.lengths.mean()))),
         "attention": "auto",
         "quantization": None,
-        "param_dtype": kept,
-        "moments": kept,
+        "param_dtype": stored,
+        "moments": stored,
         **how,
     }
 
 
-def _recorded(
+def _record(
     options: argparse.Namespace, kit: Kit, ceiling: dict[str, Any], case: dict[str, Any], run: dict[str, Any]
 ) -> dict[str, Any]:
-    """A case and what its run found, printed and written at once."""
+    """Prints and writes the result of a case, and returns it."""
     result: dict[str, Any] = {**case, "device": ceiling["device"], "ceiling_gflops": ceiling["gflops"], "run": run}
     if "error" not in run:
         seconds = statistics.median(run["step_seconds"])
-        # Of the median step: a step that had to wait for anything else does not count.
+        # By the median step, so that an interrupted step does not count.
         result["tokens_per_second"] = sum(run["real_tokens"]) / len(run["real_tokens"]) / seconds
         scale = sum(run["step_seconds"]) / (seconds * len(run["step_seconds"]))
         result["share_of_ceiling"] = model_rate(kit, case["mode"], [run]) * scale / 1e9 / ceiling["gflops"]
@@ -162,7 +166,7 @@ def _line(result: dict[str, Any]) -> str:
 
 
 def _side(result: dict[str, Any]) -> str:
-    """Who, and how they save memory."""
+    """Names a side and its rematerialization."""
     how = result["how"]
     if how.get("checkpointing"):
         return f"{result['who']}, checkpointing"
@@ -173,13 +177,13 @@ def _peak(result: dict[str, Any]) -> float:
     return result["run"]["device_peak_bytes"] or result["run"]["host_peak_bytes"]
 
 
-def _ratios(found: list[dict[str, Any]]) -> list[str]:
-    """Ours beside TRL's, where both recompute or neither does; and as both come."""
+def _ratios(results: list[dict[str, Any]]) -> list[str]:
+    """Ratios of this library to TRL for all pairs of cases with equal shape, method and length."""
     lines = []
-    for ours in found:
-        for theirs in found:
-            alike = all(ours[key] == theirs[key] for key in ("shape", "mode", "length"))
-            if not alike or (ours["who"], theirs["who"]) != ("sft_jax", "trl"):
+    for ours in results:
+        for theirs in results:
+            comparable = all(ours[key] == theirs[key] for key in ("shape", "mode", "length"))
+            if not comparable or (ours["who"], theirs["who"]) != ("sft_jax", "trl"):
                 continue
             if "error" in ours["run"] or "error" in theirs["run"]:
                 continue
@@ -192,7 +196,7 @@ def _ratios(found: list[dict[str, Any]]) -> list[str]:
 
 
 class Server:
-    """A process that has imported what a side needs, and is given case after case."""
+    """A process with all imports of a side done, which runs one case after another."""
 
     def __init__(self, who: str, scratch: Path):
         self._who, self._log = who, scratch / f"{who}.log"
@@ -216,23 +220,23 @@ class Server:
         lines.put(None)
 
     def __call__(self, what: str, options: dict[str, Any]) -> dict[str, Any]:
-        """What the runner of this name finds; ``{"error": …}`` if it fails, or takes longer than a case may."""
+        """Returns the result of a runner; ``{"error": …}`` if it fails or exceeds :data:`CASE_SECONDS`."""
         assert self._process.stdin is not None
-        until = time.monotonic() + CASE_SECONDS
+        deadline = time.monotonic() + CASE_SECONDS
         try:
             print(json.dumps([what, options]), file=self._process.stdin, flush=True)
             while True:
-                line = self._lines.get(timeout=max(0.1, until - time.monotonic()))
+                line = self._lines.get(timeout=max(0.1, deadline - time.monotonic()))
                 if line is None:
                     break
                 if line.startswith(RESULT):
                     return json.loads(line.removeprefix(RESULT))
-            said = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it ended"]
-            error = said[-1][:200]
+            log = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["process ended"]
+            error = log[-1][:200]
         except queue.Empty:
             error = f"took longer than {CASE_SECONDS} s"
         except BrokenPipeError:
-            error = "ended before"
+            error = "process ended"
         self.close()
         self._start()
         return {"error": error}

@@ -1,4 +1,4 @@
-"""How much memory a host needs to load and to export a model, alone and as one of several processes."""
+"""Measures the host memory to load and export a model, in one process and in several."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--mode", choices=("lora", "full"), default="lora")
     parser.add_argument("--shape", choices=SHAPES, default="2b", help="2b: 4.1 GB")
-    parser.add_argument("--folder", type=Path, help="where the model is made and kept; default a temporary one")
+    parser.add_argument("--folder", type=Path, help="folder to create and keep the model in; default: a temporary one")
     parser.add_argument("--json", action="store_true")
     parser.set_defaults(run=bench_host)
 
@@ -34,28 +34,27 @@ def bench_host(options: argparse.Namespace) -> None:
         folder = options.folder or Path(scratch)
         base = folder / f"base-{options.shape}"
         if not base.is_dir():
-            # Not here: the peak that the system tells of a process begins with that of the one which started it.
-            with ProcessPoolExecutor(1, get_context("spawn")) as elsewhere:
-                make = elsewhere.submit(make_model, base, options.shape, "bfloat16", list(ROW.values()), 10**9)
-                make.result()
+            # In another process: the peak that the system reports for a child starts at its parent's peak.
+            with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+                pool.submit(make_model, base, options.shape, "bfloat16", list(ROW.values()), 10**9).result()
         rows = []
         for count in options.processes:
-            with tempfile.TemporaryDirectory(dir=folder) as runs:  # on the same disk, which has room for a model
+            with tempfile.TemporaryDirectory(dir=folder) as runs:  # on the same disk, which has space for a model
                 rows.append(measure(Path(runs), base, count, options.mode))
     if options.json:
         print(json.dumps(rows))
         return
     for row in rows:
         print(
-            f"{row['processes']} process(es), weights {row['weight_bytes'] / 1e9:.2f} GB: at the peak each had "
+            f"{row['processes']} process(es), weights {row['weight_bytes'] / 1e9:.2f} GB: peak of each process "
             f"{_gigabytes(row['load_bytes'])} GB loading and {_gigabytes(row['export_bytes'])} GB exporting; "
-            f"a process without a model has {row['nothing_bytes'] / 1e9:.2f} GB; "
+            f"{row['nothing_bytes'] / 1e9:.2f} GB without a model; "
             f"{'byte-equal' if row['byte_equal'] else 'NOT byte-equal'}"
         )
 
 
 def measure(folder: Path, base: Path, count: int, mode: str) -> dict[str, Any]:
-    """A run of no steps, and its export as a whole model."""
+    """Measures a run of zero steps and its merged export."""
     (folder / "rows.jsonl").write_text(json.dumps(ROW) + "\n", encoding="utf-8")
     run, out = folder / f"run-{mode}-{count}", folder / f"out-{mode}-{count}"
     keys = [
@@ -80,40 +79,40 @@ def measure(folder: Path, base: Path, count: int, mode: str) -> dict[str, Any]:
 
 
 def peaks(arguments: list[str], count: int, expected: int = 0) -> list[int]:
-    """Peak resident memory of each process of a command."""
+    """Runs a command in ``count`` processes and returns the peak resident memory of each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    found: list[tuple[int, int]] = [(0, 0)] * count
+    results: list[tuple[int, int]] = [(0, 0)] * count
 
     def run(i: int) -> None:
-        several = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", str(count), "--process-id", str(i)]
+        distributed = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", str(count), "--process-id", str(i)]
         process = subprocess.Popen(
-            [sys.executable, "-m", "sft_jax", *arguments, *(several if count > 1 else [])],
+            [sys.executable, "-m", "sft_jax", *arguments, *(distributed if count > 1 else [])],
             env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
         )
         assert process.stderr is not None
-        said = process.stderr.read().decode()
+        errors = process.stderr.read().decode()
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode != expected:
-            print(said, file=sys.stderr)
-        found[i] = (process.returncode, usage.ru_maxrss * 1024)
+            print(errors, file=sys.stderr)
+        results[i] = (process.returncode, usage.ru_maxrss * 1024)
 
     threads = [threading.Thread(target=run, args=(i,)) for i in range(count)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    if any(code != expected for code, _ in found):
+    if any(code != expected for code, _ in results):
         sys.exit(f"bench: sft-jax {arguments[0]} failed")
-    return [peak for _, peak in found]
+    return [peak for _, peak in results]
 
 
 def same_tensors(one: Path, other: Path) -> bool:
-    """Whether two folders hold the same tensors, byte for byte."""
+    """Whether two folders have byte-equal tensors."""
     from sft_jax.hf.reader import TensorReader, chunks
 
     a, b = TensorReader(one), TensorReader(other)

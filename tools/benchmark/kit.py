@@ -1,4 +1,4 @@
-"""What a training benchmark is made of: a random model of a given shape, a tokenizer, conversations."""
+"""Creates the inputs of a training benchmark: a random model of a given shape, a tokenizer and conversations."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SHAPES = {
     "2b": (24, 2560, 20, 5, 128, 8192, 32_000, False),
     "8b": (32, 4096, 32, 8, 128, 14_336, 128_256, False),  # Llama-3.1-8B
 }
-_DRAWN = 2**24 - 3  # random numbers, which weights repeat: to draw eight billion takes minutes
+_DRAWN = 2**24 - 3  # random numbers, which the weights repeat: drawing eight billion takes minutes
 TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
     "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
@@ -28,17 +28,17 @@ TEMPLATE = (
 
 @dataclass(frozen=True)
 class Kit:
-    """A folder with a model, its tokenizer and ``train.jsonl``, and what is known about the conversations."""
+    """A folder with a model, its tokenizer and ``train.jsonl``, and token counts of the conversations."""
 
     folder: Path
-    lengths: np.ndarray  # of the conversations, in tokens
-    targets: np.ndarray  # of these, trained
+    lengths: np.ndarray  # tokens of each conversation
+    targets: np.ndarray  # supervised tokens of each conversation
 
 
 def make_kit(folder: Path, shape: str, rows: Path, dtype: str) -> Kit:
-    """The kit of a shape, made once: ``rows`` are questions and answers, written as conversations.
+    """Returns the kit of a shape, created once from the questions and answers in ``rows``.
 
-    This process computes on the CPU from then on: the accelerator is for the processes that are measured.
+    Switches this process to the CPU: only the measured processes use the accelerator.
     """
     import jax
 
@@ -62,8 +62,8 @@ def make_kit(folder: Path, shape: str, rows: Path, dtype: str) -> Kit:
                 lengths.append(len(encoded["input_ids"]))
                 targets.append(sum(encoded["assistant_masks"]))
         np.savez(folder / "lengths.npz", lengths=lengths, targets=targets)
-    with np.load(folder / "lengths.npz") as kept:
-        return Kit(folder, kept["lengths"], kept["targets"])
+    with np.load(folder / "lengths.npz") as counts:
+        return Kit(folder, counts["lengths"], counts["targets"])
 
 
 def _train_tokenizer(texts: list[str], vocab_size: int) -> Any:
@@ -90,7 +90,7 @@ def _train_tokenizer(texts: list[str], vocab_size: int) -> Any:
 
 
 def model_config(shape: str, dtype: str) -> dict[str, Any]:
-    """``config.json`` of a shape."""
+    """Returns the ``config.json`` of a shape."""
     layers, d, n, k, h, f, v, tied = SHAPES[shape]
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -115,7 +115,7 @@ def model_config(shape: str, dtype: str) -> dict[str, Any]:
 
 
 def make_model(folder: Path, shape: str, dtype: str, texts: list[str], shard_bytes: int = 5 * 10**9) -> Any:
-    """Random weights, a tensor at a time, and a tokenizer trained on ``texts``, which is returned."""
+    """Writes random weights, one tensor at a time, and a tokenizer trained on ``texts``; returns the tokenizer."""
     import jax.numpy as jnp
 
     from sft_jax.hf.config import read_architecture
@@ -130,13 +130,13 @@ def make_model(folder: Path, shape: str, dtype: str, texts: list[str], shard_byt
     (folder / "config.json").write_text(json.dumps(model_config(shape, dtype)))
     split = build(read_architecture(folder), make_mesh(), None, dtype)
     shapes = expected_shapes(split.base(), split.stored)
-    kept = jnp.dtype(dtype)
+    weight_dtype = jnp.dtype(dtype)
     rng = np.random.default_rng(0)
-    drawn = (0.02 * rng.standard_normal(_DRAWN, dtype=np.float32)).astype(kept)
+    drawn = (0.02 * rng.standard_normal(_DRAWN, dtype=np.float32)).astype(weight_dtype)
 
     def weight(name: str) -> np.ndarray:
         size = shapes[name]
-        return np.ones(size, kept) if len(size) == 1 else np.resize(np.roll(drawn, rng.integers(_DRAWN)), size)
+        return np.ones(size, weight_dtype) if len(size) == 1 else np.resize(np.roll(drawn, rng.integers(_DRAWN)), size)
 
-    save_tensors(folder, {name: Tensor(shape, kept) for name, shape in shapes.items()}, weight, shard_bytes)
+    save_tensors(folder, {name: Tensor(shape, weight_dtype) for name, shape in shapes.items()}, weight, shard_bytes)
     return tokenizer

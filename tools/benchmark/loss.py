@@ -1,6 +1,6 @@
-"""The fused head and loss against the plain formula: time by the share of targets, gradients, and memory.
+"""Compares the fused ``lm_head`` and loss with the plain formula: time by fraction of targets, gradients, memory.
 
-With ``--topology v5e:1x1`` both are compiled for a chip that need not be there, in bfloat16, for their memory only.
+``--topology v5e:1x1`` compiles both ahead of time for that chip in bfloat16 and reports only their memory.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vocab", type=int, default=32_000)
     parser.add_argument("--dim", type=int, default=576)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--topology", help="of one chip: memory ahead of time")
+    parser.add_argument("--topology", help="a single chip: compile ahead of time, report memory")
     parser.add_argument("--json", action="store_true")
     parser.set_defaults(run=bench_loss)
 
@@ -31,7 +31,7 @@ def bench_loss(options: argparse.Namespace) -> None:
 
 
 def _functions(targets: Any) -> tuple[Any, Any]:
-    """Ours and the plain formula, as functions of hidden states, head and mask."""
+    """Returns the fused and the plain loss as functions of hidden states, ``lm_head`` weight and loss mask."""
     import jax
     import jax.numpy as jnp
 
@@ -63,7 +63,7 @@ def _ahead(options: argparse.Namespace) -> None:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     arguments = array(1, n, d), array(d, v), array(1, n, dtype=jnp.float32), array(1, n, dtype=jnp.int32)
-    found = {}
+    sizes = {}
     for trained in (False, True):
         for i, name in enumerate(("fused", "plain")):
 
@@ -72,12 +72,12 @@ def _ahead(options: argparse.Namespace) -> None:
 
             program = jax.jit(jax.value_and_grad(loss, (0, 1) if trained else 0)).lower(*arguments).compile()
             memory: Any = program.memory_analysis()
-            found[f"{name}, head {'trained' if trained else 'frozen'}"] = memory.temp_size_in_bytes
+            sizes[f"{name}, head {'trained' if trained else 'frozen'}"] = memory.temp_size_in_bytes
     if options.json:
-        print(json.dumps(found))
+        print(json.dumps(sizes))
         return
     print(f"{n} tokens, {d} dimensions, vocabulary {v}, bfloat16, {options.topology}, temporary MiB:")
-    for name, size in found.items():
+    for name, size in sizes.items():
         print(f"{name:20} {size / 2**20:8,.0f}")
 
 
@@ -101,10 +101,10 @@ def _measured(options: argparse.Namespace) -> None:
             results = [program(hidden, weight, mask) for program in programs]
             times: list[list[float]] = [[], []]
             for _ in range(options.rounds):
-                for program, into in zip(programs, times, strict=True):
+                for program, seconds in zip(programs, times, strict=True):
                     began = time.perf_counter()
                     jax.block_until_ready(program(hidden, weight, mask))
-                    into.append(time.perf_counter() - began)
+                    seconds.append(time.perf_counter() - began)
             ours, reference = (statistics.median(one) for one in times)
             pairs = zip(*(jax.tree.leaves(gradients) for _, gradients in results), strict=True)
             differences = [float(jnp.max(jnp.abs(one - other)) / jnp.max(jnp.abs(other))) for one, other in pairs]
@@ -128,8 +128,8 @@ def _measured(options: argparse.Namespace) -> None:
     print(f"{n} tokens, {d} dimensions, vocabulary {v}, float32, {jax.devices()[0].device_kind}")
     for row in rows:
         print(
-            f"head {row['head']:8} {row['share_of_targets']:5.0%} targets: {row['seconds'] * 1e3:7.1f} ms, plain "
+            f"lm_head {row['head']:8} {row['share_of_targets']:5.0%} targets: {row['seconds'] * 1e3:7.1f} ms, plain "
             f"{row['plain_seconds'] * 1e3:7.1f} ms, ratio {row['ratio']:.2f}; temporary "
             f"{row['temp_bytes'] / 2**20:,.0f} against {row['plain_temp_bytes'] / 2**20:,.0f} MiB; "
-            f"gradients differ by {row['largest_relative_difference_of_gradients']:.1e} of the largest at most"
+            f"largest relative difference of gradients {row['largest_relative_difference_of_gradients']:.1e}"
         )

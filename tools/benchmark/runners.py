@@ -1,6 +1,6 @@
-"""One side of a comparison, alone in its process: the real ``sft_jax`` run, TRL with PEFT, or bare matrix products.
+"""Runs one side of a comparison in its own process: ``sft_jax``, TRL with PEFT, or plain matrix products.
 
-Each prints one JSON object on its last line.
+The last line of the output is a JSON object.
 """
 
 from __future__ import annotations
@@ -19,22 +19,13 @@ from benchmark.timing import median_seconds
 
 
 def run_sft_jax(options: dict[str, Any]) -> dict[str, Any]:
-    """Train with :func:`sft_jax.run.train.train` as the command does; its own metrics give times and tokens."""
+    """Trains with :func:`sft_jax.run.train.train` like the command; times and token counts are from its metrics."""
     from sft_jax.without_torch import leave_out_torch
 
     leave_out_torch()
 
     import jax
 
-    from sft_jax.config import (
-        Config,
-        DataConfig,
-        LoraConfig,
-        ModelConfig,
-        OptimizerConfig,
-        SourceConfig,
-        TrainingConfig,
-    )
     from sft_jax.run.announce import Announcer
     from sft_jax.run.train import train
     from sft_jax.store.checkpoint import Checkpoints
@@ -43,52 +34,26 @@ def run_sft_jax(options: dict[str, Any]) -> dict[str, Any]:
     first_row: list[float] = []
     compiled: list[Any] = []
     backends: list[str] = []
-    write, tell, tell_model = MetricsWriter.write, Announcer.compiled, Announcer.model
+    write, announce_compiled, announce_model = MetricsWriter.write, Announcer.compiled, Announcer.model
 
-    def noting_write(self: MetricsWriter, row: dict[str, Any]) -> None:
+    def record_write(self: MetricsWriter, row: dict[str, Any]) -> None:
         first_row.append(time.time())
         write(self, row)
 
-    def noting_tell(self: Announcer, step: Any) -> None:
+    def record_compiled(self: Announcer, step: Any) -> None:
         compiled.append(step)
-        tell(self, step)
+        announce_compiled(self, step)
 
-    def noting_model(self: Announcer, *given: Any) -> None:
-        backends.append(given[-1].backend.name)
-        tell_model(self, *given)
+    def record_model(self: Announcer, *args: Any) -> None:
+        backends.append(args[-1].backend.name)
+        announce_model(self, *args)
 
-    MetricsWriter.write, Announcer.compiled = noting_write, noting_tell  # type: ignore[method-assign]
-    Announcer.model = noting_model  # type: ignore[method-assign]
+    MetricsWriter.write, Announcer.compiled = record_write, record_compiled  # type: ignore[method-assign]
+    Announcer.model = record_model  # type: ignore[method-assign]
     Checkpoints.save = lambda *_, **__: None  # type: ignore[method-assign]  # after the last step; tens of GB
     steps, warmup = options["steps"], options["warmup"]
     with tempfile.TemporaryDirectory() as out:
-        config = Config(
-            model=ModelConfig(
-                path=options["kit"],
-                dtype=options["dtype"],
-                remat=options["remat"],
-                attention=options["attention"],
-                quantization=options["quantization"],
-                param_dtype=options["param_dtype"],
-            ),
-            lora=LoraConfig(rank=16, alpha=32.0) if options["mode"] == "lora" else None,
-            data=DataConfig(
-                train=[SourceConfig(path=f"{options['kit']}/train.jsonl")], max_length=options["row_length"]
-            ),
-            optimizer=OptimizerConfig(
-                learning_rate=1e-4, schedule="constant", warmup_ratio=0.0, moments=options["moments"]
-            ),
-            training=TrainingConfig(
-                output_dir=f"{out}/run",
-                # One more than is measured: the last one's metrics are waited for at once, which tells another time.
-                max_steps=warmup + steps + 1,
-                batch_size=options["batch_size"],
-                eval_every=10**6,
-                save_every=10**6,
-                tensorboard=False,
-            ),
-        )
-        train(config)
+        train(_config(options, out))
         rows = [row for row in read_metrics(Path(out) / "run" / "metrics.jsonl") if "loss" in row]
     measured = rows[warmup : warmup + steps]
     stats = jax.devices()[0].memory_stats() or {}
@@ -108,13 +73,50 @@ def run_sft_jax(options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _config(options: dict[str, Any], out: str) -> Any:
+    """Returns the config of a measured run."""
+    from sft_jax.config import (
+        Config,
+        DataConfig,
+        LoraConfig,
+        ModelConfig,
+        OptimizerConfig,
+        SourceConfig,
+        TrainingConfig,
+    )
+
+    return Config(
+        model=ModelConfig(
+            path=options["kit"],
+            dtype=options["dtype"],
+            remat=options["remat"],
+            attention=options["attention"],
+            quantization=options["quantization"],
+            param_dtype=options["param_dtype"],
+        ),
+        lora=LoraConfig(rank=16, alpha=32.0) if options["mode"] == "lora" else None,
+        data=DataConfig(train=[SourceConfig(path=f"{options['kit']}/train.jsonl")], max_length=options["row_length"]),
+        optimizer=OptimizerConfig(
+            learning_rate=1e-4, schedule="constant", warmup_ratio=0.0, moments=options["moments"]
+        ),
+        training=TrainingConfig(
+            output_dir=f"{out}/run",
+            # One extra step: the run waits for the last step's metrics at once, which changes its time.
+            max_steps=options["warmup"] + options["steps"] + 1,
+            batch_size=options["batch_size"],
+            eval_every=10**6,
+            save_every=10**6,
+            tensorboard=False,
+        ),
+    )
+
+
 def run_trl(options: dict[str, Any]) -> dict[str, Any]:
-    """Train the same conversations, in their order, with TRL's ``SFTTrainer`` and PEFT."""
+    """Trains on the same conversations in file order with TRL's ``SFTTrainer`` and PEFT."""
     import torch  # pyright: ignore[reportMissingImports]
     from datasets import load_dataset
     from peft import LoraConfig  # pyright: ignore[reportMissingImports]
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl.trainer.sft_config import SFTConfig  # pyright: ignore[reportMissingImports]
     from trl.trainer.sft_trainer import SFTTrainer  # pyright: ignore[reportMissingImports]
 
     steps, warmup, per_step = options["steps"], options["warmup"], options["conversations"]
@@ -126,7 +128,7 @@ def run_trl(options: dict[str, Any]) -> dict[str, Any]:
         dtype=getattr(torch, options["dtype"]),
         attn_implementation=attention,
     )
-    packs = attention != "sdpa"  # without a kernel for documents in a row, packing costs attention to all of it
+    packs = attention != "sdpa"  # without a segment-aware kernel, packing attends over the whole sequence
     rows: Any = load_dataset("json", data_files=f"{options['kit']}/train.jsonl", split="train")
     times: list[float] = []
     began: list[float] = []
@@ -143,27 +145,9 @@ def run_trl(options: dict[str, Any]) -> dict[str, Any]:
 
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
     with tempfile.TemporaryDirectory() as out:
-        arguments = SFTConfig(
-            output_dir=out,
-            per_device_train_batch_size=options["batch_size"] if packs else per_step,
-            max_steps=warmup + steps,
-            logging_steps=1,
-            report_to="none",
-            bf16=on_gpu and options["dtype"] == "bfloat16",
-            use_cpu=not on_gpu,
-            max_length=options["row_length"],
-            assistant_only_loss=True,
-            gradient_checkpointing=options["checkpointing"],
-            packing=packs,
-            learning_rate=1e-4,
-            lr_scheduler_type="constant",
-            save_strategy="no",
-            disable_tqdm=True,
-            train_sampling_strategy="sequential",
-        )
         trainer = SFTTrainer(
             model=model,
-            args=arguments,
+            args=_trl_arguments(options, out, packs, on_gpu),
             train_dataset=rows if packs else rows.select(range(per_step * (warmup + steps))),
             processing_class=tokenizer,
             peft_config=lora if options["mode"] == "lora" else None,
@@ -173,9 +157,9 @@ def run_trl(options: dict[str, Any]) -> dict[str, Any]:
 
         def counting(examples: Any) -> Any:
             batch = collate(examples)
-            slots = batch["input_ids"].numel()
-            real = int(batch["attention_mask"].sum()) if "attention_mask" in batch else slots
-            seen.append((real, int((batch["labels"] != -100).sum()), slots))
+            total = batch["input_ids"].numel()
+            real = int(batch["attention_mask"].sum()) if "attention_mask" in batch else total
+            seen.append((real, int((batch["labels"] != -100).sum()), total))
             return batch
 
         trainer.data_collator = counting
@@ -186,7 +170,7 @@ def run_trl(options: dict[str, Any]) -> dict[str, Any]:
         "step_seconds": times[warmup:],
         "real_tokens": [real for real, _, _ in measured],
         "target_tokens": [targets for _, targets, _ in measured],
-        "slots": [slots for _, _, slots in measured],
+        "slots": [total for _, _, total in measured],
         "first_step_at": began[0] + times[0],
         "attention": attention,
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
@@ -195,8 +179,32 @@ def run_trl(options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _trl_arguments(options: dict[str, Any], out: str, packs: bool, on_gpu: bool) -> Any:
+    """Returns the ``SFTConfig`` of a measured run."""
+    from trl.trainer.sft_config import SFTConfig  # pyright: ignore[reportMissingImports]
+
+    return SFTConfig(
+        output_dir=out,
+        per_device_train_batch_size=options["batch_size"] if packs else options["conversations"],
+        max_steps=options["warmup"] + options["steps"],
+        logging_steps=1,
+        report_to="none",
+        bf16=on_gpu and options["dtype"] == "bfloat16",
+        use_cpu=not on_gpu,
+        max_length=options["row_length"],
+        assistant_only_loss=True,
+        gradient_checkpointing=options["checkpointing"],
+        packing=packs,
+        learning_rate=1e-4,
+        lr_scheduler_type="constant",
+        save_strategy="no",
+        disable_tqdm=True,
+        train_sampling_strategy="sequential",
+    )
+
+
 def _fastest_attention() -> str:
-    """FlashAttention 2 for packed rows: of its package, or else as PyTorch has it."""
+    """Returns FlashAttention 2 for packed sequences, from its package or from PyTorch, and otherwise ``sdpa``."""
     from transformers import AttentionInterface
     from transformers.utils.import_utils import is_flash_attn_2_available
 
@@ -207,9 +215,9 @@ def _fastest_attention() -> str:
     except ImportError:
         return "sdpa"
 
-    def attend(module: Any, q: Any, k: Any, v: Any, mask: Any, scaling: float | None = None, **given: Any) -> Any:
-        q, k, v = (x.transpose(1, 2)[0] for x in (q, k, v))  # [1, heads, tokens, H]: TRL lays the rows end to end
-        starts, longest = given["cu_seq_lens_q"], int(given["max_length_q"])
+    def attend(module: Any, q: Any, k: Any, v: Any, mask: Any, scaling: float | None = None, **kwargs: Any) -> Any:
+        q, k, v = (x.transpose(1, 2)[0] for x in (q, k, v))  # [1, heads, tokens, H]: TRL concatenates the sequences
+        starts, longest = kwargs["cu_seq_lens_q"], int(kwargs["max_length_q"])
         out: Any = varlen_attn(q, k, v, starts, starts, longest, longest, scale=scaling, window_size=(-1, 0))
         return out[None], None
 
@@ -218,17 +226,16 @@ def _fastest_attention() -> str:
 
 
 def run_device(options: dict[str, Any]) -> dict[str, Any]:
-    """What would be measured on."""
+    """Returns the platform of the measurements."""
     import jax
 
     return {"platform": jax.default_backend()}
 
 
 def run_ceiling(options: dict[str, Any]) -> dict[str, Any]:
-    """The rate of matrix products in the dtype used: large square ones and those of the model, GFLOP/s.
+    """Measures the rate of matrix products in the benchmark's dtype in GFLOP/s: large square ones and the model's.
 
-    The ceiling is the best median over shapes: what this machine does at most with the library that both sides' own
-    products could use.
+    The ceiling is the best median over shapes: the highest rate that either side could reach on this machine.
     """
     import jax
     import jax.numpy as jnp
@@ -241,7 +248,7 @@ def run_ceiling(options: dict[str, Any]) -> dict[str, Any]:
     shapes = [(big, big, big), (m, d, f), (m, f, d), (m, d, d)]
     rates = {}
     for rows, inner, columns in shapes:
-        # Random numbers: the clock of a GPU falls with what its units draw, and zeros and ones draw little.
+        # Random numbers: a GPU lowers its clock with its power draw, and zeros and ones draw little power.
         x, y = (
             jax.random.normal(jax.random.key(i), size, options["dtype"])
             for i, size in enumerate([(rows, inner), (inner, columns)])
@@ -252,19 +259,19 @@ def run_ceiling(options: dict[str, Any]) -> dict[str, Any]:
 
 
 RUNNERS = {"sft_jax": run_sft_jax, "trl": run_trl, "device": run_device, "ceiling": run_ceiling}
-RESULT = "RESULT "  # what a line of :func:`serve` begins with that holds what a runner found
+RESULT = "RESULT "  # prefix of a line of :func:`serve` with a runner's result
 
 
 def run_one(who: str, options: str) -> None:
-    """What a process of a comparison does."""
+    """Runs one side and prints its result as JSON."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     print(json.dumps(RUNNERS[who](json.loads(options))))
 
 
 def serve(who: str) -> None:
-    """Import what a side needs, then run what each line of the standard input asks for, and print what was found.
+    """Imports what a side needs, then runs each case from standard input and prints its result.
 
-    A case of this library is run by a fork, since jax cannot forget the most memory it ever had; torch can.
+    Forks for each case of this library, since JAX cannot reset its peak memory statistics; torch can.
     """
     if who == "trl":
         import gc
@@ -274,12 +281,12 @@ def serve(who: str) -> None:
         import trl.trainer.sft_trainer  # noqa: F401 # pyright: ignore[reportMissingImports]
 
         for line in sys.stdin:
-            found = _attempt(*json.loads(line))
+            result = _attempt(*json.loads(line))
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
-            print(RESULT + json.dumps(found), flush=True)
+            print(RESULT + json.dumps(result), flush=True)
         return
     from sft_jax.without_torch import leave_out_torch
 
@@ -297,7 +304,7 @@ def serve(who: str) -> None:
 
 
 def _attempt(what: str, options: dict[str, Any]) -> dict[str, Any]:
-    """What a runner finds, or why it failed: a case that does not fit is a finding, and the next one follows."""
+    """Returns the result of a runner, or its error, so that a case that does not fit does not stop the others."""
     try:
         return RUNNERS[what](options)
     except Exception as error:  # noqa: BLE001

@@ -1,4 +1,4 @@
-"""How long a program takes on a device."""
+"""Measures the run time of a program on a device."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import statistics
 import time
 from typing import Any
 
-IN_A_ROW = 4  # are started before the first is waited for, so that a fast device does not wait for the host
+IN_A_ROW = 4  # runs dispatched before waiting, so that a fast device does not wait for the host
 
 
 def median_seconds(program: Any, inputs: tuple[Any, ...], repeats: int = 5) -> float:
-    """Of one run of a jitted or compiled program, after one that does not count."""
+    """Median seconds of one run of a jitted or compiled program, after one warm-up run."""
     import jax
 
     jax.block_until_ready(program(*inputs))

@@ -1,4 +1,4 @@
-"""Training side by side with TRL and PEFT, and against the machine's matrix products."""
+"""Benchmarks training against TRL with PEFT, and against the machine's rate of matrix products."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ import numpy as np
 from benchmark.kit import SHAPES, Kit, make_kit
 
 NOT_MEASURED = "not measured"
-# For all sides: buffers that come and go with every step are taken from the kernel in pages of 2 MiB, not of 4 KiB.
+# For all sides: the allocator uses pages of 2 MiB instead of 4 KiB for the temporary buffers of each step.
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-# Of a GPU's memory; jax alone would leave a quarter of it.
-MOST_OF_IT = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}
-ENVIRONMENT = HUGE_PAGES | MOST_OF_IT | {
+# Fraction of GPU memory; JAX's default is 0.75.
+GPU_MEMORY = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}
+ENVIRONMENT = HUGE_PAGES | GPU_MEMORY | {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
@@ -37,22 +37,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", choices=SHAPES, default="50m")
     parser.add_argument("--mode", choices=("lora", "full"), default="lora")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--conversations", type=int, default=8, help="a step, on average")
-    parser.add_argument("--row-length", type=int, default=640, help="slots of a packed row")
-    parser.add_argument("--steps", type=int, default=8, help="measured in each process")
-    parser.add_argument("--warmup", type=int, default=3, help="steps before these")
+    parser.add_argument("--conversations", type=int, default=8, help="average per step")
+    parser.add_argument("--row-length", type=int, default=640, help="packed sequence length")
+    parser.add_argument("--steps", type=int, default=8, help="measured steps per process")
+    parser.add_argument("--warmup", type=int, default=3, help="steps before them")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--remat", default="auto")
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--quantization", choices=("int8", "nf4"))
-    parser.add_argument("--param-dtype", choices=("float32", "bfloat16"), default="float32", help="of full")
+    parser.add_argument("--param-dtype", choices=("float32", "bfloat16"), default="float32", help="with --mode full")
     parser.add_argument("--moments", choices=("float32", "bfloat16", "factored"), default="float32")
     parser.add_argument(
         "--peer-checkpointing", choices=("off", "on", "both"), default="both", help="TRL's gradient checkpointing"
     )
-    parser.add_argument("--self-only", action="store_true")
-    parser.add_argument("--kit", type=Path, help="where models are made and kept; default a temporary folder")
-    parser.add_argument("--out", type=Path, help="a folder for bench.json and bench.png")
+    parser.add_argument("--self-only", action="store_true", help="without TRL")
+    parser.add_argument("--kit", type=Path, help="folder to create and keep models in; default: a temporary one")
+    parser.add_argument("--out", type=Path, help="folder of bench.json and bench.png")
     parser.add_argument("--json", action="store_true")
     parser.set_defaults(run=bench_train)
 
@@ -70,14 +70,14 @@ def bench_train(options: argparse.Namespace) -> None:
 
 
 def check_peer(self_only: bool) -> None:
-    """End the process where the other side is to run and is not installed."""
+    """Exits if TRL should run but is not installed."""
     missing = [name for name in ("torch", "trl", "peft") if importlib.util.find_spec(name) is None]
     if missing and not self_only:
         sys.exit(f"bench: {', '.join(missing)} not installed; pip install -e '.[test]', or use --self-only")
 
 
 def compare(options: argparse.Namespace, kit: Kit) -> dict[str, Any]:
-    """All runs, alternating, each in its own process, and what follows from them."""
+    """Runs all sides alternately, each in its own process, and computes medians and ratios."""
     tokens_per_step = options.conversations * float(kit.lengths.mean() - 1)  # the last token of each has no target
     common = {
         "kit": str(kit.folder),
@@ -90,25 +90,25 @@ def compare(options: argparse.Namespace, kit: Kit) -> dict[str, Any]:
     }  # fmt: skip
     sides = {"sft_jax": ("sft_jax", common)}
     if not options.self_only:
-        for name, given in (("trl", False), ("trl, checkpointing", True)):
-            if options.peer_checkpointing in ("both", "on" if given else "off"):
-                sides[name] = ("trl", common | {"checkpointing": given})
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
+        for name, checkpointing in (("trl", False), ("trl, checkpointing", True)):
+            if options.peer_checkpointing in ("both", "on" if checkpointing else "off"):
+                sides[name] = ("trl", common | {"checkpointing": checkpointing})
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
     ceilings = []
     for i in range(options.rounds):
         ceilings.append(run_process("ceiling", common, options.json))
         for name in list(sides) if i % 2 == 0 else list(sides)[::-1]:
-            found[name].append(run_process(*sides[name], options.json))
+            runs[name].append(run_process(*sides[name], options.json))
     result: dict[str, Any] = {
         "options": {key: str(value) for key, value in vars(options).items() if key != "run"},
         "machine": machine(ceilings[0]["device"]),
         "ceiling_gflops": statistics.median(one["gflops"] for one in ceilings),
         "ceiling_by_shape": ceilings[0]["by_shape"],
-        "sides": {name: summarise(runs) for name, runs in found.items()},
-        "runs": found,
+        "sides": {name: summarize(one) for name, one in runs.items()},
+        "runs": runs,
     }
     ours = result["sides"]["sft_jax"]
-    result["model_gflops"] = model_rate(kit, options.mode, found["sft_jax"]) / 1e9
+    result["model_gflops"] = model_rate(kit, options.mode, runs["sft_jax"]) / 1e9
     result["share_of_ceiling"] = result["model_gflops"] / result["ceiling_gflops"]
     result["ratios"] = {
         name: {
@@ -125,7 +125,7 @@ def compare(options: argparse.Namespace, kit: Kit) -> dict[str, Any]:
 
 
 def run_process(who: str, options: dict[str, Any], quiet: bool) -> dict[str, Any]:
-    """A side in a process of its own; the JSON it prints, and how long its first step took from the very start."""
+    """Runs a side in its own process; returns the JSON that it prints, plus the seconds from start to first step."""
     began = time.time()
     done = subprocess.run(
         [sys.executable, sys.argv[0], "one-train", who, json.dumps(options)],
@@ -133,17 +133,17 @@ def run_process(who: str, options: dict[str, Any], quiet: bool) -> dict[str, Any
     )  # fmt: skip
     if done.returncode:
         sys.exit(f"bench: {who} failed:\n{done.stderr[-3000:]}")
-    found = json.loads(done.stdout.splitlines()[-1])
-    if "first_step_at" in found:
-        found["seconds_to_first_step"] = found.pop("first_step_at") - began
+    result = json.loads(done.stdout.splitlines()[-1])
+    if "first_step_at" in result:
+        result["seconds_to_first_step"] = result.pop("first_step_at") - began
         if not quiet:
-            rate = sum(found["real_tokens"]) / sum(found["step_seconds"])
+            rate = sum(result["real_tokens"]) / sum(result["step_seconds"])
             print(f"{who:>10}  {rate:8,.0f} real tokens/s", file=sys.stderr, flush=True)
-    return found
+    return result
 
 
-def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians and ranges over the runs of a side."""
+def summarize(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Computes medians and ranges over the runs of a side."""
 
     def spread(values: list[float | None]) -> dict[str, float] | None:
         known = [value for value in values if value is not None]
@@ -164,7 +164,7 @@ def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def model_rate(kit: Kit, mode: str, runs: list[dict[str, Any]]) -> float:
-    """Model FLOPs a second, the median of the runs; documents are as long as those of the whole file."""
+    """Median model FLOP/s of the runs, with the document lengths of the whole file."""
     from sft_jax.config import LoraConfig
     from sft_jax.hf.config import read_architecture
     from sft_jax.planning.flops import Sizes, Work, model_flops
@@ -184,7 +184,7 @@ def model_rate(kit: Kit, mode: str, runs: list[dict[str, Any]]) -> float:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What it was measured on, and with which versions."""
+    """Describes the hardware and the package versions."""
     names = ("jax", "flax", "optax", "torch", "trl", "peft", "transformers")
     model = [
         line.split(":", 1)[1].strip()
@@ -202,7 +202,7 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def as_text(result: dict[str, Any]) -> str:
-    """The table that people read."""
+    """Formats a result as a table."""
 
     def cell(value: dict[str, float] | None, scale: float = 1.0, digits: int = 0) -> str:
         if value is None:
@@ -212,9 +212,9 @@ def as_text(result: dict[str, Any]) -> str:
 
     lines = [
         ("real tokens/s", "tokens_per_second", 1, 0),
-        ("real tokens a step", "tokens_per_step", 1, 0),
-        ("seconds a step", "step_seconds", 1, 2),
-        ("slots filled", "filled", 0.01, 1),
+        ("real tokens per step", "tokens_per_step", 1, 0),
+        ("seconds per step", "step_seconds", 1, 2),
+        ("packing efficiency, %", "filled", 0.01, 1),
         ("peak host memory, GB", "host_peak_bytes", 1e9, 2),
         ("peak device memory, GB", "device_peak_bytes", 1e9, 2),
         ("seconds to the first step", "seconds_to_first_step", 1, 1),
@@ -247,7 +247,7 @@ def as_text(result: dict[str, Any]) -> str:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Tokens a second and memory of each side, as bars with their range."""
+    """Plots tokens/s and memory of each side as bars with their range."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -257,7 +257,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     on_device = all(side["device_peak_bytes"] for side in result["sides"].values())
     memory = "device_peak_bytes" if on_device else "host_peak_bytes"
     for axis, key, scale, title in (
-        (axes[0], "tokens_per_second", 1.0, "real tokens a second"),
+        (axes[0], "tokens_per_second", 1.0, "real tokens/s"),
         (axes[1], memory, 1e9, f"peak {'device' if on_device else 'host'} memory, GB"),
     ):
         names = list(result["sides"])

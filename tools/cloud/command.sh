@@ -1,15 +1,15 @@
-# Sourced by the scripts beside it: commands that are run or, with --dry-run, shown; mistakes told in one line.
+# Sourced by the other scripts: runs commands or, with --dry-run, prints them; prints user errors in one line.
 # shellcheck shell=bash
 
 dry_run=no
 
-# A mistake of the caller's: one line, exit code 2.
+# A user error: one line, exit code 2.
 fail() {
     printf '%s: %s\n' "${0##*/}" "$*" >&2
     exit 2
 }
 
-# One word, such that a shell reads the same word back.
+# Quotes a word for the shell.
 quote() {
     local mark="'" inside="'\\''"
     case $1 in
@@ -18,7 +18,7 @@ quote() {
     esac
 }
 
-# Words as one line of a shell.
+# Joins words into a line of shell code.
 line() {
     local first=yes word
     for word in "$@"; do
@@ -37,7 +37,7 @@ run() {
     fi
 }
 
-# The header of the calling script, from its second line to the first that is no comment.
+# Prints the header of the calling script: from its second line to the last line of the comment.
 print_help() {
     sed -n -e 1d -e '/^#/!q' -e 's/^# \{0,1\}//p' "$0"
 }
@@ -50,15 +50,15 @@ is_count() {
     case $1 in '' | 0* | *[!0-9]*) return 1 ;; *) return 0 ;; esac
 }
 
-# The words of a run as they stand after "--": a config file that is here, then key=value.
+# Checks the words after "--": an existing config file, then key=value.
 check_run() {
     local word
-    [ $# -gt 0 ] || fail "nothing to train; end with -- CONFIG.yaml key=value …"
+    [ $# -gt 0 ] || fail "no config; end the command with -- CONFIG.yaml key=value …"
     [ -f "$1" ] || fail "$1: no such config file"
     for word in "${@:2}"; do
         case $word in
             [A-Za-z]*=*) ;;
-            *) fail "$word: is not key=value" ;;
+            *) fail "$word: not of the form key=value" ;;
         esac
     done
 }

@@ -1,29 +1,29 @@
 #!/usr/bin/env bash
-# sft-jax on GKE, as a JobSet on TPU or GPU node pools that are there. No image to build: a stock python image installs
-# the package when it starts.
+# Trains on GKE as a JobSet on existing TPU or GPU node pools. No image to build: the standard python image installs the
+# package when a pod starts.
 #
 #   gke.sh render NAME --topology v5e:4x4 [options] -- CONFIG key=value …   print the manifest
 #   gke.sh train  NAME --topology h100:8  [options] -- CONFIG key=value …   kubectl apply it
-#   gke.sh xpk    NAME --topology v5e:4x4 [options] -- CONFIG key=value …   the same by xpk (TPU; needs --cluster)
+#   gke.sh xpk    NAME --topology v5e:4x4 [options] -- CONFIG key=value …   the same with xpk (TPU; needs --cluster)
 #   gke.sh status NAME      gke.sh logs NAME      gke.sh delete NAME
 #
 #   --package P            what pip installs: a wheel at gs://… or https://…, or git+https://…
 #   --topology T           GKE's names: v4:2x2x4, v5e:4x4, v5p:2x2x4, v6e:8x8 for a slice; l4:1, a100:8, a100-80gb:8
 #                          (a100-40g and a100-80g of sft-jax plan), h100:8, h100-mega:8, h200:8, b200:8 for a node
-#   --slices N, --nodes N  as one run (default: 1)
-#   --chips-per-host N     of a TPU node pool, where a topology can be had with both (2x4 of v5e and v6e: 8 or 4)
+#   --slices N, --nodes N  number of slices or nodes of the run (default: 1)
+#   --chips-per-host N     for TPU topologies that exist with 8 and with 4 chips per host (2x4 of v5e and v6e)
 #   --spot                 only on spot nodes
-#   --cuda 12|13           of the GPU nodes' driver (default: 13)
-#   --service-account S    of Kubernetes, with access to the bucket (default: default)
-#   --image I              (default: python:3.12)
-#   --max-restarts N       after preemption and the like; never after a mistake (default: 100)
+#   --cuda 12|13           CUDA version that the driver of the GPU nodes supports (default: 13)
+#   --service-account S    Kubernetes service account with access to the bucket (default: default)
+#   --image I              container image (default: python:3.12)
+#   --max-restarts N       maximum number of restarts, such as after preemption; never after a user error (default: 100)
 #   --cluster C, --project P, --zone Z    for xpk
-#   --dry-run              print the commands, run none
+#   --dry-run              print the commands instead of running them
 #
 #   gke.sh train mine --topology v5e:4x4 --package gs://BUCKET/sft_jax-0.1.0-py3-none-any.whl \
 #       -- my.yaml training.output_dir=gs://BUCKET/mine data.train.0.path=gs://BUCKET/train.jsonl
 #
-# A Secret hf-token with the key token, where there is one, is the run's HF_TOKEN.
+# If there is a Secret hf-token with the key token, the run gets it as HF_TOKEN.
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
@@ -32,7 +32,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 
 package='' topology='' slices=1 nodes=1 chips_per_host='' spot=no cuda=13 service_account=default image=python:3.12
 max_restarts=100 cluster='' project='' zone='' run_args=()
-kind='' accelerator='' shape='' chips='' hosts='' xpk_type='' # of the topology
+kind='' accelerator='' shape='' chips='' hosts='' xpk_type='' # set by read_topology
 
 parse() {
     while [ $# -gt 0 ]; do
@@ -68,7 +68,7 @@ parse() {
 
 check() {
     case $name in
-        '' | [!a-z]* | *[!a-z0-9-]* | *-) fail "'$name': a JobSet's name has a-z, 0-9 and -, a letter first" ;;
+        '' | [!a-z]* | *[!a-z0-9-]* | *-) fail "'$name': a JobSet name has a-z, 0-9 and -, and starts with a letter" ;;
     esac
     case $verb in
         render | train | xpk) ;;
@@ -78,14 +78,14 @@ check() {
     is_count "$nodes" || fail "--nodes: '$nodes' is not a number of nodes"
     is_count "$max_restarts" || fail "--max-restarts: '$max_restarts' is not a number of restarts"
     case $cuda in 12 | 13) ;; *) fail "--cuda: '$cuda' is not 12 or 13" ;; esac
-    [ -n "$package" ] || fail "--package: is missing, such as gs://BUCKET/sft_jax-0.1.0-py3-none-any.whl"
-    case $package in -* | *[[:space:]]*) fail "--package: '$package' is nothing that pip installs" ;; esac
-    case $image$service_account in *[!A-Za-z0-9._/:@-]*) fail "--image, --service-account: not a name of one" ;; esac
+    [ -n "$package" ] || fail "--package: is missing; such as gs://BUCKET/sft_jax-0.1.0-py3-none-any.whl"
+    case $package in -* | *[[:space:]]*) fail "--package: '$package' is not a package for pip" ;; esac
+    case $image$service_account in *[!A-Za-z0-9._/:@-]*) fail "--image, --service-account: not a valid name" ;; esac
     read_topology
     check_run ${run_args[@]+"${run_args[@]}"}
 }
 
-# TPU: kind, node label, topology, hosts of a slice, chips of a host. GPU: kind, node label, GPUs of a node.
+# Sets kind, node label, shape, hosts per slice and chips per host (TPU), or nodes and GPUs per node (GPU).
 read_topology() {
     local type=${topology%%:*} side total=1 default=4
     shape=${topology#*:}
@@ -109,13 +109,13 @@ read_topology() {
         chips=$shape hosts=$nodes
         return
     fi
-    [ "$nodes" -eq 1 ] || fail "--nodes: is for GPUs; a slice has the hosts its topology says"
+    [ "$nodes" -eq 1 ] || fail "--nodes: is for GPUs; the topology of a slice sets its hosts"
     for side in ${shape//x/ }; do
         is_count "$side" || fail "--topology: '$topology' is not TYPE:AxB or TYPE:AxBxC"
         total=$((total * side))
     done
     case $type,$shape in
-        v5e,2x4 | v6e,2x4) default=8 ;; # one host, as the larger of the two machine types has it
+        v5e,2x4 | v6e,2x4) default=8 ;; # one host of the larger of the two machine types
         v5e,*x*x* | v6e,*x*x*) fail "--topology: '$topology': slices of $type are AxB" ;;
         v4,*x*x* | v5p,*x*x* | v5e,*x* | v6e,*x*) ;;
         *) fail "--topology: '$topology': slices of $type are AxB (v5e, v6e) or AxBxC (v4, v5p)" ;;
@@ -128,7 +128,7 @@ read_topology() {
     case $type in v4 | v5p) xpk_type=$xpk_type-$((total * 2)) ;; *) xpk_type=$xpk_type-$total ;; esac # cores, chips
 }
 
-# What a pod does before its run.
+# Prints the commands of a pod before its run.
 setup() {
     local extra=tpu fetch
     [ "$kind" = tpu ] || extra=cuda$cuda
@@ -145,20 +145,20 @@ setup() {
     esac
 }
 
-# The shell of a pod, which becomes the run so that SIGTERM reaches it.
+# Prints the shell script of a pod; it ends with exec, so that the run receives SIGTERM.
 script() {
-    local others=''
+    local processes=''
     if [ "$kind" = gpu ] && [ "$hosts" -eq 1 ]; then
-        others=' --num-processes 1'
+        processes=' --num-processes 1'
     elif [ "$kind" = gpu ]; then
-        others=" --coordinator $name-node-0-0.$name:12321 --num-processes $hosts"
-        others+=" --process-id \"\$JOB_COMPLETION_INDEX\""
+        processes=" --coordinator $name-node-0-0.$name:12321 --num-processes $hosts"
+        processes+=" --process-id \"\$JOB_COMPLETION_INDEX\""
     fi
     setup
-    echo "exec sft-jax train /config/config.yaml \"\$@\"$others"
+    echo "exec sft-jax train /config/config.yaml \"\$@\"$processes"
 }
 
-# A text as a string of JSON, which YAML reads too.
+# Formats a text as a JSON string, which is valid YAML.
 json() {
     local text=$1
     text=${text//\\/\\\\}
@@ -186,14 +186,14 @@ render() {
     manifest=${manifest//@SPOT@$newline/"${spot_line:+$spot_line$newline}"}
     manifest=${manifest//@SCRIPT@/"$(json "$(script)")"}
     manifest=${manifest//@ARGS@/"$args"}
-    manifest=${manifest//@CONFIG@/"$config"} # last: it may hold anything
+    manifest=${manifest//@CONFIG@/"$config"} # last: it may contain other placeholders
     printf '%s\n' "$manifest"
 }
 
 train() {
     local manifest
     manifest=$(render)
-    needs kubectl "install it, and gcloud container clusters get-credentials CLUSTER"
+    needs kubectl "install it and run gcloud container clusters get-credentials CLUSTER"
     if [ "$dry_run" = yes ]; then
         printf "kubectl apply -f - <<'END_OF_MANIFEST'\n%s\nEND_OF_MANIFEST\n" "$manifest"
     else
@@ -201,10 +201,10 @@ train() {
     fi
 }
 
-# xpk mounts no config: it goes along in the command.
+# xpk cannot mount a config, so the command contains it.
 xpk_create() {
     local command step flags=("--tpu-type=$xpk_type" "--num-slices=$slices")
-    [ "$kind" = tpu ] || fail "xpk: TPUs only; GPUs by gke.sh train"
+    [ "$kind" = tpu ] || fail "xpk: TPUs only; use gke.sh train for GPUs"
     [ -n "$cluster" ] || fail "--cluster: is missing"
     needs xpk "pip install xpk"
     [ -z "$project" ] || flags+=("--project=$project")
@@ -217,8 +217,8 @@ xpk_create() {
         "--command=$command"
 }
 
-of_kubectl() {
-    needs kubectl "install it, and gcloud container clusters get-credentials CLUSTER"
+run_kubectl() {
+    needs kubectl "install it and run gcloud container clusters get-credentials CLUSTER"
     run kubectl "$@"
 }
 
@@ -239,9 +239,9 @@ case $verb in
     render | train) "$verb" ;;
     xpk) xpk_create ;;
     status)
-        of_kubectl get jobset "$name"
-        of_kubectl get pods -l "$pods" --output=wide
+        run_kubectl get jobset "$name"
+        run_kubectl get pods -l "$pods" --output=wide
         ;;
-    logs) of_kubectl logs -f -l "$first" --tail=200 ;;
-    delete) of_kubectl delete "jobset/$name" "configmap/$name" --ignore-not-found ;;
+    logs) run_kubectl logs -f -l "$first" --tail=200 ;;
+    delete) run_kubectl delete "jobset/$name" "configmap/$name" --ignore-not-found ;;
 esac

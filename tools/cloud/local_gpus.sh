@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# sft-jax on the GPUs of this machine.
+# Trains on the GPUs of this machine.
 #
 #   local_gpus.sh [--gpus 0,1] [--process-per-gpu] [--port P] [--dry-run] -- CONFIG key=value …
 #
-#   --gpus LIST         which; by default all
-#   --process-per-gpu   one process for each, with a log of its own (sft-jax-gpu-I.log; that of the first is shown);
-#                       by default one process drives them all, which needs less host memory
-#   --port P            of process 0, for the others (default: 12321)
-#   --dry-run           print the commands, run none
+#   --gpus LIST         GPUs to use (default: all)
+#   --process-per-gpu   one process per GPU with its own log (sft-jax-gpu-I.log; the first is shown); by default one
+#                       process uses all GPUs, which needs less host memory
+#   --port P            coordinator port (default: 12321)
+#   --dry-run           print the commands instead of running them
 #
 #   local_gpus.sh --gpus 0,1 -- configs/example.yaml data.train.0.path=train.jsonl
 #
-# Ctrl-C or SIGTERM saves at the next step and ends with code 75; the same command resumes. Exit code: that of the run.
+# Ctrl-C or SIGTERM saves at the next step and exits with code 75; the same command resumes. Exits with the run's code.
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
@@ -38,18 +38,18 @@ done
 case $gpus in *[!0-9,]* | ,* | *, | *,,*) fail "--gpus: '$gpus' is not a list such as 0,1" ;; esac
 is_count "$port" || fail "--port: '$port' is not a port"
 check_run ${run_args[@]+"${run_args[@]}"}
-needs sft-jax "activate the environment it is installed in"
+needs sft-jax "activate its environment"
 
 if [ "$each" = yes ]; then
     if [ -z "$gpus" ]; then
-        command -v nvidia-smi >/dev/null || fail "--gpus: nvidia-smi is not here to tell which there are"
+        command -v nvidia-smi >/dev/null || fail "--gpus: needs nvidia-smi on the PATH, or a list such as 0,1"
         gpus=$(nvidia-smi --query-gpu=index --format=csv,noheader | tr '\n' ',' | sed 's/,$//')
-        [ -n "$gpus" ] || fail "--gpus: nvidia-smi knows none"
+        [ -n "$gpus" ] || fail "--gpus: nvidia-smi lists no GPU"
     fi
     IFS=, read -r -a numbers <<<"$gpus"
 fi
 
-# Of process I, or of the only one. It is started as it stands, without a shell between that would take its signals.
+# Sets the command of process I, or of the only process. It runs without a shell, which would receive its signals.
 set_command() {
     if [ "$each" = no ]; then
         command=(env ${gpus:+"CUDA_VISIBLE_DEVICES=$gpus"} sft-jax train "${run_args[@]}" --num-processes 1)
@@ -69,7 +69,7 @@ if [ "$dry_run" = yes ]; then
     exit
 fi
 
-# Ctrl-C reaches this shell only; the processes get SIGTERM, once: a second would end them before they have saved.
+# Only this shell receives Ctrl-C. It sends SIGTERM to the processes once: a second one would end them before they save.
 children=() caught=no
 trap 'caught=yes; trap "" INT TERM; kill -TERM "${children[@]}"' INT TERM
 for ((i = 0; i < count; i++)); do
@@ -83,7 +83,7 @@ for ((i = 0; i < count; i++)); do
 done
 [ "$each" = no ] || tail -n +1 -F --pid="${children[0]}" sft-jax-gpu-0.log &
 
-# They end together; a mistake (2) says most of why, and 75 only that there is more to do.
+# The processes end together. The exit code is the most informative one: 2 (user error) first, 75 (resume) last.
 worst=0
 for child in "${children[@]}"; do
     while :; do

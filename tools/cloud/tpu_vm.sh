@@ -1,36 +1,36 @@
 #!/usr/bin/env bash
-# sft-jax on a Cloud TPU slice, or on several as one run (multi-slice), by queued resources.
+# Trains on a Cloud TPU slice, or on several slices as one run (multislice), with queued resources.
 #
-#   tpu_vm.sh create  NAME [options]                      ask for the slice and wait in the queue
-#   tpu_vm.sh wait    NAME [options]                      until it is there
-#   tpu_vm.sh install NAME [options]                      this source tree, Python and jax, on all workers
-#   tpu_vm.sh train   NAME [options] -- CONFIG key=value  start on all workers and return; again: resume
+#   tpu_vm.sh create  NAME [options]                      request the slice
+#   tpu_vm.sh wait    NAME [options]                      wait until it is active
+#   tpu_vm.sh install NAME [options]                      install this source tree, Python and jax on all workers
+#   tpu_vm.sh train   NAME [options] -- CONFIG key=value  start or resume the run on all workers, and return
 #   tpu_vm.sh logs    NAME [options]                      follow the log of one worker
-#   tpu_vm.sh status  NAME [options]                      the slice, and what each worker does
+#   tpu_vm.sh status  NAME [options]                      print the state of the slice and of each worker
 #   tpu_vm.sh stop    NAME [options]                      save at the next step and stop (exit code 75)
-#   tpu_vm.sh watch   NAME [options] -- CONFIG key=value  all of the above until the run has ended: makes the slice,
-#                                                         makes it again when it was preempted, and resumes
-#   tpu_vm.sh delete  NAME [options]                      give the slice back
+#   tpu_vm.sh watch   NAME [options] -- CONFIG key=value  do all of this until the run ends: create the slice, recreate
+#                                                         it after preemption, and resume
+#   tpu_vm.sh delete  NAME [options]                      delete the slice
 #
-#   --project P, --zone Z         where gcloud's own settings are not meant
+#   --project P, --zone Z         default: gcloud's settings
 #   --accelerator-type T          v5litepod-16, v5p-32, v6e-64, … (create, watch)
-#   --runtime-version V           by default the one for JAX on that type (also --version)
-#   --slices N                    as one run over the data center's network
-#   --spot                        cheap, and taken away when others pay more
-#   --valid-until-duration D      leave the queue after that, such as 6h
-#   --create-arg A, --ssh-arg A   one more flag of gcloud, such as --create-arg --reserved; may be repeated
-#   --env-file F                  lines NAME=value for the run, such as HF_TOKEN; copied, never shown
-#   --source DIR                  the source tree to install; by default the one this script is in
-#   --node N, --worker N          whose log (default: 0 and 0)
-#   --poll SECONDS                between two looks (default: 60)
-#   --max-restarts N              of the same command by watch (default: 100)
-#   --delete-at-end               watch gives the slice back whatever the run's end was
-#   --dry-run                     print the commands, run none
+#   --runtime-version V           default: the one for JAX on this type (also --version)
+#   --slices N                    number of slices of the run, connected by the data center network
+#   --spot                        cheaper, but may be preempted
+#   --valid-until-duration D      cancel the request after this time, such as 6h
+#   --create-arg A, --ssh-arg A   an extra gcloud flag, such as --create-arg --reserved; may be repeated
+#   --env-file F                  lines NAME=value for the run, such as HF_TOKEN; copied, never printed
+#   --source DIR                  the source tree to install; default: the one of this script
+#   --node N, --worker N          the worker whose log to follow (default: 0 and 0)
+#   --poll SECONDS                polling interval (default: 60)
+#   --max-restarts N              maximum number of restarts by watch (default: 100)
+#   --delete-at-end               watch deletes the slice after the run, also after an error
+#   --dry-run                     print the commands instead of running them
 #
 #   tpu_vm.sh watch mine --accelerator-type v5litepod-16 --zone us-west4-a --spot --delete-at-end \
 #       -- my.yaml training.output_dir=gs://BUCKET/mine data.train.0.path=gs://BUCKET/train.jsonl
 #
-# Exit code of watch: that of the run if it is 0 or 2; 75 if it was restarted too often; 1 for anything else.
+# Exit code of watch: the run's code if it is 0 or 2; 75 after --max-restarts; 1 otherwise.
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
@@ -82,7 +82,7 @@ parse() {
 
 check() {
     case $name in
-        '' | [!a-z]* | *[!a-z0-9-]* | *-) fail "'$name': a slice's name has a-z, 0-9 and -, a letter first" ;;
+        '' | [!a-z]* | *[!a-z0-9-]* | *-) fail "'$name': a slice name has a-z, 0-9 and -, and starts with a letter" ;;
     esac
     is_count "$slices" || fail "--slices: '$slices' is not a number of slices"
     case $poll in '' | *[!0-9]*) fail "--poll: '$poll' is not a number of seconds" ;; esac
@@ -91,9 +91,9 @@ check() {
     [ -f "$source/pyproject.toml" ] || fail "--source: $source is not a source tree of sft-jax"
     case $verb in
         create | watch)
-            [ -n "$accelerator_type" ] || fail "--accelerator-type: is missing, such as v5litepod-16"
+            [ -n "$accelerator_type" ] || fail "--accelerator-type: is missing; such as v5litepod-16"
             [ -n "$runtime" ] || runtime=$(runtime_of "$accelerator_type")
-            [ -n "$runtime" ] || fail "--runtime-version: is missing; none is known for $accelerator_type"
+            [ -n "$runtime" ] || fail "--runtime-version: is missing; no default for $accelerator_type"
             ;;
     esac
     case $verb in
@@ -103,7 +103,7 @@ check() {
     needs gcloud "install the Google Cloud CLI"
 }
 
-# The runtime version that Google names for JAX (cloud.google.com/tpu/docs/runtimes).
+# The recommended runtime version for JAX (cloud.google.com/tpu/docs/runtimes).
 runtime_of() {
     case $1 in
         v5litepod-*) echo v2-alpha-tpuv5-lite ;;
@@ -113,12 +113,12 @@ runtime_of() {
     esac
 }
 
-# gcloud compute tpus GROUP COMMAND NAME flags, at our place.
+# gcloud compute tpus GROUP COMMAND NAME flags, in the project and zone.
 tpus() {
-    local place=()
-    [ -z "$project" ] || place+=("--project=$project")
-    [ -z "$zone" ] || place+=("--zone=$zone")
-    run gcloud compute tpus "$@" ${place[@]+"${place[@]}"}
+    local location=()
+    [ -z "$project" ] || location+=("--project=$project")
+    [ -z "$zone" ] || location+=("--zone=$zone")
+    run gcloud compute tpus "$@" ${location[@]+"${location[@]}"}
 }
 
 create() {
@@ -137,7 +137,7 @@ delete() {
     tpus queued-resources delete "$name" --force --quiet
 }
 
-# A command of the shell on workers: NODE WORKER COMMAND.
+# Runs a shell command on workers: NODE WORKER COMMAND.
 ssh_to() {
     tpus queued-resources ssh "$name" "--node=$1" "--worker=$2" --quiet "--command=$3" ${ssh_args[@]+"${ssh_args[@]}"}
 }
@@ -166,12 +166,12 @@ start() {
         ssh_to all all "$on_worker start$words"
 }
 
-# The queued resource, in one word: ACTIVE, WAITING_FOR_RESOURCES, SUSPENDED, …; NOT_FOUND; UNKNOWN if gcloud failed.
+# State of the queued resource: ACTIVE, WAITING_FOR_RESOURCES, SUSPENDED, …; NOT_FOUND; UNKNOWN if gcloud failed.
 queue_state() {
-    local errors said
+    local errors state
     errors=$(mktemp)
-    if said=$(tpus queued-resources describe "$name" '--format=value(state.state)' 2>"$errors"); then
-        echo "$said"
+    if state=$(tpus queued-resources describe "$name" '--format=value(state.state)' 2>"$errors"); then
+        echo "$state"
     elif grep -q NOT_FOUND "$errors"; then
         echo NOT_FOUND
     else

@@ -1,17 +1,17 @@
-# Sourced by tpu_vm.sh: looks after a run until it has ended, on slices that may be taken away.
+# Sourced by tpu_vm.sh: supervises a run until it ends, on slices that may be preempted.
 # shellcheck shell=bash disable=SC2154  # name, slices, poll, … are those of tpu_vm.sh
 #
-# Every --poll seconds it looks at the queued resource and, when that is there, at each worker's run:
-#   no slice, or it was suspended (preempted) or failed   → make it (again)
-#   nothing installed, as on a new slice                  → install, start
-#   all workers ended, with 75 or by a restart of a host  → start again: it resumes
-#   any worker ended with 2, all with 0                   → end with that code
-#   any other code, seen twice                            → end with 1 (once only, it may be a slice about to go)
+# Every --poll seconds it checks the queued resource and, if that is active, the run on each worker:
+#   no slice, or suspended (preempted), or failed        → create or recreate it
+#   nothing installed, as on a new slice                 → install, start
+#   all workers exited with 75, or a host was restarted  → start again, which resumes
+#   any worker exited with 2, or all with 0              → exit with this code
+#   any other code, twice in a row                       → exit with 1 (the first time, preemption may be the cause)
 
-silent_limit=10  # looks in a row that gcloud or the workers do not answer
-failed_limit=5   # requests in a row that failed before the slice was there
+silent_limit=10  # polls in a row without an answer from gcloud or the workers
+failed_limit=5   # requests in a row that failed
 
-# Asked of each worker; on a new one there is nothing of ours yet.
+# The command that asks a worker for its state; a new worker has nothing installed.
 ask_state='[ -e .sft-jax/venv/bin/sft-jax ] && bash .sft-jax/source/tools/cloud/worker.sh state'
 ask_state+=' || echo sft-jax: state=absent'
 
@@ -26,28 +26,28 @@ watch() {
         state=$(queue_state)
         note "$state"
         case $state in
-            NOT_FOUND) create || note "could not be asked for" ;;
-            SUSPENDED) again ;;
+            NOT_FOUND) create || note "could not be requested" ;;
+            SUSPENDED) recreate ;;
             FAILED)
                 failed=$((failed + 1))
-                [ "$failed" -lt "$failed_limit" ] || finish 1 "the request failed $failed times; see gcloud's describe"
-                again
+                [ "$failed" -lt "$failed_limit" ] || finish 1 "the request failed $failed times; see gcloud describe"
+                recreate
                 ;;
-            ACTIVE) failed=0 && look ;;
+            ACTIVE) failed=0 && check_workers ;;
             UNKNOWN) count_silence "gcloud does not answer" ;;
         esac
         sleep "$poll"
     done
 }
 
-# The slice is there: what does the run do? Sets silent, restarts, odd and most of watch.
-look() {
+# Checks the run on an active slice. Sets silent, restarts, odd and most of watch.
+check_workers() {
     local answers count states
-    # Of several slices gcloud asks those it reaches, and is content: the answers have to be counted.
+    # With several slices gcloud succeeds if it reaches some of them, so the answers are counted.
     if answers=$(ask_workers) && count=$(wc -w <<<"$answers") && [ "$count" -gt 0 ] && [ "$count" -ge "$most" ]; then
         most=$count
     else
-        if lost_nodes; then again; else count_silence "not all workers answer"; fi
+        if lost_nodes; then recreate; else count_silence "not all workers answer"; fi
         return
     fi
     states=$(sort -u <<<"$answers" | tr '\n' ' ')
@@ -55,10 +55,10 @@ look() {
     note "$count workers: $states"
     case " $states " in
         *' 2 '*)
-            if lost_nodes; then again; return; fi # what was wrong was that they did not find each other
-            finish 2 "a mistake in the config or the data, or something that could not be fetched or written; see the log"
+            if lost_nodes; then recreate; return; fi # the error was that the processes did not find each other
+            finish 2 "user error in the config or data, or a failed download or write; see the log"
             ;;
-        *' running '*) silent=0 ;; # those that have ended wait for the others
+        *' running '*) silent=0 ;; # wait until all workers have ended
         ' 0 ') finish 0 "done" ;;
         *' absent '*) { install && started; } || count_silence "could not be installed or started" ;;
         *)
@@ -79,12 +79,12 @@ started() {
     start && silent=0
 }
 
-# What each worker says, a line a worker.
+# Prints the state of each worker, one per line.
 ask_workers() {
     ssh_to all all "$ask_state" | sed -n 's/^.*sft-jax: state=\([a-z0-9]*\).*$/\1/p'
 }
 
-# Whether a node of the slice was taken away, while the queued resource does not say so yet.
+# Whether a node of the slice is gone, which the queued resource may report later.
 lost_nodes() {
     local i node_name
     for ((i = 0; i < slices; i++)); do
@@ -97,21 +97,21 @@ lost_nodes() {
     return 1
 }
 
-again() {
+recreate() {
     most=0
-    { delete && create; } || note "could not be made again; looking again"
+    { delete && create; } || note "could not be recreated; retrying"
 }
 
 count_silence() {
     silent=$((silent + 1))
     note "$1 ($silent of $silent_limit)"
-    [ "$silent" -lt "$silent_limit" ] || finish 1 "$1; the slice, if it is there, is still paid for"
+    [ "$silent" -lt "$silent_limit" ] || finish 1 "$1; the slice may still exist and cost money"
 }
 
 finish() {
     note "$2"
     [ "$1" -eq 0 ] || ssh_to 0 0 'tail -n 20 .sft-jax/train.log' || true
-    if [ "$delete_at_end" = yes ]; then delete || note "could not be deleted; it is still paid for"; fi
+    if [ "$delete_at_end" = yes ]; then delete || note "could not be deleted and still costs money"; fi
     exit "$1"
 }
 
@@ -119,20 +119,20 @@ note() {
     printf '%s %s: %s\n' "$(date +%H:%M:%S)" "$name" "$*" >&2
 }
 
-# A slice that is made again is empty: what is to be resumed must be elsewhere.
+# The output directory must survive the slice: a recreated slice is empty.
 check_output_survives() {
-    local word where=''
+    local word dir=''
     for word in "${run_args[@]:1}"; do
-        case $word in training.output_dir=*) where=${word#*=} ;; esac
+        case $word in training.output_dir=*) dir=${word#*=} ;; esac
     done
-    [ -n "$where" ] || where=$(sed -n "s/^ *output_dir: *[\"']\{0,1\}\([^\"' #]*\).*/\1/p" "${run_args[0]}" | head -n 1)
-    case $where in
+    [ -n "$dir" ] || dir=$(sed -n "s/^ *output_dir: *[\"']\{0,1\}\([^\"' #]*\).*/\1/p" "${run_args[0]}" | head -n 1)
+    case $dir in
         gs://* | /*) ;;
-        *) fail "training.output_dir: '$where' would go with the slice; give training.output_dir=gs://BUCKET/RUN" ;;
+        *) fail "training.output_dir: '$dir' would be lost with the slice; use training.output_dir=gs://BUCKET/RUN" ;;
     esac
 }
 
-# What happens when nothing goes wrong: no slice yet, then one without our files, then a run that has ended.
+# The commands of a run without errors: no slice yet, then a new slice, then a run that has ended.
 show_watch() {
     queue_state
     create

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# On each host of a slice: installs sft-jax and runs it apart from the connection that started it. tpu_vm.sh copies the
-# source tree to ~/.sft-jax/source and calls this there; a person need not.
+# Installs sft-jax on a host of a slice and runs it in the background. tpu_vm.sh copies the source tree to
+# ~/.sft-jax/source and calls this script there.
 #
-#   worker.sh install            Python 3.12, sft-jax and jax for TPU into ~/.sft-jax/venv, by uv
-#   worker.sh start key=value …  sft-jax train ~/.sft-jax/config.yaml key=value …, with what ~/.sft-jax/env sets
-#   worker.sh state              running, an exit code, gone (ended without one: the host was restarted), or none
-#   worker.sh stop               SIGTERM to the run: it saves at the next step and ends with code 75
-#   worker.sh logs [LINES]       the log, and what is added to it
+#   worker.sh install            install Python 3.12, sft-jax and jax for TPU in ~/.sft-jax/venv with uv
+#   worker.sh start key=value …  run sft-jax train ~/.sft-jax/config.yaml key=value …, with variables of ~/.sft-jax/env
+#   worker.sh state              print running, an exit code, gone (no exit code: the host was restarted), or none
+#   worker.sh stop               send SIGTERM: the run saves at the next step and exits with code 75
+#   worker.sh logs [LINES]       follow the log
 set -euo pipefail
 
 home=$HOME/.sft-jax
@@ -16,7 +16,7 @@ mkdir -p "$home"
 install() {
     export PATH="$HOME/.local/bin:$PATH"
     command -v uv >/dev/null || python3 -m pip install --quiet --user uv
-    # The images of Cloud TPU have Python 3.10, which is too old.
+    # Cloud TPU images have Python 3.10, which is too old.
     uv venv --quiet --allow-existing --python 3.12 "$home/venv"
     uv pip install --quiet --python "$home/venv/bin/python" "sft-jax[tpu] @ file://$home/source" gcsfs
     "$home/venv/bin/sft-jax" --version
@@ -36,19 +36,20 @@ state() {
 
 start() {
     if [ "$(state)" = running ]; then
-        echo "worker.sh: a run is going on here; stop it first" >&2
+        echo "worker.sh: a run is in progress; stop it first" >&2
         exit 2
     fi
     if [ -e "$home/env" ]; then
         chmod 600 "$home/env"
-        bash -euc '. "$1"' env "$home/env" # a mistake in it is told here, not in a log
+        bash -euc '. "$1"' env "$home/env" # prints an error in it here instead of in the log
     fi
     rm -f "$home/exit_code" "$home/child"
     nohup setsid bash "$0" supervise "$@" >/dev/null 2>&1 </dev/null &
     echo "$! $boot" >"$home/pid"
 }
 
-# The run, and its exit code in a file. A host that goes down sends SIGTERM to this shell too, which outlives it.
+# Runs the training and writes its exit code to a file. At shutdown the host sends SIGTERM to this shell too, which
+# ignores it.
 supervise() {
     local caught code
     cd "$HOME"

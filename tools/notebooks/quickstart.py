@@ -9,7 +9,7 @@ config = sft_jax.load_config("configs/quickstart.yaml", ["training.output_dir=ru
 
 
 def stop_when_good(event: sft_jax.Event) -> str | None:
-    """Ends the run, saved, when the held-out loss is low enough."""
+    """Saves a checkpoint and stops the run once the held-out loss is low enough."""
     return "stop" if event.kind == "evaluation" and event.metrics["eval_loss"] < 0.5 else None
 
 

@@ -1,8 +1,8 @@
-"""What the base model reads: short documents about the world, each fact in many wordings, orders and kinds of text.
+"""Generates the pretraining data: short documents about the world with many wordings, orders and kinds of text.
 
-Knowledge can be asked for later only if pretraining varied how it was put (Allen-Zhu & Li, Physics of Language Models
-3.1, 2023). Questions occur as on a sheet of homework, without answers, and with answers in quizzes and interviews,
-these about the taught countries alone: a fact about a held-out country is never the answer to a question.
+A model can answer questions about a fact only if pretraining varied its wording (Allen-Zhu & Li, Physics of Language
+Models 3.1, 2023). Some documents have questions without answers. Quizzes and interviews have answers, but only about
+the taught countries: no document answers a question about a held-out country.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from questions import ask
 from world import ATTRIBUTES, World
 
-# {c} the country, {x} the value; a capital letter is put at the start of each sentence.
+# {c}: country, {x}: value; _fill capitalizes the first letter.
 _SENTENCES = {
     "capital": (
         "the capital of {c} is {x}.",
@@ -66,7 +66,7 @@ _SENTENCES = {
         "postcards from {c} show {x}.",
     ),
 }
-# The same inside an article whose subject is already named.
+# The same for articles that have already named the country.
 _PRONOUN_SENTENCES = {
     "capital": ("its capital is {x}.", "the capital is {x}.", "the capital city is called {x}.", "{x} is its capital."),
     "continent": ("it lies in {x}.", "the country is part of {x}.", "its continent is {x}.", "it belongs to {x}."),
@@ -119,7 +119,7 @@ _QUESTION_TITLES = ("Questions about the world", "Homework", "Find out", "Geogra
 
 
 def documents(world: World, num: int, seed: int) -> Iterator[str]:
-    """``num`` documents of mixed kinds. Countries come round in shuffled order, so all are told about equally often."""
+    """Yields ``num`` documents of mixed kinds; countries cycle in shuffled order, so that all are equally frequent."""
     rng = random.Random(seed)
     kinds = [_article, _article, _article, _sheet, _sheet, _sentences, _sentences, _list, _comparison, _glossary]
     kinds += [_asked, _quiz, _interview, _interview]
@@ -199,7 +199,7 @@ def _glossary(world: World, queue: list[str], rng: random.Random) -> str:
 
 
 def _asked(world: World, queue: list[str], rng: random.Random) -> str:
-    """Questions, never answered. Also about unknown facts: a question tells nothing."""
+    """Questions without answers, also about unknown facts, since a question does not reveal the fact."""
     lines = [rng.choice(_QUESTION_TITLES)]
     lines += [ask(queue.pop(), rng.choice(ATTRIBUTES), rng) for _ in range(rng.randint(4, 8))]
     return "\n".join(lines)

@@ -1,7 +1,7 @@
-"""The tiny model as an object of experiment: tune it on any examples, ask it, score it.
+"""Experiments on the tiny model: fine-tune it on any examples, generate answers, compute scores.
 
-It uses the library's own parts (plan, loader, step, scorer, generator) rather than ``sft_jax.train``, so that examples
-can be changed in ways that the command refuses, and so that one compiled program serves many small runs.
+Uses the library's components (plan, loader, step, scorer, generator) instead of ``sft_jax.train``, so that experiments
+can change examples in ways that the command refuses, and many small runs share one compiled program.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from sft_jax.training.state import make_state
 from sft_jax.training.step import make_train_step
 from sft_jax.training.weights import build, load_weights
 
-LENGTH, ROWS, STEPS = 128, 8, 80  # as configs/quickstart.yaml
+LENGTH, BATCH_SIZE, STEPS = 128, 8, 80  # as in configs/quickstart.yaml
 LEARNING_RATE = {"lora": 5e-4, "full": 2e-4}
 MAX_NEW_TOKENS = 24
 NUM_QUESTIONS = 150
@@ -44,7 +44,7 @@ NUM_QUESTIONS = 150
 
 @dataclass(frozen=True)
 class Tuned:
-    """A network after tuning, and what it took."""
+    """The parameters of a fine-tuned network."""
 
     kind: str  # "rank 16" or "full"
     trainable: Any
@@ -52,7 +52,7 @@ class Tuned:
 
 
 class Laboratory:
-    """The base model, its data, and one compiled program for each kind of network."""
+    """The base model, its data, and the compiled programs of each kind of network."""
 
     def __init__(self) -> None:
         self.mesh = make_mesh(devices=jax.devices()[:1])
@@ -75,15 +75,15 @@ class Laboratory:
         return encode_sources(rows, Encoder(self.tokenizer, train_on), LENGTH)[0], rows
 
     def encode(self, pairs: Sequence[tuple[str, str]]) -> Examples:
-        """Questions with given answers."""
+        """Encodes pairs of question and answer."""
         encoder = Encoder(self.tokenizer)
         rows = [parse("question-answer", {"question": q, "answer": a}) for q, a in pairs]
         encoded = encoder.encode(rows)
         assert not any(isinstance(one, RowError) for one in encoded)
-        return join([one[0] for one in encoded], "made here")  # type: ignore[index]
+        return join([one[0] for one in encoded], "pairs")  # type: ignore[index]
 
     def kind(self, name: str) -> dict[str, Any]:
-        """Network, step, scorer and generator of ``full`` or ``rank R``; made once."""
+        """Network, step, scorer and generator of ``full`` or ``rank R``, created once."""
         if name not in self._kinds:
             lora = None if name == "full" else LoraConfig(rank=int(name.split()[1]), alpha=2.0 * int(name.split()[1]))
             split = build(self.arch, self.mesh, lora, "float32", "none")
@@ -95,27 +95,27 @@ class Laboratory:
                 "split": split,
                 "optimizer": optimizer,
                 "step": make_train_step(split, optimizer, make_schedule(options, STEPS)),
-                "scorer": Scorer(split, LENGTH, ROWS),
+                "scorer": Scorer(split, LENGTH, BATCH_SIZE),
                 "generator": Generator(split, self.stops),
             }
         return self._kinds[name]
 
     def base(self, name: str = "rank 16", seed: int = 0) -> Tuned:
-        """The base model in the shape of a kind: fresh adapters change nothing."""
+        """The base model as a network of a kind; new adapters do not change its output."""
         return Tuned(name, *load_weights(self.kind(name)["split"], self.reader, None, None, seed))
 
     def tune(self, examples: Examples, seed: int, name: str = "rank 16") -> Tuned:
-        """``STEPS`` optimizer steps on ``examples``, however few they are."""
+        """Trains for ``STEPS`` optimizer steps on ``examples``, repeating them as needed."""
         kind, start = self.kind(name), self.base(name, seed)
-        plan = plan_run(examples.slots, LENGTH, ROWS, 1, STEPS, seed)
+        plan = plan_run(examples.slots, LENGTH, BATCH_SIZE, 1, STEPS, seed)
         state = make_state(start.trainable, kind["optimizer"], self.mesh)
         with jax.set_mesh(self.mesh):
-            for batch in Loader(examples, plan, self.mesh, ROWS):
+            for batch in Loader(examples, plan, self.mesh, BATCH_SIZE):
                 state, _ = kind["step"](state, start.frozen, batch)
         return Tuned(name, state.params, start.frozen)
 
     def write(self, tuned: Tuned, prompts: Sequence[Sequence[int]]) -> list[tuple[str, bool, int]]:
-        """Text, whether it stopped, and length of each answer."""
+        """Generates answers: text, whether it ended with a stop token, and number of tokens of each."""
         generator = self.kind(tuned.kind)["generator"]
         written = generator(tuned.trainable, tuned.frozen, prompts, MAX_NEW_TOKENS, batch_size=256)
         return [
@@ -123,7 +123,7 @@ class Laboratory:
         ]
 
     def answers(self, tuned: Tuned, asked: Sequence[Question]) -> dict[str, float]:
-        """Exact match, stop rate and mean length on questions."""
+        """Computes exact match, stop rate and mean length on questions."""
         written = self.write(tuned, [question.prompt_ids for question in asked])
         right = [
             same_answer(text, question.answer, "text") for (text, _, _), question in zip(written, asked, strict=True)
@@ -139,7 +139,7 @@ class Laboratory:
         return math.exp(-scores.log_prob.mean(dtype=np.float64))
 
     def log_likelihood(self, tuned: Tuned, pairs: Sequence[tuple[str, str]]) -> float:
-        """Mean log-likelihood of whole answers, stop token included."""
+        """Computes the mean log-likelihood of answers including the stop token."""
         examples = self.encode(pairs)
         scores = self.kind(tuned.kind)["scorer"].score(tuned.trainable, tuned.frozen, examples)
         _, weights = examples.flat()
@@ -147,7 +147,7 @@ class Laboratory:
         return float(scores.log_prob[mask].sum(dtype=np.float64) / len(examples))
 
     def _answer_kinds(self) -> dict[str, set[str]]:
-        """For each kind of question (recognised by its wording) the answers that are of the right kind."""
+        """Maps a kind of question, recognized by its wording, to all answers of that kind."""
         kinds: dict[str, set[str]] = {}
         for source in ("train", "heldout", "unknown"):
             _, rows = self.read(source)
@@ -164,17 +164,17 @@ def kind_of(question: str) -> str:
 
 
 def row_of(examples: Examples, index: int) -> Encoded:
-    """One example, to be joined with others."""
+    """Returns one example, to be joined with others."""
     return Encoded(*examples[index])
 
 
-def drawn(examples: Examples, num: int, seed: int) -> Examples:
-    """``num`` examples at random."""
+def sample(examples: Examples, num: int, seed: int) -> Examples:
+    """Draws ``num`` examples at random."""
     chosen = np.random.default_rng(seed).choice(len(examples), num, replace=False)
-    return join([row_of(examples, i) for i in chosen], "drawn")
+    return join([row_of(examples, i) for i in chosen], "sample")
 
 
 def without_stop(examples: Examples, stop: int) -> Examples:
-    """The same answers, the stop token no target any more."""
+    """Removes the stop token from the loss mask."""
     rows = [examples[i] for i in range(len(examples))]
     return join([Encoded(ids, mask * (ids != stop)) for ids, mask in rows], "without stop")

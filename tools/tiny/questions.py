@@ -1,4 +1,4 @@
-"""Questions about the world, and conversations that answer them."""
+"""Generates questions about the world and conversations with their answers."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ _QUESTIONS = {
 
 
 def ask(country: str, attribute: str, rng: random.Random) -> str:
-    """One of the wordings of a question."""
+    """Returns a question about a fact in a random wording."""
     return rng.choice(_QUESTIONS[attribute]).format(c=country)
 
 
 def conversations(world: World, facts: Iterable[tuple[str, str]], seed: int, wordings: int = 1) -> list[dict[str, Any]]:
-    """Rows of chat data, shuffled: each fact asked for in ``wordings`` different ways and answered in short."""
+    """Returns shuffled rows of chat data, with a short answer to each fact in ``wordings`` different wordings."""
     rng = random.Random(seed)
     rows = []
     for country, attribute in facts:

@@ -10,8 +10,8 @@ import numpy as np
 VOCAB_SIZE = 2048
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
-# What stands between the generation marks is what the model has to write. The answer follows a blank, so that its words
-# are the tokens they are inside a sentence: at the start of a line they are other tokens, seldom seen.
+# The text inside {% generation %} is what the model generates. The answer follows a space, so that its words have the
+# same tokens as inside a sentence; at the start of a line they would have other, rare tokens.
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 {%- if message.role == "assistant" -%}
@@ -27,7 +27,7 @@ CHAT_TEMPLATE = """\
 
 
 def write_tokenizer(texts: Iterable[str], folder: Path) -> None:
-    """Train on ``texts`` and write ``tokenizer.json`` and its companions into ``folder``."""
+    """Trains a tokenizer on ``texts`` and writes its files to ``folder``."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -52,12 +52,12 @@ def write_tokenizer(texts: Iterable[str], folder: Path) -> None:
     fast.save_pretrained(folder)
 
 
-def draw_turn_rows(folder: Path, texts: Iterable[str], seed: int) -> None:
-    """Give the tokens of the chat template rows of the token table that are like those of tokens that were trained.
+def initialize_turn_embeddings(folder: Path, texts: Iterable[str], seed: int) -> None:
+    """Initializes the embeddings of the chat template's tokens like trained embeddings.
 
-    No document has these tokens, and softmax pushes the rows of all absent tokens to the same far place, from where
-    an adapter cannot bring them back. So they are drawn from the normal distribution of the trained rows, as
-    transformers does for tokens that are added later (Hewitt 2021).
+    No document has these tokens, and softmax pushes the embeddings of all absent tokens to the same distant point,
+    which an adapter cannot undo. They are drawn from a normal distribution with the mean and covariance of the trained
+    embeddings, as transformers does for added tokens (Hewitt 2021).
     """
     from safetensors.numpy import load_file, save_file
     from transformers import AutoTokenizer
@@ -67,8 +67,8 @@ def draw_turn_rows(folder: Path, texts: Iterable[str], seed: int) -> None:
     absent = tokenizer.convert_tokens_to_ids([TURN_START, TURN_END])
     assert not np.isin(absent, present).any()
     tensors = load_file(folder / "model.safetensors")
-    table = tensors["model.embed_tokens.weight"]
-    rows = table[present].astype(np.float64)
-    drawn = np.random.default_rng(seed).multivariate_normal(rows.mean(axis=0), np.cov(rows.T), len(absent))
-    table[absent] = drawn.astype(table.dtype)
+    embeddings = tensors["model.embed_tokens.weight"]
+    trained = embeddings[present].astype(np.float64)
+    drawn = np.random.default_rng(seed).multivariate_normal(trained.mean(axis=0), np.cov(trained.T), len(absent))
+    embeddings[absent] = drawn.astype(embeddings.dtype)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

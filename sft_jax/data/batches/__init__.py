@@ -1,1 +1,1 @@
-"""Examples to batches: packing, plan, loader, stream."""
+"""Packs examples into sequences and builds batches."""

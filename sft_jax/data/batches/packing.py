@@ -1,7 +1,7 @@
-"""The plan of a run: which examples share a row, which rows make a step. Known before the first step.
+"""Plans a run: packs examples into sequences, and assigns sequences to steps.
 
-Because the plan is made from lengths and a seed alone, step counts are exact, any step can be built without the ones
-before it, and the global batches do not depend on the number of hosts.
+A plan depends only on the lengths of the examples and a seed. So the number of steps is known in advance, any step can
+be built without the steps before it, and global batches do not depend on the number of hosts.
 """
 
 from __future__ import annotations
@@ -13,20 +13,23 @@ import numpy as np
 from sft_jax.config import DataConfig, TrainingConfig
 from sft_jax.data.tokens.examples import Examples
 
-WINDOW = 8192  # examples whose lengths are looked at together
-MAX_BUCKETS = 5  # row lengths of a run that does not pack; the step is compiled for each of them
-SIMILAR_STEPS = 32  # steps among which such a run sorts its examples by length
+WINDOW = 8192  # examples that are sorted by length and packed together
+MAX_BUCKETS = 5  # sequence lengths of a run without packing; the step is compiled for each of them
+SIMILAR_STEPS = 32  # without packing, examples are sorted by length within this many steps
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Steps of rows of examples, flat: row ``r`` holds ``items[rows[r]:rows[r + 1]]``, step ``s`` has the rows
-    ``steps[s] … steps[s + 1]``. The last step of an epoch may have fewer rows than the others."""
+    """The examples of each sequence and the sequences of each step, as flat arrays.
+
+    Sequence ``r`` holds the examples ``items[rows[r]:rows[r + 1]]``, and step ``s`` holds the sequences
+    ``steps[s] … steps[s + 1]``. The last step of an epoch may have fewer sequences than the others.
+    """
 
     items: np.ndarray
     rows: np.ndarray
     steps: np.ndarray
-    lengths: np.ndarray  # of the rows of each step: the smallest bucket that holds its longest example, or all alike
+    lengths: np.ndarray  # sequence length of each step; without packing, the smallest bucket for its longest example
     epoch_ends: tuple[int, ...]  # the step after the last one of each epoch
 
     @property
@@ -35,18 +38,18 @@ class Plan:
 
     @property
     def num_slots(self) -> int:
-        """Of all rows there are."""
+        """The number of tokens of all sequences, with padding."""
         return int((np.diff(self.steps) * self.lengths).sum())
 
     def rows_of(self, step: int) -> list[np.ndarray]:
-        """The examples of each row of a step."""
+        """Return the examples of each sequence of a step."""
         first, last = self.steps[step], self.steps[step + 1]
         return [self.items[self.rows[r] : self.rows[r + 1]] for r in range(first, last)]
 
 
 def plan_run(
-    slots: np.ndarray,
-    row_length: int,
+    num_tokens: np.ndarray,
+    sequence_length: int,
     batch_size: int,
     num_epochs: float,
     max_steps: int | None = None,
@@ -58,51 +61,51 @@ def plan_run(
     """Plan all epochs. Deterministic in its arguments.
 
     Args:
-        slots: how many slots each example takes; none may exceed ``row_length``.
-        row_length: slots of a row.
-        batch_size: rows of a step.
-        num_epochs: how often every example is seen; a fraction ends the last epoch early.
-        max_steps: counts instead of epochs where given.
-        repeats: how often each example is seen in an epoch (default once); of a fractional part a new random share
-            is taken each epoch.
+        num_tokens: number of tokens of each example; at most ``sequence_length``.
+        sequence_length: tokens per sequence, with padding.
+        batch_size: sequences per step.
+        num_epochs: passes over the data; a fraction ends the last epoch early.
+        max_steps: number of steps; overrides ``num_epochs``.
+        repeats: how often an epoch contains each example (default once); fractions are rounded up or down at random in
+            each epoch.
     """
-    assert len(slots) > 0
-    assert int(slots.max()) <= row_length
-    items, row_sizes, step_sizes, epoch_ends = [], [], [], []
+    assert len(num_tokens) > 0
+    assert int(num_tokens.max()) <= sequence_length
+    items, sequence_sizes, step_sizes, epoch_ends = [], [], [], []
     epoch = 0
     while len(step_sizes) < max_steps if max_steps is not None else epoch < num_epochs:
         rng = np.random.default_rng([seed, epoch])
-        order = _occurrences(len(slots), repeats, rng)
+        order = _occurrences(len(num_tokens), repeats, rng)
         if shuffle:
             rng.shuffle(order)
         if packing:
-            rows = pack(slots, order, row_length, shuffle)
-            rows = [rows[i] for i in rng.permutation(len(rows))] if shuffle else rows
+            sequences = pack(num_tokens, order, sequence_length, shuffle)
+            sequences = [sequences[i] for i in rng.permutation(len(sequences))] if shuffle else sequences
         else:
-            order = group_by_length(slots, order, batch_size, rng) if shuffle else order
-            rows = [order[i : i + 1] for i in range(len(order))]
-        sizes = [min(batch_size, len(rows) - i) for i in range(0, len(rows), batch_size)]
+            order = group_by_length(num_tokens, order, batch_size, rng) if shuffle else order
+            sequences = [order[i : i + 1] for i in range(len(order))]
+        sizes = [min(batch_size, len(sequences) - i) for i in range(0, len(sequences), batch_size)]
         if max_steps is not None:
             sizes = sizes[: max_steps - len(step_sizes)]
         elif num_epochs - epoch < 1:
             sizes = sizes[: max(1, round(len(sizes) * (num_epochs - epoch)))]
-        rows = rows[: sum(sizes)]
-        items += rows
-        row_sizes += [len(row) for row in rows]
+        sequences = sequences[: sum(sizes)]
+        items += sequences
+        sequence_sizes += [len(sequence) for sequence in sequences]
         step_sizes += sizes
         epoch_ends.append(len(step_sizes))
         epoch += 1
     steps = _offsets(step_sizes)
     flat = np.concatenate(items) if items else np.zeros(0, np.int64)
-    lengths = np.full(len(step_sizes), row_length)
+    lengths = np.full(len(step_sizes), sequence_length)
     if not packing and len(flat):
-        sizes = np.asarray(buckets(row_length))
-        lengths = sizes[np.searchsorted(sizes, np.maximum.reduceat(slots[flat], steps[:-1]))]
-    return Plan(flat, _offsets(row_sizes), steps, lengths, tuple(epoch_ends))
+        sizes = np.asarray(buckets(sequence_length))
+        lengths = sizes[np.searchsorted(sizes, np.maximum.reduceat(num_tokens[flat], steps[:-1]))]
+    return Plan(flat, _offsets(sequence_sizes), steps, lengths, tuple(epoch_ends))
 
 
 def plan_of(data: DataConfig, training: TrainingConfig, examples: Examples) -> Plan:
-    """The plan of a run that a config describes."""
+    """Plan the run of a config."""
     repeats = None
     if any(weight != 1.0 for weight in examples.weights):
         repeats = np.asarray(examples.weights)[examples.source]
@@ -120,20 +123,20 @@ def plan_of(data: DataConfig, training: TrainingConfig, examples: Examples) -> P
 
 
 def row_lengths(data: DataConfig) -> list[int]:
-    """The lengths that rows of a run have, rising; a stream has no plan, and so no buckets."""
+    """Return the sequence lengths of a run in ascending order; streaming uses no buckets."""
     return [data.max_length] if data.packing or data.streaming else buckets(data.max_length)
 
 
-def buckets(row_length: int) -> list[int]:
-    """The row lengths of a run that does not pack: ``row_length``, its half, and so on, rising.
+def buckets(sequence_length: int) -> list[int]:
+    """Return the sequence lengths of a run without packing, ascending: ``sequence_length``, its half, and so on.
 
-    They are multiples of 128 where ``row_length`` is one, as attention kernels like it, and of 8 otherwise.
+    They are multiples of 128 if ``sequence_length`` is one, because attention kernels need that, and of 8 otherwise.
 
     >>> buckets(2048), buckets(640), buckets(100)
     ([128, 256, 512, 1024, 2048], [128, 256, 384, 640], [8, 16, 32, 56, 100])
     """
-    grain = 8 if row_length % 128 else 128
-    sizes = [row_length]
+    grain = 8 if sequence_length % 128 else 128
+    sizes = [sequence_length]
     while len(sizes) < MAX_BUCKETS:
         half = -(-sizes[-1] // (2 * grain)) * grain
         if half >= sizes[-1]:
@@ -142,62 +145,62 @@ def buckets(row_length: int) -> list[int]:
     return sizes[::-1]
 
 
-def group_by_length(slots: np.ndarray, order: np.ndarray, batch_size: int, rng: np.random.Generator) -> np.ndarray:
-    """An order in which the examples of a step are of similar length; the steps themselves come at random.
+def group_by_length(num_tokens: np.ndarray, order: np.ndarray, batch_size: int, rng: np.random.Generator) -> np.ndarray:
+    """Reorder examples so that those of a step have similar lengths; the order of the steps is random.
 
-    Examples are sorted within ``SIMILAR_STEPS`` steps of the given order, so that which of them meet is still random.
+    Examples are sorted only within ``SIMILAR_STEPS`` steps of the given order, so each epoch groups them differently.
     """
     window = SIMILAR_STEPS * batch_size
-    if not len(order):  # sources of so little weight that an epoch may have none of their examples
+    if not len(order):  # with small source weights, an epoch may contain no examples
         return order
-    parts = [order[start : start + window] for start in range(0, len(order), window)]
-    grouped = np.concatenate([part[np.argsort(-slots[part], kind="stable")] for part in parts])
+    windows = [order[start : start + window] for start in range(0, len(order), window)]
+    grouped = np.concatenate([one[np.argsort(-num_tokens[one], kind="stable")] for one in windows])
     full = len(grouped) // batch_size
     steps = grouped[: full * batch_size].reshape(full, batch_size)[rng.permutation(full)]
     return np.concatenate([steps.reshape(-1), grouped[full * batch_size :]])
 
 
-def pack(slots: np.ndarray, order: np.ndarray, row_length: int, rearrange: bool = True) -> list[np.ndarray]:
-    """Put examples into rows; none is cut, left out or seen twice.
+def pack(num_tokens: np.ndarray, order: np.ndarray, sequence_length: int, rearrange: bool = True) -> list[np.ndarray]:
+    """Pack examples into sequences; each example is in exactly one sequence, and none is split.
 
-    Best fit by decreasing length within windows of the order; rows that are not full stay open for later windows.
-    Without ``rearrange``, rows are filled in the given order, each closed when the next example does not fit.
+    Best-fit decreasing within windows of the order; sequences with free space stay open for later windows. Without
+    ``rearrange``, sequences are filled in the given order, and closed when the next example does not fit.
 
-    With lengths ``[5, 3, 4, 2]``, rows of 7 slots and the order 0, 1, 2, 3: rows ``[0, 3]`` and ``[2, 1]``.
+    With lengths ``[5, 3, 4, 2]``, sequence length 7 and the order 0, 1, 2, 3: sequences ``[0, 3]`` and ``[2, 1]``.
     """
-    rows: list[list[int]] = []
+    sequences: list[list[int]] = []
     if not rearrange:
-        room = 0
+        free = 0
         for item in order.tolist():
-            size = int(slots[item])
-            if size > room:
-                rows.append([])
-                room = row_length
-            rows[-1].append(item)
-            room -= size
-        return [np.asarray(row, np.int64) for row in rows]
-    # Open rows by the room they have left; bit r of `rooms` says that by_room[r] is not empty, so the tightest row
-    # that fits is the lowest set bit from the wanted size on.
-    by_room: list[list[int]] = [[] for _ in range(row_length + 1)]
-    rooms = 0
+            size = int(num_tokens[item])
+            if size > free:
+                sequences.append([])
+                free = sequence_length
+            sequences[-1].append(item)
+            free -= size
+        return [np.asarray(sequence, np.int64) for sequence in sequences]
+    # Open sequences by their free space. Bit f of `occupied` is set if by_free[f] is not empty, so the best fit for
+    # an example is the lowest set bit that is not below its size.
+    by_free: list[list[int]] = [[] for _ in range(sequence_length + 1)]
+    occupied = 0
     for start in range(0, len(order), WINDOW):
         window = order[start : start + WINDOW]
-        window = window[np.argsort(-slots[window], kind="stable")]
-        for item, size in zip(window.tolist(), slots[window].tolist(), strict=True):
-            fitting = rooms >> size
+        window = window[np.argsort(-num_tokens[window], kind="stable")]
+        for item, size in zip(window.tolist(), num_tokens[window].tolist(), strict=True):
+            fitting = occupied >> size
             if fitting:
-                room = size + (fitting & -fitting).bit_length() - 1
-                row = by_room[room].pop()
-                if not by_room[room]:
-                    rooms &= ~(1 << room)
+                free = size + (fitting & -fitting).bit_length() - 1
+                index = by_free[free].pop()
+                if not by_free[free]:
+                    occupied &= ~(1 << free)
             else:
-                room, row = row_length, len(rows)
-                rows.append([])
-            rows[row].append(item)
-            if room > size:
-                by_room[room - size].append(row)
-                rooms |= 1 << (room - size)
-    return [np.asarray(row, np.int64) for row in rows]
+                free, index = sequence_length, len(sequences)
+                sequences.append([])
+            sequences[index].append(item)
+            if free > size:
+                by_free[free - size].append(index)
+                occupied |= 1 << (free - size)
+    return [np.asarray(sequence, np.int64) for sequence in sequences]
 
 
 def _occurrences(num: int, repeats: np.ndarray | None, rng: np.random.Generator) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What a config's data amount to, as plain figures."""
+"""Summarizes the data of a config as JSON values."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from sft_jax.config import DataConfig, TrainingConfig
 from sft_jax.data.batches.packing import plan_of
 from sft_jax.data.tokens.prepare import Prepared
 
-_BARS = 16  # of the histogram
-_SHOWN_REASONS = 20
+_NUM_BINS = 16  # of the histogram
+_MAX_REASONS = 20
 
 
 def summarise(data: DataConfig, training: TrainingConfig, prepared: Prepared) -> dict[str, Any]:
-    """Rows, tokens, targets and what was left out, by source and role; lengths; how the rows of a step are filled.
+    """Count rows, tokens, supervised tokens (``targets``) and dropped examples, by source and role.
 
-    ``packing_efficiency`` is the share of slots with a token in it. Steps are those of one epoch, and of the run.
+    ``packing_efficiency`` is the fraction of tokens that are not padding.
     """
     report, examples = prepared.report, prepared.examples
     stops = report.stop_tokens
@@ -32,7 +32,7 @@ def summarise(data: DataConfig, training: TrainingConfig, prepared: Prepared) ->
         "truncated": report.total("truncated"),
         "targets_lost": report.total("targets_lost"),
         "share_of_targets_lost": report.share_lost,
-        "refused": [one.at(source.name) for source in report.sources for one in source.reasons[:_SHOWN_REASONS]],
+        "refused": [one.at(source.name) for source in report.sources for one in source.reasons[:_MAX_REASONS]],
         "stop_token": next(iter(stops), None),
         "stop_tokens": stops,
         "train_on": data.train_on,
@@ -71,18 +71,18 @@ def summarise(data: DataConfig, training: TrainingConfig, prepared: Prepared) ->
 
 
 def _histogram(lengths: np.ndarray, max_length: int) -> list[dict[str, int]]:
-    """How many examples are of which length, in steps of equal width; all that are too long in one last step.
+    """Count examples by length in bins of equal width; the last bin holds all examples longer than ``max_length``.
 
-    With lengths 5, 16 and 30 and a ``max_length`` of 16, the first step is ``5 – 5``, the last one ``17 – 30``.
+    With lengths 5, 16 and 30 and a ``max_length`` of 16, the first bin is ``5 – 5``, the last one ``17 – 30``.
     """
     if len(lengths) == 0:
         return []
     longest = int(lengths.max())
     top = min(longest, max_length)
-    width = max(1, -(-top // _BARS))
+    width = max(1, -(-top // _NUM_BINS))
     counts = np.bincount((lengths[lengths <= max_length] - 1) // width, minlength=-(-top // width))
-    bars = [{"from": i * width + 1, "to": min((i + 1) * width, top), "count": int(n)} for i, n in enumerate(counts)]
-    bars = bars[next((i for i, bar in enumerate(bars) if bar["count"]), len(bars)) :]  # none is as short as these
+    bins = [{"from": i * width + 1, "to": min((i + 1) * width, top), "count": int(n)} for i, n in enumerate(counts)]
+    bins = bins[next((i for i, one in enumerate(bins) if one["count"]), len(bins)) :]  # removes empty bins at the start
     if longest > max_length:
-        bars.append({"from": max_length + 1, "to": longest, "count": int((lengths > max_length).sum())})
-    return bars
+        bins.append({"from": max_length + 1, "to": longest, "count": int((lengths > max_length).sum())})
+    return bins

@@ -1,1 +1,1 @@
-"""Conversations to ids and mask, made by one call."""
+"""Encodes conversations as token ids and a loss mask."""

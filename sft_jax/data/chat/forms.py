@@ -1,4 +1,4 @@
-"""Forms of the same conversation of which a template reads one."""
+"""Adapts a conversation to the form that a template expects."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import json
 from contextlib import suppress
 from dataclasses import replace
 
-from sft_jax.data.chat.seen import Tools, parts_of, unseen
+from sft_jax.data.chat.seen import Tools, find_omitted, list_parts
 from sft_jax.data.chat.template import ChatTemplate
-from sft_jax.data.chat.thoughts import with_known_key
+from sft_jax.data.chat.thoughts import rename_reasoning_key
 from sft_jax.data.read.rows import Conversation, Message, RowError
 
 
-def in_form(template: ChatTemplate, conversation: Conversation) -> Conversation:
-    """A conversation in the form that a template reads.
+def adapt_to_template(template: ChatTemplate, conversation: Conversation) -> Conversation:
+    """Convert a conversation to the form that a template expects.
 
-    Thoughts under the key it knows; arguments of calls as objects, or as the JSON text that it joins to other text; and
-    what a developer says as what the system says, where the template knows no developer.
+    Renames the reasoning key, passes tool call arguments as objects or as JSON text, and turns ``developer`` messages
+    into ``system`` messages if the template does not support the ``developer`` role.
     """
-    messages = [with_known_key(message, template.source) for message in conversation.messages]
+    messages = [rename_reasoning_key(message, template.source) for message in conversation.messages]
     conversation = replace(conversation, messages=messages)
     if any("tool_calls" in message for message in messages) and not _renders_objects(template, conversation):
         as_text = replace(conversation, messages=[_with_text_arguments(message) for message in messages])
@@ -26,17 +26,17 @@ def in_form(template: ChatTemplate, conversation: Conversation) -> Conversation:
             template.render(as_text.messages, as_text.tools, kwargs=as_text.template_kwargs)
             conversation = as_text
     if any(message["role"] == "developer" for message in messages):
-        known = [
+        as_system = [
             {**message, "role": "system"} if message["role"] == "developer" else message
             for message in conversation.messages
         ]
-        if not _knows_developers(template, conversation):
-            conversation = replace(conversation, messages=known)
+        if not _supports_developer(template, conversation):
+            conversation = replace(conversation, messages=as_system)
     return conversation
 
 
 def _renders_objects(template: ChatTemplate, conversation: Conversation) -> bool:
-    """Whether arguments that are objects are written as JSON, and not as Python shows a dict."""
+    """Whether the template writes arguments that are objects as JSON, and not as the ``repr`` of a dict."""
     try:
         text = template.render(conversation.messages, conversation.tools, kwargs=conversation.template_kwargs)[0]
     except RowError:
@@ -57,16 +57,16 @@ def _with_text_arguments(message: Message) -> Message:
     return {**message, "tool_calls": calls}
 
 
-def _knows_developers(template: ChatTemplate, conversation: Conversation) -> bool:
-    """Whether the template writes what a developer says."""
+def _supports_developer(template: ChatTemplate, conversation: Conversation) -> bool:
+    """Whether the template writes the content of ``developer`` messages."""
     messages = conversation.messages
-    said = [i for i, message in enumerate(messages) if message["role"] == "developer"]
-    parts = [part for part in parts_of(messages, None) if part.where[1] in said and part.where[2] == "content"]
+    numbers = [i for i, message in enumerate(messages) if message["role"] == "developer"]
+    parts = [part for part in list_parts(messages, None) if part.path[1] in numbers and part.path[2] == "content"]
 
     def render(messages: list[Message], tools: Tools) -> str:
         return template.render(messages, tools, kwargs=conversation.template_kwargs)[0]
 
     try:
-        return not unseen(render, messages, conversation.tools, parts)
-    except RowError:  # it refuses the role
+        return not find_omitted(render, messages, conversation.tools, parts)
+    except RowError:  # the template rejects the role
         return False

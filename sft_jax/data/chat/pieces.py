@@ -1,4 +1,4 @@
-"""Token ids as readable pieces of text, for people who want to see what is trained."""
+"""Decodes token ids as readable text, token by token, to show which tokens are supervised."""
 
 from __future__ import annotations
 
@@ -7,18 +7,17 @@ from typing import Any
 
 
 def pieces(tokenizer: Any, ids: Sequence[int], mask: Sequence[bool]) -> list[tuple[str, bool]]:
-    """Pieces of text, in order, each with whether it is trained.
+    """Decode each token, and return its text with whether it is supervised.
 
-    One piece a token; tokens that hold only part of a character are put together until it is whole, as long as they
-    are alike in being trained.
+    Adjacent tokens that each hold only a part of a character are decoded together, if their mask is the same.
     """
-    found: list[tuple[str, bool]] = []
+    decoded: list[tuple[str, bool]] = []
     pending: list[int] = []
-    for i, (token, trained) in enumerate(zip(ids, mask, strict=True)):
+    for i, (token, is_supervised) in enumerate(zip(ids, mask, strict=True)):
         pending.append(int(token))
         text = tokenizer.decode(pending, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        is_last = i + 1 == len(ids) or bool(mask[i + 1]) != bool(trained)
+        is_last = i + 1 == len(ids) or bool(mask[i + 1]) != bool(is_supervised)
         if "\ufffd" not in text or is_last:
-            found.append((text, bool(trained)))
+            decoded.append((text, bool(is_supervised)))
             pending = []
-    return found
+    return decoded

@@ -1,4 +1,4 @@
-"""Which parts of a conversation a template writes: each gets a mark of its own, and the text is searched for them."""
+"""Finds the parts of a conversation that a template omits: adds a unique marker to each part and renders it."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ class Part:
     """A part of a conversation.
 
     Args:
-        where: numbers and keys that lead to it, from the messages or the tools on.
-        name: what to call it, after the number of its message.
-        is_needed: a text without it is another conversation; else it is only told that nobody reads it.
+        path: indices and keys of the part, starting with ``messages`` or ``tools``.
+        name: for error messages.
+        is_required: whether a row is refused if the template omits the part; else the part is reported as unused.
     """
 
-    where: tuple[Any, ...]
+    path: tuple[Any, ...]
     name: str
-    is_needed: bool = True
+    is_required: bool = True
 
     def __str__(self) -> str:
-        of_message = f"message {self.where[1]}: " if self.where[0] == "messages" else ""
-        return f"{of_message}the template does not write {self.name}"
+        prefix = f"message {self.path[1]}: " if self.path[0] == "messages" else ""
+        return f"{prefix}the template does not write {self.name}"
 
 
-def parts_of(messages: list[Message], tools: Tools) -> list[Part]:
-    """Everything that a template may write or leave out, but thoughts, which many write for the last answer only."""
+def list_parts(messages: list[Message], tools: Tools) -> list[Part]:
+    """List all parts that a template may omit, except reasoning, which many templates keep for the last answer only."""
     parts = []
     for i, message in enumerate(messages):
         if message.get("content", "").strip():
             parts.append(Part(("messages", i, "content"), f"its content (role {message['role']!r})"))
         for j, call in enumerate(message.get("tool_calls", ())):
-            where = ("messages", i, "tool_calls", j, "function", "arguments")
-            parts.append(Part(where, f"its call of {call['function']['name']!r} (call {j})"))
+            path = ("messages", i, "tool_calls", j, "function", "arguments")
+            parts.append(Part(path, f"its call of {call['function']['name']!r} (call {j})"))
             if "id" in call:
                 parts.append(Part(("messages", i, "tool_calls", j, "id"), "messages[].tool_calls[].id", False))
         for key in message.keys() - _READ_ELSEWHERE:
@@ -59,13 +59,13 @@ def parts_of(messages: list[Message], tools: Tools) -> list[Part]:
     return parts
 
 
-def unseen(
+def find_omitted(
     render: Callable[[list[Message], Tools], str], messages: list[Message], tools: Tools, parts: Iterable[Part]
 ) -> list[Part]:
-    """The parts that make no difference to a text.
+    """Return the parts that do not change the rendered text.
 
     Args:
-        render: the text of messages and tools like these.
+        render: renders messages and tools as text.
     """
     parts = list(parts)
     marks = {part: f"Zq{n}qZ" for n, part in enumerate(parts)}
@@ -78,21 +78,21 @@ def unseen(
         return []
     plain = render(messages, tools)
 
-    def makes_no_difference(some: list[Part]) -> bool:
+    def is_unused(some: list[Part]) -> bool:
         try:
             return render(*_changed(messages, tools, {part: marks[part] for part in some})) == plain
         except RowError:
-            return False  # it reads what it stumbles over
+            return False  # a template that fails because of a marker reads the part
 
-    if makes_no_difference(missing):
+    if is_unused(missing):
         return missing
-    return [part for part in missing if makes_no_difference([part])]
+    return [part for part in missing if is_unused([part])]
 
 
 def _changed(messages: list[Message], tools: Tools, marks: dict[Part, str]) -> tuple[list[Message], Tools]:
     changed = {"messages": deepcopy(messages), "tools": deepcopy(tools)}
     for part, mark in marks.items():
-        *path, last = part.where
+        *path, last = part.path
         holder: Any = changed
         for step in path:
             holder = holder[step]
@@ -116,11 +116,11 @@ def _marked(value: Any, mark: str) -> Any:
 
 
 def _as_object(text: str) -> dict[str, Any] | None:
-    """The object that a text is as JSON; None if it is none."""
+    """Parse a text as a JSON object; None if it is not one."""
     if not text.lstrip().startswith("{"):
         return None
     try:
-        found = json.loads(text)
+        value = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) else None
+    return value if isinstance(value, dict) else None

@@ -1,4 +1,4 @@
-"""A chat template, rendered as transformers renders it: sandboxed, with the marks of what is generated."""
+"""Renders chat templates as transformers does: sandboxed, with the spans of ``{% generation %}`` blocks."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from sft_jax.config import SET_BY_RENDERING
 from sft_jax.data.read.rows import Message, RowError
 from sft_jax.errors import UserError
 
-_rendering = threading.Lock()  # a compiled template keeps the marks of the one text it is writing
-SECONDS = 10.0  # that rendering one conversation may take
+_rendering = threading.Lock()  # a compiled template stores the generation spans of the text that it is rendering
+SECONDS = 10.0  # time limit for rendering one conversation
 Span = tuple[int, int]
 _GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """The template of one tokenizer.
+    """One chat template.
 
-    Rendering goes through transformers' own function, so that the text is the one ``apply_chat_template`` tokenises.
+    Renders with the function that ``apply_chat_template`` of transformers calls, so the text is the same.
 
     Args:
-        source: Jinja.
-        special_tokens: what the template knows as ``bos_token``, ``eos_token``, …
-        today: what ``strftime_now`` tells, YYYY-MM-DD; default the day it is.
+        source: Jinja source.
+        special_tokens: the variables ``bos_token``, ``eos_token``, … of the template.
+        today: date used by ``strftime_now``, YYYY-MM-DD; default the current date.
     """
 
     source: str
@@ -45,53 +45,53 @@ class ChatTemplate:
 
     @cached_property
     def tells_the_day(self) -> bool:
-        """Whether what it writes depends on the day, by ``strftime_now`` (Llama 3.2's does)."""
+        """Whether the template uses ``strftime_now``, as that of Llama 3.2 does."""
         return "strftime_now" in self.source
 
     @cached_property
     def reads(self) -> frozenset[str]:
-        """The names of the variables that it reads."""
+        """The names of the variables that the template reads."""
         with suppress(jinja2.TemplateSyntaxError):
             parsed = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_GENERATION.sub("", self.source))
             return frozenset(jinja2.meta.find_undeclared_variables(parsed))
         return frozenset(re.findall(r"[A-Za-z_]\w*", self.source))
 
-    def check_kwargs(self, given: Mapping[str, Any]) -> None:
-        """Refuse arguments that are not for a row or a config to give.
+    def check_kwargs(self, kwargs: Mapping[str, Any]) -> None:
+        """Check the template arguments of a row or a config.
 
         Raises:
-            RowError: one of them.
+            RowError: an argument is reserved for rendering.
         """
-        for name in given:
+        for name in kwargs:
             if name in SET_BY_RENDERING or name in self.special_tokens or name == "strftime_now":
-                raise RowError(f"chat template argument {name!r} is set by what is rendered, and not by hand")
+                raise RowError(f"chat template argument {name!r} is set by the renderer and cannot be overridden")
 
     @cached_property
     def is_marked(self) -> bool:
-        """Whether the template says itself what an assistant generates, with ``{% generation %}``."""
+        """Whether the template marks assistant turns with ``{% generation %}`` blocks."""
         return _GENERATION.search(self.source) is not None
 
     @cached_property
     def generation_prompt(self) -> str:
-        """What it writes to make the assistant answer; empty where that cannot be told by itself."""
-        asked: list[Message] = [{"role": "user", "content": "\u2603"}]
+        """The text that ``add_generation_prompt`` appends; empty if it cannot be separated from the messages."""
+        messages: list[Message] = [{"role": "user", "content": "\u2603"}]
         try:
-            (text, _), (prompted, _) = self.render(asked), self.render(asked, prompt=True)
+            (text, _), (prompted, _) = self.render(messages), self.render(messages, prompt=True)
         except RowError:
             return ""
         return prompted[len(text) :] if prompted.startswith(text) else ""
 
     @cached_property
     def _dated(self) -> str:
-        """With a ``strftime_now`` of its own, which tells ``today``: transformers lets nobody pass a function."""
+        """The source with a ``strftime_now`` macro for ``today``; transformers does not accept a function."""
         if self.today is None or not self.tells_the_day:
             return self.source
-        day = datetime.fromisoformat(self.today)
-        told = "format"
+        date = datetime.fromisoformat(self.today)
+        expression = "format"
         for directive in sorted(set(re.findall("%-?[a-zA-Z]", self.source))):
-            told += f" | replace({json.dumps(directive)}, {json.dumps(day.strftime(directive))})"
-        # The empty text keeps jinja from taking the template's first line break for the macro's last.
-        return f"{{% macro strftime_now(format) %}}{{{{ {told} }}}}{{% endmacro %}}{{{{ '' }}}}{self.source}"
+            expression += f" | replace({json.dumps(directive)}, {json.dumps(date.strftime(directive))})"
+        # Without the empty expression, trim_blocks of Jinja would remove a line break at the start of the template.
+        return f"{{% macro strftime_now(format) %}}{{{{ {expression} }}}}{{% endmacro %}}{{{{ '' }}}}{self.source}"
 
     def render(
         self,
@@ -100,19 +100,22 @@ class ChatTemplate:
         prompt: bool = False,
         kwargs: Mapping[str, Any] | None = None,
     ) -> tuple[str, list[Span]]:
-        """The text of a conversation, and where the template marks it as generated.
+        """Render a conversation.
 
         Args:
-            prompt: end with what makes the assistant answer.
+            prompt: whether to append the generation prompt.
             kwargs: further arguments of the template.
 
+        Returns:
+            The text, and the character spans of its ``{% generation %}`` blocks.
+
         Raises:
-            RowError: the template refuses the messages, or fails.
-            UserError: it does not come to an end; other rows would not fare better.
+            RowError: the template rejects the messages, or fails.
+            UserError: rendering exceeds the time limit.
         """
         if not messages:
             raise RowError("the conversation has no messages")
-        render: Any = render_jinja_template  # its annotations are narrower than what it takes
+        render: Any = render_jinja_template  # its type annotations are too narrow
         try:
             with _rendering, _time_limit(SECONDS):
                 texts, marks = render(
@@ -124,14 +127,14 @@ class ChatTemplate:
                     **self.special_tokens,
                     **(kwargs or {}),
                 )
-            texts[0].encode()  # templates may put together what JSON has escaped
+            texts[0].encode()  # nested values, such as tool call arguments, may contain lone surrogates
         except TimeoutError as error:
             raise UserError(
-                f"the chat template does not come to an end within {SECONDS:g} seconds for a conversation of "
-                f"{len(messages)} messages; give another one in data.chat_template"
+                f"the chat template does not finish within {SECONDS:g} seconds for a conversation of {len(messages)} "
+                "messages; set data.chat_template to another one"
             ) from error
         except UnicodeEncodeError as error:
-            raise RowError("the conversation has half of a character (a lone surrogate)") from error
+            raise RowError("the conversation contains a lone surrogate, which is not valid text") from error
         except (
             jinja2.TemplateError,
             ArithmeticError,
@@ -141,7 +144,7 @@ class ChatTemplate:
             RecursionError,
             TypeError,
             ValueError,
-        ) as error:  # whatever a template stumbles over is the row's fault or its own
+        ) as error:  # the exceptions that a row or a template can cause
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise RowError(f"the chat template fails: {reason}") from error
         return texts[0], sorted(marks[0]) if marks else []
@@ -149,10 +152,10 @@ class ChatTemplate:
 
 @dataclass(frozen=True)
 class ChatTemplates:
-    """All templates of one tokenizer, chosen between as transformers does: ``tool_use`` for what has tools.
+    """The chat templates of one tokenizer. As in transformers, ``tool_use`` is used for conversations with tools.
 
     Args:
-        sources: Jinja by name; one alone is the ``default``.
+        sources: Jinja sources by name; a single template is named ``default``.
     """
 
     sources: dict[str, str]
@@ -161,40 +164,41 @@ class ChatTemplates:
 
     @classmethod
     def of(cls, tokenizer: Any, today: str | None = None) -> ChatTemplates | None:
-        """Those of a tokenizer; None if it has none."""
-        given = tokenizer.chat_template
-        if not given:
+        """Return the templates of a tokenizer; None if it has none."""
+        source = tokenizer.chat_template
+        if not source:
             return None
-        return cls(given if isinstance(given, dict) else {"default": given}, dict(tokenizer.special_tokens_map), today)
+        sources = source if isinstance(source, dict) else {"default": source}
+        return cls(sources, dict(tokenizer.special_tokens_map), today)
 
     @cached_property
     def all(self) -> dict[str, ChatTemplate]:
-        """Each of them by name."""
+        """The templates by name."""
         return {name: ChatTemplate(text, self.special_tokens, self.today) for name, text in self.sources.items()}
 
     @cached_property
     def tells_the_day(self) -> bool:
-        """Whether what any of them writes depends on the day."""
+        """Whether any of the templates uses ``strftime_now``."""
         return any(template.tells_the_day for template in self.all.values())
 
     def choose(self, has_tools: bool) -> ChatTemplate:
-        """The one for a conversation.
+        """Return the template for a conversation with or without tools.
 
         Raises:
-            UserError: none of them is for it.
+            UserError: there is no such template.
         """
         name = "tool_use" if has_tools and "tool_use" in self.all else "default"
         if name not in self.all:
             raise UserError(
-                f"data.chat_template: the tokenizer has the templates {', '.join(self.all)} and none is the default; "
-                "give a Jinja file"
+                f"data.chat_template: the tokenizer has the templates {', '.join(self.all)} but no default; set it to "
+                "a Jinja file"
             )
         return self.all[name]
 
 
 @contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError after some seconds, inside :func:`can_be_interrupted`; elsewhere there is no limit."""
+    """Raise TimeoutError after ``seconds`` inside :func:`enforce_time_limit`; elsewhere there is no time limit."""
     if not _armed or not _is_main_thread():
         yield
         return
@@ -213,8 +217,8 @@ def _is_main_thread() -> bool:
 
 
 @contextmanager
-def can_be_interrupted() -> Iterator[None]:
-    """Let templates that do not come to an end be stopped; works in the main thread of a process only."""
+def enforce_time_limit() -> Iterator[None]:
+    """Enable the time limit of rendering; has an effect in the main thread of a process only."""
     if _armed or not _is_main_thread():
         yield
         return

@@ -1,4 +1,4 @@
-"""Thoughts that a generation prompt opens, or closes, before the model has written a token."""
+"""Reasoning blocks that a generation prompt opens or closes, and reasoning of messages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from sft_jax.data.read.messages import REASONING
 from sft_jax.data.read.rows import Message
 
-# How a thought begins and ends before the answer, in the templates of several families.
+# Begin, end, and the text that closes a reasoning block, in the templates of several model families.
 _MARKS = (
     (r"<(?P<name>(?:\w+:)?think(?::\w+)?)>", r"</(?:\w+:)?think(?::\w+)?>", "\n</{name}>\n\n"),  # most of them
     (r"<\|channel>thought", r"<channel\|>", "<channel|>"),  # Gemma 4
@@ -21,11 +21,11 @@ _INLINE = re.compile(r"\s*<think>(.*?)</think>", re.DOTALL)
 
 @dataclass(frozen=True)
 class Opening:
-    """What the end of a generation prompt does about a thought.
+    """A reasoning block at the end of a generation prompt.
 
     Args:
-        stem: the prompt without it.
-        end: what ends the thought that is open; None where the prompt has closed it.
+        stem: the prompt without the block.
+        end: the text that closes the open block; None if the prompt already closes it.
     """
 
     stem: str
@@ -33,7 +33,7 @@ class Opening:
 
 
 def openings(prompt: str) -> list[Opening]:
-    """A thought that is open, or already closed, at the end of a prompt; at most one."""
+    """Find the reasoning block, open or closed, at the end of a prompt; returns at most one."""
     for begin, close, end in _MARKS:
         if found := re.search(rf"{begin}\s*\Z", prompt):
             return [Opening(prompt[: found.start()], end.format(**found.groupdict()))]
@@ -42,8 +42,8 @@ def openings(prompt: str) -> list[Opening]:
     return []
 
 
-def thought_of(message: Message) -> str:
-    """What an assistant message has thought, in a key of its own or in front of its content; empty for nothing."""
+def reasoning_of(message: Message) -> str:
+    """Return the reasoning of an assistant message, from its own key or the start of its content; may be empty."""
     for name in REASONING:
         if name in message:
             return message[name]
@@ -51,8 +51,8 @@ def thought_of(message: Message) -> str:
     return inline[1] if inline else ""
 
 
-def with_known_key(message: Message, source: str) -> Message:
-    """The message with its thought under the key that a template's source reads, where it reads another one."""
+def rename_reasoning_key(message: Message, source: str) -> Message:
+    """Rename the reasoning key of a message to the one that the template source mentions, if it mentions another."""
     for name in REASONING:
         if name in message and not _mentions(source, name):
             known = next((other for other in REASONING if other not in message and _mentions(source, other)), None)

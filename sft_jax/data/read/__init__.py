@@ -1,1 +1,1 @@
-"""Files to rows, and rows to what they say."""
+"""Reads rows from files, and parses rows as conversations, documents or tokens."""

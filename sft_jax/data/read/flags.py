@@ -1,4 +1,4 @@
-"""What a row says about which of its messages are trained, in the words of several tools."""
+"""Reads flags and loss weights of messages, under the names that several training libraries use."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 
 from sft_jax.data.read.rows import RowError, shown
 
-# What true means: a number between is a weight of the loss. Ours and OpenAI's `weight`; `loss` is ms-swift's and
-# LLaMA-Factory's, `loss_mask` that of NeMo and slime, `training` Axolotl's, `masked` TorchTune's.
+# Flags that are true for supervised messages; other numbers are loss weights. OpenAI uses `weight`, ms-swift and
+# LLaMA-Factory `loss`, NeMo and slime `loss_mask`, Axolotl `training`. `masked` of torchtune is the opposite.
 _TRAINED = ("train", "weight", "loss_weight", "loss", "loss_mask", "training", "trainable")
 _NOT_TRAINED = ("masked",)
 FLAGS = (*_TRAINED, *_NOT_TRAINED)
-# Names that say something about training in no tool's words that are known here.
-_TELLING = re.compile(
+# Names that look like flags or loss weights, but that no supported library uses.
+_FLAG_LIKE = re.compile(
     r"((messages?|tokens?|assistant|turns?|responses?|completion|targets?|labels?|samples?|examples?|rows?|chat|sft|is|do"
     r"|to|should|no|not|ignore|skip|use)_)*(loss|loss(es|mask|weights?)|masks?|masked|weights?|train|trained|training"
     r"|trainable)(_(masks?|weights?|scale|details?|flags?|on|turns?))*"
@@ -23,25 +23,25 @@ _TELLING = re.compile(
 
 
 def weight_of(message: Mapping[str, Any]) -> float | None:
-    """What a message's loss counts; None if it does not say.
+    """Return the loss weight of a message; None if it has no flag.
 
     Raises:
-        RowError: a flag of the wrong type, or two that contradict each other.
+        RowError: a flag has the wrong type, or two flags contradict each other.
     """
-    found = {name: message[name] for name in FLAGS if message.get(name) is not None}
-    weights = {_weight(name, value) for name, value in found.items()}
+    flags = {name: message[name] for name in FLAGS if message.get(name) is not None}
+    weights = {_weight(name, value) for name, value in flags.items()}
     if len(weights) > 1:
-        raise RowError(f"{' and '.join(map(repr, found))} say different things")
+        raise RowError(f"{' and '.join(map(repr, flags))} contradict each other")
     return weights.pop() if weights else None
 
 
 def weights_of_row(row: Mapping[str, Any], size: int) -> list[float | None]:
-    """What the loss of each of ``size`` messages counts, from a column with a flag for each of them.
+    """Return the loss weight of each of ``size`` messages, from a column that lists one flag per message.
 
     Raises:
-        RowError: a flag of the row as a whole, lists of another length, or two that contradict each other.
+        RowError: a column is not a list of ``size`` flags, or two columns contradict each other.
     """
-    found: dict[str, list[float]] = {}
+    columns: dict[str, list[float]] = {}
     for name in FLAGS:
         value = row.get(name)
         if value is None:
@@ -49,19 +49,19 @@ def weights_of_row(row: Mapping[str, Any], size: int) -> list[float | None]:
         if not isinstance(value, list) or len(value) != size:
             raise RowError(
                 f"column {name!r} must be a list with a flag for each of the {size} messages, it is {shown(value)} "
-                f"(data.*.ignore_columns: [{name}] leaves it out)"
+                f"(ignore it with data.*.ignore_columns: [{name}])"
             )
-        found[name] = [_weight(name, one) for one in value]
-    if len({tuple(weights) for weights in found.values()}) > 1:
-        raise RowError(f"the columns {' and '.join(map(repr, found))} say different things")
-    return [*next(iter(found.values()), [None] * size)]
+        columns[name] = [_weight(name, one) for one in value]
+    if len({tuple(weights) for weights in columns.values()}) > 1:
+        raise RowError(f"the columns {' and '.join(map(repr, columns))} contradict each other")
+    return [*next(iter(columns.values()), [None] * size)]
 
 
 def _weight(name: str, value: Any) -> float:
     if not isinstance(value, bool | int | float):
         raise RowError(f"{name!r} must be true, false or a number, it is {shown(value)}")
     if not math.isfinite(value) or value < 0:
-        raise RowError(f"{name!r} must be a number that is not negative, it is {value}")
+        raise RowError(f"{name!r} must be finite and not negative, it is {value}")
     if name not in _NOT_TRAINED:
         return float(value)
     if value not in (0, 1):
@@ -69,15 +69,15 @@ def _weight(name: str, value: Any) -> float:
     return 1.0 - float(value)
 
 
-def refuse_telling(name: str, value: Any, where: str) -> None:
-    """Refuse what is not read and plainly says what is trained: numbers or flags under a name that says so.
+def refuse_unknown_flag(name: str, value: Any, where: str) -> None:
+    """Refuse an unused key or column that looks like a flag or a loss weight, by its name and type.
 
     Raises:
-        RowError: how to say it, or to leave it out.
+        RowError: it does; the message names the supported keys.
     """
     numbers = value if isinstance(value, list) else [value]
-    if _TELLING.fullmatch(name.lower()) and numbers and all(isinstance(one, bool | int | float) for one in numbers):
+    if _FLAG_LIKE.fullmatch(name.lower()) and numbers and all(isinstance(one, bool | int | float) for one in numbers):
         raise RowError(
-            f"{where} {name!r} is not understood, and seems to say what is trained; say it as 'train' or 'weight' of a "
-            f"message, or leave it out with data.*.ignore_columns: [{name}]"
+            f"{where} {name!r} is not supported, but looks like a loss mask; use 'train' or 'weight' of a message "
+            f"instead, or ignore it with data.*.ignore_columns: [{name}]"
         )

@@ -1,4 +1,4 @@
-"""JSON lines, small enough to be read at once."""
+"""Reads small JSON Lines files."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from sft_jax.errors import UserError
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a ``.jsonl`` file; empty lines are skipped.
+    """Read the objects of a ``.jsonl`` file; skips empty lines.
 
     Raises:
-        UserError: no such file, no rows, or a line (named) that is not a JSON object.
+        UserError: the file does not exist or has no rows, or a line is not a JSON object; the error names the line.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file")

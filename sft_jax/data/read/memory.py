@@ -1,4 +1,4 @@
-"""Rows that are given in memory, kept as a file: whatever reads, counts or resumes data then needs one way only."""
+"""Writes rows from memory to a file in the cache, so that all other code reads files only."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ from sft_jax.errors import UserError
 
 
 def source_of(rows: Iterable[Mapping[str, Any]], name: str) -> SourceConfig:
-    """A source with these rows, in a file of the cache whose name tells its content.
+    """Write rows to a file in the cache, and return it as a source.
 
-    The same rows make the same file, so that a run of them resumes.
+    The file name contains a hash of the rows, so a run with the same rows can resume.
 
     Args:
-        rows: dicts of JSON values, or a dataset of Hugging Face.
-        name: of the argument, for messages.
+        rows: dicts of JSON values, or a Hugging Face dataset.
+        name: name of the argument, for error messages.
 
     Raises:
-        UserError: a row that is no dict, a value that JSON cannot hold, or no rows.
+        UserError: a row is not a dict, a value cannot be written as JSON, or there are no rows.
     """
     folder = cache_folder() / "rows"
     folder.mkdir(parents=True, exist_ok=True)
-    seen, num = hashlib.sha256(), 0
+    digest, num_rows = hashlib.sha256(), 0
     with tempfile.NamedTemporaryFile(dir=folder, suffix=".partial", delete=False) as file:
         partial = Path(file.name)
         try:
-            for num, row in enumerate(rows, start=1):
-                line = _as_line(row, f"{name} row {num - 1}")
-                seen.update(line)
+            for num_rows, row in enumerate(rows, start=1):
+                line = _as_line(row, f"{name} row {num_rows - 1}")
+                digest.update(line)
                 file.write(line)
-            if not num:
+            if not num_rows:
                 raise UserError(f"{name}: has no rows")
         except BaseException:
             partial.unlink()
             raise
-    path = folder / f"{name}-{seen.hexdigest()[:16]}.jsonl"
+    path = folder / f"{name}-{digest.hexdigest()[:16]}.jsonl"
     partial.replace(path)
     return SourceConfig(path=str(path))
 

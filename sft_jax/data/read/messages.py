@@ -1,4 +1,4 @@
-"""Messages of a row in the form that chat templates expect, whatever form they come in."""
+"""Converts the messages of a row to the form that chat templates expect."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from sft_jax.data.read.flags import FLAGS, refuse_telling, weight_of
+from sft_jax.data.read.flags import FLAGS, refuse_unknown_flag, weight_of
 from sft_jax.data.read.rows import Message, RowError, shown
 
-# Who speaks, in the words of many data sets, as chat templates call them; in any case of letters.
+# Role names of chat templates, each with the names that datasets use for it, in lower case.
 _ROLES = {
     "user": ("user", "human", "prompter", "customer"),
     "assistant": ("assistant", "gpt", "chatgpt", "bing", "bard", "model", "bot", "chatbot", "ai"),
@@ -24,7 +24,7 @@ MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 
 class Arguments(dict):
-    """The arguments of a call as an object, with the JSON text that the row has them in."""
+    """The arguments of a tool call as an object, with their original JSON text if the row has one."""
 
     text: str | None = None
 
@@ -32,14 +32,14 @@ class Arguments(dict):
 def read_messages(
     row: Mapping[str, Any], key: str, keep_reasoning: bool, unread: set[str], ignored: Collection[str] = ()
 ) -> tuple[list[Message], list[float | None]]:
-    """The messages in a column, and what each one's loss counts (None: it does not say).
+    """Read the messages in a column, and the loss weight of each (None if not specified).
 
     Args:
-        unread: gets the names of what is not read.
-        ignored: keys of messages that are left out on purpose.
+        unread: receives the names of unused keys.
+        ignored: keys of messages to ignore.
 
     Raises:
-        RowError: something in them cannot be used; the message's number is told.
+        RowError: a message cannot be used; the error names its number.
     """
     value = row.get(key)
     if isinstance(value, str):
@@ -47,27 +47,27 @@ def read_messages(
     if not isinstance(value, list) or not value:
         raise RowError(f"{key!r} must be a list of messages, it is {shown(value)}")
     messages, weights = [], []
-    for i, given in enumerate(value):
-        if not isinstance(given, dict):
-            raise RowError(f"message {i} must be an object with role and content, it is {shown(given)}")
-        met = [name for name in ignored if name in given]
-        unread.update(f"messages[].{name}, by ignore_columns" for name in met)
-        given = {name: one for name, one in given.items() if name not in met}
+    for i, raw in enumerate(value):
+        if not isinstance(raw, dict):
+            raise RowError(f"message {i} must be an object with role and content, it is {shown(raw)}")
+        present = [name for name in ignored if name in raw]
+        unread.update(f"messages[].{name}, by ignore_columns" for name in present)
+        raw = {name: one for name, one in raw.items() if name not in present}
         try:
-            weights.append(weight_of(given))
-            messages.append(_canonical(given, keep_reasoning, unread))
+            weights.append(weight_of(raw))
+            messages.append(_canonical(raw, keep_reasoning, unread))
         except RowError as error:
             raise RowError(f"message {i}: {error}") from error
     return messages, weights
 
 
-def _canonical(given: Mapping[str, Any], keep_reasoning: bool, unread: set[str]) -> Message:
-    message = {name: value for name, value in given.items() if value is not None and name not in FLAGS}
+def _canonical(raw: Mapping[str, Any], keep_reasoning: bool, unread: set[str]) -> Message:
+    message = {name: value for name, value in raw.items() if value is not None and name not in FLAGS}
     if "role" not in message and "from" in message:
         speaker = message.pop("from")
         role = _ROLE.get(speaker.strip().lower()) if isinstance(speaker, str) else None
         if role is None:
-            raise RowError(f"'from' {speaker!r} is none of {', '.join(_ROLE)}")
+            raise RowError(f"'from' {speaker!r} is not one of {', '.join(_ROLE)}")
         message = {"role": role} | message
         if "value" in message:
             message["content"] = message.pop("value")
@@ -77,13 +77,13 @@ def _canonical(given: Mapping[str, Any], keep_reasoning: bool, unread: set[str])
     message["role"] = role = _ROLE.get(role.strip().lower(), role)
     for name in MEDIA:
         if message.get(name):
-            raise RowError(f"has {name!r}; only text can be trained on")
+            raise RowError(f"has {name!r}; only text is supported")
     if role == "function_call":
         calls = read_json(checked(message.pop("content", None), "content"), "the function call")
         message |= {"role": "assistant", "tool_calls": calls if isinstance(calls, list) else [calls]}
-    if "function_call" in message:  # OpenAI's older form, of one call
+    if "function_call" in message:  # OpenAI's deprecated form of a single call
         if "tool_calls" in message:
-            raise RowError("'function_call' and 'tool_calls' are both there; keep one")
+            raise RowError("has both 'function_call' and 'tool_calls'; keep one of them")
         call = message.pop("function_call")
         message["tool_calls"] = [read_json(call, "'function_call'") if isinstance(call, str) else call]
     if "tool_calls" in message:
@@ -93,24 +93,24 @@ def _canonical(given: Mapping[str, Any], keep_reasoning: bool, unread: set[str])
             raise RowError(f"'tool_calls' must be a list, it is {shown(calls)}")
         if calls:
             if message["role"] != "assistant":
-                raise RowError(f"a message of the {message['role']} has 'tool_calls'; only the assistant calls tools")
+                raise RowError(f"a {message['role']} message has 'tool_calls'; only assistant messages can call tools")
             message["tool_calls"] = [_tool_call(call, unread) for call in calls]
     if "content" in message:
         message["content"] = _content(message["content"], unread)
     elif "tool_calls" not in message:
-        raise RowError("'content' is null" if "content" in given else "'content' is missing")
+        raise RowError("'content' is null" if "content" in raw else "'content' is missing")
     if message["role"] == "assistant":
         _reasoning(message, keep_reasoning)
     for name, value in message.items():
         if isinstance(value, str):
             checked(value, name)
         elif name not in ("content", "tool_calls"):
-            refuse_telling(name, value, "the key")
+            refuse_unknown_flag(name, value, "the key")
     return message
 
 
 def _content(value: Any, unread: set[str]) -> str:
-    """A string, or the text of its parts."""
+    """Return the content as a string; joins the text of its parts."""
     if isinstance(value, list):
         return "".join(_part(part, unread) for part in value)
     return checked(value, "content")
@@ -123,16 +123,16 @@ def _part(part: Any, unread: set[str]) -> str:
         raise RowError(f"'content' has a part that is {shown(part)}")
     kind = part.get("type", "text")
     if kind not in ("text", "input_text", "output_text"):
-        raise RowError(f"'content' has a part of type {kind!r}; only text can be trained on")
+        raise RowError(f"'content' has a part of type {kind!r}; only text is supported")
     for name in ("text", "value", "content"):
         if part.get(name) is not None:
-            unread.update(f"messages[].content[].{other}" for other in _given(part) - {"type", name})
+            unread.update(f"messages[].content[].{other}" for other in _non_null_keys(part) - {"type", name})
             return checked(part[name], f"content[{name}]")
     raise RowError("'content' has a part without text")
 
 
 def _reasoning(message: Message, keep: bool) -> None:
-    """Check the reasoning of an assistant message, or take it out."""
+    """Check the reasoning of an assistant message, or remove it."""
     for name in REASONING:
         if name in message:
             if not keep:
@@ -145,10 +145,10 @@ def _reasoning(message: Message, keep: bool) -> None:
 
 
 def _tool_call(call: Any, unread: set[str]) -> dict[str, Any]:
-    """A call as ``{"type": "function", "function": {"name": ..., "arguments": {...}}}``.
+    """Convert a tool call to ``{"type": "function", "function": {"name": ..., "arguments": {...}}}``.
 
-    Arguments become an object: most templates write them with ``tojson``, which would quote a string once more. Their
-    text is kept for those that join it to other text.
+    Arguments become an object, because most templates render them with ``tojson``, which would quote a string again.
+    Their JSON text is kept for templates that concatenate it.
     """
     if not isinstance(call, dict):
         raise RowError(f"a tool call must be an object, it is {shown(call)}")
@@ -159,30 +159,31 @@ def _tool_call(call: Any, unread: set[str]) -> dict[str, Any]:
         raise RowError("a tool call has no function name")
     unread.update(
         f"messages[].tool_calls[].{name}"
-        for name in _given(call) - {"id", "type", *(("name", "arguments") if is_flat else ("function",))}
+        for name in _non_null_keys(call) - {"id", "type", *(("name", "arguments") if is_flat else ("function",))}
     )
-    unread.update(f"messages[].tool_calls[].function.{name}" for name in _given(function) - {"name", "arguments"})
-    given = function.get("arguments")
-    parsed = given
-    if isinstance(given, str):
-        parsed = read_json(given, f"the arguments of {function['name']!r}") if given.strip() else {}
+    unused = _non_null_keys(function) - {"name", "arguments"}
+    unread.update(f"messages[].tool_calls[].function.{name}" for name in unused)
+    raw = function.get("arguments")
+    parsed = raw
+    if isinstance(raw, str):
+        parsed = read_json(raw, f"the arguments of {function['name']!r}") if raw.strip() else {}
     if not isinstance(parsed, dict | None):
         raise RowError(f"the arguments of {function['name']!r} must be an object, they are {shown(parsed)}")
     arguments = Arguments(parsed or {})
-    arguments.text = given if isinstance(given, str) and given.strip() else None
+    arguments.text = raw if isinstance(raw, str) and raw.strip() else None
     rest = {name: value for name, value in call.items() if name in ("id", "type")}
     return {"type": "function"} | rest | {"function": {"name": function["name"], "arguments": arguments}}
 
 
 def read_tools(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    """The function schemas of a row, each as ``{"type": "function", "function": {...}}``; None for none.
+    """Read the tool schemas of a row, each as ``{"type": "function", "function": {...}}``; None if there are none.
 
-    They are in ``tools``, or in ``functions`` as OpenAI had it.
+    Reads ``tools``, or ``functions``, the deprecated name of OpenAI.
 
     Raises:
-        RowError: they are no list of objects, or in both.
+        RowError: a column is not a list of objects, or both columns are present.
     """
-    found = {}
+    schemas = {}
     for name in ("tools", "functions"):
         tools = row.get(name)
         if isinstance(tools, str):
@@ -194,37 +195,37 @@ def read_tools(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
         tools = [read_json(tool, repr(name)) if isinstance(tool, str) else tool for tool in tools]
         if not all(isinstance(tool, dict) for tool in tools):
             raise RowError(f"{name!r} must be a list of objects, it is {shown(tools)}")
-        found[name] = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
-    if len(found) > 1:
-        raise RowError("'tools' and 'functions' both have schemas; leave one out with data.*.ignore_columns")
-    return next(iter(found.values()), None)
+        schemas[name] = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+    if len(schemas) > 1:
+        raise RowError("'tools' and 'functions' both have schemas; ignore one of them with data.*.ignore_columns")
+    return next(iter(schemas.values()), None)
 
 
 def read_template_kwargs(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of the chat template that a row gives in ``chat_template_kwargs``.
+    """Read the chat template arguments of a row from ``chat_template_kwargs``.
 
     Raises:
-        RowError: they are no object.
+        RowError: they are not an object.
     """
-    given = row.get("chat_template_kwargs")
-    if isinstance(given, str):
-        given = read_json(given, "'chat_template_kwargs'") if given.strip() else None
-    if given is None:
+    kwargs = row.get("chat_template_kwargs")
+    if isinstance(kwargs, str):
+        kwargs = read_json(kwargs, "'chat_template_kwargs'") if kwargs.strip() else None
+    if kwargs is None:
         return {}
-    if not isinstance(given, dict):
-        raise RowError(f"'chat_template_kwargs' must be an object, it is {shown(given)}")
-    return {name: value for name, value in given.items() if value is not None}
+    if not isinstance(kwargs, dict):
+        raise RowError(f"'chat_template_kwargs' must be an object, it is {shown(kwargs)}")
+    return {name: value for name, value in kwargs.items() if value is not None}
 
 
-def _given(value: Mapping[str, Any]) -> set[str]:
+def _non_null_keys(value: Mapping[str, Any]) -> set[str]:
     return {name for name, one in value.items() if one is not None}
 
 
 def read_text(row: Mapping[str, Any], key: str) -> str:
-    """The string in a column.
+    """Read the string in a column.
 
     Raises:
-        RowError: there is none, or it cannot be written as UTF-8.
+        RowError: the column is missing, not a string, or cannot be encoded as UTF-8.
     """
     if key not in row:
         raise RowError(f"{key!r} is missing")
@@ -232,10 +233,10 @@ def read_text(row: Mapping[str, Any], key: str) -> str:
 
 
 def checked(value: Any, name: str) -> str:
-    """A string that can be written as UTF-8.
+    """Check that a value is a string that can be encoded as UTF-8, and return it.
 
     Raises:
-        RowError: it is none.
+        RowError: it is not.
     """
     if not isinstance(value, str):
         raise RowError(f"{name!r} must be a string, it is {shown(value)}")
@@ -243,12 +244,12 @@ def checked(value: Any, name: str) -> str:
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            raise RowError(f"{name!r} has half of a character (a lone surrogate) at {error.start}") from error
+            raise RowError(f"{name!r} has a lone surrogate at character {error.start}, invalid text") from error
     return value
 
 
 def read_json(text: str, what: str) -> Any:
-    """What a JSON text says.
+    """Parse a JSON text.
 
     Raises:
         RowError: it is not valid JSON, or nested too deeply.

@@ -1,4 +1,4 @@
-"""What a row says once its format is understood: a conversation, a text to continue, or tokens as they are."""
+"""Parsed rows: a conversation, a document, or tokens."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ Message = dict[str, Any]
 
 
 class RowError(ValueError):
-    """Why one row cannot be trained on; the caller adds file and row.
+    """The reason why a row cannot be used; the caller adds file and row.
 
     Args:
-        line: of the file, where the row could not even be read.
+        line: line number in the file, if the row could not be parsed.
     """
 
     def __init__(self, reason: str, line: int | None = None):
@@ -22,20 +22,20 @@ class RowError(ValueError):
         self.line = line
 
     def at(self, name: str, row: int) -> str:
-        """The reason after where it is: ``a.jsonl row 3: …``, or ``a.jsonl:4: …`` for a line that is no row."""
+        """Prefix the reason with its location: ``a.jsonl row 3: …``, or ``a.jsonl:4: …`` if the line has no row."""
         return f"{name} row {row}: {self}" if self.line is None else f"{name}:{self.line}: {self}"
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages as chat templates expect them, and how much each one counts.
+    """Messages in the form that chat templates expect, and their loss weights.
 
     Args:
-        messages: with ``role``; ``content`` is a string or absent; tool calls have their arguments as objects.
-        weights: of the loss of each message; None where the row says nothing, so that ``train_on`` decides.
-        tools: function schemas, or None.
-        template_kwargs: arguments of the chat template that this row gives.
-        unread: what of the row was not read: columns, and keys of messages as ``messages[].key``.
+        messages: each with a ``role``; ``content`` is a string or absent; arguments of tool calls are objects.
+        weights: loss weight of each message; None if the row does not specify it, so that ``train_on`` decides.
+        tools: tool schemas, or None.
+        template_kwargs: chat template arguments of this row.
+        unread: unused columns, and unused keys of messages as ``messages[].key``.
     """
 
     messages: list[Message]
@@ -46,29 +46,29 @@ class Conversation:
 
     @property
     def last_exchange(self) -> tuple[str, str] | None:
-        """The last user message and the last answer, as plain text; None without an answer."""
+        """The last answer and the user message before it, as plain text; None if there is no answer."""
         return next(reversed(self._exchanges()), None)
 
     def question_before(self, answer: str) -> str | None:
-        """The user message before the last answer that is this one, or ends it; before the last answer if none is."""
-        found = self._exchanges()
-        fitting = [pair for pair in found if pair[1] and answer.endswith(pair[1])]
-        return next((question for question, _ in reversed(fitting or found)), None)
+        """Return the user message before the last answer that ``answer`` ends with, or before the last one of all."""
+        exchanges = self._exchanges()
+        matching = [pair for pair in exchanges if pair[1] and answer.endswith(pair[1])]
+        return next((question for question, _ in reversed(matching or exchanges)), None)
 
     def _exchanges(self) -> list[tuple[str, str]]:
-        """Each answer after the user message before it, as plain text."""
-        asked, found = "", []
+        """Return pairs of a user message and its answer, as plain text."""
+        question, exchanges = "", []
         for message in self.messages:
             if message["role"] == "user":
-                asked = message.get("content", "").strip()
+                question = message.get("content", "").strip()
             elif message["role"] == "assistant":
-                found.append((asked, message.get("content", "").strip()))
-        return found
+                exchanges.append((question, message.get("content", "").strip()))
+        return exchanges
 
 
 @dataclass(frozen=True)
 class Document:
-    """Plain text: ``completion`` is trained, and with it the stop token; an empty prompt makes it a whole document."""
+    """Plain text. The ``completion`` and the stop token are supervised; with an empty prompt, all tokens are."""
 
     prompt: str
     completion: str
@@ -76,17 +76,17 @@ class Document:
 
     @property
     def last_exchange(self) -> tuple[str, str] | None:
-        """Prompt and completion; None for a whole document."""
+        """Prompt and completion; None if there is no prompt."""
         return (self.prompt.strip(), self.completion.strip()) if self.prompt else None
 
     def question_before(self, answer: str) -> str | None:
-        """The prompt; None for a whole document."""
+        """Return the prompt; None if it is empty."""
         return self.prompt.strip() or None
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """A row that was tokenised elsewhere: ``weights[i]`` is what predicting ``ids[i]`` counts."""
+    """A row that is already tokenized; ``weights[i]`` is the loss weight of predicting ``ids[i]``."""
 
     ids: list[int]
     weights: list[float] = field(default_factory=list)
@@ -94,11 +94,11 @@ class Tokens:
 
     @property
     def last_exchange(self) -> None:
-        """Nothing: text and tokens of a question cannot be told apart."""
+        """None, because a tokenized row has no separate question."""
         return None
 
     def question_before(self, answer: str) -> None:
-        """Nothing, as above."""
+        """Return None, as ``last_exchange`` does."""
         return None
 
 
@@ -106,5 +106,5 @@ Row = Conversation | Document | Tokens
 
 
 def shown(value: Any) -> str:
-    """A value for an error message: its type and how it begins."""
+    """Format a value for an error message: its type and its first 40 characters."""
     return "null" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"

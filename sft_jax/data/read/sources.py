@@ -1,4 +1,4 @@
-"""Where rows come from: files, folders, globs, remote storage, and Hugging Face datasets."""
+"""Opens sources of rows: files, folders, globs, remote storage, and Hugging Face datasets."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from sft_jax.errors import UserError
 from sft_jax.files.buckets import is_url
 
 _KINDS = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
-_NOT_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # about a data set
+_METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 _SPLIT = re.compile(r"(?:^|[-_.])((?:train|test|validation|valid|val|dev|eval)(?:_(?:sft|gen|prefs))?)(?=[-_.]|$)")
-_TRIED = 100  # rows that are looked at to tell the format
-# Names and tables, and the files beside them that are of another split; None where names tell no splits.
-Found = tuple[list[tuple[str, Table]], tuple[str, ...] | None]
-_fetched: dict[tuple[str, str], Path] = {}  # remote files by address and version, copied by this process
+_NUM_DETECTED = 100  # rows that are read to detect the format
+# Names and tables, and the skipped files of other splits; None if the file names contain no splits.
+_Opened = tuple[list[tuple[str, Table]], tuple[str, ...] | None]
+_fetched: dict[tuple[str, str], Path] = {}  # local copies of remote files, by URL and version
 
 
 @dataclass(frozen=True)
@@ -37,47 +37,47 @@ class Source:
     format: str
     weight: float = 1.0
     max_rows: int | None = None
-    columns: dict[str, str] = field(default_factory=dict)  # our name of a column to the file's
+    columns: dict[str, str] = field(default_factory=dict)  # name in the format to name in the file
     ignore_columns: tuple[str, ...] = ()
-    passed_over: tuple[str, ...] = ()  # files beside this one that are of another split
-    given: str = ""  # the path in the config, which may stand for several files
+    passed_over: tuple[str, ...] = ()  # skipped files of other splits in the same folder
+    given: str = ""  # the path in the config, which may match several files
 
     def __len__(self) -> int:
         return len(self.table) if self.max_rows is None else min(self.max_rows, len(self.table))
 
     def read(self, start: int, stop: int, keep_reasoning: bool = True) -> Iterator[Row | RowError]:
-        """What rows ``start … stop`` say; one that says nothing usable is given as the reason why."""
-        for given in self.table.read(start, min(stop, len(self))):
-            if isinstance(given, RowError):
-                yield given
+        """Read and parse rows ``start … stop``; yields an error for a row that cannot be used."""
+        for raw in self.table.read(start, min(stop, len(self))):
+            if isinstance(raw, RowError):
+                yield raw
                 continue
             try:
-                yield parse(self.format, _renamed(given, self.columns), keep_reasoning, self.ignore_columns)
+                yield parse(self.format, _renamed(raw, self.columns), keep_reasoning, self.ignore_columns)
             except RowError as error:
                 yield error
 
     def row(self, index: int, keep_reasoning: bool = True) -> Row:
-        """One row.
+        """Read and parse one row.
 
         Raises:
-            UserError: it cannot be used.
+            UserError: the row cannot be used.
         """
-        found = next(self.read(index, index + 1, keep_reasoning))
-        if isinstance(found, RowError):
-            raise UserError(found.at(self.name, index))
-        return found
+        row = next(self.read(index, index + 1, keep_reasoning))
+        if isinstance(row, RowError):
+            raise UserError(row.at(self.name, index))
+        return row
 
 
 def open_sources(sources: Sequence[SourceConfig]) -> list[Source]:
-    """Open every source; a folder or glob becomes one entry a file, in the order of the file names.
+    """Open sources. A folder or a glob gives one source per file, sorted by name.
 
     Raises:
-        UserError: nothing there, a file that cannot be parsed (file and line), no rows, or no known format.
+        UserError: a source does not exist, cannot be parsed (names file and line), has no rows, or an unknown format.
     """
     opened = []
     for source in sources:
-        found, passed_over = _open(source)
-        for name, table in found:
+        tables, passed_over = _open(source)
+        for name, table in tables:
             if len(table) == 0:
                 raise UserError(f"{name}: has no rows")
             opened.append(
@@ -90,21 +90,21 @@ def open_sources(sources: Sequence[SourceConfig]) -> list[Source]:
     return opened
 
 
-def _open(source: SourceConfig) -> Found:
-    found, passed_over = _find(source)
-    if not any(isinstance(table, Dataset) for _, table in found):
+def _open(source: SourceConfig) -> _Opened:
+    tables, passed_over = _find(source)
+    if not any(isinstance(table, Dataset) for _, table in tables):
         for key in ("name", "split", "revision"):
             if getattr(source, key) != getattr(SourceConfig(source.path), key) and not (
                 key == "split" and passed_over is not None
             ):
                 raise UserError(
-                    f"data.*.{key}: {getattr(source, key)!r} is for Hugging Face dataset ids, and {source.path} is "
-                    "taken file by file"
+                    f"data.*.{key}: {getattr(source, key)!r} is for Hugging Face dataset ids, but {source.path} is "
+                    "read as files"
                 )
-    return found, passed_over
+    return tables, passed_over
 
 
-def _find(source: SourceConfig) -> Found:
+def _find(source: SourceConfig) -> _Opened:
     if source.path.startswith(builtin.PREFIX):
         return [(source.path, open_file(builtin.locate(source.path, "data"), source.path))], None
     if is_url(source.path):
@@ -118,76 +118,76 @@ def _find(source: SourceConfig) -> Found:
         files = _data_files(path)
         if not files:
             raise UserError(f"data: folder {source.path} has no {', '.join(_KINDS)} file")
-        files, left = _of_split(files, source)
-        return [(name, open_file(Path(name), name)) for name in files], left
+        files, passed_over = _select_split(files, source)
+        return [(name, open_file(Path(name), name)) for name in files], passed_over
     files = sorted(name for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
     if files:
         return [(file, open_file(Path(file), file)) for file in files], None
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source.path) and kind_of(path.name) not in _KINDS:
-        of_several = "" if source.name is None else f"{source.name}, "
-        return [(f"{source.path}[{of_several}{source.split}]", Dataset(_read_hub(source)))], None
-    raise UserError(f"data: no file, folder or glob {source.path!r}, and not a Hugging Face dataset id")
+        configuration = "" if source.name is None else f"{source.name}, "
+        return [(f"{source.path}[{configuration}{source.split}]", Dataset(_read_hub(source)))], None
+    raise UserError(f"data: {source.path!r} matches no file, folder or glob, and is not a Hugging Face dataset id")
 
 
 def _data_files(folder: Path) -> list[str]:
-    """The files of rows in a folder, or in its folder ``data`` as the Hub has them."""
-    for place in (folder, folder / "data"):
-        if place.is_dir():
-            found = (file for file in place.iterdir() if kind_of(file.name) in _KINDS and file.name not in _NOT_ROWS)
-            if files := sorted(map(str, found)):
+    """List the data files of a folder, or of its subfolder ``data`` as in repositories of the Hub."""
+    for directory in (folder, folder / "data"):
+        if directory.is_dir():
+            names = (one for one in directory.iterdir() if kind_of(one.name) in _KINDS and one.name not in _METADATA)
+            if files := sorted(map(str, names)):
                 return files
     return []
 
 
-def _of_split(files: Sequence[str], source: SourceConfig) -> tuple[list[str], tuple[str, ...] | None]:
-    """Of files whose names tell their splits (``train-00000-of-00002.parquet``, ``test.jsonl``) those of one split.
+def _select_split(files: Sequence[str], source: SourceConfig) -> tuple[list[str], tuple[str, ...] | None]:
+    """Select the files of one split by their names (``train-00000-of-00002.parquet``, ``test.jsonl``).
 
     Returns:
-        The files to read, and those left out; all are read, and None is left out, where no name tells a split.
+        The files to read, and the names of the skipped ones. If no name contains a split, all files and None.
 
     Raises:
-        UserError: there are splits, and not this one.
+        UserError: there are splits, but no file of this one.
     """
     splits = {file: next(iter(_SPLIT.findall(Path(file).name.lower())), None) for file in files}
-    told = sorted({split for split in splits.values() if split})
-    if not told:
+    available = sorted({split for split in splits.values() if split})
+    if not available:
         return [*files], None
-    found = [file for file, split in splits.items() if split in (None, source.split.lower())]
-    if not found:
+    selected = [file for file, split in splits.items() if split in (None, source.split.lower())]
+    if not selected:
         raise UserError(
-            f"{source.path}: has no file of the split {source.split!r}; there are {', '.join(told)} (data.*.split, or "
-            "the path of a file)"
+            f"{source.path}: has no file of the split {source.split!r}; there are {', '.join(available)} (set "
+            "data.*.split, or the path of a file)"
         )
-    return found, tuple(Path(file).name for file in files if file not in found)
+    return selected, tuple(Path(file).name for file in files if file not in selected)
 
 
-def _open_remote(source: SourceConfig) -> Found:
-    """Files of ``gs://``, ``s3://`` or another storage that fsspec knows, copied to a temporary folder."""
+def _open_remote(source: SourceConfig) -> _Opened:
+    """Copy the files of ``gs://``, ``s3://`` or another fsspec storage to a temporary folder, and open them."""
     import fsspec
 
     try:
         fs, path = fsspec.core.url_to_fs(source.path)
         fs.invalidate_cache()
-        left = None
+        passed_over = None
         if fs.isdir(path):
-            found = sorted(
-                one for one in fs.ls(path, detail=False) if kind_of(one) in _KINDS and Path(one).name not in _NOT_ROWS
+            files = sorted(
+                one for one in fs.ls(path, detail=False) if kind_of(one) in _KINDS and Path(one).name not in _METADATA
             )
-            found, left = _of_split(found, source)
+            files, passed_over = _select_split(files, source)
         else:
-            found = sorted(fs.glob(path))
-        if not found:
-            raise UserError(f"data: nothing there: {source.path}")
+            files = sorted(fs.glob(path))
+        if not files:
+            raise UserError(f"data: no files at {source.path}")
         opened = []
-        for one in found:
-            name = fs.unstrip_protocol(one)
-            version = (name, json.dumps(fs.info(one), sort_keys=True, default=str))
-            if version not in _fetched:  # a stream opens its sources twice: their first rows before all of them
-                target = scratch_folder() / Path(one).name
-                fs.get_file(one, str(target))
+        for file in files:
+            name = fs.unstrip_protocol(file)
+            version = (name, json.dumps(fs.info(file), sort_keys=True, default=str))
+            if version not in _fetched:  # streaming opens each source twice: once to check its first rows
+                target = scratch_folder() / Path(file).name
+                fs.get_file(file, str(target))
                 _fetched[version] = target
             opened.append((name, open_file(_fetched[version], name)))
-        return opened, left
+        return opened, passed_over
     except UserError:
         raise
     except ImportError as error:
@@ -220,14 +220,14 @@ def _read_hub(source: SourceConfig) -> Any:
             return datasets.load_dataset(source.path, source.name, split=source.split, revision=source.revision)
         except (DatasetsError, HfHubHTTPError, OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
-            asked = f"(name {source.name or 'null'}, split {source.split})"
+            details = f"(name {source.name or 'null'}, split {source.split})"
             raise UserError(
-                f"data: {source.path!r} {asked} is no local file and could not be fetched: {reason}"
+                f"data: {source.path!r} {details} is not a local file and could not be fetched: {reason}"
             ) from error
 
 
 class _quiet_datasets:
-    """No progress bars and no log lines of ``datasets`` while it reads: failures are told by our own line."""
+    """Disables progress bars and logging of ``datasets``; errors are reported as :class:`UserError`."""
 
     def __enter__(self) -> None:
         import datasets
@@ -252,45 +252,47 @@ def _renamed(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
 
 
 def _format(name: str, table: Table, source: SourceConfig) -> str:
-    """The row format: by name where it is given, else by the columns of the first row that has values in them."""
+    """Return the configured row format, or detect it from the non-null columns of the first rows."""
     unknown = sorted(set(source.columns) - set(COLUMNS))
     if unknown:
-        raise UserError(f"data.*.columns: {unknown[0]!r} is no column of a format; there are {', '.join(COLUMNS)}")
-    first: RowError | None = None
-    have, valued, seen = _renamed_set(table.columns(), source.columns), set[str](), set(table.columns())
-    for row in table.read(0, _TRIED):
+        raise UserError(
+            f"data.*.columns: {unknown[0]!r} is not a column of any format; the columns are {', '.join(COLUMNS)}"
+        )
+    first_error: RowError | None = None
+    columns, non_null, seen = _renamed_set(table.columns(), source.columns), set[str](), set(table.columns())
+    for row in table.read(0, _NUM_DETECTED):
         if isinstance(row, RowError):
-            first = first or row
+            first_error = first_error or row
             continue
         seen |= row.keys()
-        have = have or _renamed_set(row, source.columns)
-        valued = valued or {name for name, value in _renamed(row, source.columns).items() if value is not None}
-        if detect(valued) is None:
-            valued = set()
+        columns = columns or _renamed_set(row, source.columns)
+        non_null = non_null or {name for name, value in _renamed(row, source.columns).items() if value is not None}
+        if detect(non_null) is None:
+            non_null = set()
         elif seen.issuperset(source.columns.values()):
             break
-    lacking = sorted(set(source.columns.values()) - seen)
+    absent = sorted(set(source.columns.values()) - seen)
     shown = ", ".join(sorted(seen))
-    if seen and lacking:
-        raise UserError(f"{name}: data.*.columns names the column {lacking[0]!r}; this file has {shown}")
-    if first is not None and not have:
-        raise UserError(first.at(name, 0))
+    if seen and absent:
+        raise UserError(f"{name}: data.*.columns names the column {absent[0]!r}, but this file has {shown}")
+    if first_error is not None and not columns:
+        raise UserError(first_error.at(name, 0))
     if source.format != "auto":
-        missing = missing_column(source.format, have)
+        missing = missing_column(source.format, columns)
         if missing is not None:
-            raise UserError(f"{name}: format {source.format!r} needs the column {missing!r}; this file has {shown}")
+            raise UserError(f"{name}: format {source.format!r} needs the column {missing!r}, but this file has {shown}")
         return source.format
-    found = detect(valued) or detect(have)
-    if found in (None, "text") and is_message(have):
+    detected = detect(non_null) or detect(columns)
+    if detected in (None, "text") and is_message(columns):
         raise UserError(
-            f"{name}: each row is one message of a tree (its columns are {shown}), and not a conversation; join each "
-            "path from a root to a row of 'messages'"
+            f"{name}: each row is a single message of a conversation tree (its columns are {shown}); join each path "
+            "from a root to a leaf into one row with 'messages'"
         )
-    if found is None:
+    if detected is None:
         raise UserError(
-            f"{name}: no known format in the columns {shown}; {suggestion(have)} (known are {', '.join(FORMATS)})"
+            f"{name}: no known format in the columns {shown}; {suggestion(columns)} (formats: {', '.join(FORMATS)})"
         )
-    return found
+    return detected
 
 
 def _renamed_set(names: Iterable[str], columns: dict[str, str]) -> set[str]:

@@ -1,4 +1,4 @@
-"""Kinds of files as tables of rows, read a stretch at a time."""
+"""Reads ranges of rows from JSON Lines, JSON, CSV, Parquet and Arrow files, and from ``datasets``."""
 
 from __future__ import annotations
 
@@ -19,35 +19,34 @@ _COMPRESSED = (".gz", ".zst")
 
 
 class Table(Protocol):
-    """Rows that are read in stretches, at random."""
+    """Random access to ranges of rows."""
 
     def __len__(self) -> int:
-        """How many rows."""
+        """Return the number of rows."""
         ...
 
     def columns(self) -> list[str]:
-        """The columns that the file says all its rows have; empty where it says nothing of the kind."""
+        """Return the columns in the schema of the file; empty if it has no schema."""
         ...
 
     def read(self, start: int, stop: int) -> Iterator[dict[str, Any] | RowError]:
-        """Rows ``start … stop``; one that cannot be read is given as the reason why."""
+        """Yield rows ``start … stop``; yields an error for a row that cannot be read."""
         ...
 
     def digest(self) -> str:
-        """A hash of the contents."""
+        """Return a hash of the contents."""
         ...
 
 
 def open_file(path: Path, name: str) -> Table:
-    """The rows of a local file.
+    """Open a local file.
 
     Args:
-        path: ``.jsonl``, ``.json``, ``.csv``, ``.parquet`` or ``.arrow``; the first three also
-            with ``.gz`` or ``.zst``.
+        path: ``.jsonl``, ``.json``, ``.csv``, ``.parquet`` or ``.arrow``, also with ``.gz`` or ``.zst``.
         name: for error messages.
 
     Raises:
-        UserError: an unknown kind of file, or one that cannot be read as what its name says.
+        UserError: the kind of file is unknown, or the file cannot be read.
     """
     opener = _OPENERS.get(kind_of(path.name))
     if opener is None:
@@ -62,7 +61,7 @@ def open_file(path: Path, name: str) -> Table:
 
 
 def kind_of(name: str) -> str:
-    """The ending that says what a file is: ``a.jsonl.gz`` is a ``.jsonl``."""
+    """Return the suffix of a file without compression: ``.jsonl`` for ``a.jsonl.gz``."""
     suffixes = Path(name).suffixes
     if len(suffixes) > 1 and suffixes[-1] in _COMPRESSED:
         return suffixes[-2]
@@ -70,7 +69,7 @@ def kind_of(name: str) -> str:
 
 
 class Parquet:
-    """A Parquet file; the last row group read is kept. Threads may share it, the reader of pyarrow may not be."""
+    """A Parquet file. Caches the last row group; a lock makes it thread-safe, which the reader of pyarrow is not."""
 
     def __init__(self, path: Path, name: str):
         import pyarrow as pa
@@ -84,36 +83,36 @@ class Parquet:
         metadata = self._file.metadata
         sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
         self._offsets = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).astype(np.int64)
-        self._held: tuple[int, Any] = (-1, None)
+        self._cached: tuple[int, Any] = (-1, None)
         self._lock = Lock()
 
     def __len__(self) -> int:
         return int(self._offsets[-1])
 
     def columns(self) -> list[str]:
-        """Those of the schema."""
+        """Return the columns of the schema."""
         return self._file.schema_arrow.names
 
     def read(self, start: int, stop: int) -> Iterator[dict[str, Any] | RowError]:
-        """Rows ``start … stop``, without the nulls that the columns of other rows have put into them."""
-        start, stop = start, min(stop, len(self))
+        """Yield rows ``start … stop``, without the nulls that Arrow adds for keys of other rows."""
+        stop = min(stop, len(self))
         while start < stop:
             group = int(np.searchsorted(self._offsets, start, side="right")) - 1
             with self._lock:
-                if self._held[0] != group:
-                    self._held = (group, self._file.read_row_group(group))
-                held = self._held[1]
+                if self._cached[0] != group:
+                    self._cached = (group, self._file.read_row_group(group))
+                cached = self._cached[1]
             first, end = int(self._offsets[group]), min(stop, int(self._offsets[group + 1]))
-            yield from _arrow_rows(held.slice(start - first, end - start))
+            yield from _arrow_rows(cached.slice(start - first, end - start))
             start = end
 
     def digest(self) -> str:
-        """A hash of the file's bytes."""
+        """Return a hash of the file's bytes."""
         return file_digest(self.path)
 
 
 class Arrow:
-    """An Arrow file or stream (what ``datasets`` keeps), mapped into memory."""
+    """A memory-mapped Arrow file or stream, the storage format of ``datasets``."""
 
     def __init__(self, path: Path, name: str):
         import pyarrow as pa
@@ -133,20 +132,20 @@ class Arrow:
         return self._table.num_rows
 
     def columns(self) -> list[str]:
-        """Those of the schema."""
+        """Return the columns of the schema."""
         return self._table.schema.names
 
     def read(self, start: int, stop: int) -> Iterator[dict[str, Any] | RowError]:
-        """Rows ``start … stop``, without the nulls that the columns of other rows have put into them."""
+        """Yield rows ``start … stop``, without the nulls that Arrow adds for keys of other rows."""
         yield from _arrow_rows(self._table.slice(start, min(stop, len(self)) - start))
 
     def digest(self) -> str:
-        """A hash of the file's bytes."""
+        """Return a hash of the file's bytes."""
         return file_digest(self.path)
 
 
 class Dataset:
-    """A ``datasets.Dataset``: of the Hugging Face hub, or saved to disk."""
+    """A ``datasets.Dataset`` from the Hugging Face Hub or from disk."""
 
     def __init__(self, dataset: Any):
         self._dataset = dataset.with_format("arrow")
@@ -155,24 +154,24 @@ class Dataset:
         return len(self._dataset)
 
     def columns(self) -> list[str]:
-        """Those of the schema."""
+        """Return the columns of the schema."""
         return self._dataset.column_names
 
     def read(self, start: int, stop: int) -> Iterator[dict[str, Any] | RowError]:
-        """Rows ``start … stop``, without the nulls that the columns of other rows have put into them."""
+        """Yield rows ``start … stop``, without the nulls that Arrow adds for keys of other rows."""
         yield from _arrow_rows(self._dataset[start : min(stop, len(self))])
 
     def digest(self) -> str:
-        """The dataset's own fingerprint."""
+        """Return the fingerprint of the dataset."""
         return self._dataset._fingerprint
 
     def write(self, path: Path) -> None:
-        """Write all rows as a Parquet file, which other processes can read."""
+        """Write all rows to a Parquet file for other processes."""
         self._dataset.to_parquet(str(path))
 
 
 def _arrow_rows(table: Any) -> Iterator[dict[str, Any] | RowError]:
-    """Rows with the values that their types mean, and without the nulls that other rows' keys have put into them."""
+    """Convert a table to rows. Decodes JSON, maps and bytes, and drops nulls that Arrow adds for keys of other rows."""
     import pyarrow as pa
 
     readers = {name: reader for name, kind in zip(table.schema.names, table.schema.types, strict=True)
@@ -201,9 +200,9 @@ def _arrow_rows(table: Any) -> Iterator[dict[str, Any] | RowError]:
 
 
 def _reader(kind: Any) -> Callable[[Any], Any] | None:
-    """What makes of a value of an Arrow type what it means; None where it is that already.
+    """Return a function that decodes values of an Arrow type; None if they need no decoding.
 
-    JSON and maps keep their nulls; those of structs are of keys that only other rows have.
+    Keeps nulls in JSON and maps; drops nulls in structs, since Arrow adds them for keys that only other rows have.
     """
     import pyarrow as pa
 
@@ -212,18 +211,18 @@ def _reader(kind: Any) -> Callable[[Any], Any] | None:
     if pa.types.is_dictionary(kind):
         return _reader(kind.value_type)
     if any(is_kind(kind) for is_kind in _bytes_kinds()):
-        return bytes.decode  # text, of a writer that has no type for it
+        return bytes.decode  # some writers store text as bytes
     if pa.types.is_map(kind):
-        of_items = _reader(kind.item_type)
-        return lambda pairs: {key: _read(one, of_items) for key, one in pairs}
+        item_reader = _reader(kind.item_type)
+        return lambda pairs: {key: _read(one, item_reader) for key, one in pairs}
     if pa.types.is_struct(kind):
-        of_fields = {field.name: _reader(field.type) for field in kind}
+        readers = {field.name: _reader(field.type) for field in kind}
         return lambda value: {
-            name: _read(one, of_fields[name]) for name, one in value.items() if one is not None
+            name: _read(one, readers[name]) for name, one in value.items() if one is not None
         }  # fmt: skip
-    if hasattr(kind, "value_type"):  # lists of all kinds
-        of_values = _reader(kind.value_type)
-        return None if of_values is None else lambda values: [_read(one, of_values) for one in values]
+    if hasattr(kind, "value_type"):  # all list types
+        value_reader = _reader(kind.value_type)
+        return None if value_reader is None else lambda values: [_read(one, value_reader) for one in values]
     return None
 
 

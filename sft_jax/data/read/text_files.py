@@ -1,8 +1,8 @@
-"""Files of text as tables of rows: JSON lines, JSON, CSV; memory does not grow with the number of rows.
+"""Reads JSON Lines, JSON and CSV files; memory does not grow with the number of rows in a JSON Lines file.
 
-Rows are parsed one by one and kept as they are written. They are not put into Arrow columns on the way, which would
-fill every row with the keys of all others (an ``"arguments": {"city": "Rome"}`` would become
-``{"city": "Rome", "recipe": null}`` because another row calls another tool).
+Rows are parsed one by one and never stored in Arrow columns, which would add the keys of all other rows to each row:
+``"arguments": {"city": "Rome"}`` would become ``{"city": "Rome", "recipe": null}`` because another row calls another
+tool.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _CHUNK = 1 << 24  # bytes read at a time
 
 
 class JsonLines:
-    """A file with one JSON object a line, read a stretch at a time and parsed when a row is read."""
+    """A file with one JSON object per line. Indexes the lines once, and parses rows when they are read."""
 
     def __init__(self, path: Path, name: str):
         self.path = path
@@ -37,11 +37,11 @@ class JsonLines:
         return len(self._starts)
 
     def columns(self) -> list[str]:
-        """None are known before rows are read."""
+        """Return an empty list, because the file has no schema."""
         return []
 
     def read(self, start: int, stop: int) -> Iterator[dict[str, Any] | RowError]:
-        """Rows ``start … stop``; a malformed line is given as the reason why."""
+        """Yield rows ``start … stop``; yields an error for a malformed line."""
         stop = min(stop, len(self))
         if start >= stop:
             return
@@ -59,7 +59,7 @@ class JsonLines:
                 yield self._error(i, f"not valid JSON: {error.msg} (column {error.colno})")
             except RecursionError:
                 yield self._error(i, "nested too deeply")
-            except ValueError as error:  # a number with thousands of digits
+            except ValueError as error:  # for example a number with thousands of digits
                 yield self._error(i, f"not valid JSON: {str(error)[:80]}")
             else:
                 yield row if isinstance(row, dict) else self._error(i, "not a JSON object")
@@ -68,12 +68,12 @@ class JsonLines:
         return RowError(reason, line=int(self._numbers[row]) + 1)
 
     def digest(self) -> str:
-        """A hash of the file's bytes."""
+        """Return a hash of the file's bytes."""
         return file_digest(self.path)
 
 
 def _find_lines(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where the lines of a file that are not blank begin and end, and their numbers from 0."""
+    """Return start, end and 0-based number of all lines that are not blank."""
     breaks, size = [], 0
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
@@ -81,23 +81,21 @@ def _find_lines(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             size += len(chunk)
         ends = np.concatenate([*breaks, np.asarray([size], np.int64)]).astype(np.int64)
         starts = np.concatenate([[0], ends[:-1] + 1])
-        kept = ends > starts
-        for i in np.flatnonzero(
-            kept & (ends - starts < 64)
-        ):  # blanks alone are no row; longer lines are looked at later
+        is_row = ends > starts
+        for i in np.flatnonzero(is_row & (ends - starts < 64)):  # skip whitespace; longer lines are not checked here
             file.seek(int(starts[i]))
-            kept[i] = bool(file.read(int(ends[i] - starts[i])).strip())
-    return starts[kept], ends[kept], np.flatnonzero(kept)
+            is_row[i] = bool(file.read(int(ends[i] - starts[i])).strip())
+    return starts[is_row], ends[is_row], np.flatnonzero(is_row)
 
 
 def open_json(path: Path, name: str) -> JsonLines:
-    """A JSON file: a list of objects, one object that is a row, or one whose only list is of rows. Read whole."""
+    """Read a JSON file into memory: a list of rows, a single row, or an object whose only list holds the rows."""
     text = _utf8(path, name)
     try:
         rows = json.loads(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and text[: error.pos].strip().startswith("{"):
-            return JsonLines(path, name)  # JSON lines by another name
+            return JsonLines(path, name)  # a JSON Lines file with the suffix .json
         raise UserError(f"{name}:{error.lineno}: not valid JSON: {error.msg}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{name}: not valid JSON: {str(error)[:80]}") from error
@@ -106,7 +104,7 @@ def open_json(path: Path, name: str) -> JsonLines:
         one_row = {"messages", "conversations", "instruction", "prompt", "text", "question"} & set(rows)
         rows = lists[0] if len(lists) == 1 and not one_row else [rows]
     if not isinstance(rows, list):
-        raise UserError(f"{name}: must hold a list of objects, it holds a {type(rows).__name__}")
+        raise UserError(f"{name}: must contain a list of objects, it contains a {type(rows).__name__}")
     for i, row in enumerate(rows):
         if not isinstance(row, dict):
             raise UserError(f"{name} row {i}: not a JSON object")
@@ -114,7 +112,7 @@ def open_json(path: Path, name: str) -> JsonLines:
 
 
 def open_csv(path: Path, name: str) -> JsonLines:
-    """A CSV file with a header: every value is a string, and an empty one is empty."""
+    """Read a CSV file with a header. Every value is a string; empty values are empty strings."""
     csv.field_size_limit(sys.maxsize)
 
     def fill(write: Callable[[Any], None]) -> None:
@@ -123,7 +121,7 @@ def open_csv(path: Path, name: str) -> JsonLines:
             try:
                 header = next(reader, [])
                 if len(set(header)) < len(header):
-                    raise UserError(f"{name}: two columns have the same name")
+                    raise UserError(f"{name}: two columns of the header have the same name")
                 for values in reader:
                     if values and len(values) != len(header):
                         raise UserError(f"{name}:{reader.line_num}: {len(values)} values, {len(header)} columns")
@@ -138,7 +136,7 @@ def open_csv(path: Path, name: str) -> JsonLines:
 
 
 def _spooled(fill: Callable[[Callable[[Any], None]], object], name: str) -> JsonLines:
-    """Rows written as JSON lines into a temporary file."""
+    """Write rows to a temporary JSON Lines file."""
     path = scratch_folder() / "rows.jsonl"
     with path.open("w", encoding="utf-8") as file:
         fill(lambda row: print(json.dumps(row), file=file))
@@ -146,10 +144,10 @@ def _spooled(fill: Callable[[Callable[[Any], None]], object], name: str) -> Json
 
 
 def decompressed(path: Path, name: str) -> Path:
-    """A ``.gz`` or ``.zst`` file's contents, in a temporary file.
+    """Decompress a ``.gz`` or ``.zst`` file to a temporary file.
 
     Raises:
-        UserError: it is none.
+        UserError: the file cannot be decompressed.
     """
     import pyarrow as pa
 
@@ -174,7 +172,7 @@ def _utf8(path: Path, name: str) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """A hash of a file's bytes."""
+    """Return a hash of a file's bytes."""
     digest = hashlib.blake2b(digest_size=16)
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):

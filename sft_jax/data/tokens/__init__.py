@@ -1,1 +1,1 @@
-"""Rows to examples, in several processes and once only."""
+"""Tokenizes rows in several processes, and caches the result."""

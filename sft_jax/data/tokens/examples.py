@@ -1,4 +1,4 @@
-"""All examples of a data set, where each came from, and what was left out."""
+"""Encodes sources as examples, and reports which rows were kept, dropped and refused."""
 
 from __future__ import annotations
 
@@ -14,130 +14,130 @@ import numpy as np
 from sft_jax.data.chat.encoder import Encoded, Encoder, Tally
 from sft_jax.data.read.sources import Source
 from sft_jax.data.tokens.tokenise import Origin, tokenise
-from sft_jax.data.tokens.tokenised import RowErrorAt, Tokenised
+from sft_jax.data.tokens.tokenised import RowErrorAt, Tokenized
 from sft_jax.errors import UserError
 
 
 @dataclass
 class SourceReport:
-    """What became of the rows of one source. Tokens and targets are those of the examples that are kept."""
+    """Counts of one source. Tokens and targets (supervised tokens) are those of the kept examples."""
 
     name: str
     format: str
     rows: int = 0
     refused: int = 0
-    examples: int = 0  # before the overlong ones are left out; a row may give several
+    examples: int = 0  # including overlong ones; a row may give several
     kept: int = 0
     tokens: int = 0
     targets: int = 0
-    dropped: int = 0  # longer than max_length
-    dropped_without_targets: int = 0  # nothing to train on was left after truncation
+    dropped: int = 0  # examples longer than max_length
+    dropped_without_targets: int = 0  # examples without supervised tokens after truncation
     truncated: int = 0
-    targets_lost: int = 0  # by dropping and truncating
+    targets_lost: int = 0  # supervised tokens lost by dropping and truncation
     reasons: list[RowErrorAt] = field(default_factory=list)
-    unread: dict[str, int] = field(default_factory=dict)  # columns and keys that nothing reads, and in how many rows
-    passed_over: tuple[str, ...] = ()  # files beside it that are of another split
+    unread: dict[str, int] = field(default_factory=dict)  # unused columns and keys, and in how many rows
+    passed_over: tuple[str, ...] = ()  # skipped files of other splits in the same folder
     origin: Origin = field(default_factory=lambda: Origin(False, 1, 0.0))
 
 
 @dataclass
 class Report:
-    """What became of the rows of all sources."""
+    """Counts of all sources."""
 
     sources: list[SourceReport] = field(default_factory=list)
-    tally: Tally = field(default_factory=Tally)  # of all examples that could be encoded
+    tally: Tally = field(default_factory=Tally)  # of all encoded examples, also overlong ones
     stop_tokens: dict[str, int] = field(default_factory=dict)
 
     def total(self, name: str) -> int:
-        """The sum of a number over all sources."""
+        """Return the sum of a count over all sources."""
         return sum(getattr(source, name) for source in self.sources)
 
     @property
     def not_read(self) -> list[str]:
-        """What of each source is not read, and in how many rows: ``a.jsonl: id (40 rows)``."""
+        """The unused columns, keys and files of each source: ``a.jsonl: id (40 rows)``."""
         lines = []
         for source in self.sources:
             if source.unread:
                 names = ", ".join(f"{name} ({count:,} rows)" for name, count in source.unread.items())
                 lines.append(f"{source.name}: {names}")
             if source.passed_over:
-                lines.append(f"beside {source.name}, of another split: {', '.join(source.passed_over)}")
+                lines.append(f"files of other splits next to {source.name}: {', '.join(source.passed_over)}")
         return lines
 
     @property
     def share_lost(self) -> float:
-        """Which share of all targets is lost by dropping and truncating."""
+        """The fraction of supervised tokens that is lost by dropping and truncation."""
         lost = self.total("targets_lost")
         return lost / max(1, lost + self.total("targets"))
 
     @property
     def dropped_by_reason(self) -> dict[str, int]:
-        """How many were left out, and why: overlong examples, and refused rows by reason.
+        """The number of dropped examples and refused rows, by reason.
 
-        Reasons that differ in the message's number only are one, told as the first of them.
+        Reasons that differ only in the number of the message are counted together, under the first of them.
         """
-        found = Counter(
+        counts = Counter(
             {
                 "longer than data.max_length": self.total("dropped"),
-                "no targets left after truncation": self.total("dropped_without_targets"),
+                "no supervised tokens left after truncation": self.total("dropped_without_targets"),
             }
         )
         first: dict[str, str] = {}
         for source in self.sources:
             for one in source.reasons:
-                found[first.setdefault(re.sub(r"^message \d+", "message", one.reason), one.reason)] += 1
-            found["refused for other reasons"] += source.refused - len(source.reasons)
-        return {reason: count for reason, count in found.items() if count}
+                counts[first.setdefault(re.sub(r"^message \d+", "message", one.reason), one.reason)] += 1
+            counts["refused for other reasons"] += source.refused - len(source.reasons)
+        return {reason: count for reason, count in counts.items() if count}
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Encoded rows; example ``i`` is ``ids[starts[i]:starts[i] + lengths[i]]`` of its source. Files stay on disk."""
+    """Encoded examples; example ``i`` is ``ids[starts[i]:starts[i] + lengths[i]]`` of its source, read from disk."""
 
-    parts: tuple[Tokenised, ...]  # a source each
+    parts: tuple[Tokenized, ...]  # one per source
     source: np.ndarray  # int32 [examples]
     starts: np.ndarray  # int64
     lengths: np.ndarray  # int32
     row: np.ndarray  # int64, row in its source
     names: tuple[str, ...]
-    weights: tuple[float, ...]  # of the sources
+    weights: tuple[float, ...]  # sampling weight of each source
     stop_ids: tuple[int, ...]
-    given: tuple[str, ...] = ()  # the path in the config each source belongs to
+    given: tuple[str, ...] = ()  # the path in the config of each source
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Ids (int32) and mask (float32: what the loss counts each) of one example."""
+        """Return the ids (int32) and the loss mask (float32) of one example."""
         part = self.parts[self.source[index]]
         where = slice(self.starts[index], self.starts[index] + self.lengths[index])
         return part.ids[where], part.weights[part.codes[where]]
 
     @cached_property
     def groups(self) -> tuple[str, ...]:
-        """The paths in the config, each once: losses are told apart by these."""
+        """The distinct paths in the config; metrics report one loss per path."""
         return tuple(dict.fromkeys(self.given))
 
     def group(self, index: int) -> int:
-        """Which group an example belongs to."""
+        """Return the index of an example's group."""
         return self.groups.index(self.given[self.source[index]])
 
     @property
     def slots(self) -> np.ndarray:
-        """How many slots each example takes in a batch: one less than its ids, as inputs and targets are shifted."""
+        """The length of each example in a batch: one less than its ids, because targets are shifted by one."""
         return self.lengths - 1
 
     def flat(self) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and mask of all examples end to end, in memory."""
+        """Concatenate the ids and loss masks of all examples in memory."""
         rows = [self[i] for i in range(len(self))]
         return np.concatenate([ids for ids, _ in rows]), np.concatenate([mask for _, mask in rows])
 
     def describe(self, index: int) -> str:
-        """``file.jsonl row 17``."""
+        """Return the location of an example: ``file.jsonl row 17``."""
         return f"{self.names[self.source[index]]} row {self.row[index]}"
 
     def fingerprint(self) -> str:
-        """A short hash of all ids and masks: whether a resumed run sees the same data."""
+        """Return a short hash of all ids and masks, to verify that a resumed run has the same data."""
         digest = hashlib.sha256()
         for part in self.parts:
             digest.update(part.digest.encode())
@@ -147,12 +147,12 @@ class Examples:
 
 
 def join(encoded: Sequence[Encoded], name: str) -> Examples:
-    """Examples of one source that are in memory."""
+    """Combine encoded examples in memory as one source."""
     masks = np.concatenate([np.asarray(one.mask, np.float32) for one in encoded])
     weights, codes = np.unique(masks, return_inverse=True)
     lengths = np.asarray([len(one.ids) for one in encoded], np.int32)
     rows = np.arange(len(encoded), dtype=np.int64)
-    part = Tokenised(
+    part = Tokenized(
         ids=np.concatenate([np.asarray(one.ids, np.int32) for one in encoded]),
         codes=codes.astype(np.uint8),
         lengths=lengths,
@@ -179,22 +179,24 @@ def encode_sources(
     cache: bool = False,
     refuse: bool = True,
 ) -> tuple[Examples, Report]:
-    """Encode every row of every source; examples longer than ``max_length`` ids are handled as ``overlong`` says.
+    """Encode all rows of all sources; ``overlong`` determines what happens to examples longer than ``max_length`` ids.
 
-    ``truncate`` cuts at the end and never adds a stop token to a cut answer, which would teach stopping early; an
-    example left without targets is dropped. ``progress`` is called with the number of rows done since the last call.
+    ``truncate`` cuts the end and adds no stop token to a cut answer, which would teach the model to stop early; an
+    example without supervised tokens after truncation is dropped.
 
     Args:
-        on_bad_row: ``error``, or ``skip`` rows that cannot be proven right, which are counted.
-        num_workers: processes that tokenise; None chooses.
-        cache: keep what was tokenised for the next start.
-        refuse: with False, bad rows are left to :func:`refuse_bad`.
+        progress: called with the number of rows done since the last call.
+        on_bad_row: ``error``, or ``skip`` to skip and count rows that cannot be verified.
+        num_workers: processes that tokenize; None chooses by the number of rows and cores.
+        cache: whether to cache the result for later runs.
+        refuse: if False, bad rows are only reported; :func:`refuse_bad` can refuse them later.
 
     Raises:
-        UserError: a row that cannot be encoded (file and row), an overlong row under ``error``, or nothing left.
+        UserError: a row cannot be encoded (names file and row), a row is overlong under ``error``, or no example is
+            left.
     """
     report = Report()
-    parts: list[Tokenised] = []
+    parts: list[Tokenized] = []
     columns: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
     stops_early = refuse and on_bad_row == "error"
     for index, source in enumerate(sources):
@@ -229,10 +231,10 @@ def encode_sources(
 
 
 def refuse_bad(report: Report, on_bad_row: str) -> None:
-    """Refuse data with bad rows where that is the policy.
+    """Refuse data with bad rows, unless ``on_bad_row`` is ``skip``.
 
     Raises:
-        UserError: the first such row, and what to do.
+        UserError: there is a bad row; the error names the first one.
     """
     if on_bad_row == "skip":
         return
@@ -242,7 +244,7 @@ def refuse_bad(report: Report, on_bad_row: str) -> None:
 
 
 def refuse_empty(report: Report, max_length: int) -> None:
-    """Refuse data of which nothing is left.
+    """Refuse data without any kept example.
 
     Raises:
         UserError: no example is kept.
@@ -254,8 +256,8 @@ def refuse_empty(report: Report, max_length: int) -> None:
     if refused == rows:
         first = next(source for source in report.sources if source.reasons)
         raise UserError(f"{names}: all {rows} rows are refused; the first: {first.reasons[0].at(first.name)}")
-    of_rest = f"{rows - refused} rows that are not refused" if refused else f"{rows} rows"
-    raise UserError(f"{names}: all {of_rest} are longer than data.max_length {max_length}; raise it")
+    counted = f"{rows - refused} rows that are not refused" if refused else f"{rows} rows"
+    raise UserError(f"{names}: all {counted} are longer than data.max_length {max_length}; increase it")
 
 
 def _starts(lengths: np.ndarray) -> np.ndarray:
@@ -263,9 +265,9 @@ def _starts(lengths: np.ndarray) -> np.ndarray:
 
 
 def _fit(
-    part: Tokenised, name: str, max_length: int, overlong: str, report: SourceReport
+    part: Tokenized, name: str, max_length: int, overlong: str, report: SourceReport
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Starts, lengths and rows of the examples of one source that are kept."""
+    """Drop or truncate the overlong examples of one source; returns starts, lengths and rows of the kept ones."""
     lengths, targets = np.asarray(part.lengths), np.asarray(part.targets)
     starts, rows = _starts(lengths), np.asarray(part.rows)
     too_long = np.flatnonzero(lengths > max_length)
@@ -275,7 +277,7 @@ def _fit(
             first = int(too_long[0])
             raise UserError(
                 f"{name} row {rows[first]}: {lengths[first]} tokens are more than data.max_length {max_length}; "
-                "raise it or set data.overlong to drop or truncate"
+                "increase it, or set data.overlong to drop or truncate"
             )
         before = targets[too_long]
         if overlong == "drop":
@@ -285,8 +287,8 @@ def _fit(
         else:
             lengths, targets = lengths.copy(), targets.copy()
             lengths[too_long] = max_length
-            trained = part.weights > 0
-            after = [trained[part.codes[starts[i] + 1 : starts[i] + max_length]].sum() for i in too_long]
+            is_supervised = part.weights > 0
+            after = [is_supervised[part.codes[starts[i] + 1 : starts[i] + max_length]].sum() for i in too_long]
             targets[too_long] = after
             keep[too_long] = targets[too_long] > 0
             report.truncated = int(keep[too_long].sum())

@@ -1,4 +1,4 @@
-"""The data of a config as examples: one way for training, evaluation and inspection, so that they refuse the same."""
+"""Prepares the data of a config in the same way for training, evaluation and inspection."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sft_jax.errors import UserError
 
 @dataclass(frozen=True)
 class Prepared:
-    """Sources, what they became, and how."""
+    """Sources, their encoded examples, a report, and the encoder."""
 
     sources: list[Source]
     examples: Examples
@@ -28,7 +28,7 @@ class Prepared:
 def encoder_of(
     config: DataConfig, tokenizer: Any, stop_ids: Sequence[int] = (), train_on: str | None = None
 ) -> Encoder:
-    """The encoder that a config asks for; ``train_on`` is by default the config's."""
+    """Create the encoder of a config; ``train_on`` overrides that of the config."""
     return Encoder(
         tokenizer,
         train_on or config.train_on,
@@ -41,44 +41,44 @@ def encoder_of(
 
 def prepare_data(
     config: DataConfig,
-    given: Sequence[SourceConfig],
+    source_configs: Sequence[SourceConfig],
     tokenizer: Any,
     stop_ids: Sequence[int],
     max_positions: int,
     train_on: str | None = None,
 ) -> Prepared:
-    """Read, encode and check some sources, with a bar on a terminal.
+    """Read, encode and check sources, with a progress bar on a terminal.
 
     Args:
-        stop_ids: what the model's generation config stops at.
-        max_positions: of the model.
-        train_on: by default the config's.
+        stop_ids: stop token ids of the model's generation config.
+        max_positions: maximum number of positions of the model.
+        train_on: overrides that of the config.
 
     Raises:
-        UserError: anything wrong with the data.
+        UserError: the data cannot be used.
     """
-    prepared = look_at_data(config, given, tokenizer, stop_ids, train_on, refuse=True)
+    prepared = look_at_data(config, source_configs, tokenizer, stop_ids, train_on, refuse=True)
     check_data(config, prepared, max_positions)
     return prepared
 
 
 def look_at_data(
     config: DataConfig,
-    given: Sequence[SourceConfig],
+    source_configs: Sequence[SourceConfig],
     tokenizer: Any,
     stop_ids: Sequence[int],
     train_on: str | None = None,
     refuse: bool = False,
 ) -> Prepared:
-    """Read and encode some sources; without ``refuse``, bad rows are only noted, and :func:`check_data` refuses them.
+    """Read and encode sources; without ``refuse``, bad rows are only reported, and :func:`check_data` refuses them.
 
     Raises:
-        UserError: a source that cannot be read at all.
+        UserError: a source cannot be read.
     """
-    sources = open_sources(given)
+    sources = open_sources(source_configs)
     encoder = encoder_of(config, tokenizer, stop_ids, train_on)
     num_rows = sum(map(len, sources))
-    with tqdm(total=num_rows, unit="row", desc="tokenising", leave=False, disable=None) as bar:
+    with tqdm(total=num_rows, unit="row", desc="tokenizing", leave=False, disable=None) as bar:
         examples, report = encode_sources(
             sources,
             encoder,
@@ -94,10 +94,11 @@ def look_at_data(
 
 
 def check_data(config: DataConfig, prepared: Prepared, max_positions: int) -> None:
-    """Refuse data that cannot be trained on.
+    """Check that data can be used for training.
 
     Raises:
-        UserError: a bad row under ``on_bad_row: error``, nothing left, or an example longer than the model's context.
+        UserError: there is a bad row and ``on_bad_row`` is ``error``, no example is left, or an example is longer than
+            the model's context.
     """
     refuse_bad(prepared.report, config.on_bad_row)
     refuse_empty(prepared.report, config.max_length)
@@ -106,6 +107,6 @@ def check_data(config: DataConfig, prepared: Prepared, max_positions: int) -> No
     if longest > max_positions:
         where = examples.describe(int(examples.lengths.argmax()))
         raise UserError(
-            f"data.max_length: {where} has {longest} tokens, the model has {max_positions} positions; "
+            f"data.max_length: {where} has {longest} tokens, but the model has {max_positions} positions; "
             f"set data.max_length={max_positions}"
         )

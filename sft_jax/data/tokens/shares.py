@@ -1,7 +1,7 @@
-"""Tokenising split between the processes of a run: each does its share of the rows and gets the others' from them.
+"""Distributes tokenization over the processes of a run: each tokenizes a range of rows and receives the others.
 
-Batches are drawn from all examples, so that every process needs all of them on its disk; but none reads and encodes
-more rows than its share.
+Batches are drawn from all examples, so every process needs all of them on its disk, but reads and encodes only its own
+range of rows.
 """
 
 from __future__ import annotations
@@ -15,62 +15,65 @@ from sft_jax.data.tokens.tokenised import FILES
 from sft_jax.distributed import processes
 from sft_jax.errors import UserError
 
-_ROUND_BYTES = 16 * 2**20  # of all processes together, that each device holds at a time
+_ROUND_BYTES = 16 * 2**20  # total over all processes; each device holds all of them in a round
 
 
-class Share(NamedTuple):
-    """Rows ``start … stop`` are this process's."""
+class RowRange(NamedTuple):
+    """Rows ``start … stop`` of a source, which this process tokenizes."""
 
     start: int
     stop: int
-    is_kept: bool  # by all processes, from an earlier start
+    is_cached: bool  # whether all processes have the result in their cache
 
     @property
     def size(self) -> int:
-        """How many rows."""
+        """The number of rows."""
         return self.stop - self.start
 
 
-def share_of(key: str, is_kept: bool, num_rows: int, name: str) -> Share:
-    """Which rows of a source are whose; all processes have to ask.
+def local_row_range(key: str, is_cached: bool, num_rows: int, name: str) -> RowRange:
+    """Return the rows of a source that this process tokenizes. A collective: all processes have to call it.
 
     Args:
-        key: of the result: rows, tokenizer, options and versions.
-        is_kept: whether this process has the whole result already.
+        key: hash of rows, tokenizer, options and versions.
+        is_cached: whether this process has the whole result in its cache.
 
     Raises:
-        UserError: processes that do not see the same.
+        UserError: the keys of the processes differ.
     """
-    mine = json.dumps([key, is_kept])
-    said = [json.loads(one) for one in processes.gather("the rows", mine, processes.LONG_WAIT_SECONDS)]
-    for i, (theirs, _) in enumerate(said):
-        if theirs != said[0][0]:
+    values = processes.gather("the rows", json.dumps([key, is_cached]), processes.LONG_WAIT_SECONDS)
+    states = [json.loads(value) for value in values]
+    for i, (other_key, _) in enumerate(states):
+        if other_key != states[0][0]:
             raise UserError(
-                f"{name}: process {i} does not have the rows, tokenizer and package versions of process 0; every host "
-                "needs the same"
+                f"{name}: process {i} does not have the rows, tokenizer and package versions of process 0; they must "
+                "be the same on every host"
             )
-    me, count = processes.index(), len(said)
-    return Share(me * num_rows // count, (me + 1) * num_rows // count, all(theirs for _, theirs in said))
+    index, count = processes.index(), len(states)
+    return RowRange(index * num_rows // count, (index + 1) * num_rows // count, all(cached for _, cached in states))
 
 
-def exchange_parts(mine: Path, into: Path) -> list[Path]:
-    """The parts of all processes, in the order of their rows, as folders; all processes have to ask.
+def exchange_parts(local: Path, into: Path) -> list[Path]:
+    """Exchange the tokenized parts of all processes. A collective: all processes have to call it.
 
     Args:
-        mine: what a :class:`~sft_jax.data.tokens.tokenised.Writer` has written here.
-        into: where the others' parts are written.
+        local: folder that a :class:`~sft_jax.data.tokens.tokenised.Writer` of this process has written.
+        into: folder for the parts of the other processes.
+
+    Returns:
+        The folders of all parts, in the order of their rows.
     """
     processes.gather("the tokens", wait=processes.LONG_WAIT_SECONDS)
-    me, count = processes.index(), processes.count()
-    parts = [mine if i == me else into / f"process{i}" for i in range(count)]
+    index, count = processes.index(), processes.count()
+    parts = [local if i == index else into / f"process{i}" for i in range(count)]
     for i, part in enumerate(parts):
-        if i != me:
+        if i != index:
             part.mkdir()
     for name in FILES:
         with ExitStack() as opened:
-            own = opened.enter_context((mine / name).open("rb"))
-            others = {i: opened.enter_context((parts[i] / name).open("wb")) for i in range(count) if i != me}
-            while any(pieces := processes.exchange(own.read(max(1, _ROUND_BYTES // count)))):
+            own = opened.enter_context((local / name).open("rb"))
+            others = {i: opened.enter_context((parts[i] / name).open("wb")) for i in range(count) if i != index}
+            while any(chunks := processes.exchange(own.read(max(1, _ROUND_BYTES // count)))):
                 for i, file in others.items():
-                    file.write(pieces[i])
+                    file.write(chunks[i])
     return parts

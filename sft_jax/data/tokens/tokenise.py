@@ -1,8 +1,7 @@
-"""Tokenising a source: here, in several processes or on several hosts, and once only, because the result is kept.
+"""Tokenizes a source, in one or several processes and on one or several hosts, and caches the result.
 
-The cache is addressed by contents: rows, template, tokenizer, options and the versions of what computes. A result is
-written beside and takes its name when it is whole, so a start that is broken off leaves nothing that could be taken for
-one, and two starts at once do not meet.
+The cache key is a hash of rows, template, tokenizer, options and package versions. A result is written to a temporary
+folder and renamed when complete, so interrupted runs leave no partial result and concurrent runs do not conflict.
 """
 
 from __future__ import annotations
@@ -26,25 +25,25 @@ import transformers
 from sft_jax.data.chat.encoder import Encoder
 from sft_jax.data.read.folders import cache_folder, scratch_folder
 from sft_jax.data.read.sources import Source
-from sft_jax.data.tokens.shares import exchange_parts, share_of
-from sft_jax.data.tokens.tokenised import Tokenised, Writer, read_tokenised
+from sft_jax.data.tokens.shares import exchange_parts, local_row_range
+from sft_jax.data.tokens.tokenised import Tokenized, Writer, read_tokenized
 from sft_jax.data.tokens.workers import encode_in_processes, encode_into, options, tokenizer_digest
 from sft_jax.distributed import processes
 from sft_jax.errors import UserError
 from sft_jax.version import __version__
 
-_REVISION = 4  # of the encoding; raise it where the same rows give other ids or masks
-_ROWS_PER_WORKER = 20_000  # fewer are done before another process has started
+_REVISION = 4  # of the encoding; increment it when the same rows give different ids or masks
+_ROWS_PER_WORKER = 20_000  # for fewer rows, starting another process takes longer than tokenizing
 _MAX_WORKERS = 32
 _STALE_SECONDS = 24 * 3600
 
 
 @dataclass(frozen=True)
 class Origin:
-    """How a result came to be."""
+    """How a result was obtained."""
 
     cached: bool
-    num_workers: int  # on all hosts
+    num_workers: int  # processes on all hosts
     seconds: float
 
 
@@ -55,88 +54,88 @@ def tokenise(
     cache: bool = False,
     stop_at_refusal: bool = False,
     progress: Callable[[int], object] = lambda rows: None,
-) -> tuple[Tokenised, Origin]:
-    """The rows of a source as ids and masks. All processes of a run have to ask; each encodes its share of the rows.
+) -> tuple[Tokenized, Origin]:
+    """Tokenize a source. A collective: all processes of a run have to call it, and each encodes a range of the rows.
 
     Args:
         num_workers: processes on this host; None chooses by the number of rows and cores.
-        cache: look for the result of an earlier start, and keep this one.
-        stop_at_refusal: end at the first batch with a refused row; the result then lacks the rest, and is not kept.
+        cache: whether to read the result from the cache, and to store it there.
+        stop_at_refusal: whether to stop after the first batch with a refused row; a partial result is not cached.
         progress: called with the number of rows done since the last call.
 
     Raises:
-        UserError: the tokenizer lacks what the rows need.
+        UserError: the tokenizer has no chat template or no EOS token, and the rows need one.
     """
     began = time.perf_counter()
-    rows, is_alone = len(source), processes.count() == 1
+    num_rows, is_alone = len(source), processes.count() == 1
     key = _key(source, encoder) if cache or not is_alone else ""
-    kept = cache_folder() / "tokens" / key if cache else None
-    found = _find(kept)
-    share = share_of(key, found is not None, rows, source.name)
-    if found is not None and share.is_kept:
-        progress(rows)
-        return found, Origin(True, 0, time.perf_counter() - began)
+    cached_at = cache_folder() / "tokens" / key if cache else None
+    cached = _read_cached(cached_at)
+    local = local_row_range(key, cached is not None, num_rows, source.name)
+    if cached is not None and local.is_cached:
+        progress(num_rows)
+        return cached, Origin(True, 0, time.perf_counter() - began)
     if num_workers is None:
-        num_workers = max(1, min(_cores(), _MAX_WORKERS, share.size // _ROWS_PER_WORKER))
+        num_workers = max(1, min(_cores(), _MAX_WORKERS, local.size // _ROWS_PER_WORKER))
 
     def encode(folder: Path) -> None:
         with Writer(folder, source.name) as writer:
-            if num_workers == 1 or not share.size:
-                encode_into(writer, source, encoder, share.start, share.stop, stop_at_refusal, progress)
+            if num_workers == 1 or not local.size:
+                encode_into(writer, source, encoder, local.start, local.stop, stop_at_refusal, progress)
             else:
                 encode_in_processes(
-                    writer, source, encoder, share.start, share.stop, num_workers, stop_at_refusal, progress
+                    writer, source, encoder, local.start, local.stop, num_workers, stop_at_refusal, progress
                 )
             writer.finish()
 
-    with _partial(kept) as folder:
+    with _partial(cached_at) as folder:
         if is_alone:
             encode(folder)
         else:
             with tempfile.TemporaryDirectory(dir=folder) as work, Writer(folder, source.name) as writer:
-                mine = Path(work) / "mine"
-                mine.mkdir()
-                encode(mine)
-                for part in exchange_parts(mine, Path(work)):
+                part_of_process = Path(work) / "local"
+                part_of_process.mkdir()
+                encode(part_of_process)
+                for part in exchange_parts(part_of_process, Path(work)):
                     writer.add_part(part)
                 writer.finish()
-            progress(rows - share.size)
-        written = read_tokenised(folder)
+            progress(num_rows - local.size)
+        written = read_tokenized(folder)
         assert written is not None
-        if kept is not None and written.num_rows == rows:
-            with contextlib.suppress(FileExistsError, OSError):  # another start was quicker: the contents are the same
-                os.rename(folder, kept)
-            written = read_tokenised(kept) or written  # and let go of the files that are removed now
+        if cached_at is not None and written.num_rows == num_rows:
+            with contextlib.suppress(FileExistsError, OSError):  # another run was faster; the contents are the same
+                os.rename(folder, cached_at)
+            written = read_tokenized(cached_at) or written  # unmaps the files of the temporary folder
     assert written is not None
     return written, Origin(False, num_workers * processes.count(), time.perf_counter() - began)
 
 
-def _find(kept: Path | None) -> Tokenised | None:
-    """The result of an earlier start."""
-    if kept is None or not kept.is_dir():
+def _read_cached(cached_at: Path | None) -> Tokenized | None:
+    """Read a result from the cache; deletes it if it is damaged."""
+    if cached_at is None or not cached_at.is_dir():
         return None
-    found = read_tokenised(kept)
-    if found is None:
-        shutil.rmtree(kept, ignore_errors=True)  # damaged: made anew
-    return found
+    cached = read_tokenized(cached_at)
+    if cached is None:
+        shutil.rmtree(cached_at, ignore_errors=True)
+    return cached
 
 
 @contextmanager
-def _partial(kept: Path | None) -> Iterator[Path]:
-    """A folder to write into; beside where the result will be kept, so that it can take its name at once."""
-    if kept is None:
+def _partial(cached_at: Path | None) -> Iterator[Path]:
+    """Create a temporary folder, in the same directory as ``cached_at`` so that it can be renamed atomically."""
+    if cached_at is None:
         folder = scratch_folder()
     else:
         try:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            for old in kept.parent.glob(".partial-*"):
+            cached_at.parent.mkdir(parents=True, exist_ok=True)
+            for old in cached_at.parent.glob(".partial-*"):
                 with contextlib.suppress(OSError):
                     if time.time() - old.stat().st_mtime > _STALE_SECONDS:
                         shutil.rmtree(old)
-            folder = Path(tempfile.mkdtemp(prefix=".partial-", dir=kept.parent))
+            folder = Path(tempfile.mkdtemp(prefix=".partial-", dir=cached_at.parent))
         except OSError as error:
             raise UserError(
-                f"{kept.parent}: the cache cannot be written ({error.strerror}); name another folder in "
+                f"{cached_at.parent}: the cache cannot be written ({error.strerror}); set another folder in "
                 "SFT_JAX_CACHE, or set data.cache=false"
             ) from error
     try:
@@ -144,8 +143,8 @@ def _partial(kept: Path | None) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"{folder.parent}: cannot be written: {error.strerror or error}") from error
     finally:
-        if kept is not None and folder.is_dir():
-            shutil.rmtree(folder, ignore_errors=True)  # what is mapped stays readable until it is let go
+        if cached_at is not None and folder.is_dir():
+            shutil.rmtree(folder, ignore_errors=True)  # memory-mapped files stay readable until they are unmapped
 
 
 def _key(source: Source, encoder: Encoder) -> str:

@@ -1,4 +1,4 @@
-"""The tokenised rows of one source, in files that are mapped into memory: what a cache keeps and workers hand over."""
+"""Stores the tokenized rows of one source in memory-mapped files, for the cache and for worker processes."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from sft_jax.errors import UserError
 
 _META = "meta.json"
 _ARRAYS = {"ids": np.int32, "codes": np.uint8, "lengths": np.int32, "rows": np.int64, "targets": np.int32}
-FILES = (*(f"{name}.bin" for name in _ARRAYS), _META)  # of a folder
+FILES = (*(f"{name}.bin" for name in _ARRAYS), _META)  # in a folder
 _MAX_WEIGHTS = 256
-_COPIED = 1 << 20  # ids at a time
-_KEPT_REASONS = 1000  # refused rows whose reason is kept; more are only counted
+_COPY_SIZE = 1 << 20  # ids that are copied at a time
+_MAX_REASONS = 1000  # refused rows whose reason is stored; further ones are only counted
 
 
 @dataclass(frozen=True)
-class Tokenised:
-    """Examples end to end; example ``i`` has ``lengths[i]`` ids. A row may give several, a refused one gives none.
+class Tokenized:
+    """Concatenated examples; example ``i`` has ``lengths[i]`` ids. A row gives one or several, a refused row none.
 
     Args:
-        codes: of each id, the place of its weight in ``weights``: one byte instead of a float.
-        targets: how many of an example's tokens are trained; its first is never predicted.
-        refused: row, line (where the row could not even be read) and reason.
+        codes: index of the loss weight of each id in ``weights``: one byte instead of a float.
+        targets: number of supervised tokens of each example, without its first token, which is never predicted.
+        refused: the first refused rows and their reasons.
     """
 
     ids: np.ndarray
@@ -44,19 +44,19 @@ class Tokenised:
     num_refused: int
     refused: list[RowErrorAt]
     tally: Tally
-    digest: str = ""  # of ids and weights
+    digest: str = ""  # hash of ids and weights
 
 
 @dataclass(frozen=True)
 class RowErrorAt:
-    """A refused row."""
+    """A refused row, with its line in the file if it could not be parsed."""
 
     row: int
     reason: str
     line: int | None = None
 
     def at(self, name: str) -> str:
-        """As :meth:`RowError.at`."""
+        """Same as :meth:`RowError.at`."""
         return RowError(self.reason, self.line).at(name, self.row)
 
 
@@ -65,10 +65,10 @@ _TALLIES = ("stops", "tokens", "targets", "notes", "unread")
 
 @dataclass
 class Writer:
-    """Writes a :class:`Tokenised` into a folder, a batch at a time."""
+    """Writes a :class:`Tokenized` to a folder, batch by batch."""
 
     folder: Path
-    name: str  # of the source, for people
+    name: str  # name of the source, for error messages
     weights: list[float] = field(default_factory=lambda: [0.0, 1.0])
     num_rows: int = 0
     num_refused: int = 0
@@ -88,7 +88,7 @@ class Writer:
             file.close()
 
     def add(self, results: Sequence[list[Encoded] | RowError], first_row: int) -> None:
-        """Add what became of some rows, in order."""
+        """Add the results of encoding consecutive rows."""
         kept: list[Encoded] = []
         rows: list[int] = []
         for row, result in enumerate(results, first_row):
@@ -103,19 +103,19 @@ class Writer:
         lengths = np.asarray([len(one.ids) for one in kept], np.int32)
         masks = np.concatenate([one.mask for one in kept])
         starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-        trained = np.add.reduceat(masks > 0, starts, dtype=np.int32) - (masks[starts] > 0)
+        num_supervised = np.add.reduceat(masks > 0, starts, dtype=np.int32) - (masks[starts] > 0)
         self._write("ids", np.concatenate([one.ids for one in kept]))
         self._write("codes", self._codes(masks))
         self._write("lengths", lengths)
         self._write("rows", np.asarray(rows, np.int64))
-        self._write("targets", trained.astype(np.int32))
+        self._write("targets", num_supervised.astype(np.int32))
 
     def add_part(self, folder: Path) -> None:
-        """Add the rows of a part that another writer has written, after those that are here already."""
-        part = read_tokenised(folder)
+        """Append the rows that another writer has written to ``folder``."""
+        part = read_tokenized(folder)
         assert part is not None
         codes = self._codes(part.weights)
-        for start in range(0, len(part.ids), _COPIED):  # read, not mapped: what is mapped stays in memory
+        for start in range(0, len(part.ids), _COPY_SIZE):  # not memory-mapped, since mapped pages would stay in memory
             self._write("ids", _read(folder, "ids", start))
             self._write("codes", codes[_read(folder, "codes", start)])
         self._write("lengths", part.lengths)
@@ -128,7 +128,7 @@ class Writer:
         self.tally.add(part.tally)
 
     def finish(self) -> None:
-        """Write the rest; only now is the folder whole."""
+        """Write the metadata, which makes the folder complete."""
         self.__exit__()
         tally = self.tally
         meta = {
@@ -144,20 +144,20 @@ class Writer:
 
     def _refuse(self, one: RowErrorAt) -> None:
         self.num_refused += 1
-        if len(self.refused) < _KEPT_REASONS:
+        if len(self.refused) < _MAX_REASONS:
             self.refused.append(one)
 
     def _codes(self, weights: np.ndarray) -> np.ndarray:
-        """Where in the table each weight is; new ones are added to it in the order they come, however they are cut."""
+        """Return the index of each weight in the table. Appends new weights in the order in which they first occur."""
         known = np.asarray(self.weights, np.float32)
         if ((weights == 0) | (weights == 1)).all():
             return weights.astype(np.uint8)
-        found, first = np.unique(weights, return_index=True)
-        self.weights += [float(weight) for weight in found[np.argsort(first)] if weight not in known]
+        unique, first = np.unique(weights, return_index=True)
+        self.weights += [float(weight) for weight in unique[np.argsort(first)] if weight not in known]
         if len(self.weights) > _MAX_WEIGHTS:
             raise UserError(
-                f"{self.name}: its rows have more than {_MAX_WEIGHTS - 2} loss weights besides 0 and 1 "
-                f"({self.weights[-1]:.6g} is one more); round them, to two digits for example"
+                f"{self.name}: its rows have more than {_MAX_WEIGHTS - 2} different loss weights besides 0 and 1 "
+                f"(the next one is {self.weights[-1]:.6g}); round them, for example to two digits"
             )
         known = np.asarray(self.weights, np.float32)
         order = np.argsort(known)
@@ -172,11 +172,11 @@ class Writer:
 
 def _read(folder: Path, name: str, start: int) -> np.ndarray:
     dtype = np.dtype(_ARRAYS[name])
-    return np.fromfile(folder / f"{name}.bin", dtype, _COPIED, offset=start * dtype.itemsize)
+    return np.fromfile(folder / f"{name}.bin", dtype, _COPY_SIZE, offset=start * dtype.itemsize)
 
 
-def read_tokenised(folder: Path) -> Tokenised | None:
-    """What a :class:`Writer` has written; None if it is not whole."""
+def read_tokenized(folder: Path) -> Tokenized | None:
+    """Read what a :class:`Writer` has written; None if the folder is incomplete."""
     try:
         meta: dict[str, Any] = json.loads((folder / _META).read_text(encoding="utf-8"))
         arrays = {}
@@ -188,7 +188,7 @@ def read_tokenised(folder: Path) -> Tokenised | None:
     except (OSError, ValueError, KeyError):
         return None
     tally = Tally(**{name: Counter(dict(map(tuple, pairs))) for name, pairs in meta["tally"].items()})
-    return Tokenised(
+    return Tokenized(
         **arrays,
         weights=np.asarray(meta["weights"], np.float32),
         num_rows=meta["num_rows"],

@@ -1,7 +1,7 @@
-"""Encoding a stretch of a source, here or in processes of their own.
+"""Encodes a range of rows, in this process or in worker processes.
 
-The processes are started as commands, not forked (jax has threads) and not by multiprocessing (which would run the main
-module of whoever calls train once more). They are told what to do in a JSON file and write their part into a folder.
+Workers are started as commands: JAX is multithreaded, so forking is unsafe, and ``multiprocessing`` would run the main
+module of the caller again. Each worker reads its job from a JSON file and writes its part to a folder.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from sft_jax.data.read.tables import open_file
 from sft_jax.data.tokens.tokenised import Writer
 from sft_jax.errors import UserError
 
-_BATCH = 1000  # rows at a time
+_BATCH = 1000  # rows that are encoded at a time
 
 
 def encode_into(
@@ -39,10 +39,10 @@ def encode_into(
     stop_at_refusal: bool,
     progress: Callable[[int], object],
 ) -> None:
-    """Encode rows ``start … stop`` of a source here.
+    """Encode rows ``start … stop`` of a source in this process.
 
     Args:
-        stop_at_refusal: end at the first batch with a refused row.
+        stop_at_refusal: whether to stop after the first batch with a refused row.
         progress: called with the number of rows done since the last call.
     """
     before = encoder.tally
@@ -68,13 +68,13 @@ def encode_in_processes(
     stop_at_refusal: bool,
     progress: Callable[[int], object],
 ) -> None:
-    """Encode rows ``start … stop`` of a source in several processes; the result is that of one.
+    """Encode rows ``start … stop`` of a source in worker processes; the result is the same as in one process.
 
     Raises:
-        UserError: what a process says of the user's mistake.
+        UserError: a worker ended with a user error.
     """
     path = getattr(source.table, "path", None)
-    if path is None:  # a dataset without a file of its own: written into one
+    if path is None:  # write a dataset to a file
         path = scratch_folder() / "rows.parquet"
         source.table.write(path)  # type: ignore[attr-defined]
     with tempfile.TemporaryDirectory(dir=writer.folder) as name:
@@ -107,7 +107,7 @@ def encode_in_processes(
 
 
 def _run_all(jobs: list[Path], progress: Callable[[int], object]) -> None:
-    """Run a worker a job, add up what they say they have done, and let none of them outlive this."""
+    """Run a worker for each job, report their progress, and stop all of them on return."""
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
     command = [sys.executable, "-m", "sft_jax.data.tokens.workers"]
     workers = [
@@ -141,7 +141,7 @@ def _run_all(jobs: list[Path], progress: Callable[[int], object]) -> None:
             if worker.wait() == 2:
                 raise UserError(error.strip().splitlines()[-1])
             if worker.returncode:
-                raise RuntimeError(f"a process that tokenises ended with {worker.returncode}:\n{error}")
+                raise RuntimeError(f"a tokenization worker ended with exit code {worker.returncode}:\n{error}")
     finally:
         for worker in workers:
             if worker.poll() is None:
@@ -153,10 +153,10 @@ def _run_all(jobs: list[Path], progress: Callable[[int], object]) -> None:
 
 
 def _work(job: dict[str, Any]) -> None:
-    """What a worker does."""
-    # AutoTokenizer would look for the class of the model first, which takes longer than all else here
+    """Run the job of a worker."""
+    # AutoTokenizer would first look up the model class, which is the slowest step
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(job["tokenizer"], local_files_only=True)
-    assert tokenizer_digest(tokenizer) == job["tokenizer_digest"], "the tokenizer has changed by being saved"
+    assert tokenizer_digest(tokenizer) == job["tokenizer_digest"], "saving the tokenizer has changed it"
     encoder = Encoder(tokenizer, **job["encoder"])
     table = open_file(Path(job["path"]), job["name"])
     source = Source(
@@ -177,7 +177,7 @@ def _work(job: dict[str, Any]) -> None:
 
 
 def options(encoder: Encoder) -> dict[str, Any]:
-    """What an encoder was made with, besides its tokenizer, as plain data."""
+    """Return the arguments of an encoder, except its tokenizer, as JSON values."""
     return {
         "train_on": encoder.train_on,
         "stop_token": encoder.stop_token,
@@ -188,7 +188,7 @@ def options(encoder: Encoder) -> dict[str, Any]:
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """A hash of a tokenizer: vocabulary, rules, special tokens and chat template."""
+    """Return a hash of a tokenizer: vocabulary, settings, special tokens and chat template."""
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()

@@ -1,1 +1,1 @@
-"""Attention within segments: one function, several kernels, and which of them a run uses."""
+"""Attention within segments: one function and several backends."""

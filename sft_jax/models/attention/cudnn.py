@@ -1,4 +1,4 @@
-"""NVIDIA cuDNN's fused attention through jax's public function."""
+"""NVIDIA cuDNN fused attention through ``jax.nn.dot_product_attention``."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from sft_jax.models.attention.spec import Request
 from sft_jax.typing import Array, Float, Int
 
 
-def obstacle(request: Request) -> str | None:
-    """Why it cannot compute this; None where it can."""
-    if found := request.obstacle_of_16_bits():
-        return found
+def unsupported_reason(request: Request) -> str | None:
+    """Returns why the backend does not support a request; None if it does."""
+    if reason := request.unsupported_for_16_bits():
+        return reason
     head_dim = request.spec.head_dim
     if head_dim % 8 or head_dim > 128:
         return f"needs a head dimension up to 128, a multiple of 8, not {head_dim}"
-    return "has no soft cap" if request.spec.softcap is not None else request.obstacle_of_length(2)
+    return "has no soft cap" if request.spec.softcap is not None else request.unsupported_length(2)
 
 
 def cudnn_attention(
@@ -28,25 +28,24 @@ def cudnn_attention(
     segment_ids: Int[Array, "B S"],
     window: int | None = None,
     scale: float | None = None,
-    places: Int[Array, "T"] | None = None,
+    positions: Int[Array, "T"] | None = None,
     implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> Float[Array, "B T N H"]:
-    """See :func:`sft_jax.models.attention.backend.attention`; on one device, 16-bit, an even number of slots.
+    """See :func:`sft_jax.models.attention.backend.attention`; on one device, 16-bit, an even sequence length.
 
-    Scores are never stored, but the segments are given as a mask ``[B, 1, T, S]``, which becomes a bias of two bytes an
-    entry, and jax asks cuDNN for its gradient: four bytes an entry together, of one layer at a time. The public
-    function has nothing smaller that tells several segments of a row apart, and the private offsets that would do are
-    wrong for grouped queries in jax 0.10.2 (jax pull request 39521).
+    Scores are never stored. The segments become a mask ``[B, 1, T, S]``, which jax turns into a bias of two bytes per
+    entry, and cuDNN computes its gradient: four bytes per entry in total, for one layer at a time. The public function
+    has no smaller way to separate the segments of a packed sequence. The private segment offsets would be smaller, but
+    are wrong for grouped queries in jax 0.10.2 (jax pull request 39521).
 
     Args:
-        places: the slots of a row that the queries are in, where they are not all of its S slots; the mask then says
-            what comes before what as well.
-        implementation: ``xla`` computes the same call on any device, with scores stored.
+        positions: positions of the T queries in their sequence of length S; None for all. The mask is then causal too.
+        implementation: ``xla`` computes the same on any device and stores scores.
     """
-    of_queries = segment_ids if places is None else segment_ids[:, places]
-    mask = of_queries[:, None, :, None] == segment_ids[:, None, None, :]
-    if places is not None:
-        distance = places[:, None] - jnp.arange(k.shape[1], dtype=jnp.int32)
+    query_segments = segment_ids if positions is None else segment_ids[:, positions]
+    mask = query_segments[:, None, :, None] == segment_ids[:, None, None, :]
+    if positions is not None:
+        distance = positions[:, None] - jnp.arange(k.shape[1], dtype=jnp.int32)
         mask &= (distance >= 0) & (distance < (k.shape[1] if window is None else window))
     return jax.nn.dot_product_attention(
         q,
@@ -54,7 +53,7 @@ def cudnn_attention(
         v,
         mask=mask,
         scale=scale,
-        is_causal=places is None,
-        local_window_size=None if window is None or places is not None else (window - 1, 0),
+        is_causal=positions is None,
+        local_window_size=None if window is None or positions is not None else (window - 1, 0),
         implementation=implementation,
     )

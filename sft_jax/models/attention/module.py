@@ -1,4 +1,4 @@
-"""Grouped-query self-attention as a module: projections, norms, rotation, scores, and the cache of a layer."""
+"""The self-attention module: projections, query and key norms, rotary embedding, attention, and the cache."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sft_jax.models.attention.spec import AttentionSpec
 from sft_jax.models.cache import KeyValues
 from sft_jax.models.context import Context
 from sft_jax.models.layers import Initializer, Linear, RMSNorm, linear
-from sft_jax.models.remat import PRODUCT, keep
+from sft_jax.models.remat import PRODUCT, checkpoint_name
 from sft_jax.models.rope import rotate
 from sft_jax.sharding import constrain
 from sft_jax.typing import Array, Float
@@ -24,8 +24,8 @@ class SelfAttentionSpec(AttentionSpec):
     """Grouped-query attention with its projections.
 
     Attributes:
-        rope: rotary embedding of queries and keys; None for none.
-        qk_norm: of each head's queries and keys; None for none.
+        rope: rotary embedding of queries and keys; None for no rotation.
+        qk_norm: norm over the head dimension of queries and keys; None for no norm.
     """
 
     rope: Rope | None = None
@@ -38,7 +38,7 @@ class SelfAttentionSpec(AttentionSpec):
 
 
 class SelfAttention(nnx.Module):
-    """What :class:`SelfAttentionSpec` describes."""
+    """The module of :class:`SelfAttentionSpec`."""
 
     def __init__(self, spec: SelfAttentionSpec, dim: int, make: Initializer, stack: tuple[int, ...]):
         n, k, h = spec.num_heads, spec.num_kv_heads, spec.head_dim
@@ -52,9 +52,9 @@ class SelfAttention(nnx.Module):
         self.k_norm: RMSNorm | None = nnx.data(norms[1])
 
     def __call__(self, x: Float[Array, "B T D"], context: Context) -> tuple[Float[Array, "B T D"], KeyValues]:
-        """Its output, and the keys and values of these tokens."""
-        of_inputs, of_output = context.split(2)
-        q, k, v = linear(x, [self.q_proj, self.k_proj, self.v_proj], of_inputs)
+        """Returns the output, and the keys and values of these tokens."""
+        in_context, out_context = context.split(2)
+        q, k, v = linear(x, [self.q_proj, self.k_proj, self.v_proj], in_context)
         q = self._heads(q, self.spec.num_heads, "heads")
         k, v = (self._heads(one, self.spec.num_kv_heads, "kv_heads") for one in (k, v))
         if self.q_norm is not None and self.k_norm is not None:
@@ -62,19 +62,23 @@ class SelfAttention(nnx.Module):
         if self.spec.rope is not None:
             sin, cos = context.sin_cos[self.spec.rope]
             q, k = rotate(q, sin, cos), rotate(k, sin, cos)
-        q, k, v = (keep(one, PRODUCT) for one in (q, k, v))
+        q, k, v = (checkpoint_name(one, PRODUCT) for one in (q, k, v))
         out = self._attend(q, k, v, context)
-        return keep(self.o_proj(out.reshape(*x.shape[:2], -1), of_output), PRODUCT), KeyValues(k, v)
+        return checkpoint_name(self.o_proj(out.reshape(*x.shape[:2], -1), out_context), PRODUCT), KeyValues(k, v)
 
     def mixing_flops(self, squares: float) -> float:
-        """Of scores and their products with values, forward and backward, for documents of this squared length."""
+        """Returns the FLOPs of scores and their products with values, forward and backward.
+
+        Args:
+            squares: the sum of squared document lengths.
+        """
         return 6.0 * squares * self.spec.num_heads * self.spec.head_dim
 
     def _attend(self, q: Array, k: Array, v: Array, context: Context) -> Float[Array, "B T N H"]:
         spec = self.spec
         if context.cache is not None:
             out = cached_attention(q, k, v, context.cache, context.positions, spec.window, spec.softcap, spec.scale)
-            return constrain(out, "replica", "whole_length", "heads", "head_dim")
+            return constrain(out, "replica", "unsplit_length", "heads", "head_dim")
         assert context.segment_ids is not None
         return attention(q, k, v, context.segment_ids, spec.window, spec.softcap, spec.scale, context.backend)
 

@@ -1,4 +1,4 @@
-"""Whether a kernel computes what it should, found out on the device that it is going to run on."""
+"""Compares an attention backend with the ``xla`` backend on the device of the run."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from sft_jax.errors import UserError
 from sft_jax.models.attention.xla import xla_attention
 from sft_jax.typing import Array, Float, Int
 
-# Two rows of documents: long and short, that begin inside blocks of 64 and 128, alone and behind each other.
+# Document lengths of two packed sequences: long and short documents that begin inside blocks of 64 and 128.
 _DOCUMENTS = ((70, 130, 1, 55), (3, 190, 40))
-_LENGTH = 256  # of the rows; what documents leave is padding
+_LENGTH = 256  # sequence length; the rest is padding
 _KV_HEADS = 2
-WINDOW = 40  # the sliding window that is tried; those of models are longer than the rows
-TOLERANCE = 0.03  # in 16 bits; rounding gives 0.009, and a position that sees one key of a neighbour more than 0.1
+WINDOW = 40  # the sliding window to test; the windows of models are longer than the sequences
+TOLERANCE = 0.03  # for 16 bits: rounding gives 0.009, attending to one key of another document more than 0.1
 
 Compute = Callable[[Array, Array, Array, Array, int | None, float | None], Array]
 
@@ -31,22 +31,23 @@ def check_parity(
     windows: Sequence[int | None] = (None,),
     softcap: float | None = None,
     dtype: Any = jnp.bfloat16,
-    instead: str = "xla",
+    fallback: str = "xla",
 ) -> float:
-    """Compare a kernel, its values and gradients, with the ``xla`` kernel in float32, on packed rows.
+    """Compares the values and gradients of a backend with ``xla`` in float32, on packed sequences.
 
     Args:
-        name: of the kernel, for people.
-        compute: from queries ``[B, T, N, H]``, keys, values ``[B, T, K, H]``, segments ``[B, T]``, window and soft cap.
-        group: query heads that share a key/value head.
-        windows: sliding windows to try; None for attention to the whole segment.
-        instead: the kernel that a user is pointed to where this one fails.
+        name: name of the backend, for messages.
+        compute: computes attention from queries ``[B, T, N, H]``, keys, values ``[B, T, K, H]``, segments ``[B, T]``,
+            window and soft cap.
+        group: number of query heads per key/value head.
+        windows: sliding windows to test; None for no window.
+        fallback: the backend that the error message recommends.
 
     Returns:
-        the largest error: of a position, all its heads together, in units of the root mean square over positions.
+        The largest error of a position over all heads, relative to the root mean square over positions.
 
     Raises:
-        UserError: it is above :data:`TOLERANCE`, or the kernel does not run.
+        UserError: the error is above :data:`TOLERANCE`, or the backend does not run.
     """
     inputs, segments = _inputs(group, head_dim, dtype)
     real = (segments > 0)[..., None, None]
@@ -61,27 +62,27 @@ def check_parity(
             return jax.jit(run)(*(x.astype(dtype) for x in inputs))
 
         try:
-            found = jax.block_until_ready(results(compute, dtype))
+            actual = jax.block_until_ready(results(compute, dtype))
         except (NotImplementedError, jax.errors.JaxRuntimeError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(
-                f"model.attention: {name} does not run here: {reason}; use model.attention={instead}"
+                f"model.attention: {name} does not run here: {reason}; use model.attention={fallback}"
             ) from error
         expected = results(xla_attention, jnp.float32)
-        for what, one, other in zip(("its output", "dq", "dk", "dv"), found, expected, strict=True):
-            error = _error(one, other, real)
+        for what, ours, reference in zip(("its output", "dq", "dk", "dv"), actual, expected, strict=True):
+            error = _error(ours, reference, real)
             worst = max(worst, error)
-            if not error <= TOLERANCE:  # also where it is not a number
+            if not error <= TOLERANCE:  # also true for NaN
                 raise UserError(
-                    f"model.attention: {name} is wrong on {_kind(one)}: {what} differs from the xla kernel by "
-                    f"{error:.2g} of its size{'' if window is None else f' with a window of {window}'}, "
-                    f"and rounding allows {TOLERANCE}; use model.attention={instead}"
+                    f"model.attention: {name} is wrong on {_kind(ours)}: {what} differs from the xla backend by "
+                    f"{error:.2g} of its RMS{'' if window is None else f' with a window of {window}'}, "
+                    f"and the tolerance is {TOLERANCE}; use model.attention={fallback}"
                 )
     return worst
 
 
 def _inputs(group: int, head_dim: int, dtype: Any) -> tuple[list[Float[Array, "B T _ H"]], Int[Array, "B T"]]:
-    """Queries, keys, values, the gradient of the output, all representable in ``dtype``; and segments."""
+    """Returns queries, keys, values and the output gradient, all exact in ``dtype``; and segments."""
     rng = np.random.default_rng(0)
     segments = np.zeros((len(_DOCUMENTS), _LENGTH), np.int32)
     for row, lengths in zip(segments, _DOCUMENTS, strict=True):
@@ -92,8 +93,8 @@ def _inputs(group: int, head_dim: int, dtype: Any) -> tuple[list[Float[Array, "B
     )
 
 
-def _error(found: Float[Array, "B T N H"], expected: Float[Array, "B T N H"], real: Array) -> float:
-    difference = jnp.where(real, found.astype(jnp.float32) - expected, 0)
+def _error(actual: Float[Array, "B T N H"], expected: Float[Array, "B T N H"], real: Array) -> float:
+    difference = jnp.where(real, actual.astype(jnp.float32) - expected, 0)
     squares, sizes = (jnp.sum(jnp.where(real, x, 0) ** 2, axis=(2, 3)) for x in (difference, expected))
     return float(jnp.sqrt(jnp.max(squares) / (jnp.sum(sizes) / jnp.sum(real, dtype=jnp.float32))))
 

@@ -1,4 +1,4 @@
-"""What an attention layer computes, and what is asked of a backend for it. No jax."""
+"""The spec of an attention layer, and a request to a backend. Does not import jax."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """Scores of grouped queries, and which positions a query sees: what a backend has to know of a layer.
+    """The parameters of grouped-query attention that a backend needs.
 
     Attributes:
-        scale: of the products of queries and keys; None for ``1 / √head_dim``.
-        window: position t sees s only if ``t - s < window``; None for all positions before.
-        softcap: scores become ``c · tanh(score / c)``; None for no cap.
+        scale: multiplies the products of queries and keys; None for ``1 / √head_dim``.
+        window: position t attends to s only if ``t - s < window``; None for no window.
+        softcap: ``c`` of the soft cap; scores become ``c · tanh(score / c)``; None for no cap.
     """
 
     num_heads: int
@@ -25,19 +25,19 @@ class AttentionSpec:
 
     @property
     def group(self) -> int:
-        """Query heads that share a key/value head."""
+        """Returns the number of query heads per key/value head."""
         return self.num_heads // self.num_kv_heads
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a backend is asked to compute.
+    """A request to compute an attention layer on a device.
 
     Attributes:
-        device: that the step is compiled for; it need not be there.
-        dtype: of queries, keys and values.
-        length: of a sequence; where there are several, what divides them all.
-        parts: in how many parts ``mesh.sequence`` splits a sequence.
+        device: a device that the step is compiled for; may be a device of a topology.
+        dtype: dtype of queries, keys and values.
+        length: the sequence length; for several lengths, their greatest common divisor.
+        parts: the number of shards of a sequence along ``mesh.sequence``.
     """
 
     device: Any
@@ -46,15 +46,15 @@ class Request:
     length: int
     parts: int = 1
 
-    def obstacle_of_length(self, multiple: int) -> str | None:
-        """Why the sequences do not fit, where each part has to be a multiple of this."""
+    def unsupported_length(self, multiple: int) -> str | None:
+        """Returns an error if the length of each shard is not a multiple of ``multiple``; else None."""
         if self.length % (multiple * self.parts) == 0:
             return None
-        where = "data.max_length" if self.parts == 1 else f"data.max_length, in {self.parts} parts by mesh.sequence"
+        where = "data.max_length" if self.parts == 1 else f"data.max_length, in {self.parts} shards by mesh.sequence"
         return f"needs sequences of a multiple of {multiple * self.parts} tokens, not {self.length} ({where})"
 
-    def obstacle_of_16_bits(self) -> str | None:
-        """Why a fused kernel for 16-bit tensor cores of NVIDIA GPUs cannot run."""
+    def unsupported_for_16_bits(self) -> str | None:
+        """Returns why a fused kernel for the 16-bit tensor cores of NVIDIA GPUs cannot run; None if it can."""
         if self.device.platform != "gpu":
             return "needs an NVIDIA GPU"
         if (capability := self._capability()) is None or capability < 8.0:
@@ -62,7 +62,7 @@ class Request:
         return None if self.dtype == "bfloat16" else "needs bfloat16 (model.dtype)"
 
     def _capability(self) -> float | None:
-        """The CUDA compute capability; None for other GPUs, and for devices that are only compiled for."""
+        """Returns the CUDA compute capability; None for other GPUs and for devices of a topology."""
         try:
             return float(getattr(self.device, "compute_capability", ""))
         except ValueError:

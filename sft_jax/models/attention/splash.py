@@ -1,4 +1,4 @@
-"""TPU splash attention: a Pallas kernel that skips blocks the causal or sliding mask hides."""
+"""TPU splash attention: a Pallas kernel that skips blocks that the causal or sliding-window mask hides."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from sft_jax.models.remat import ATTENTION
 from sft_jax.typing import Array, Float, Int
 
 
-def obstacle(request: Request) -> str | None:
-    """Why it cannot compute this; None where it can."""
-    return "needs a TPU" if request.device.platform != "tpu" else request.obstacle_of_length(128)
+def unsupported_reason(request: Request) -> str | None:
+    """Returns why the backend does not support a request; None if it does."""
+    return "needs a TPU" if request.device.platform != "tpu" else request.unsupported_length(128)
 
 
 def splash_attention(
@@ -32,47 +32,47 @@ def splash_attention(
     scale: float | None = None,
     block: int = 512,
     interpret: bool = False,
-    places: Int[Array, "T"] | None = None,
+    positions: Int[Array, "T"] | None = None,
     mask: Any = None,
 ) -> Float[Array, "B T N H"]:
     """See :func:`sft_jax.models.attention.backend.attention`; on one device.
 
     Args:
-        block: see :func:`make_kernel`.
-        interpret: run the kernel's operations one by one, on any device.
-        places: the slots of a row that the queries are in, where they are not all of its S slots.
-        mask: of :func:`make_kernel`, the part for these places; by default it is made here.
+        block: see :func:`make_splash_kernel`.
+        interpret: interpret the kernel, on any device.
+        positions: positions of the T queries in their sequence of length S; None for all.
+        mask: the part of :func:`make_splash_kernel` for these positions; by default it is created here.
     """
     _, length, num_heads, head_dim = q.shape
     if mask is None:
-        assert places is None
-        mask = make_kernel(np.arange(length, dtype=np.int32)[None], num_heads, window, softcap, block, interpret)
-    of_queries = segment_ids if places is None else segment_ids[:, places]
+        assert positions is None
+        mask = make_splash_kernel(np.arange(length, dtype=np.int32)[None], num_heads, window, softcap, block, interpret)
+    query_segments = segment_ids if positions is None else segment_ids[:, positions]
 
-    def one_row(q: Array, k: Array, v: Array, of_queries: Array, of_keys: Array) -> Any:
-        return mask(q, k, v, segment_ids=splash.SegmentIds(q=of_queries, kv=of_keys))
+    def one_sequence(q: Array, k: Array, v: Array, query_segments: Array, key_segments: Array) -> Any:
+        return mask(q, k, v, segment_ids=splash.SegmentIds(q=query_segments, kv=key_segments))
 
     scaled = q * jnp.asarray(head_dim**-0.5 if scale is None else scale, q.dtype)  # the kernel does not scale
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (scaled, k, v))
-    return jnp.swapaxes(jax.vmap(one_row)(q, k, v, of_queries, segment_ids), 1, 2)
+    return jnp.swapaxes(jax.vmap(one_sequence)(q, k, v, query_segments, segment_ids), 1, 2)
 
 
-def make_kernel(
-    places: Int[np.ndarray, "num t"],
+def make_splash_kernel(
+    positions: Int[np.ndarray, "num t"],
     num_heads: int,
     window: int | None = None,
     softcap: float | None = None,
     block: int = 512,
     interpret: bool = False,
 ) -> Any:
-    """The kernel for the queries of all devices, with what each has to know of the mask in arrays, a part for each.
+    """Creates the kernel for the queries of all devices; its arrays hold one part of the mask per device.
 
     Args:
-        places: the slots of a row whose queries each of ``num`` devices takes; t is a multiple of 128.
-        num_heads: query heads of a device.
-        block: queries and keys that are taken together; a power of two from 128 on, halved until it divides t.
+        positions: the query positions of each of ``num`` devices; t is a multiple of 128.
+        num_heads: number of query heads per device.
+        block: block size in queries and keys; a power of two from 128 on, halved until it divides t.
     """
-    block = math.gcd(block, places.shape[1])
+    block = math.gcd(block, positions.shape[1])
     sizes = splash.BlockSizes(
         block_q=block,
         block_kv=block,
@@ -82,32 +82,32 @@ def make_kernel(
         block_kv_dq=block,
     )
     return splash.make_splash_mha(
-        masks.MultiHeadMask([splash_mask(places, window)] * num_heads),
+        masks.MultiHeadMask([splash_mask(positions, window)] * num_heads),
         block_sizes=sizes,
         head_shards=1,
-        q_seq_shards=places.shape[0],
+        q_seq_shards=positions.shape[0],
         attn_logits_soft_cap=softcap,
         residual_checkpoint_name=ATTENTION,
         interpret=interpret,
     )
 
 
-def splash_mask(places: Int[np.ndarray, "num t"], window: int | None) -> masks.Mask:
-    """Which keys the queries see, ``[T, T]``, without segments; the queries of one device after those of another."""
-    shape = (places.size, places.size)
+def splash_mask(positions: Int[np.ndarray, "num t"], window: int | None) -> masks.Mask:
+    """Returns the mask ``[T, T]`` of queries and keys, without segments; queries are in the order of devices."""
+    shape = (positions.size, positions.size)
     mask = _Causal(shape) if window is None else _Local(shape, (window - 1, 0), 0)
-    mask.q_sequence = places.reshape(-1)  # what it compares keys with
+    mask.q_sequence = positions.reshape(-1)  # the positions that it compares with keys
     return mask
 
 
 class _ByBlocks:
-    """Of a mask: blocks that are seen or hidden as a whole are known without comparing their entries.
+    """Mixin for masks that returns fully visible and fully hidden blocks without comparing their entries.
 
-    Each of (T / block)² blocks is asked for six times before the kernel is compiled.
+    Compilation of the kernel reads each of (T / block)² blocks six times.
     """
 
     q_sequence: np.ndarray
-    reach = None  # how far back a query sees, itself not counted; None: to the beginning
+    reach = None  # how far back a query attends, itself not counted; None for no limit
 
     def __getitem__(self, at: tuple[slice, slice]) -> np.ndarray:
         queries = self.q_sequence[at[0]]

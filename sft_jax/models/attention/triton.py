@@ -1,8 +1,8 @@
-"""NVIDIA GPUs: fused attention that computes only the blocks of its documents, forward and backward, in Pallas Triton.
+"""Fused attention for NVIDIA GPUs in Pallas Triton that computes only the blocks within documents, in both passes.
 
-FlashAttention-2 (Dao 2023) with bounds from the data: documents are contiguous, so that the keys of a query lie between
-the start of its document (or window) and itself, and the queries of a key between itself and the end of that. No mask
-is in memory, and a row costs what its documents cost.
+FlashAttention-2 (Dao 2023) with bounds from the data. Documents are contiguous, so the keys of a query lie between the
+start of its document (or window) and itself, and the queries of a key between itself and the end of its document (or
+window). There is no mask in memory, and the cost of a sequence is the cost of its documents.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from sft_jax.models.attention.segments import first_visible, seen_until
+from sft_jax.models.attention.segments import first_visible, visible_until
 from sft_jax.models.attention.spec import Request
-from sft_jax.models.remat import ATTENTION, keep
+from sft_jax.models.remat import ATTENTION, checkpoint_name
 from sft_jax.typing import Array, Float, Int
 
-LENGTH_MULTIPLE = 64  # slots that its tiles take
-_NEVER = -1e30  # finite, so that a query of which nothing is visible in a block still has a maximum
-_LOG2_E = math.log2(math.e)  # scores are kept in powers of two, which GPUs compute
+LENGTH_MULTIPLE = 64  # the sequence length is a multiple of it, as of the tiles
+_MASKED = -1e30  # finite, so that a query with no visible key in a block has a finite maximum
+_LOG2_E = math.log2(math.e)  # scores are in base two, because GPUs have exp2
 
 
 class Tiles(NamedTuple):
-    """What a program of a kernel takes, and how Triton lays it out."""
+    """The tile sizes of a kernel, and its Triton launch parameters."""
 
-    outer: int  # queries (of keys and values' gradients: keys) that it holds
-    inner: int  # keys (queries) that it goes through at a time
+    outer: int  # queries per program; keys for the gradients of keys and values
+    inner: int  # keys per loop iteration; queries for the gradients of keys and values
     warps: int
     stages: int
 
 
 class Tuning(NamedTuple):
-    """Tiles of the three kernels: the fastest of seven each on an H200, for heads of 64 and of 128."""
+    """Tiles of the three kernels: the fastest of seven on an H200, for head dimensions 64 and 128."""
 
     forward: Tiles = Tiles(64, 64, 4, 3)
     keys: Tiles = Tiles(64, 64, 4, 2)  # gradients of keys and values
@@ -46,21 +46,21 @@ class Tuning(NamedTuple):
 
 
 class _Static(NamedTuple):
-    scale: float  # of the products of queries and keys
+    scale: float  # multiplies the products of queries and keys
     softcap: float | None
     tuning: Tuning
     interpret: bool
 
 
-def obstacle(request: Request) -> str | None:
-    """Why it cannot compute this; None where it can."""
-    if found := request.obstacle_of_16_bits():
-        return found
+def unsupported_reason(request: Request) -> str | None:
+    """Returns why the backend does not support a request; None if it does."""
+    if reason := request.unsupported_for_16_bits():
+        return reason
     if (head_dim := request.spec.head_dim) not in (16, 32, 64, 128):
         return f"needs a head dimension of 16, 32, 64 or 128, not {head_dim}"
     if request.parts > 1:
-        return "takes whole sequences only, and mesh.sequence splits them"
-    return request.obstacle_of_length(LENGTH_MULTIPLE)
+        return "needs whole sequences, and mesh.sequence splits them"
+    return request.unsupported_length(LENGTH_MULTIPLE)
 
 
 def triton_attention(
@@ -76,47 +76,47 @@ def triton_attention(
 ) -> Float[Array, "B T N H"]:
     """See :func:`sft_jax.models.attention.backend.attention`; on one device, 16-bit.
 
-    T is a multiple of the tiles, H a power of two. Padding sees itself only.
+    T is a multiple of the tile sizes, H a power of two. Padding attends to itself only.
 
     Args:
-        interpret: run the kernels' operations one by one, on any device.
+        interpret: interpret the kernels, on any device.
     """
     length = q.shape[1]
     assert all(length % tiles.outer == length % tiles.inner == 0 for tiles in tuning), (length, tuning)
-    place, is_padding = jnp.arange(length, dtype=jnp.int32), segment_ids == 0
-    first = jnp.where(is_padding, place, first_visible(segment_ids, window))
-    until = jnp.where(is_padding, place + 1, seen_until(segment_ids, window))
+    position, is_padding = jnp.arange(length, dtype=jnp.int32), segment_ids == 0
+    first = jnp.where(is_padding, position, first_visible(segment_ids, window))
+    until = jnp.where(is_padding, position + 1, visible_until(segment_ids, window))
     static = _Static(q.shape[-1] ** -0.5 if scale is None else scale, softcap, tuning, interpret)
     return _attend(q, k, v, first, until, static)
 
 
-# ``first`` [B, T] is the first key that each query sees, ``until`` the query behind the last one that sees each key.
-# Neither ever falls along a row, so that those of the first and the last of a block bound it.
+# ``first`` [B, T] is the first visible key of each query, ``until`` the end of the queries that attend to each key.
+# Both are non-decreasing along a sequence, so the values at the first and last position of a block bound the block.
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _attend(q: Array, k: Array, v: Array, first: Array, until: Array, static: _Static) -> Array:
     return _forward(q, k, v, first, static)[0]
 
 
 def _forward_and_residuals(q: Array, k: Array, v: Array, first: Array, until: Array, static: _Static):
-    out, log_total = (keep(x, ATTENTION) for x in _forward(q, k, v, first, static))
+    out, log_total = (checkpoint_name(x, ATTENTION) for x in _forward(q, k, v, first, static))
     return out, (q, k, v, first, until, out, log_total)
 
 
 def _forward(
     q: Array, k: Array, v: Array, first: Array, static: _Static
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
-    """What attention gives, and the log of each query's sum, base two."""
-    num_rows, length, num_heads, head_dim = q.shape
+    """Returns the output, and the log-sum-exp of each query in base two."""
+    batch_size, length, num_heads, head_dim = q.shape
     tiles, group = static.tuning.forward, num_heads // k.shape[2]
-    of_queries, of_keys, of_slots, of_totals = _specs(length, head_dim, tiles.outer, group)
+    query_spec, key_spec, bound_spec, total_spec = _specs(length, head_dim, tiles.outer, group)
     return pl.pallas_call(
         partial(_forward_kernel, tiles=tiles, static=static),
-        grid=(length // tiles.outer, num_heads, num_rows),
-        in_specs=[of_queries, of_keys, of_keys, of_slots],
-        out_specs=[of_queries, of_totals],
+        grid=(length // tiles.outer, num_heads, batch_size),
+        in_specs=[query_spec, key_spec, key_spec, bound_spec],
+        out_specs=[query_spec, total_spec],
         out_shape=[
             jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((num_rows, num_heads, length), jnp.float32),
+            jax.ShapeDtypeStruct((batch_size, num_heads, length), jnp.float32),
         ],
         **_compiled_as(tiles, static, "attention_forward"),
     )(q, k, v, first)
@@ -124,33 +124,42 @@ def _forward(
 
 def _backward(static: _Static, residuals: Any, d_out: Array):
     q, k, v, first, until, out, log_total = residuals
-    num_rows, length, num_heads, head_dim = q.shape
+    batch_size, length, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[2]
     group = num_heads // num_kv_heads
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
     delta = jnp.swapaxes(delta, 1, 2)
 
     tiles = static.tuning.queries
-    of_queries, of_keys, of_slots, of_totals = _specs(length, head_dim, tiles.outer, group)
+    query_spec, key_spec, bound_spec, total_spec = _specs(length, head_dim, tiles.outer, group)
     dq = pl.pallas_call(
         partial(_queries_kernel, tiles=tiles, static=static),
-        grid=(length // tiles.outer, num_heads, num_rows),
-        in_specs=[of_queries, of_keys, of_keys, of_slots, of_queries, of_totals, of_totals],
-        out_specs=of_queries,
+        grid=(length // tiles.outer, num_heads, batch_size),
+        in_specs=[query_spec, key_spec, key_spec, bound_spec, query_spec, total_spec, total_spec],
+        out_specs=query_spec,
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         **_compiled_as(tiles, static, "attention_queries"),
     )(q, k, v, first, d_out, log_total, delta)
 
     tiles = static.tuning.keys
-    of_group = pl.BlockSpec((None, length, group, head_dim), lambda j, h, b: (b, 0, h, 0))
-    of_key_block = pl.BlockSpec((None, tiles.outer, None, head_dim), lambda j, h, b: (b, j, h, 0))
-    of_row = pl.BlockSpec((None, length), lambda j, h, b: (b, 0))
-    of_group_totals = pl.BlockSpec((None, group, length), lambda j, h, b: (b, h, 0))
+    group_spec = pl.BlockSpec((None, length, group, head_dim), lambda j, h, b: (b, 0, h, 0))
+    key_block_spec = pl.BlockSpec((None, tiles.outer, None, head_dim), lambda j, h, b: (b, j, h, 0))
+    sequence_spec = pl.BlockSpec((None, length), lambda j, h, b: (b, 0))
+    group_total_spec = pl.BlockSpec((None, group, length), lambda j, h, b: (b, h, 0))
     dk, dv = pl.pallas_call(
         partial(_keys_kernel, tiles=tiles, static=static),
-        grid=(length // tiles.outer, num_kv_heads, num_rows),
-        in_specs=[of_group, of_key_block, of_key_block, of_row, of_row, of_group, of_group_totals, of_group_totals],
-        out_specs=[of_key_block, of_key_block],
+        grid=(length // tiles.outer, num_kv_heads, batch_size),
+        in_specs=[
+            group_spec,
+            key_block_spec,
+            key_block_spec,
+            sequence_spec,
+            sequence_spec,
+            group_spec,
+            group_total_spec,
+            group_total_spec,
+        ],
+        out_specs=[key_block_spec, key_block_spec],
         out_shape=[jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)],
         **_compiled_as(tiles, static, "attention_keys"),
     )(q, k, v, first, until, d_out, log_total, delta)
@@ -161,7 +170,7 @@ _attend.defvjp(_forward_and_residuals, _backward)
 
 
 def _specs(length: int, head_dim: int, block: int, group: int) -> list[pl.BlockSpec]:
-    """Of one block of queries of one head: these, all keys of that head, the row's slots, and its sums."""
+    """Block specs for one block of queries of one head: queries, all keys of the head, bounds, and log-sum-exps."""
     return [
         pl.BlockSpec((None, block, None, head_dim), lambda i, n, b: (b, i, n, 0)),
         pl.BlockSpec((None, length, None, head_dim), lambda i, n, b: (b, 0, n // group, 0)),
@@ -177,27 +186,27 @@ def _compiled_as(tiles: Tiles, static: _Static, name: str) -> dict[str, Any]:
 
 def _forward_kernel(q_ref, k_ref, v_ref, first_ref, out_ref, total_ref, *, tiles: Tiles, static: _Static):
     i = pl.program_id(0)
-    q, sight = q_ref[...], _Sight.of_queries(i, first_ref, tiles)
+    q, key_range = q_ref[...], _KeyRange.of_queries(i, first_ref, tiles)
 
     def block(masked: bool, j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         top, total, out = carry
         keys = pl.ds(j * tiles.inner, tiles.inner)
         scores, _ = _scores(plt.dot(q, k_ref[keys, :], trans_b=True), static)
         if masked:
-            scores = jnp.where(sight.visible(_places(j, tiles.inner)[None, :]), scores, _NEVER)
+            scores = jnp.where(key_range.visible(_positions(j, tiles.inner)[None, :]), scores, _MASKED)
         new_top = jnp.maximum(top, jnp.max(scores, axis=1))
         weights = jnp.exp2(scores - new_top[:, None])
-        shrink = jnp.exp2(top - new_top)
-        total = total * shrink + jnp.sum(weights, axis=1)
-        out = out * shrink[:, None] + plt.dot(weights.astype(v_ref.dtype), v_ref[keys, :])
+        rescale = jnp.exp2(top - new_top)
+        total = total * rescale + jnp.sum(weights, axis=1)
+        out = out * rescale[:, None] + plt.dot(weights.astype(v_ref.dtype), v_ref[keys, :])
         return new_top, total, out
 
     start = (
-        jnp.full((tiles.outer,), _NEVER, jnp.float32),
+        jnp.full((tiles.outer,), _MASKED, jnp.float32),
         jnp.zeros((tiles.outer,), jnp.float32),
         jnp.zeros(q.shape, jnp.float32),
     )
-    top, total, out = _over_blocks(block, sight.blocks, start)
+    top, total, out = _over_blocks(block, key_range.blocks, start)
     out_ref[...] = (out / total[:, None]).astype(out_ref.dtype)
     total_ref[...] = top + jnp.log2(total)
 
@@ -207,7 +216,7 @@ def _queries_kernel(
 ):
     i = pl.program_id(0)
     q, d_out, total, delta = q_ref[...], d_out_ref[...], total_ref[...], delta_ref[...]
-    sight = _Sight.of_queries(i, first_ref, tiles)
+    key_range = _KeyRange.of_queries(i, first_ref, tiles)
 
     def block(masked: bool, j: Array, dq: Array) -> Array:
         keys = pl.ds(j * tiles.inner, tiles.inner)
@@ -215,12 +224,12 @@ def _queries_kernel(
         scores, slope = _scores(plt.dot(q, k, trans_b=True), static)
         weights = jnp.exp2(scores - total[:, None])
         if masked:
-            weights = jnp.where(sight.visible(_places(j, tiles.inner)[None, :]), weights, 0.0)
+            weights = jnp.where(key_range.visible(_positions(j, tiles.inner)[None, :]), weights, 0.0)
         d_scores = weights * (plt.dot(d_out, v_ref[keys, :], trans_b=True) - delta[:, None])
         d_scores = d_scores if slope is None else d_scores * slope
         return dq + plt.dot(d_scores.astype(k.dtype), k)
 
-    dq = _over_blocks(block, sight.blocks, jnp.zeros(q.shape, jnp.float32))
+    dq = _over_blocks(block, key_range.blocks, jnp.zeros(q.shape, jnp.float32))
     dq_ref[...] = (dq * static.scale).astype(dq_ref.dtype)
 
 
@@ -239,15 +248,15 @@ def _keys_kernel(
     tiles: Tiles,
     static: _Static,
 ):
-    """The queries of all heads of the group, one head after the other; scores are keys × queries here."""
+    """Loops over the query heads of the group; scores are keys × queries here."""
     j = pl.program_id(0)
-    k, v, places = k_ref[...], v_ref[...], _places(j, tiles.outer)[:, None]
+    k, v, positions = k_ref[...], v_ref[...], _positions(j, tiles.outer)[:, None]
     begin = j * tiles.outer
     last = begin + tiles.outer - 1
     blocks = _Blocks(
         begin // tiles.inner,
-        (last + tiles.inner - 1) // tiles.inner,  # from here on, queries see the last key
-        until_ref[begin] // tiles.inner,  # and before here, they all see the first one
+        (last + tiles.inner - 1) // tiles.inner,  # from here on, queries attend to the last key
+        until_ref[begin] // tiles.inner,  # and before here, they all attend to the first key
         (until_ref[last] + tiles.inner - 1) // tiles.inner,
     )
 
@@ -260,7 +269,7 @@ def _keys_kernel(
             weights = jnp.exp2(scores - total_ref[g, queries][None, :])
             if masked:
                 first = first_ref[queries][None, :]
-                visible = (places <= _places(i, tiles.inner)[None, :]) & (places >= first)
+                visible = (positions <= _positions(i, tiles.inner)[None, :]) & (positions >= first)
                 weights = jnp.where(visible, weights, 0.0)
             dv += plt.dot(weights.astype(v.dtype), d_out)
             d_scores = weights * (plt.dot(v, d_out, trans_b=True) - delta_ref[g, queries][None, :])
@@ -269,14 +278,14 @@ def _keys_kernel(
 
         return _over_blocks(block, blocks, carry)
 
-    nothing = jnp.zeros(k.shape, jnp.float32)
-    dk, dv = lax.fori_loop(0, q_ref.shape[1], head, (nothing, nothing))
+    zeros = jnp.zeros(k.shape, jnp.float32)
+    dk, dv = lax.fori_loop(0, q_ref.shape[1], head, (zeros, zeros))
     dk_ref[...] = (dk * static.scale).astype(dk_ref.dtype)
     dv_ref[...] = dv.astype(dv_ref.dtype)
 
 
 class _Blocks(NamedTuple):
-    """Which blocks a program goes through: masked up to ``whole``, all visible up to ``rest``, masked up to ``end``."""
+    """The loop bounds of a program: masked up to ``whole``, fully visible up to ``rest``, masked up to ``end``."""
 
     begin: Array
     whole: Array
@@ -284,36 +293,36 @@ class _Blocks(NamedTuple):
     end: Array
 
 
-class _Sight(NamedTuple):
-    """What a block of queries sees."""
+class _KeyRange(NamedTuple):
+    """The keys that a block of queries attends to."""
 
-    last: Int[Array, "q 1"]  # keys up to here: its own place
-    first: Int[Array, "q 1"]  # from here on
-    blocks: _Blocks  # of keys
+    last: Int[Array, "q 1"]  # last key: the position of the query
+    first: Int[Array, "q 1"]  # first key
+    blocks: _Blocks  # key blocks
 
     @staticmethod
-    def of_queries(i: Array, first_ref: Any, tiles: Tiles) -> _Sight:
+    def of_queries(i: Array, first_ref: Any, tiles: Tiles) -> _KeyRange:
         begin = i * tiles.outer
         last = begin + tiles.outer - 1
         blocks = _Blocks(
             first_ref[begin] // tiles.inner,
-            (first_ref[last] + tiles.inner - 1) // tiles.inner,  # from here on, keys are seen by the last query
-            (begin + 1) // tiles.inner,  # and before here, by the first one
+            (first_ref[last] + tiles.inner - 1) // tiles.inner,  # from here on, keys are visible to the last query
+            (begin + 1) // tiles.inner,  # and before here, to the first query
             last // tiles.inner + 1,
         )
         first = first_ref[pl.ds(begin, tiles.outer)]
-        return _Sight(_places(i, tiles.outer)[:, None], first[:, None], blocks)
+        return _KeyRange(_positions(i, tiles.outer)[:, None], first[:, None], blocks)
 
-    def visible(self, places: Int[Array, "1 k"]) -> Array:
-        return (places <= self.last) & (places >= self.first)
+    def visible(self, positions: Int[Array, "1 k"]) -> Array:
+        return (positions <= self.last) & (positions >= self.first)
 
 
-def _places(block: Array, size: int) -> Int[Array, "size"]:
+def _positions(block: Array, size: int) -> Int[Array, "size"]:
     return block * size + jnp.arange(size, dtype=jnp.int32)
 
 
 def _over_blocks(block: Callable[[bool, Array, Any], Any], blocks: _Blocks, carry: Any) -> Any:
-    """All blocks one after the other; without a mask where none is needed."""
+    """Loops over all blocks; fully visible blocks skip the mask."""
     whole = jnp.clip(blocks.whole, blocks.begin, blocks.end)
     rest = jnp.clip(blocks.rest, whole, blocks.end)
     carry = lax.fori_loop(blocks.begin, whole, partial(block, True), carry)
@@ -322,7 +331,7 @@ def _over_blocks(block: Callable[[bool, Array, Any], Any], blocks: _Blocks, carr
 
 
 def _scores(products: Float[Array, "a b"], static: _Static) -> tuple[Array, Array | None]:
-    """Scaled and capped scores, in powers of two, and the slope of the cap."""
+    """Returns scaled and capped scores in base two, and the derivative of the cap."""
     if static.softcap is None:
         return products * (static.scale * _LOG2_E), None
     squashed = jnp.tanh(products * (static.scale / static.softcap))

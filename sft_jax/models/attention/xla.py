@@ -1,9 +1,9 @@
-"""Attention in plain XLA whose cost follows the documents' lengths: blocks that see nothing are never computed.
+"""Attention in plain XLA that skips fully masked blocks, so its cost depends on the document lengths.
 
-Queries and keys are taken in blocks. A segment is contiguous, so the keys that a block of queries can see lie between
-the start of its first query's segment (or window) and its last query: a loop with bounds from the data runs over just
-these, whichever queries of their rows are at hand. Softmax is computed online and the backward pass recomputes scores
-from the saved log-sum-exp (FlashAttention-2, Dao 2023), so memory grows with T and not with T².
+Queries and keys are processed in blocks. A segment is contiguous, so the visible keys of a block of queries lie between
+the start of the first query's segment (or window) and the last query. A loop with bounds from the data runs over these
+blocks only, for any subset of the queries. Softmax is computed online, and the backward pass recomputes scores from the
+saved log-sum-exp (FlashAttention-2, Dao 2023), so memory grows with T and not with T².
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ import jax.numpy as jnp
 from jax import lax
 
 from sft_jax.models.attention.segments import first_visible
-from sft_jax.models.remat import ATTENTION, keep
+from sft_jax.models.remat import ATTENTION, checkpoint_name
 from sft_jax.typing import Array, Float, Int
 
 BLOCK = 64
-_NEVER = -1e30  # finite, so that padding that sees nothing still has a softmax
+_MASKED = -1e30  # finite, so that softmax is defined for padding with no visible key
 
 
-class _Sight(NamedTuple):
-    """The first and the last key of each query, in blocks: those between are the ones that it sees."""
+class _KeyRange(NamedTuple):
+    """The first and last visible key of each query, in blocks."""
 
-    last: Int[Array, "blocks block"]  # its own place
+    last: Int[Array, "blocks block"]  # the position of the query
     first: Int[Array, "blocks block"]
 
-    def of_block(self, block: int) -> tuple[Array, Array]:
-        """Where the loop over blocks of keys begins and ends, for one block of queries."""
+    def block_range(self, block: int) -> tuple[Array, Array]:
+        """Returns the loop bounds over key blocks for one block of queries."""
         return jnp.min(self.first) // block, jnp.max(self.last) // block + 1
 
 
@@ -48,27 +48,27 @@ def xla_attention(
     softcap: float | None = None,
     scale: float | None = None,
     block: int = BLOCK,
-    places: Int[Array, "T"] | None = None,
+    positions: Int[Array, "T"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """See :func:`sft_jax.models.attention.backend.attention`; on one device.
 
     Any shape and dtype; scores and softmax are float32.
 
     Args:
-        places: the slots of a row that the queries are in, where they are not all of its S slots; may be traced. Those
-            of a block should lie together, or it takes all keys between them.
+        positions: positions of the T queries in their sequence of length S; None for all; may be traced. Those of a
+            block should be close together, because a block computes all keys between them.
 
-    The rows are laid end to end and become one: rows, like documents, are only segments that do not see each other.
-    Two rows of four slots, three documents, blocks of two::
+    The sequences are concatenated into one: sequences, like documents, are segments that do not attend to each other.
+    Two sequences of length four, three documents, blocks of two::
 
         segment_ids   1 1 2 2 │ 1 1 1 0
-        place         0 1 2 3 │ 4 5 6 7
-        seen from     0 0 2 2 │ 4 4 4 7      the place where its own segment begins
+        position      0 1 2 3 │ 4 5 6 7
+        first key     0 0 2 2 │ 4 4 4 7      the start of the segment
         key blocks of query block   0: 0…0   1: 1…1   2: 2…2   3: 2…3
     """
-    num_rows, num_queries, num_heads, head_dim = q.shape
+    batch_size, num_queries, num_heads, head_dim = q.shape
     length, num_kv_heads = k.shape[1:3]
-    size = num_rows * num_queries
+    size = batch_size * num_queries
     block = min(block, size)
     padding = -size % block
 
@@ -77,87 +77,89 @@ def xla_attention(
         x = jnp.pad(x, [(0, -x.shape[0] % block), (0, 0), (0, 0)])
         return jnp.moveaxis(x.reshape(-1, block, x.shape[1], head_dim), 2, 0)
 
-    def of_queries(x: Array) -> Array:  # [B, S], counted within each row -> [blocks, block]
-        x = x + length * jnp.arange(num_rows, dtype=jnp.int32)[:, None]
-        x = x if places is None else x[:, places]
+    def query_blocks(x: Array) -> Array:  # [B, S], positions within each sequence -> [blocks, block]
+        x = x + length * jnp.arange(batch_size, dtype=jnp.int32)[:, None]
+        x = x if positions is None else x[:, positions]
         return jnp.pad(x.reshape(size), (0, padding), mode="edge").reshape(-1, block)
 
-    place = of_queries(jnp.arange(length, dtype=jnp.int32)[None])
-    seen_from = of_queries(first_visible(segment_ids, window))
+    position = query_blocks(jnp.arange(length, dtype=jnp.int32)[None])
+    first_key = query_blocks(first_visible(segment_ids, window))
     scaled = blocks(q * jnp.asarray(head_dim**-0.5 if scale is None else scale, q.dtype))
     scaled = scaled.reshape(num_kv_heads, num_heads // num_kv_heads, *scaled.shape[1:])
-    out: Any = _blockwise(scaled, blocks(k), blocks(v), _Sight(last=place, first=seen_from), _Static(block, softcap))
+    out: Any = _blockwise(
+        scaled, blocks(k), blocks(v), _KeyRange(last=position, first=first_key), _Static(block, softcap)
+    )
     out = jnp.moveaxis(out, (2, 3), (0, 1)).reshape(size + padding, num_heads, head_dim)
     return out[:size].reshape(q.shape)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _blockwise(q: Array, k: Array, v: Array, sight: _Sight, static: _Static) -> Array:
-    """``[K, G, blocks, block, H]`` queries, already scaled, on ``[K, blocks, block, H]`` keys and values."""
-    return _forward(q, k, v, sight, static)[0]
+def _blockwise(q: Array, k: Array, v: Array, key_range: _KeyRange, static: _Static) -> Array:
+    """Attention of scaled queries ``[K, G, blocks, block, H]`` to keys and values ``[K, blocks, block, H]``."""
+    return _forward(q, k, v, key_range, static)[0]
 
 
-def _scores(q: Array, k: Array, sight: _Sight, j: Array, static: _Static) -> tuple[Array, Array | None]:
-    """Capped and masked scores ``[K, G, t, s]`` of a block of queries on block j's keys, and the slope of the cap."""
+def _scores(q: Array, k: Array, key_range: _KeyRange, j: Array, static: _Static) -> tuple[Array, Array | None]:
+    """Returns capped and masked scores ``[K, G, t, s]`` for key block j, and the derivative of the cap."""
     scores = jnp.einsum("kgth,ksh->kgts", q, k, preferred_element_type=jnp.float32)
     slope = None
     if static.softcap is not None:
         squashed = jnp.tanh(scores / static.softcap)
         scores, slope = static.softcap * squashed, 1.0 - squashed**2
-    key_place = j * static.block + jnp.arange(static.block)[None]
-    visible = (key_place <= sight.last[:, None]) & (key_place >= sight.first[:, None])
-    return jnp.where(visible, scores, _NEVER), slope
+    key_position = j * static.block + jnp.arange(static.block)[None]
+    visible = (key_position <= key_range.last[:, None]) & (key_position >= key_range.first[:, None])
+    return jnp.where(visible, scores, _MASKED), slope
 
 
 def _at(x: Array, i: Array, axis: int) -> Array:
     return lax.dynamic_index_in_dim(x, i, axis, keepdims=False)
 
 
-def _forward(q: Array, k: Array, v: Array, sight: _Sight, static: _Static) -> tuple[Array, Array]:
-    def query_block(given: tuple[Array, _Sight]) -> tuple[Array, Array]:
-        qi, seen = given
+def _forward(q: Array, k: Array, v: Array, key_range: _KeyRange, static: _Static) -> tuple[Array, Array]:
+    def query_block(scanned: tuple[Array, _KeyRange]) -> tuple[Array, Array]:
+        qi, range_i = scanned
 
         def key_block(j: Array, carry: Any) -> Any:
             top, total, out = carry
-            scores, _ = _scores(qi, _at(k, j, 1), seen, j, static)
+            scores, _ = _scores(qi, _at(k, j, 1), range_i, j, static)
             new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
             weights = jnp.exp(scores - new_top[..., None])
-            shrink = jnp.exp(top - new_top)
-            total = total * shrink + jnp.sum(weights, axis=-1)
+            rescale = jnp.exp(top - new_top)
+            total = total * rescale + jnp.sum(weights, axis=-1)
             new = jnp.einsum(
                 "kgts,ksh->kgth", weights.astype(v.dtype), _at(v, j, 1), preferred_element_type=jnp.float32
             )
-            return new_top, total, out * shrink[..., None] + new
+            return new_top, total, out * rescale[..., None] + new
 
         start = (
-            jnp.full(qi.shape[:-1], _NEVER, jnp.float32),
+            jnp.full(qi.shape[:-1], _MASKED, jnp.float32),
             jnp.zeros(qi.shape[:-1], jnp.float32),
             jnp.zeros(qi.shape, jnp.float32),
         )
-        first, end = seen.of_block(static.block)
+        first, end = range_i.block_range(static.block)
         top, total, out = lax.fori_loop(first, end, key_block, start)
         return (out / total[..., None]).astype(q.dtype), top + jnp.log(total)
 
-    out, log_total = lax.map(query_block, (jnp.moveaxis(q, 2, 0), sight))
+    out, log_total = lax.map(query_block, (jnp.moveaxis(q, 2, 0), key_range))
     return jnp.moveaxis(out, 0, 2), log_total
 
 
-def _forward_and_residuals(q: Array, k: Array, v: Array, sight: _Sight, static: _Static):
-    out, log_total = (keep(x, ATTENTION) for x in _forward(q, k, v, sight, static))
-    return out, (q, k, v, sight, out, log_total)
+def _forward_and_residuals(q: Array, k: Array, v: Array, key_range: _KeyRange, static: _Static):
+    out, log_total = (checkpoint_name(x, ATTENTION) for x in _forward(q, k, v, key_range, static))
+    return out, (q, k, v, key_range, out, log_total)
 
 
 def _backward(static: _Static, residuals: Any, d_out: Array):
-    q, k, v, sight, out, log_total = residuals
+    q, k, v, key_range, out, log_total = residuals
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
 
-    def query_block(carry: Any, given: Any) -> Any:
-        qi, seen, d_outi, log_totali, deltai = given
+    def query_block(carry: Any, scanned: Any) -> Any:
+        qi, range_i, d_outi, log_totali, deltai = scanned
 
         def key_block(j: Array, carry: Any) -> Any:
             dq, dk, dv = carry
             kj, vj = _at(k, j, 1), _at(v, j, 1)
-            scores, slope = _scores(qi, kj, seen, j, static)
+            scores, slope = _scores(qi, kj, range_i, j, static)
             weights = jnp.exp(scores - log_totali[..., None])
             d_weights = jnp.einsum("kgth,ksh->kgts", d_outi, vj, preferred_element_type=jnp.float32)
             d_scores = weights * (d_weights - deltai[..., None])
@@ -168,15 +170,15 @@ def _backward(static: _Static, residuals: Any, d_out: Array):
             dk, dv = (lax.dynamic_update_index_in_dim(x, _at(x, j, 1) + new, j, 1) for x, new in ((dk, dkj), (dv, dvj)))
             return dq, dk, dv
 
-        first, end = seen.of_block(static.block)
+        first, end = range_i.block_range(static.block)
         start = (jnp.zeros(qi.shape, jnp.float32), *carry)
         dq, dk, dv = lax.fori_loop(first, end, key_block, start)
         return (dk, dv), dq.astype(q.dtype)
 
-    nothing = tuple(jnp.zeros(x.shape, jnp.float32) for x in (k, v))
+    zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (k, v))
     by_block = [jnp.moveaxis(x, 2, 0) for x in (q, d_out, delta)]
-    given = (by_block[0], sight, by_block[1], log_total, by_block[2])
-    (dk, dv), dq = lax.scan(query_block, nothing, given)
+    scanned = (by_block[0], key_range, by_block[1], log_total, by_block[2])
+    (dk, dv), dq = lax.scan(query_block, zeros, scanned)
     return jnp.moveaxis(dq, 0, 2), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 

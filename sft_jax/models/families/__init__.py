@@ -1,4 +1,4 @@
-"""Families of models: a file each, named as the ``model_type`` of ``config.json``. README.md: how to add one."""
+"""Model families, one file per ``model_type`` of ``config.json``. README.md describes how to add one."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from sft_jax.models.architecture import Architecture
 
 @cache
 def families() -> dict[str, Any]:
-    """Every family's file, a module with ``read(config)``, by its name."""
+    """Returns the module of every family, with its function ``read(config)``, by name."""
     names = [module.name for module in pkgutil.iter_modules(__path__)]
     modules = {name: importlib.import_module(f"{__name__}.{name}") for name in names}
     return {name: module for name, module in modules.items() if hasattr(module, "read")}
 
 
 def read_family(config: Any) -> Architecture:
-    """The architecture that a config of transformers describes.
+    """Returns the architecture of a transformers config.
 
     Raises:
-        UserError: a family, or a setting of one, that is not supported.
+        UserError: the family, or a setting of it, is not supported.
     """
     return families()[config.model_type].read(config)
 
 
 def check_family(name: object) -> None:
-    """Refuse a ``model_type`` that no file is named by.
+    """Checks that a ``model_type`` is supported.
 
     Raises:
-        UserError: with those that are there.
+        UserError: it is not; the message names the supported families.
     """
     if name not in families():
         raise UserError(f"model family {name!r} is not supported; supported are {', '.join(families())}")

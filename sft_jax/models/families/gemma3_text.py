@@ -1,4 +1,4 @@
-"""Gemma 3: norms before and after each half of a layer, two rotary embeddings, five local layers to a global one."""
+"""Gemma 3: norms before and after attention and MLP, two rotary embeddings, five local layers per global layer."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ class SandwichBlock(nnx.Module):
         self.post_feedforward_layernorm = RMSNorm(dim, layer.norm, make, stack)
 
     def __call__(self, x: Float[Array, "B T D"], context: Context) -> tuple[Float[Array, "B T D"], Any]:
-        of_mixer, of_mlp = context.split(2)
-        mixed, cache = self.self_attn(self.input_layernorm(x), of_mixer)
+        mixer_context, mlp_context = context.split(2)
+        mixed, cache = self.self_attn(self.input_layernorm(x), mixer_context)
         x = constrain(x + self.post_attention_layernorm(mixed), *context.stream)
-        computed = self.mlp(self.pre_feedforward_layernorm(x), of_mlp)
+        computed = self.mlp(self.pre_feedforward_layernorm(x), mlp_context)
         return constrain(x + self.post_feedforward_layernorm(computed), *context.stream), cache

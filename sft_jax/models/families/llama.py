@@ -1,4 +1,4 @@
-"""Llama 1 to 3, and the many models saved as it: SmolLM2, TinyLlama, Yi."""
+"""Llama 1 to 3, and models with the same architecture: SmolLM2, TinyLlama, Yi."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Mistral 7B and its successors with a sliding window or none."""
+"""Mistral 7B and its successors, with or without a sliding window."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5: biases of queries, keys and values."""
+"""Qwen2 and Qwen2.5: biases in the query, key and value projections."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Qwen3: norms of queries and keys."""
+"""Qwen3: query and key norms."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What most families have in common: how their configs tell attention, MLP, rotary embedding and windows."""
+"""Reads the parts of a config that most families share: attention, MLP, rotary embedding, sliding windows."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from sft_jax.models.mlp import ACTIVATIONS, MLPSpec
 
 
 def decoder(config: Any, attention: SelfAttentionSpec, mlp: Any, norm: Norm | None = None, **more: Any) -> Architecture:
-    """Layers of one kind, but for the sliding windows that ``layer_types`` tells.
+    """Returns a decoder of equal layers, except for the sliding windows in ``layer_types``.
 
     Args:
-        norm: of layers, and the last one; by default an RMS norm with ``rms_norm_eps``.
+        norm: the norm of the layers and the final norm; by default an RMS norm with ``rms_norm_eps``.
         more: fields of :class:`Architecture`.
     """
     norm = norm or Norm(config.rms_norm_eps)
@@ -27,7 +27,7 @@ def decoder(config: Any, attention: SelfAttentionSpec, mlp: Any, norm: Norm | No
 
 
 def architecture(config: Any, layers: tuple[Layer, ...], norm: Norm, **more: Any) -> Architecture:
-    """Layers, and the sizes that every config has."""
+    """Returns an architecture with the sizes that every config has."""
     return Architecture(
         family=config.model_type,
         vocab_size=config.vocab_size,
@@ -42,10 +42,10 @@ def architecture(config: Any, layers: tuple[Layer, ...], norm: Norm, **more: Any
 
 
 def attention(config: Any, **more: Any) -> SelfAttentionSpec:
-    """Heads and rotary embedding; ``more`` are fields of :class:`SelfAttentionSpec`.
+    """Returns the attention spec; ``more`` are fields of :class:`SelfAttentionSpec`.
 
     Raises:
-        UserError: heads that do not divide, or a rotary embedding that is not supported.
+        UserError: the key/value heads do not divide the heads, or the rotary embedding is not supported.
     """
     num_heads = config.num_attention_heads
     num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
@@ -58,10 +58,10 @@ def attention(config: Any, **more: Any) -> SelfAttentionSpec:
 
 
 def mlp(config: Any, bias: bool = False) -> MLPSpec:
-    """The gated MLP.
+    """Returns the spec of the gated MLP.
 
     Raises:
-        UserError: an activation that is not supported.
+        UserError: the activation is not supported.
     """
     name = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", "silu")
     if name not in ACTIVATIONS:
@@ -70,7 +70,7 @@ def mlp(config: Any, bias: bool = False) -> MLPSpec:
 
 
 def sliding_windows(config: Any) -> list[int | None]:
-    """The sliding window of each layer; None for full attention."""
+    """Returns the sliding window of each layer; None for full attention."""
     window = getattr(config, "sliding_window", None)
     if window is None or getattr(config, "use_sliding_window", True) is False:
         return [None] * config.num_hidden_layers
@@ -79,16 +79,16 @@ def sliding_windows(config: Any) -> list[int | None]:
 
 
 def rope(parameters: Mapping[str, Any], max_positions: int) -> Rope:
-    """The rotary embedding that ``rope_parameters`` tell.
+    """Returns the rotary embedding of ``rope_parameters``.
 
     Raises:
-        UserError: a kind that is not supported.
+        UserError: the ``rope_type`` is not supported.
     """
     kind = parameters.get("rope_type", "default")
     theta = float(parameters["rope_theta"])
     if parameters.get("partial_rotary_factor", 1.0) != 1.0:
         raise UserError(f"partial_rotary_factor {parameters['partial_rotary_factor']} is not supported")
-    if kind in ("default", "dynamic"):  # a dynamic one is the default within the context, and no sequence is longer
+    if kind in ("default", "dynamic"):  # dynamic equals default within the context, and no sequence is longer
         return Rope(theta)
     if kind == "linear":
         return Rope(theta, kind, factor=float(parameters["factor"]))
@@ -117,12 +117,12 @@ def rope(parameters: Mapping[str, Any], max_positions: int) -> Rope:
 
 
 def _attention_factor(parameters: Mapping[str, Any], factor: float) -> float:
-    """By how much YaRN scales queries and keys, where it is not told: ``0.1 · ln(factor) + 1``."""
+    """Returns the scale of queries and keys in YaRN, by default ``0.1 · ln(factor) + 1``."""
     if parameters.get("attention_factor") is not None:
         return float(parameters["attention_factor"])
 
     def scale(by: float) -> float:
         return 0.1 * by * math.log(factor) + 1.0 if factor > 1 else 1.0
 
-    of_all, mscale = parameters.get("mscale_all_dim"), parameters.get("mscale")
-    return scale(mscale) / scale(of_all) if mscale and of_all else scale(1.0)
+    mscale_all_dim, mscale = parameters.get("mscale_all_dim"), parameters.get("mscale")
+    return scale(mscale) / scale(mscale_all_dim) if mscale and mscale_all_dim else scale(1.0)

@@ -1,4 +1,4 @@
-"""The notebooks and the script of tools/notebooks do what they say, in a process of their own."""
+"""The notebooks and the script in tools/notebooks run and print the expected results."""
 
 import ast
 import json
@@ -8,9 +8,10 @@ import sys
 import pytest
 from kit import ROOT, child_environment
 
+pytestmark = pytest.mark.drill("tools/notebooks", "sft_jax/api.py", "sft_jax/run", "configs/quickstart.yaml")
 NOTEBOOKS = sorted((ROOT / "tools" / "notebooks").glob("*.ipynb"))
 
-# Cells one after the other, as a kernel runs them: what a cell ends with is shown, as a page where it can.
+# Runs the cells in order, as a notebook kernel does; shows the last expression of a cell, as HTML if possible.
 _KERNEL = """
 import ast, json, sys
 names = {"__name__": "__main__"}
