@@ -24,7 +24,7 @@ import numpy as np
 from sft_jax import assembly
 from sft_jax import config_file as configs
 from sft_jax.config import Config
-from sft_jax.data.read.memory import source_of
+from sft_jax.data.read.memory import write_source
 from sft_jax.errors import Stopped
 from sft_jax.errors import UserError as UserError
 from sft_jax.evaluation import score as _score
@@ -292,7 +292,7 @@ def export(
 
 def _with_rows(config: Config | Mapping[str, Any], train_data: Rows | None, eval_data: Rows | None) -> Config:
     datasets = {"train": train_data, "eval": eval_data}
-    sources = {key: [source_of(rows, f"{key}_data")] for key, rows in datasets.items() if rows is not None}
+    sources = {key: [write_source(rows, f"{key}_data")] for key, rows in datasets.items() if rows is not None}
     if isinstance(config, Mapping) and sources:  # the dicts may lack data.train
         as_dicts = {key: [dataclasses.asdict(source) for source in value] for key, value in sources.items()}
         return load_config({**config, "data": {**config.get("data", {}), **as_dicts}})

@@ -20,7 +20,7 @@ import optax
 from jax.sharding import Mesh
 
 from sft_jax.config import Config, LoraConfig
-from sft_jax.data.batches.packing import row_lengths
+from sft_jax.data.batches.packing import sequence_lengths
 from sft_jax.errors import UserError
 from sft_jax.hf.config import read_config, stop_ids
 from sft_jax.hf.hub import find_model, weights_of
@@ -37,7 +37,7 @@ from sft_jax.models.split import Split
 from sft_jax.sharding import check_batch, check_heads, check_lengths, make_mesh
 from sft_jax.store.folder import RunDirectory
 from sft_jax.store.opened import OpenedRun, open_run
-from sft_jax.training.compilation import keep_programs
+from sft_jax.training.compilation import enable_compilation_cache
 from sft_jax.training.cross_entropy import Terms
 from sft_jax.training.losses import cross_entropy_loss
 from sft_jax.training.optimizer import make_schedule
@@ -125,7 +125,7 @@ def check_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
     mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
     num_microbatches = config.training.num_microbatches
     check_batch(config.training.batch_size, 1 if num_microbatches == "auto" else num_microbatches, mesh)
-    check_lengths(row_lengths(config.data), mesh)
+    check_lengths(sequence_lengths(config.data), mesh)
     return mesh
 
 
@@ -156,7 +156,7 @@ def network_of(config: Config, arch: Architecture, mesh: Mesh, embeddings: bool,
             be quantized.
     """
     model = config.model
-    length = math.gcd(*row_lengths(config.data))
+    length = math.gcd(*sequence_lengths(config.data))
     backend = choose_backend(model.attention, mesh, arch.attention_specs, model.dtype, length)
     return build(
         arch,
@@ -226,7 +226,7 @@ def open_model(
     """
     folder = Path(name).expanduser()
     mesh = make_mesh(devices=devices)
-    keep_programs(mesh.devices.flat[0])
+    enable_compilation_cache(mesh.devices.flat[0])
     if (run := RunDirectory(name)).is_run():
         return _open_run(run, base, step, dtype, mesh)
     if step is not None:

@@ -90,7 +90,7 @@ ROW_FORMATS = (
 
 
 # Arguments of chat templates that a config or a row must not set.
-SET_BY_RENDERING = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message")
+RESERVED_TEMPLATE_KWARGS = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message")
 
 
 @dataclass(frozen=True)

@@ -105,21 +105,21 @@ def check_batch(batch_size: int, num_microbatches: int, mesh: Mesh) -> None:
         )
 
 
-def check_lengths(row_lengths: Sequence[int], mesh: Mesh) -> None:
+def check_lengths(sequence_lengths: Sequence[int], mesh: Mesh) -> None:
     """Checks that ``mesh.sequence`` divides every sequence length.
 
     Args:
-        row_lengths: all sequence lengths of the run, the longest last.
+        sequence_lengths: all sequence lengths of the run, the longest last.
 
     Raises:
         UserError: it does not; the message names the sizes that do.
     """
-    sequence, common = mesh.shape["sequence"], math.gcd(*row_lengths)
+    sequence, common = mesh.shape["sequence"], math.gcd(*sequence_lengths)
     if common % sequence:
-        rows = " or ".join(map(str, row_lengths))
+        rows = " or ".join(map(str, sequence_lengths))
         raise UserError(
-            f"mesh.sequence: {sequence} does not divide rows of {rows} slots (data.max_length"
-            f"{'' if len(row_lengths) == 1 else ' without data.packing'}); these do: {_divisors(common)}"
+            f"mesh.sequence: {sequence} does not divide sequences of {rows} tokens (data.max_length"
+            f"{'' if len(sequence_lengths) == 1 else ' without data.packing'}); these do: {_divisors(common)}"
         )
 
 

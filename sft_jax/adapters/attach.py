@@ -42,7 +42,7 @@ def method_name(variant: object) -> str:
     return next(name for name, cls in methods().items() if type(variant) is cls)
 
 
-def method_of_peft(config: Mapping[str, Any]) -> str:
+def method_from_peft(config: Mapping[str, Any]) -> str:
     """Returns the name of the method that an ``adapter_config.json`` describes."""
     matching = [name for name, cls in methods().items() if all(config.get(key) == on for key, on in cls.PEFT.items())]
     return max(matching, key=lambda name: len(methods()[name].PEFT))

@@ -41,8 +41,8 @@ def run(options: argparse.Namespace) -> int:
     os.environ["JAX_PLATFORMS"] = "cpu"  # the step is compiled for other machines and not run here
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # hides compiler warnings about programs that are too large
     quiet_imports()
-    from sft_jax.planning.plan import Assumed, plan
+    from sft_jax.planning.plan import Assumptions, plan
 
-    assumed = Assumed(options.target_share, options.document_length)
+    assumed = Assumptions(options.target_share, options.document_length)
     plan(config, options.topology, options.architecture, assumed, options.json, options.advice, options.search)
     return 0

@@ -97,7 +97,7 @@ def prepare(config: Config, arch: Architecture, tokenizer: Any, stop_ids: Sequen
     return Task(held_out.examples, asked, few_shot, documents, data)
 
 
-def rows_at_a_time(config: Config, mesh: Mesh) -> int:
+def eval_batch_size(config: Config, mesh: Mesh) -> int:
     """Sequences per evaluation batch: those of a microbatch, or about 4,096 tokens per device."""
     training = config.training
     if training.num_microbatches != "auto":
@@ -109,7 +109,7 @@ def rows_at_a_time(config: Config, mesh: Mesh) -> int:
 def compare(config: Config, task: Task, model: Model, before: Params) -> Comparison:
     """Evaluates the tuned model and the base model, whose trainable parameters are ``before``; shows a progress bar."""
     options, n = config.evaluation, model
-    scorer = Scorer(n.split, config.data.max_length, rows_at_a_time(config, n.mesh))
+    scorer = Scorer(n.split, config.data.max_length, eval_batch_size(config, n.mesh))
     generator = n.generator
     summary: dict[str, dict[str, float | int]] = {}
     answers: dict[str, list[Answered]] = {}

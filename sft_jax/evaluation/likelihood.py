@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from sft_jax.data.batches.loader import local_rows, make_batch, to_mesh
+from sft_jax.data.batches.loader import local_sequences, make_batch, to_mesh
 from sft_jax.data.batches.packing import plan_run
 from sft_jax.data.tokens.examples import Examples
 from sft_jax.distributed.processes import fetch
@@ -85,8 +85,8 @@ class Scorer:
         progress: Callable[[int], object] = lambda examples: None,
     ) -> list[np.ndarray]:
         """Runs ``compute`` over all batches and returns its ``[B, T]`` results in the order of the examples."""
-        plan = plan_run(examples.slots, self._length, self._batch_size, 1, shuffle=False)
-        mine = local_rows(self._mesh, self._batch_size)
+        plan = plan_run(examples.num_tokens, self._length, self._batch_size, 1, shuffle=False)
+        mine = local_sequences(self._mesh, self._batch_size)
         starts = _starts(examples)
         flat = [np.zeros(int(starts[-1]), dtype) for dtype in dtypes]
         with jax.set_mesh(self._mesh):
@@ -97,7 +97,7 @@ class Scorer:
                 for r, items in enumerate(rows):
                     at = 0
                     for item in items:
-                        size = int(examples.slots[item])
+                        size = int(examples.num_tokens[item])
                         for into, values in zip(flat, computed, strict=True):
                             into[starts[item] : starts[item + 1]] = values[r, at : at + size]
                         at += size
@@ -106,7 +106,7 @@ class Scorer:
 
 
 def _starts(examples: Examples) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum(examples.slots)])
+    return np.concatenate([[0], np.cumsum(examples.num_tokens)])
 
 
 def _token_scores(model: Decoder, batch: Batch) -> tuple[Array, Array]:

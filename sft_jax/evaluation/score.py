@@ -63,7 +63,7 @@ def score(
             scores.append((i, j, response))
             encoded.append(one)
     examples = join(encoded, name)
-    longest = max(16, 1 << (int(examples.slots.max()) - 1).bit_length())
+    longest = max(16, 1 << (int(examples.num_tokens.max()) - 1).bit_length())
     shards = model.mesh.shape["data"] * model.mesh.shape["fsdp"]
     batch_size = shards * max(1, _BATCH_TOKENS // longest // shards)
     scorer = Scorer(model.split, longest, batch_size)

@@ -13,7 +13,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from sft_jax.adapters.attach import method_name, method_of_peft, methods
+from sft_jax.adapters.attach import method_from_peft, method_name, methods
 from sft_jax.adapters.lora import LoRA
 from sft_jax.errors import UserError
 from sft_jax.hf.reader import TensorReader
@@ -96,7 +96,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     return AdapterConfig(
         base=config["base_model_name_or_path"],
         revision=config.get("revision"),
-        method=method_of_peft(config),
+        method=method_from_peft(config),
         rank=config["r"],
         alpha=config["lora_alpha"],
         target_modules=targets,

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sft_jax.config import SET_BY_RENDERING
+from sft_jax.config import RESERVED_TEMPLATE_KWARGS
 from sft_jax.errors import UserError, refuse_lfs_pointer
 
 
@@ -70,7 +70,7 @@ def _with_defaults(template: str, kwargs: Mapping[str, Any]) -> str:
     for name, value in kwargs.items():
         if not re.fullmatch(r"[A-Za-z_]\w*", name) or not re.search(rf"\b{name}\b", template):
             raise UserError(f"data.template_kwargs: the chat template reads no argument {name!r}")
-        if name in SET_BY_RENDERING:
+        if name in RESERVED_TEMPLATE_KWARGS:
             raise UserError(f"data.template_kwargs: {name!r} is set by the renderer and cannot be overridden")
         defaults += f"{{% if {name} is not defined %}}{{% set {name} = {_literal(value)} %}}{{% endif %}}"
     return f"{defaults}{{{{ '' }}}}{template}"  # '' keeps a leading line break of the template

@@ -23,7 +23,7 @@ def chat_tokens(tokenizer: Any, stop_ids: Collection[int]) -> list[int]:
     return sorted({*stop_ids, *named})
 
 
-def untrained_rows(reader: TensorReader, ids: Iterable[int]) -> list[int]:
+def untrained_tokens(reader: TensorReader, ids: Iterable[int]) -> list[int]:
     """Returns the ids whose embedding is zero, tiny, or nearly equal to that of another id in ``ids``.
 
     Skips ids beyond the embeddings in the file, which belong to added tokens.

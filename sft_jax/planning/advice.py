@@ -67,7 +67,7 @@ def advise(
     for name, alternatives in _candidate_changes(config, topology, num_heads):
         if name != "weights" and best.resident_bytes >= usable_bytes:
             # Cannot suffice: weights, optimizer state and batch alone exceed the memory.
-            accepted |= alternatives[0] if name == "activations" else {}
+            accepted = accepted | (alternatives[0] if name == "activations" else {})
             continue
         for alternative in alternatives:
             changes = accepted | alternative

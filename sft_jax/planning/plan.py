@@ -28,7 +28,7 @@ from sft_jax.sharding import num_heads
 
 
 @dataclass(frozen=True)
-class Assumed:
+class Assumptions:
     """Assumptions about the data, which ``plan`` does not read."""
 
     target_share: float = 0.5  # fraction of tokens that carry loss
@@ -49,7 +49,7 @@ def plan(
     config: Config,
     topology: str,
     architecture: str | Path | None = None,
-    assumed: Assumed | None = None,
+    assumed: Assumptions | None = None,
     as_json: bool = False,
     advice: bool = True,
     search: bool = False,
@@ -71,7 +71,7 @@ def plan(
     """
     log = _Progress(enabled=not quiet)
     where = parse_topology(topology)
-    assumed = assumed or Assumed()
+    assumed = assumed or Assumptions()
     with _folder_of(config, architecture) as folder:
         base = read_base(config, folder)
     planner = _Planner(base, assumed, log)
@@ -90,7 +90,7 @@ def plan(
 class _Planner:
     """Compiles steps of one model."""
 
-    def __init__(self, base: Base, assumed: Assumed, log: _Progress):
+    def __init__(self, base: Base, assumed: Assumptions, log: _Progress):
         self._base, self._assumed, self._log = base, assumed, log
 
     def compile(self, config: Config, where: Topology, name: str) -> tuple[AbstractStep, Compiled]:
@@ -150,7 +150,7 @@ class _Planner:
 
 
 def figures(
-    step: AbstractStep, compiled: Compiled, bounds: Roofline, where: Topology, assumed: Assumed
+    step: AbstractStep, compiled: Compiled, bounds: Roofline, where: Topology, assumed: Assumptions
 ) -> dict[str, Any]:
     """Returns all figures as JSON values, the input of :func:`sft_jax.planning.text.plan_text`; bytes are per chip."""
     config = step.config

@@ -35,7 +35,7 @@ from sft_jax.sharding import (
     named_sharding,
     num_parts,
 )
-from sft_jax.training.compilation import SHARE, Way, temp_bytes, ways_of
+from sft_jax.training.compilation import SHARE, FitOption, fit_options, temp_bytes
 from sft_jax.training.cross_entropy import chunk_size
 from sft_jax.training.optimizer import labels_of, make_optimizer
 from sft_jax.training.state import TrainState, abstract_state, state_shardings
@@ -64,7 +64,7 @@ class AbstractStep:
     network: Sizes
     state: TrainState
     batch: Batch
-    ways: tuple[Way, ...]  # pairs of remat policy and number of microbatches, in the order that train tries them
+    ways: tuple[FitOption, ...]  # pairs of remat policy and number of microbatches, in the order that train tries them
 
     @property
     def arch(self) -> Architecture:
@@ -205,7 +205,7 @@ def abstract_step(config: Config, base: Base, devices: Sequence[Any]) -> Abstrac
     mesh = check_mesh(config, devices)
     check_heads(base.arch.attention_specs, mesh)
     split = network_of(config, base.arch, mesh, base.embeddings)
-    ways = ways_of(config, mesh)
+    ways = fit_options(config, mesh)
     state = abstract_state(split.trainable, _optimizer(config, split), mesh)
     shape = (config.training.batch_size, config.data.max_length)
     sharding = named_sharding(mesh, ("batch", "length"), shape)
@@ -248,7 +248,7 @@ def compile_step(step: AbstractStep, usable_bytes: int, target_share: float = 1.
     return dataclasses.replace(compiled, seconds=seconds, cpu_seconds=cpu_seconds)
 
 
-def _compile(step: AbstractStep, way: Way, usable_bytes: int, target_share: float, share: float) -> Compiled:
+def _compile(step: AbstractStep, way: FitOption, usable_bytes: int, target_share: float, share: float) -> Compiled:
     """Compiles one way; it fits if its temporaries use at most ``share`` of the memory besides the arguments."""
     remat, num_microbatches = way
     step = step.with_microbatches(num_microbatches)

@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from sft_jax.report import charts
-from sft_jax.report.data_text import ShownRow
+from sft_jax.report.data_text import ShownExample
 from sft_jax.report.page import render
 
 
-def write_data_page(path: Path, title: str, summary: dict[str, Any], rows: Sequence[ShownRow]) -> Path:
+def write_data_page(path: Path, title: str, summary: dict[str, Any], rows: Sequence[ShownExample]) -> Path:
     """Writes the page, which needs no network and no other file.
 
     Args:
-        summary: the result of :func:`sft_jax.data.batches.summary.summarise`.
+        summary: the result of :func:`sft_jax.data.batches.summary.summarize`.
         rows: examples to show.
     """
     lengths = summary["lengths"]

@@ -11,7 +11,7 @@ _BAR = 40
 
 
 @dataclass(frozen=True)
-class ShownRow:
+class ShownExample:
     """An example as spans of text with their loss mask."""
 
     name: str  # file and row
@@ -22,7 +22,7 @@ class ShownRow:
 
 
 def summary_text(summary: dict[str, Any]) -> str:
-    """Formats the result of :func:`sft_jax.data.batches.summary.summarise`."""
+    """Formats the result of :func:`sft_jax.data.batches.summary.summarize`."""
     lines = ["", f"  {'source':<44} {'format':<18} {'rows':>9} {'kept':>9} {'tokens':>12} {'targets':>12}"]
     for one in [*summary["sources"], *([_total(summary)] if len(summary["sources"]) > 1 else [])]:
         name = one["name"] if len(one["name"]) <= 44 else "…" + one["name"][-43:]
@@ -64,7 +64,7 @@ def summary_text(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def row_text(row: ShownRow, color: bool) -> str:
+def example_text(row: ShownExample, color: bool) -> str:
     """Formats one example; without color, supervised tokens are in ⟦brackets⟧."""
     ends = f"ends with {row.stop_token!r}" if row.stop_token else "does not end with a stop token"
     head = f"{row.name}: {row.num_tokens:,} tokens, {row.num_targets:,} targets, {ends}"

@@ -58,7 +58,7 @@ class Announcer:
                 "",
                 f"too long: {report.total('dropped'):,} dropped, {report.total('truncated'):,} truncated, "
                 f"{report.total('dropped_without_targets'):,} left without supervised tokens; "
-                f"{report.total('targets_lost'):,} supervised tokens ({report.share_lost:.1%}) lost",
+                f"{report.total('targets_lost'):,} supervised tokens ({report.fraction_lost:.1%}) lost",
             )
         for line in report.not_read:
             self("not read", line)
@@ -84,7 +84,7 @@ class Announcer:
         if plan.num_steps == 0:
             self("plan", "no steps")
             return
-        filled = int(examples.slots[plan.items].sum()) / plan.num_slots
+        filled = int(examples.num_tokens[plan.items].sum()) / plan.num_tokens
         packing = "packed" if config.data.packing else "one example a sequence, similar lengths together"
         lengths = " or ".join(str(length) for length in sorted(set(plan.lengths.tolist())))
         sequences = f"{config.training.batch_size} sequences × {lengths} tokens"

@@ -14,7 +14,7 @@ from sft_jax.data.batches.loader import Loader
 from sft_jax.data.batches.packing import plan_run
 from sft_jax.data.chat.encoder import prompt_ids
 from sft_jax.data.tokens.examples import Examples
-from sft_jax.evaluation.compare import rows_at_a_time
+from sft_jax.evaluation.compare import eval_batch_size
 from sft_jax.run.prepare import Inputs
 from sft_jax.run.recorder import Recorder, source_losses
 from sft_jax.run.resume import is_due
@@ -77,9 +77,9 @@ class Evaluator:
     """Computes the held-out loss: the sum over all batches, divided once by the total weight of supervised tokens."""
 
     def __init__(self, config: Config, examples: Examples, model: Model):
-        batch_size = rows_at_a_time(config, model.mesh)
-        length, packing = config.data.max_length, config.data.packing or config.data.streaming  # as in row_lengths
-        plan = plan_run(examples.slots, length, batch_size, 1, packing=packing, shuffle=False)
+        batch_size = eval_batch_size(config, model.mesh)
+        length, packing = config.data.max_length, config.data.packing or config.data.streaming  # as in sequence_lengths
+        plan = plan_run(examples.num_tokens, length, batch_size, 1, packing=packing, shuffle=False)
         self._groups, self._frozen = examples.groups, model.frozen
         self._loss = cross_entropy_loss(num_groups(examples))
         self._make_loader = lambda: Loader(examples, plan, model.mesh, batch_size)

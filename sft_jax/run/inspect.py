@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 
 from sft_jax.config import Config
-from sft_jax.data.batches.summary import summarise
+from sft_jax.data.batches.summary import summarize
 from sft_jax.data.chat.pieces import pieces
-from sft_jax.data.tokens.prepare import Prepared, check_data, look_at_data
+from sft_jax.data.tokens.prepare import Prepared, check_data, read_data
 from sft_jax.errors import UserError
 from sft_jax.evaluation.compare import prepare
 from sft_jax.hf.config import read_architecture, stop_ids
 from sft_jax.hf.hub import find_model
 from sft_jax.hf.tokenizer import load_tokenizer
 from sft_jax.report.data_page import write_data_page
-from sft_jax.report.data_text import ShownRow, row_text, summary_text
+from sft_jax.report.data_text import ShownExample, example_text, summary_text
 from sft_jax.run.announce import Announcer
 
 
@@ -43,15 +43,15 @@ def inspect(
         folder, config.data.chat_template, config.data.added_tokens, config.data.template_kwargs
     )
     stops = stop_ids(folder)
-    data = look_at_data(config.data, config.data.train, tokenizer, stops)
-    summary = summarise(config.data, config.training, data)
+    data = read_data(config.data, config.data.train, tokenizer, stops)
+    summary = summarize(config.data, config.training, data)
     limit = len(data.examples) if rows is None and as_json else 3 if rows is None else rows
     if as_json:
         print(json.dumps({"summary": summary}), flush=True)
     else:
         color = _use_color()
         for i in range(min(limit, len(data.examples))):
-            print(row_text(_shown(data, tokenizer, i), color))
+            print(example_text(_shown(data, tokenizer, i), color))
         print(summary_text(summary), flush=True)
     if html is not None:
         path = Path(html)
@@ -65,7 +65,7 @@ def inspect(
             print(json.dumps(_as_dict(data, i)))
     say = Announcer(enabled=not as_json)
     if config.data.eval:
-        held_out = look_at_data(config.data, config.data.eval, tokenizer, stops, refuse=True)
+        held_out = read_data(config.data, config.data.eval, tokenizer, stops, refuse=True)
         check_data(config.data, held_out, arch.max_positions)
         say.data("held out", held_out)
     if config.evaluation.at_end:
@@ -87,12 +87,12 @@ def _as_dict(data: Prepared, index: int) -> dict[str, Any]:
     }
 
 
-def _shown(data: Prepared, tokenizer: Any, index: int) -> ShownRow:
+def _shown(data: Prepared, tokenizer: Any, index: int) -> ShownExample:
     ids, mask = data.examples[index]
     supervised = mask > 0
     targets = ids[1:][supervised[1:]]
     last = next((int(i) for i in targets[::-1] if int(i) in data.examples.stop_ids), None)
-    return ShownRow(
+    return ShownExample(
         data.examples.describe(index),
         pieces(tokenizer, ids.tolist(), supervised.tolist()),
         len(ids),

@@ -25,7 +25,7 @@ from sft_jax.run.resume import last_step, with_date
 from sft_jax.sharding import check_heads
 from sft_jax.store.folder import RunDirectory
 from sft_jax.store.metrics import check_wandb
-from sft_jax.training.compilation import keep_programs
+from sft_jax.training.compilation import enable_compilation_cache
 from sft_jax.training.optimizer import check_rates
 
 
@@ -90,7 +90,7 @@ def prepare(config: Config, devices: Sequence[Any] | None, say: Announcer) -> In
     folder.check()
     latest = last_step(folder)
     say.mesh(mesh)
-    keep_programs(mesh.devices.flat[0])
+    enable_compilation_cache(mesh.devices.flat[0])
 
     # -- model folder and tokenizer -----------------------------------------------------------------------------------
     base = open_base(config.model.path, config.model.revision, init=config.model.init)

@@ -31,7 +31,7 @@ def with_date(config: Config, tokenizer: Any, run: Path, latest: int | None) -> 
     Otherwise, a run that resumes on another day, or a host past midnight, would render other text.
     """
     templates = ChatTemplates.of(tokenizer)
-    if config.data.date is not None or templates is None or not templates.tells_the_day:
+    if config.data.date is not None or templates is None or not templates.uses_date:
         return config
     used = None
     if jax.process_index() == 0:

@@ -17,7 +17,7 @@ from sft_jax.data.tokens.examples import Examples
 from sft_jax.distributed.processes import LONG_WAIT_SECONDS, gather
 from sft_jax.errors import UserError
 from sft_jax.hf.hub import commit_of
-from sft_jax.hf.untrained import chat_tokens, untrained_rows
+from sft_jax.hf.untrained import chat_tokens, untrained_tokens
 from sft_jax.models.attention.backend import check_backend
 from sft_jax.run.announce import Announcer
 from sft_jax.run.prepare import Inputs
@@ -55,7 +55,7 @@ class Session:
 
     def save(self, step: int, eval_loss: float | None = None) -> None:
         """Start to save the state after a step."""
-        position = self.loader.whole_state(self.positions[step])
+        position = self.loader.merge_states(self.positions[step])
         self.checkpoints.save(step, self.state, position, self.identity, eval_loss)
 
 
@@ -84,7 +84,7 @@ def start(inputs: Inputs, say: Announcer) -> Session:
     model = Model(str(inputs.folder), split, params, frozen, inputs.tokenizer, inputs.stop_ids)
     if base.reader is not None and config.lora is not None and not inputs.trains_embeddings:
         tokens = chat_tokens(inputs.tokenizer, inputs.data.examples.stop_ids)
-        say.untrained(inputs.tokenizer, untrained_rows(base.reader, tokens))
+        say.untrained(inputs.tokenizer, untrained_tokens(base.reader, tokens))
 
     # -- optimizer and step -------------------------------------------------------------------------------------------
     optimizer = make_optimizer(config.optimizer, labels_of(split.trainable, split.labels), seed)

@@ -16,7 +16,7 @@ from sft_jax.run.finish import finish, stop_not_finite
 from sft_jax.run.prepare import Inputs, prepare
 from sft_jax.run.recorder import Callback, NotFinite, Recorder
 from sft_jax.run.start import Session, start
-from sft_jax.training.compilation import Steps, ways_of
+from sft_jax.training.compilation import Steps, fit_options
 
 
 def train(config: Config, devices: Sequence[Any] | None = None, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def loop(inputs: Inputs, session: Session, recorder: Recorder, preemption: Preem
     batches = iter(session.loader)
     batch = next(batches)
     session.positions[first + 1] = session.loader.get_state()
-    train_step = Steps(session.make_step, ways_of(config, mesh), mesh.local_devices[0], say.compiled)
+    train_step = Steps(session.make_step, fit_options(config, mesh), mesh.local_devices[0], say.compiled)
     train_step.prepare(session.state, session.model.frozen, batch, inputs.longest)
     recorder.restart_clock()
     for step in range(first + 1, total + 1):

@@ -34,6 +34,7 @@ _FREE_KEYS = (
     "data.eval",
     "evaluation.",
     "model.remat",
+    "training.num_microbatches",
     "mesh.",
 )
 

@@ -21,9 +21,9 @@ from sft_jax.typing import Batch
 
 CANDIDATES = ("dots", "attention", "full")  # for ``remat: auto``, from the fastest to the least memory
 SHARE = 0.92  # fraction of free memory that a step may use
-LEAST_TOKENS = 4096  # per microbatch and device; fewer make products slow and are tried last
+MIN_TOKENS = 4096  # per microbatch and device; fewer make products slow and are tried last
 
-Way = tuple[str, int]  # rematerialization policy, number of microbatches
+FitOption = tuple[str, int]  # rematerialization policy, number of microbatches
 
 
 @dataclass(frozen=True)
@@ -38,36 +38,36 @@ class Compiled:
     temp_bytes: int | None  # per device, beyond weights, optimizer state and batch
 
 
-def ways_to_fit(remat: str, num_microbatches: int | str, sequences: int, length: int) -> list[Way]:
+def fit_candidates(remat: str, num_microbatches: int | str, sequences: int, length: int) -> list[FitOption]:
     """Returns pairs of rematerialization policy and number of microbatches, in order of preference.
 
     The policy that recomputes least comes first. More microbatches come before a policy that recomputes more, as long
-    as each microbatch has :data:`LEAST_TOKENS` tokens per device.
+    as each microbatch has :data:`MIN_TOKENS` tokens per device.
 
     Args:
         remat, num_microbatches: as in the config; ``auto`` tries several values.
         sequences: sequences of the global batch per device.
         length: tokens of a sequence per device.
 
-    >>> ways_to_fit("auto", "auto", sequences=4, length=2048)
+    >>> fit_candidates("auto", "auto", sequences=4, length=2048)
     [('dots', 1), ('dots', 2), ('attention', 1), ('attention', 2), ('full', 1), ('full', 2), ('full', 4)]
-    >>> ways_to_fit("full", 2, sequences=4, length=2048)
+    >>> fit_candidates("full", 2, sequences=4, length=2048)
     [('full', 2)]
     """
     policies = CANDIDATES if remat == "auto" else (remat,)
     if num_microbatches != "auto":
         return [(policy, int(num_microbatches)) for policy in policies]
     counts = [n for n in range(1, sequences + 1) if sequences % n == 0]
-    large = [n for n in counts if sequences // n * length >= LEAST_TOKENS] or [1]
+    large = [n for n in counts if sequences // n * length >= MIN_TOKENS] or [1]
     return [(policy, n) for policy in policies for n in large] + [(policies[-1], n) for n in counts if n not in large]
 
 
-def ways_of(config: Config, mesh: Mesh) -> list[Way]:
-    """:func:`ways_to_fit` for a config on a mesh."""
+def fit_options(config: Config, mesh: Mesh) -> list[FitOption]:
+    """:func:`fit_candidates` for a config on a mesh."""
     training = config.training
     sequences = training.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])
     length = config.data.max_length // mesh.shape["sequence"]
-    return ways_to_fit(config.model.remat, training.num_microbatches, sequences, length)
+    return fit_candidates(config.model.remat, training.num_microbatches, sequences, length)
 
 
 class Steps:
@@ -83,7 +83,7 @@ class Steps:
     def __init__(
         self,
         make: Callable[[str, int], Any],
-        ways: Sequence[Way],
+        ways: Sequence[FitOption],
         device: Any,
         on_compile: Callable[[Compiled], object] = lambda _: None,
     ):
@@ -171,7 +171,7 @@ class Steps:
         )
 
 
-def keep_programs(device: Any) -> None:
+def enable_compilation_cache(device: Any) -> None:
     """Enables JAX's persistent compilation cache, beside the cached tokens, so that the next start compiles nothing.
 
     Does nothing on a CPU, where compilation takes seconds and programs depend on the machine, or if the user has set

@@ -27,7 +27,7 @@ def test_summary_and_text():
 
     def run(seconds, memory):
         return {
-            "real_tokens": [100, 100], "target_tokens": [50, 50], "slots": [125, 125], "losses": [2.0, 1.0],
+            "real_tokens": [100, 100], "target_tokens": [50, 50], "all_tokens": [125, 125], "losses": [2.0, 1.0],
             "step_seconds": [seconds, seconds], "host_peak_bytes": memory, "device_peak_bytes": None,
             "seconds_to_first_step": 3.0,
         }  # fmt: skip
@@ -78,8 +78,8 @@ def test_a_side_runs(tmp_path, monkeypatch):
     assert failed["error"].startswith("UserError: ")
     assert len(found["losses"]) == 4
     assert len(found["step_seconds"]) == 2
-    assert all(0 < targets < real <= slots for real, targets, slots in zip(
-        found["real_tokens"], found["target_tokens"], found["slots"], strict=True))  # fmt: skip
+    assert all(0 < targets < real <= all_tokens for real, targets, all_tokens in zip(
+        found["real_tokens"], found["target_tokens"], found["all_tokens"], strict=True))  # fmt: skip
     assert found["host_peak_bytes"] > 0
 
 

@@ -126,10 +126,10 @@ def test_batch_mesh_and_folders(tiny, chats, tmp_path):
     with pytest.raises(UserError, match="8 does not divide the 4 heads"):
         train(run_config(tiny, chats, out, mesh=MeshConfig(fsdp=1, tensor=8)))
     with pytest.raises(
-        UserError, match=r"mesh.sequence: 8 does not divide rows of 100 slots .*; these do: 1, 2, 4, 5,"
+        UserError, match=r"mesh.sequence: 8 does not divide sequences of 100 tokens .*; these do: 1, 2, 4, 5,"
     ):
         train(run_config(tiny, chats, out, data__max_length=100, mesh=MeshConfig(fsdp=1, sequence=8)))
-    with pytest.raises(UserError, match=r"rows of 8 or 16 or 32 or 56 or 100 slots \(.* without data.packing\); these"):
+    with pytest.raises(UserError, match=r"sequences of 8 or 16 or 32 or 56 or 100 tokens \(.* without data.packing"):
         train(
             run_config(tiny, chats, out, data__max_length=100, data__packing=False, mesh=MeshConfig(fsdp=1, sequence=8))
         )

@@ -54,7 +54,6 @@ RETIRED = {
     r"output heads?": "lm_head",
     r"low[- ]rank": "LoRA",
     r"\bslots?\b": "tokens, positions",
-    r"\bbins?\b": "packed sequences",
     r"dealt out": "sharded",
     r"\bgo(es|ing)? on\b": "resume, continue",
     r"whole state": "state",

@@ -60,7 +60,7 @@ def test_json_is_what_is_trained(config, tiny, capsys):
         assert row["loss_mask"] == mask.tolist()
     assert {type(one) for row in rows[:3] for one in row["loss_mask"]} == {int}
     assert 0.5 in rows[3]["loss_mask"]
-    plan = plan_run(examples.slots, 128, 4, 1)
+    plan = plan_run(examples.num_tokens, 128, 4, 1)
     assert summary["rows"] == 50
     assert summary["kept"] == 49
     assert summary["dropped"] == {"longer than data.max_length": 1}
@@ -69,7 +69,7 @@ def test_json_is_what_is_trained(config, tiny, capsys):
     assert summary["stop_token"] == "<|im_end|>"
     assert summary["steps_per_epoch"] == plan.num_steps
     assert summary["steps"] == 6
-    np.testing.assert_allclose(summary["packing_efficiency"], examples.slots.sum() / (len(plan.rows) - 1) / 128)
+    np.testing.assert_allclose(summary["packing_efficiency"], examples.num_tokens.sum() / (len(plan.rows) - 1) / 128)
     assert sum(one["count"] for one in summary["lengths"]) == 50
     assert summary["lengths"][-1]["count"] == 1
     # of all 50: the overlong one was encoded too

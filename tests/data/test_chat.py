@@ -334,7 +334,7 @@ def test_the_day_that_a_template_tells(start):
     expected = tokenizer.apply_chat_template(messages, tokenize=False)
     assert date.today() == today, "midnight; run this again"
     template = ChatTemplate(tokenizer.chat_template)
-    assert template.tells_the_day
+    assert template.uses_date
     assert template.render(messages)[0] == expected
     assert dataclasses.replace(template, today=today.isoformat()).render(messages)[0] == expected
     other = dataclasses.replace(template, today="2024-02-09")

@@ -6,7 +6,7 @@ import pytest
 from kit import make_tokenizer, write_chats
 
 from sft_jax.config import SourceConfig
-from sft_jax.data.batches.loader import Loader, StepSource, local_rows
+from sft_jax.data.batches.loader import Loader, StepSource, local_sequences
 from sft_jax.data.batches.packing import plan_run
 from sft_jax.data.chat.encoder import Encoder
 from sft_jax.data.read.sources import open_sources
@@ -23,7 +23,7 @@ def examples(tmp_path_factory):
 
 
 def test_the_hosts_rows_together_are_the_batch(examples):
-    plan = plan_run(examples.slots, 128, 8, 2)
+    plan = plan_run(examples.num_tokens, 128, 8, 2)
     whole = StepSource(examples, plan, 8, slice(0, 8))
     parts = [StepSource(examples, plan, 8, slice(start, start + 2)) for start in range(0, 8, 2)]
     for step in range(plan.num_steps):  # the last step of an epoch has fewer rows: its last hosts get padding
@@ -32,9 +32,9 @@ def test_the_hosts_rows_together_are_the_batch(examples):
 
 
 def test_from_any_step_on_and_on_any_mesh(examples):
-    plan = plan_run(examples.slots, 128, 8, 2)
+    plan = plan_run(examples.num_tokens, 128, 8, 2)
     one, eight = make_mesh(devices=jax.devices()[:1]), make_mesh(2, 1, 2, 2)
-    assert local_rows(eight, 8) == slice(0, 8)
+    assert local_sequences(eight, 8) == slice(0, 8)
     batches = list(Loader(examples, plan, one, 8))
     assert len(batches) == plan.num_steps
     later = Loader(examples, plan, eight, 8)

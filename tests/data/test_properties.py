@@ -155,7 +155,7 @@ def test_packed_is_unpacked(loss_and_gradients, sizes, weights, seed):
     rng = np.random.default_rng(seed)
     rows = [(rng.integers(0, 384, n).astype(np.int32), rng.choice(weights, n).astype(np.float32)) for n in sizes]
     examples = join([Encoded(*row) for row in rows], "rows")
-    packed = pack(examples.slots, rng.permutation(len(sizes)), 48)
+    packed = pack(examples.num_tokens, rng.permutation(len(sizes)), 48)
     assert sorted(np.concatenate(packed).tolist()) == list(range(len(sizes)))
     alone = [np.array([i]) for i in range(len(sizes))]
     loss, gradients = loss_and_gradients(make_batch(examples, packed, 12, 48))

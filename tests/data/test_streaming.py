@@ -14,7 +14,7 @@ from kit import conversations, losses, make_tokenizer, one_device, run_config, w
 
 from sft_jax.config import SourceConfig
 from sft_jax.data.batches import streaming
-from sft_jax.data.batches.packing import row_lengths
+from sft_jax.data.batches.packing import sequence_lengths
 from sft_jax.data.batches.streaming import stream
 from sft_jax.data.chat.encoder import Encoder
 from sft_jax.data.read.sources import Source, open_sources
@@ -88,7 +88,7 @@ def test_a_process_reads_only_what_its_rows_need(config, tmp_path, monkeypatch):
     monkeypatch.setattr(streaming, "to_mesh", lambda batch, *_: batch)
     for rows in (slice(0, 1), slice(1, 4)):
         seen = read[rows.start] = set()
-        monkeypatch.setattr(streaming, "local_rows", lambda *_, rows=rows: rows)
+        monkeypatch.setattr(streaming, "local_sequences", lambda *_, rows=rows: rows)
         monkeypatch.setattr(
             Source, "read", lambda self, start, *rest, seen=seen: seen.add(start) or original(self, start, *rest)
         )
@@ -190,7 +190,7 @@ def test_held_out_rows_have_the_lengths_that_were_checked(config, monkeypatch):
     monkeypatch.setattr(due, "plan_run", noting)
     training = dataclasses.replace(config.training, max_steps=1, eval_every=1)
     train(dataclasses.replace(config, data=data, training=training), one_device())
-    assert {int(length) for one in seen for length in one.lengths} == set(row_lengths(data)) == {128}
+    assert {int(length) for one in seen for length in one.lengths} == set(sequence_lengths(data)) == {128}
 
 
 def test_a_row_with_nothing_to_train_on_is_refused_as_in_a_plan(config, tmp_path):

@@ -14,7 +14,7 @@ from sft_jax.config_file import load
 from sft_jax.errors import UserError
 from sft_jax.hf.config import read_architecture
 from sft_jax.planning.chips import CHIPS
-from sft_jax.planning.plan import Assumed, plan
+from sft_jax.planning.plan import Assumptions, plan
 from sft_jax.planning.text import plan_text
 from sft_jax.planning.topology import parse_topology
 from sft_jax.sharding import make_mesh
@@ -188,9 +188,9 @@ def test_the_error_for_a_missing_compiler_names_the_package(tiny, monkeypatch):
 
 
 def test_documents_are_no_longer_than_sequences(tiny):
-    assert Assumed().length(run_config(tiny)) == 128
-    assert Assumed(document_length=64).length(run_config(tiny)) == 64
-    assert Assumed(document_length=4096).length(run_config(tiny)) == 128
+    assert Assumptions().length(run_config(tiny)) == 128
+    assert Assumptions(document_length=64).length(run_config(tiny)) == 64
+    assert Assumptions(document_length=4096).length(run_config(tiny)) == 128
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)

@@ -16,7 +16,7 @@ from sft_jax.hf.reader import TensorReader
 from sft_jax.models.remat import POLICIES
 from sft_jax.run.train import train
 from sft_jax.sharding import make_mesh
-from sft_jax.training.compilation import CANDIDATES, Steps, free_bytes, ways_to_fit
+from sft_jax.training.compilation import CANDIDATES, Steps, fit_candidates, free_bytes
 from sft_jax.training.losses import batch_loss
 from sft_jax.training.weights import build, load_weights
 from sft_jax.typing import Batch
@@ -84,7 +84,7 @@ def test_auto_takes_the_first_that_fits(gradient_with):
         policy: make(policy).lower(params, frozen, batch).compile().memory_analysis().temp_size_in_bytes
         for policy in CANDIDATES
     }
-    ways = ways_to_fit("auto", 1, 4, 256)
+    ways = fit_candidates("auto", 1, 4, 256)
 
     def with_policy(policy, num_microbatches):
         assert num_microbatches == 1
@@ -125,7 +125,7 @@ def test_an_unpacked_run_compiles_for_few_row_lengths(tiny, chats, tmp_path, cap
     said = capsys.readouterr().err
     compiled = [line for line in said.splitlines() if line.strip().startswith("compiled")]
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    slots = {row["slot_tokens"] for row in rows if "loss" in row}
-    assert 1 < len(slots) <= len(compiled) <= 5
+    num_tokens = {row["slot_tokens"] for row in rows if "loss" in row}
+    assert 1 < len(num_tokens) <= len(compiled) <= 5
     assert all(row["real_tokens"] <= row["slot_tokens"] for row in rows if "loss" in row)
     assert np.isfinite(losses(tmp_path / "run")).all()

@@ -67,7 +67,7 @@ def update(examples, full, tied, mesh=None, parts=1, packing=False, windows=None
     shardings = state_shardings(split.trainable, optimizer, mesh)
     step = make_train_step(split, optimizer, lambda _: jnp.float32(1e4), parts, None, shardings)
     batch_size = 8 if packing else 16
-    plan = plan_run(examples.slots, LENGTH, batch_size, 1, packing=packing, shuffle=packing)
+    plan = plan_run(examples.num_tokens, LENGTH, batch_size, 1, packing=packing, shuffle=packing)
     assert plan.num_steps == 1
     with jax.set_mesh(mesh):
         batch = next(iter(Loader(examples, plan, mesh, batch_size)))

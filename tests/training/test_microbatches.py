@@ -10,7 +10,7 @@ from kit import losses, one_device, run_config
 
 from sft_jax.errors import UserError
 from sft_jax.run.train import train
-from sft_jax.training.compilation import LEAST_TOKENS, Steps, ways_to_fit
+from sft_jax.training.compilation import MIN_TOKENS, Steps, fit_candidates
 from sft_jax.typing import Batch
 
 OUT_OF_MEMORY = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes")
@@ -48,12 +48,12 @@ def program(needed, log, fails=()):
 
 def test_order_of_ways():
     """No policy that computes more before fewer tokens a device than products need."""
-    ways = ways_to_fit("auto", "auto", sequences=8, length=LEAST_TOKENS // 2)
+    ways = fit_candidates("auto", "auto", sequences=8, length=MIN_TOKENS // 2)
     assert ways[:3] == [("dots", 1), ("dots", 2), ("dots", 4)]
     assert ways[3:6] == [("attention", 1), ("attention", 2), ("attention", 4)]
     assert ways[6:] == [("full", 1), ("full", 2), ("full", 4), ("full", 8)]
-    assert ways_to_fit("none", "auto", 4, 16) == [("none", 1), ("none", 2), ("none", 4)]
-    assert ways_to_fit("auto", 2, 4, 16) == [("dots", 2), ("attention", 2), ("full", 2)]
+    assert fit_candidates("none", "auto", 4, 16) == [("none", 1), ("none", 2), ("none", 4)]
+    assert fit_candidates("auto", 2, 4, 16) == [("dots", 2), ("attention", 2), ("full", 2)]
 
 
 @pytest.mark.parametrize(
@@ -62,14 +62,14 @@ def test_order_of_ways():
 def test_the_first_that_fits_is_taken(memory, expected):
     told = []
     needed = {"dots": 800, "attention": 790, "full": 400}
-    ways = ways_to_fit("auto", "auto", 8, LEAST_TOKENS // 2)
+    ways = fit_candidates("auto", "auto", 8, MIN_TOKENS // 2)
     steps = Steps(program(needed, []), ways, card(memory), told.append)
     steps.prepare({}, {}, batch_of(8, 4), 4)
     assert (told[0].remat, told[0].num_microbatches) == expected
 
 
 def test_what_cannot_fit_names_the_way_out():
-    ways = ways_to_fit("auto", "auto", 8, 16)
+    ways = fit_candidates("auto", "auto", 8, 16)
     with pytest.raises(UserError, match="does not fit on card with dots or attention or full"):
         Steps(program(dict.fromkeys(("dots", "attention", "full"), 8000), []), ways, card(100)).prepare(
             {}, {}, batch_of(8, 4), 4
@@ -82,7 +82,7 @@ def test_what_cannot_fit_names_the_way_out():
 def test_a_step_that_runs_out_of_memory_is_repeated_in_smaller_parts(capsys):
     log, told = [], []
     make = program({"full": 10}, log, fails=[("full", 1), ("full", 2)])
-    steps = Steps(make, ways_to_fit("full", "auto", 4, 16), card(10**6), told.append)
+    steps = Steps(make, fit_candidates("full", "auto", 4, 16), card(10**6), told.append)
     assert steps({"x": jnp.zeros(2)}, {}, batch_of(4, 4))[0] == ("full", 4)
     assert log == [("full", 1), ("full", 2), ("full", 4)]
     assert [one.num_microbatches for one in told] == [1, 2, 4]
@@ -94,7 +94,7 @@ def test_a_step_that_runs_out_of_memory_is_repeated_in_smaller_parts(capsys):
 def test_fixed_microbatches_are_not_changed():
     make = program({"full": 10}, [], fails=[("full", 2)])
     with pytest.raises(jax.errors.JaxRuntimeError):
-        Steps(make, ways_to_fit("full", 2, 4, 16), card(10**6))({"x": jnp.zeros(2)}, {}, batch_of(4, 4))
+        Steps(make, fit_candidates("full", 2, 4, 16), card(10**6))({"x": jnp.zeros(2)}, {}, batch_of(4, 4))
 
 
 def test_a_run_in_parts_that_were_chosen(tiny, chats, tmp_path, monkeypatch):

@@ -62,7 +62,7 @@ def bench_plan(options: argparse.Namespace) -> None:
     began = time.perf_counter()
     plan = plan_run(lengths, 2048, 16, 1)
     seconds = time.perf_counter() - began
-    filled = lengths.sum() / plan.num_slots
+    filled = lengths.sum() / plan.num_tokens
     print(f"{options.rows:,} examples packed in {seconds:.2f} s, {filled:.2%} filled")
 
 

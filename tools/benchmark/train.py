@@ -153,7 +153,7 @@ def summarize(runs: list[dict[str, Any]]) -> dict[str, Any]:
         "tokens_per_second": spread([sum(run["real_tokens"]) / sum(run["step_seconds"]) for run in runs]),
         "step_seconds": spread([statistics.median(run["step_seconds"]) for run in runs]),
         "tokens_per_step": spread([float(np.mean(run["real_tokens"])) for run in runs]),
-        "filled": spread([sum(run["real_tokens"]) / sum(run["slots"]) for run in runs]),
+        "filled": spread([sum(run["real_tokens"]) / sum(run["all_tokens"]) for run in runs]),
         **{
             key: spread([run.get(key) for run in runs])
             for key in ("host_peak_bytes", "device_peak_bytes", "seconds_to_first_step", "compile_seconds")

@@ -107,7 +107,7 @@ class Laboratory:
     def tune(self, examples: Examples, seed: int, name: str = "rank 16") -> Tuned:
         """Trains for ``STEPS`` optimizer steps on ``examples``, repeating them as needed."""
         kind, start = self.kind(name), self.base(name, seed)
-        plan = plan_run(examples.slots, LENGTH, BATCH_SIZE, 1, STEPS, seed)
+        plan = plan_run(examples.num_tokens, LENGTH, BATCH_SIZE, 1, STEPS, seed)
         state = make_state(start.trainable, kind["optimizer"], self.mesh)
         with jax.set_mesh(self.mesh):
             for batch in Loader(examples, plan, self.mesh, BATCH_SIZE):

@@ -66,7 +66,7 @@ def make_batch(examples: Examples, sequences: list[np.ndarray], num_sequences: i
     return Batch(inputs, targets, loss_mask, segment_ids, positions, sources)  # type: ignore[arg-type]
 
 
-def local_rows(mesh: Mesh, batch_size: int) -> slice:
+def local_sequences(mesh: Mesh, batch_size: int) -> slice:
     """Return which sequences of a global batch the devices of this process hold."""
     sharding = named_sharding(mesh, ("batch", "length"), (batch_size, 1))
     ranges = [
@@ -96,7 +96,7 @@ class Loader:
     """Iterates over the batches of a plan, starting at any step; its state is the next step."""
 
     def __init__(self, examples: Examples, plan: Plan, mesh: Mesh, batch_size: int):
-        self._local = local_rows(mesh, batch_size)
+        self._local = local_sequences(mesh, batch_size)
         self._mesh, self._batch_size = mesh, batch_size
         source = StepSource(examples, plan, batch_size, self._local)
         options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
@@ -110,7 +110,7 @@ class Loader:
         """Return the state as JSON values."""
         return self._iterator.get_state()
 
-    def whole_state(self, state: dict) -> dict:
+    def merge_states(self, state: dict) -> dict:
         """Merge the states of all processes; here they are the same."""
         return state
 

@@ -37,7 +37,7 @@ class Plan:
         return len(self.steps) - 1
 
     @property
-    def num_slots(self) -> int:
+    def num_tokens(self) -> int:
         """The number of tokens of all sequences, with padding."""
         return int((np.diff(self.steps) * self.lengths).sum())
 
@@ -110,7 +110,7 @@ def plan_of(data: DataConfig, training: TrainingConfig, examples: Examples) -> P
     if any(weight != 1.0 for weight in examples.weights):
         repeats = np.asarray(examples.weights)[examples.source]
     return plan_run(
-        examples.slots,
+        examples.num_tokens,
         data.max_length,
         training.batch_size,
         training.num_train_epochs,
@@ -122,7 +122,7 @@ def plan_of(data: DataConfig, training: TrainingConfig, examples: Examples) -> P
     )
 
 
-def row_lengths(data: DataConfig) -> list[int]:
+def sequence_lengths(data: DataConfig) -> list[int]:
     """Return the sequence lengths of a run in ascending order; streaming uses no buckets."""
     return [data.max_length] if data.packing or data.streaming else buckets(data.max_length)
 

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sft_jax.config import Config, DataConfig, SourceConfig
-from sft_jax.data.batches.loader import local_rows, to_mesh
+from sft_jax.data.batches.loader import local_sequences, to_mesh
 from sft_jax.data.chat.encoder import Encoder
 from sft_jax.data.read.rows import RowError
 from sft_jax.data.read.sources import Source, open_sources
@@ -74,7 +74,7 @@ class StreamLoader:
         max_positions: int,
     ):
         self.sizes = ", ".join(f"{source.name} {len(source)}" for source in sources)
-        self._local = local_rows(mesh, batch_size)
+        self._local = local_sequences(mesh, batch_size)
         self._mesh, self._batch_size = mesh, batch_size
         self._has_groups = len(set(groups)) > 1
         weights = [len(source) * source.weight for source in sources]
@@ -105,7 +105,7 @@ class StreamLoader:
         """Return the state of this process's streams as JSON values."""
         return self._iterator.get_state()
 
-    def whole_state(self, state: dict[str, Any]) -> dict[str, Any]:
+    def merge_states(self, state: dict[str, Any]) -> dict[str, Any]:
         """Merge the states of all processes. A collective: all processes have to call it."""
         return {
             index: stream_state

@@ -15,7 +15,7 @@ _NUM_BINS = 16  # of the histogram
 _MAX_REASONS = 20
 
 
-def summarise(data: DataConfig, training: TrainingConfig, prepared: Prepared) -> dict[str, Any]:
+def summarize(data: DataConfig, training: TrainingConfig, prepared: Prepared) -> dict[str, Any]:
     """Count rows, tokens, supervised tokens (``targets``) and dropped examples, by source and role.
 
     ``packing_efficiency`` is the fraction of tokens that are not padding.
@@ -31,7 +31,7 @@ def summarise(data: DataConfig, training: TrainingConfig, prepared: Prepared) ->
         "dropped": report.dropped_by_reason,
         "truncated": report.total("truncated"),
         "targets_lost": report.total("targets_lost"),
-        "share_of_targets_lost": report.share_lost,
+        "share_of_targets_lost": report.fraction_lost,
         "refused": [one.at(source.name) for source in report.sources for one in source.reasons[:_MAX_REASONS]],
         "stop_token": next(iter(stops), None),
         "stop_tokens": stops,
@@ -62,7 +62,7 @@ def summarise(data: DataConfig, training: TrainingConfig, prepared: Prepared) ->
     if len(examples):
         epoch = plan_of(data, replace(training, num_train_epochs=1, max_steps=None), examples)
         summary |= {
-            "packing_efficiency": int(examples.slots[epoch.items].sum()) / max(1, epoch.num_slots),
+            "packing_efficiency": int(examples.num_tokens[epoch.items].sum()) / max(1, epoch.num_tokens),
             "packed_rows": len(epoch.rows) - 1,
             "steps_per_epoch": epoch.num_steps,
             "steps": plan_of(data, training, examples).num_steps,

@@ -69,7 +69,7 @@ class Encoder:
             self._segments = SegmentEncoder(tokenizer, "".join(self._templates.sources.values()))
             texts = [text for text in tokenizer.convert_ids_to_tokens(sorted(self._stops.special)) if text]
             self._finder = TurnFinder(self._templates, texts)
-        self.today = self._templates.today if self._templates and self._templates.tells_the_day else None
+        self.today = self._templates.today if self._templates and self._templates.uses_date else None
 
     @property
     def mask_source(self) -> str:

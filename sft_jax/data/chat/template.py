@@ -17,7 +17,7 @@ import jinja2
 import jinja2.meta
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from sft_jax.config import SET_BY_RENDERING
+from sft_jax.config import RESERVED_TEMPLATE_KWARGS
 from sft_jax.data.read.rows import Message, RowError
 from sft_jax.errors import UserError
 
@@ -44,7 +44,7 @@ class ChatTemplate:
     today: str | None = None
 
     @cached_property
-    def tells_the_day(self) -> bool:
+    def uses_date(self) -> bool:
         """Whether the template uses ``strftime_now``, as that of Llama 3.2 does."""
         return "strftime_now" in self.source
 
@@ -63,7 +63,7 @@ class ChatTemplate:
             RowError: an argument is reserved for rendering.
         """
         for name in kwargs:
-            if name in SET_BY_RENDERING or name in self.special_tokens or name == "strftime_now":
+            if name in RESERVED_TEMPLATE_KWARGS or name in self.special_tokens or name == "strftime_now":
                 raise RowError(f"chat template argument {name!r} is set by the renderer and cannot be overridden")
 
     @cached_property
@@ -84,7 +84,7 @@ class ChatTemplate:
     @cached_property
     def _dated(self) -> str:
         """The source with a ``strftime_now`` macro for ``today``; transformers does not accept a function."""
-        if self.today is None or not self.tells_the_day:
+        if self.today is None or not self.uses_date:
             return self.source
         date = datetime.fromisoformat(self.today)
         expression = "format"
@@ -177,9 +177,9 @@ class ChatTemplates:
         return {name: ChatTemplate(text, self.special_tokens, self.today) for name, text in self.sources.items()}
 
     @cached_property
-    def tells_the_day(self) -> bool:
+    def uses_date(self) -> bool:
         """Whether any of the templates uses ``strftime_now``."""
-        return any(template.tells_the_day for template in self.all.values())
+        return any(template.uses_date for template in self.all.values())
 
     def choose(self, has_tools: bool) -> ChatTemplate:
         """Return the template for a conversation with or without tools.

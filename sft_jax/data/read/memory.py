@@ -14,7 +14,7 @@ from sft_jax.data.read.folders import cache_folder
 from sft_jax.errors import UserError
 
 
-def source_of(rows: Iterable[Mapping[str, Any]], name: str) -> SourceConfig:
+def write_source(rows: Iterable[Mapping[str, Any]], name: str) -> SourceConfig:
     """Write rows to a file in the cache, and return it as a source.
 
     The file name contains a hash of the rows, so a run with the same rows can resume.

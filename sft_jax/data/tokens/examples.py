@@ -65,7 +65,7 @@ class Report:
         return lines
 
     @property
-    def share_lost(self) -> float:
+    def fraction_lost(self) -> float:
         """The fraction of supervised tokens that is lost by dropping and truncation."""
         lost = self.total("targets_lost")
         return lost / max(1, lost + self.total("targets"))
@@ -123,7 +123,7 @@ class Examples:
         return self.groups.index(self.given[self.source[index]])
 
     @property
-    def slots(self) -> np.ndarray:
+    def num_tokens(self) -> np.ndarray:
         """The length of each example in a batch: one less than its ids, because targets are shifted by one."""
         return self.lengths - 1
 

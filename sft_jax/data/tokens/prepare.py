@@ -57,12 +57,12 @@ def prepare_data(
     Raises:
         UserError: the data cannot be used.
     """
-    prepared = look_at_data(config, source_configs, tokenizer, stop_ids, train_on, refuse=True)
+    prepared = read_data(config, source_configs, tokenizer, stop_ids, train_on, refuse=True)
     check_data(config, prepared, max_positions)
     return prepared
 
 
-def look_at_data(
+def read_data(
     config: DataConfig,
     source_configs: Sequence[SourceConfig],
     tokenizer: Any,

@@ -1,0 +1,111 @@
+"""The table of families that tests go through: a new family adds a row."""
+
+import torch
+import transformers
+
+SHAPE = {
+    "vocab_size": 131,
+    "hidden_size": 42,
+    "intermediate_size": 101,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 400,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+# A row for each family, and for each kind of it: the class of transformers, and changes of SHAPE.
+FAMILIES = {
+    "llama2": ("Llama", {"num_key_value_heads": 6, "head_dim": 8}),
+    "llama3": ("Llama", {"head_dim": 10, "rope_parameters": LLAMA3_ROPE}),
+    "llama-linear-rope": (
+        "Llama",
+        {"head_dim": 8, "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
+    ),
+    "llama-yarn": (
+        "Llama",
+        {
+            "head_dim": 16,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "original_max_position_embeddings": 64,
+            },
+        },
+    ),
+    "llama-yarn-as-deepseek": (
+        "Llama",
+        {
+            "head_dim": 24,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e5,
+                "factor": 8.0,
+                "original_max_position_embeddings": 50,
+                "mscale": 1.0,
+                "mscale_all_dim": 0.7,
+                "beta_fast": 16.0,
+                "beta_slow": 2.0,
+                "truncate": False,
+            },
+        },
+    ),
+    "llama-dynamic-rope": (
+        "Llama",
+        {"head_dim": 8, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}},
+    ),
+    "llama-biases": ("Llama", {"head_dim": 12, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    "mistral": ("Mistral", {"head_dim": 14, "sliding_window": 9}),
+    "mistral-no-window": ("Mistral", {"head_dim": 10, "sliding_window": None}),
+    "qwen2": ("Qwen2", {"hidden_size": 48, "tie_word_embeddings": True}),
+    "qwen2-windows": (
+        "Qwen2",
+        {"hidden_size": 48, "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2},
+    ),
+    "gemma3_text": (
+        "Gemma3",
+        {
+            "head_dim": 10,
+            "num_hidden_layers": 8,
+            "sliding_window": 9,
+            "query_pre_attn_scalar": 18,
+            "tie_word_embeddings": True,
+            "final_logit_softcapping": 20.0,
+        },
+    ),
+    "mixtral": (
+        "Mixtral",
+        {
+            "hidden_size": 48,  # torch's grouped products want multiples of 4
+            "intermediate_size": 100,
+            "head_dim": 10,
+            "num_local_experts": 5,
+            "num_experts_per_tok": 2,
+            "sliding_window": None,
+        },
+    ),
+    "qwen3": ("Qwen3", {"head_dim": 20}),
+    "qwen3-tied": (
+        "Qwen3",
+        {"head_dim": 6, "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+    ),
+}
+
+
+def reference(name: str, folder, shard: str | None = None):
+    """The random model of a row, of transformers, saved in a folder."""
+    kind, changes = FAMILIES[name]
+    config = getattr(transformers, f"{kind}{'Text' * (kind == 'Gemma3')}Config")(**(SHAPE | changes))
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, 1.0 if parameter.ndim == 1 else 0.0, 0.3 if parameter.ndim == 1 else 0.1)
+    model.save_pretrained(folder, **({"max_shard_size": shard} if shard else {}))
+    return model
