@@ -124,7 +124,7 @@ def test_a_blank_at_the_end_of_a_prompt_is_the_next_words(tokenizer):
     assert trained_text(tokenizer, encoded) == " market<|im_end|>"
     assert encoder.tally.notes[JOINED] == 1
     before = encoded.ids.tolist()[: int(np.flatnonzero(encoded.mask)[0])]
-    assert prompt_ids(tokenizer, chat["messages"][:1]) == before  # generation goes on from what was trained
+    assert prompt_ids(tokenizer, chat["messages"][:1]) == before  # generation continues from what was trained
     assert context_ids(tokenizer, "the ") == context_ids(tokenizer, "the")
     assert context_ids(tokenizer, "the\n") != context_ids(tokenizer, "the")
 
@@ -197,7 +197,7 @@ def test_a_template_that_rewrites_history_gives_an_example_a_turn(tokenizer):
 
 
 def test_answers_that_no_prompt_comes_before(tokenizer):
-    """An assistant that speaks first, and a generation prompt that goes on differently from what answers are given."""
+    """An assistant that speaks first, and a generation prompt that continues differently from how answers begin."""
     greeting = {"messages": [{"role": "assistant", "content": "market"}, *conversations(2)[1]["messages"]]}
     tokenizer.chat_template = CHATML_UNMARKED
     (one,) = encode(Encoder(tokenizer), [greeting])

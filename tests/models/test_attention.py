@@ -165,7 +165,7 @@ def test_blocks_of_a_mask_are_known_without_its_entries(window):
 @pytest.mark.smoke
 @pytest.mark.parametrize("num", [2, 4, 6])
 def test_parts_are_balanced(num):
-    """Every slot is taken once, and all devices have the same number of pairs of a query and a key."""
+    """Every position is taken once, and all devices have the same number of pairs of a query and a key."""
     positions = SplitSequences.of(24, num, "any", None).positions()
     assert sorted(positions.reshape(-1)) == list(range(24))
     assert len(set((positions + 1).sum(axis=1))) == 1

@@ -44,7 +44,7 @@ def _without_segments(q, k, v, segments, window, softcap):
 
 
 def _one_slot_late(q, k, v, segments, window, softcap):
-    """Each document but the first begins one slot late, for keys of the slot before it."""
+    """Each document but the first begins one position late, for keys of the position before it."""
     return dense_attention(q, k, v, jnp.concatenate([segments[:, :1], segments[:, :-1]], axis=1), window, softcap)
 
 

@@ -186,7 +186,7 @@ def test_loading_does_not_depend_on_the_mesh(untied, method):
 @METHODS
 @pytest.mark.parametrize("remat", ["full", "none"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_gradients_are_those_of_the_dequantised_weights(method, remat, tied):
+def test_gradients_are_those_of_the_dequantized_weights(method, remat, tied):
     arch = architecture(211, 40, 104, 3, 4, 2, 12, tied)
     mesh = make_mesh(devices=one_device())
     split = build(arch, mesh, LORA, "float32", remat, quantization=method)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from kit import load_model, logits, one_device, run_config, run_model, write_chats
+from kit import load_model, logits, one_device, run_config, run_model
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -32,22 +32,35 @@ def test_the_table_has_every_method():
     assert all(settings == methods()[name].PEFT for name, settings in METHODS.items())
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_run_adapter_and_merged_agree(tiny, tmp_path, method):
+@pytest.fixture(scope="module", params=METHODS)
+def method(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def run(tiny, chats, method, tmp_path_factory):
+    """A run of a method, with its adapter beside it."""
+    folder = tmp_path_factory.mktemp(method)
+    train(run_config(tiny, chats, folder / "run", **settings_of(method)), one_device())
+    export(folder / "run", folder / "adapter")
+    return folder / "run"
+
+
+def settings_of(method):
+    return {"lora__method": method, "optimizer__learning_rate": 0.02, "training__max_steps": 4}
+
+
+def test_run_adapter_and_merged_agree(run, method, tiny, chats, tmp_path):
     """The run's own logits, PEFT's with the adapter, transformers' with the merged model; and one more run from it."""
-    chats = write_chats(tmp_path / "chats.jsonl", 24)
-    settings = {"lora__method": method, "optimizer__learning_rate": 0.02, "training__max_steps": 4}
-    run = tmp_path / "run"
-    train(run_config(tiny, chats, run, **settings), one_device())
+    adapter = run.parent / "adapter"
     ids = np.random.default_rng(0).integers(3, 380, (2, 40))
     expected = logits(run_model(run), ids)
     base, *_ = load_model(tiny)
     assert np.abs(logits(base, ids) - expected).max() > 0.05
 
-    export(run, tmp_path / "adapter")
-    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    config = json.loads((adapter / "adapter_config.json").read_text())
     assert config.items() >= METHODS[method].items()
-    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), tmp_path / "adapter").eval()
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), adapter).eval()
     with torch.no_grad():
         np.testing.assert_allclose(theirs(torch.tensor(ids)).logits.numpy(), expected, atol=1e-4, rtol=0)
 
@@ -55,8 +68,8 @@ def test_run_adapter_and_merged_agree(tiny, tmp_path, method):
     merged, *_ = load_model(tmp_path / "merged")
     np.testing.assert_allclose(logits(merged, ids), expected, atol=1e-4, rtol=0)
 
-    again = {"lora__init_from": str(tmp_path / "adapter"), "training__max_steps": 1, "optimizer__learning_rate": 0.0}
-    train(run_config(tiny, chats, tmp_path / "again", **(settings | again)), one_device())
+    again = {"lora__init_from": str(adapter), "training__max_steps": 1, "optimizer__learning_rate": 0.0}
+    train(run_config(tiny, chats, tmp_path / "again", **(settings_of(method) | again)), one_device())
     np.testing.assert_allclose(logits(run_model(tmp_path / "again"), ids), expected, atol=1e-5, rtol=0)
 
 
@@ -67,19 +80,13 @@ class Halves(torch.nn.Module):
         return 0.5 * x
 
 
-@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_gradients_are_those_of_peft(tiny, tmp_path, method, dropout, monkeypatch):
-    """Of every parameter of an adapter that has been trained, with dropout where it stands in PEFT."""
-    chats = write_chats(tmp_path / "chats.jsonl", 24)
-    settings = {"lora__method": method, "optimizer__learning_rate": 0.02, "training__max_steps": 3}
-    train(run_config(tiny, chats, tmp_path / "run", **settings), one_device())
-    export(tmp_path / "run", tmp_path / "adapter")
+def test_gradients_are_those_of_peft(run, method, tiny, dropout, monkeypatch):
+    """Of every parameter of a trained adapter, with dropout where PEFT has it."""
+    adapter = run.parent / "adapter"
     ids = np.random.default_rng(1).integers(3, 380, (1, 33)).astype(np.int32)
 
-    theirs = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(tiny), tmp_path / "adapter", is_trainable=True
-    ).train()
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), adapter, is_trainable=True).train()
     if dropout:
         for module in theirs.modules():
             if hasattr(module, "lora_dropout"):
@@ -92,8 +99,8 @@ def test_gradients_are_those_of_peft(tiny, tmp_path, method, dropout, monkeypatc
         if parameter.grad is not None
     }
 
-    monkeypatch.setattr(LoRA, "dropped", lambda self, x, key: x * 0.5)
-    lora = LoraConfig(method=method, rank=4, alpha=8, dropout=dropout, init_from=str(tmp_path / "adapter"))
+    monkeypatch.setattr(LoRA, "apply_dropout", lambda self, x, key: x * 0.5)
+    lora = LoraConfig(method=method, rank=4, alpha=8, dropout=dropout, init_from=str(adapter))
     split = build(read_architecture(tiny), make_mesh(devices=one_device()), lora, "float32")
     params, frozen = load_weights(split, TensorReader(tiny), lora)
     row = jnp.asarray(ids)
