@@ -237,7 +237,7 @@ class TrainingConfig:
         _require(
             parts == "auto" or self.batch_size % parts == 0,
             "training.num_microbatches",
-            f"{parts} does not divide batch_size {self.batch_size}",
+            f"{parts} does not divide batch_size {self.batch_size}; use a divisor of it, or auto",
         )
 
 

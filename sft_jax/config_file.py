@@ -16,6 +16,8 @@ from sft_jax.config import Config
 from sft_jax.config_names import suggest_key
 from sft_jax.errors import UserError
 
+_SOURCES = ("data.train", "data.eval", "evaluation.documents")  # lists; an override may give one path
+
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Read a YAML file, apply dotted overrides such as ``optimizer.learning_rate=2e-5``, and check all values.
@@ -62,11 +64,15 @@ def _merged(values: Any, overrides: list[str], name: str) -> Config:
     from omegaconf.errors import OmegaConfBaseException
 
     try:
+        _check_lora(overrides)
         for override in overrides:
             key, equals, value = override.partition("=")
             if not equals or not key:
                 raise UserError(f"override {override!r}: write key=value, such as optimizer.learning_rate=2e-5")
-            OmegaConf.update(values, key, _parse_value(override, value), merge=True)
+            parsed = _parse_value(override, value)
+            if key in _SOURCES and isinstance(parsed, str):
+                parsed = [{"path": parsed}]
+            OmegaConf.update(values, key, parsed, merge=True)
         merged = OmegaConf.merge(OmegaConf.structured(Config), values)
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
@@ -74,6 +80,13 @@ def _merged(values: Any, overrides: list[str], name: str) -> Config:
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except (OmegaConfBaseException, TypeError) as error:
         raise UserError(f"{name}: {_explain(error)}") from error
+
+
+def _check_lora(overrides: list[str]) -> None:
+    """Refuse ``lora=null`` beside a key of it, of which one would be ignored."""
+    keys = [override for override in overrides if override.startswith("lora.")]
+    if keys and any(override.replace(" ", "") in ("lora=null", "lora=") for override in overrides):
+        raise UserError(f"override {keys[0]!r}: lora=null turns adapters off; leave one of the two out")
 
 
 def _parse_value(override: str, text: str) -> Any:

@@ -14,6 +14,8 @@ NAMES: dict[str, tuple[str, str]] = {
     # TRL, transformers, PEFT
     "model_name_or_path": ("model.path", ""),
     "torch_dtype": ("model.dtype", ""),
+    "bf16": ("model.dtype=bfloat16", "the default"),
+    "fp16": ("model.dtype=bfloat16", "the default; float16 has too small a range"),
     "attn_implementation": ("model.attention", ""),
     "load_in_4bit": ("model.quantization=nf4", ""),
     "load_in_8bit": ("model.quantization=int8", ""),

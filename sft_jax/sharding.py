@@ -67,7 +67,8 @@ def make_mesh(
         sizes[sizes.index(-1)] = max(1, len(devices) // known)
     if math.prod(sizes) != len(devices):
         named = " × ".join(f"{name} {size}" for name, size in zip(MESH_AXES, sizes, strict=True))
-        raise UserError(f"mesh: {named} needs {math.prod(sizes)} devices, {len(devices)} are here; -1 infers one axis")
+        there = f"there {'is' if len(devices) == 1 else 'are'} {len(devices)}"
+        raise UserError(f"mesh: {named} needs {math.prod(sizes)} devices, but {there}; -1 infers one axis")
     return Mesh(_arrange_devices(devices, sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 

@@ -84,14 +84,22 @@ class Announcer:
         if plan.num_steps == 0:
             self("plan", "no steps")
             return
-        filled = int(examples.num_tokens[plan.items].sum()) / plan.num_tokens
+        batch_size = config.training.batch_size
+        filled = int(examples.num_tokens[plan.items].sum()) / (batch_size * int(plan.lengths.sum()))
         packing = "packed" if config.data.packing else "one example a sequence, similar lengths together"
         lengths = " or ".join(str(length) for length in sorted(set(plan.lengths.tolist())))
-        sequences = f"{config.training.batch_size} sequences × {lengths} tokens"
+        sequences = f"{batch_size} sequences × {lengths} tokens"
         self(
             "plan",
             f"{plan.num_steps:,} steps of {sequences}, {len(plan.epoch_ends)} epoch(s), {packing}, {filled:.1%} filled",
         )
+        most = int(np.diff(plan.steps).max())
+        if most < batch_size:
+            self(
+                "",
+                f"no batch has more than {most:,} of {batch_size:,} sequences, the others are padding; set "
+                f"training.batch_size={most} or a smaller data.max_length",
+            )
 
     def new_embeddings(self, num_tokens: int, num_embeddings: int) -> None:
         """Tokens beyond the embeddings."""
@@ -114,7 +122,7 @@ class Announcer:
     def compiled(self, step: Compiled) -> None:
         """Compile time, rematerialization policy, microbatches, and memory of a step."""
         memory = "" if step.temp_bytes is None else f", {step.temp_bytes / 2**20:,.0f} MiB of temporary memory"
-        parts = f", {step.num_microbatches} microbatches" if step.num_microbatches > 1 else ""
+        parts = f", {step.num_microbatches} microbatch{'es' if step.num_microbatches > 1 else ''}"
         self("compiled", f"sequences of {step.length} in {step.seconds:.1f} s; remat {step.remat}{parts}{memory}")
 
     def optimizer(self, config: OptimizerConfig, split: Split, file_dtype: np.dtype | None) -> None:

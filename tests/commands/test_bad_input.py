@@ -120,7 +120,7 @@ def test_data(tiny, chats, tmp_path):
 
 def test_batch_mesh_and_folders(tiny, chats, tmp_path):
     out = tmp_path / "run"
-    refused(run_config(tiny, chats, out, mesh=MeshConfig(data=3, fsdp=1)), "needs 3 devices, 1 are here")
+    refused(run_config(tiny, chats, out, mesh=MeshConfig(data=3, fsdp=1)), "needs 3 devices, but there is 1")
     with pytest.raises(UserError, match="do not divide over the 8 devices"):
         train(run_config(tiny, chats, out))
     with pytest.raises(UserError, match="8 does not divide the 4 heads"):

@@ -43,6 +43,13 @@ def test_keys_of_other_tools(override, answer):
     assert "\n" not in str(error.value)
 
 
+def test_a_path_for_a_list_of_sources_and_a_contradiction():
+    assert from_dict(SMALLEST, ["data.train=b.jsonl"]).data.train[0].path == "b.jsonl"
+    assert from_dict(SMALLEST, ["data.eval=c.jsonl"]).data.eval[0].path == "c.jsonl"
+    with pytest.raises(UserError, match=r"override 'lora\.rank=8': lora=null turns adapters off"):
+        from_dict(SMALLEST, ["lora=null", "lora.rank=8"])
+
+
 def test_a_file_with_such_a_key():
     with pytest.raises(UserError, match=r"unknown key 'training\.epochs': use training\.num_train_epochs"):
         from_dict(SMALLEST | {"training": {"output_dir": "run", "epochs": 2}})

@@ -272,6 +272,7 @@ def test_a_prompt_that_no_answer_follows_is_refused(tokenizer):
     ("row", "words"),
     [
         ({"messages": [{"content": "a"}]}, "message 0: 'role' is missing"),
+        ({"messages": [{"role": "asistant", "content": "a"}]}, "role 'asistant' is unknown; did you mean 'assistant'"),
         ({"messages": [{"role": "user"}]}, "message 0: 'content' is missing"),
         ({"messages": [{"role": "user", "content": "a"}]}, "no assistant message"),
         ({"messages": []}, "must be a list of messages"),

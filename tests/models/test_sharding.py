@@ -44,6 +44,6 @@ def test_gpus_of_several_hosts_are_one_network():
 
 @pytest.mark.smoke
 def test_sizes_that_do_not_fit_are_named():
-    with pytest.raises(UserError, match=r"data 3 × fsdp 1 × sequence 1 × tensor 1 needs 3 devices, 8 are here"):
+    with pytest.raises(UserError, match=r"data 3 × fsdp 1 × sequence 1 × tensor 1 needs 3 devices, but there are 8"):
         make_mesh(3, 1)
     assert make_mesh(2, -1, 2, 1).shape == {"data": 2, "fsdp": 2, "sequence": 2, "tensor": 1}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -61,6 +62,14 @@ def read_messages(
     return messages, weights
 
 
+def _known_role(role: str) -> str:
+    """The role of chat templates. Other names stay, such as ``user_2``, unless they look misspelled."""
+    name = role.strip().lower()
+    if name.isalpha() and name not in _ROLE and (close := difflib.get_close_matches(name, _ROLE, n=1, cutoff=0.8)):
+        raise RowError(f"role {role!r} is unknown; did you mean {close[0]!r}?")
+    return _ROLE.get(name, role)
+
+
 def _canonical(raw: Mapping[str, Any], keep_reasoning: bool, unread: set[str]) -> Message:
     message = {name: value for name, value in raw.items() if value is not None and name not in FLAGS}
     if "role" not in message and "from" in message:
@@ -74,7 +83,7 @@ def _canonical(raw: Mapping[str, Any], keep_reasoning: bool, unread: set[str]) -
     role = message.get("role")
     if not isinstance(role, str):
         raise RowError(f"'role' {'is missing' if role is None else f'must be a string, it is {shown(role)}'}")
-    message["role"] = role = _ROLE.get(role.strip().lower(), role)
+    message["role"] = role = _known_role(role)
     for name in MEDIA:
         if message.get(name):
             raise RowError(f"has {name!r}; only text is supported")
