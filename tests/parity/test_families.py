@@ -20,6 +20,12 @@ from sft_jax.tree import flatten
 from sft_jax.typing import Batch
 
 ONE_EACH = list({kind: name for name, (kind, _) in FAMILIES.items()}.values())  # the last row of each family
+# By default those with the most of their own; all of them where models or their families change.
+ALWAYS = ("gemma3_text", "mixtral")
+EACH = pytest.mark.parametrize(
+    "name",
+    [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.drill("sft_jax/models")) for name in ONE_EACH],
+)
 
 
 def test_every_family_has_a_row(tmp_path):
@@ -30,7 +36,7 @@ def test_every_family_has_a_row(tmp_path):
     assert found == families().keys()
 
 
-@pytest.mark.parametrize("name", ONE_EACH)
+@EACH
 def test_packed_sequences_and_cache(name, tmp_path):
     """Documents packed into a sequence give the logits that each gives alone; so do a prefix and tokens one by one."""
     reference(name, tmp_path)
@@ -55,7 +61,7 @@ def test_packed_sequences_and_cache(name, tmp_path):
         np.testing.assert_allclose(model.logits(hidden)[0, 0], alone[2][at], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ONE_EACH)
+@EACH
 def test_gradients_are_those_of_transformers(name, tmp_path):
     """The norm of the gradient of each tensor, and an adapter on every linear layer that does nothing at first."""
     model = reference(name, tmp_path)
