@@ -133,13 +133,14 @@ class Run:
 
     def _repr_html_(self) -> str:
         """The loss curve and the newest metrics as HTML."""
-        curve = self._directory.local / "report" / "loss.png"
+        folder = self._directory.local
+        curve = folder / "report" / "loss.png"
         image = ""
         if curve.is_file():
             data = base64.b64encode(curve.read_bytes()).decode()
             image = f'<img alt="loss by step" style="max-width:100%" src="data:image/png;base64,{data}">'
         newest: dict[str, Any] = {}
-        for row in self.metrics:
+        for row in read_metrics(folder / "metrics.jsonl"):
             newest |= {key: value for key, value in row.items() if isinstance(value, int | float)}
         values = ", ".join(f"{key} {newest[key]:.4g}" for key in ("step", "loss", "eval_loss") if key in newest)
         return f"<div><code>{html.escape(str(self.folder))}</code> {values}<br>{image}</div>"

@@ -35,20 +35,43 @@ class Norm:
 
 
 @dataclass(frozen=True)
+class Residual:
+    """The norms of a layer: before or after the mixer and the MLP, whose outputs are added to the hidden states.
+
+    Attributes:
+        before_mixer, after_mixer, before_mlp, after_mlp: module names of the norms; None for no norm.
+    """
+
+    before_mixer: str | None = "input_layernorm"
+    after_mixer: str | None = None
+    before_mlp: str | None = "post_attention_layernorm"
+    after_mlp: str | None = None
+
+    @property
+    def norms(self) -> list[str]:
+        """The module names, each once."""
+        names = (self.before_mixer, self.after_mixer, self.before_mlp, self.after_mlp)
+        return list(dict.fromkeys(name for name in names if name is not None))
+
+
+PRE_NORM = Residual()
+
+
+@dataclass(frozen=True)
 class Layer:
     """A decoder layer.
 
     Attributes:
         mixer: the spec of the token mixer, such as :class:`~sft_jax.models.attention.spec.AttentionSpec`.
         mlp: the spec of the MLP, such as :class:`~sft_jax.models.mlp.MLPSpec`.
-        norm: the norm before, and in some families after, the mixer and the MLP.
-        block: the module class that combines them; None for :class:`~sft_jax.models.block.PreNormBlock`.
+        norm: the kind of the layer's norms.
+        residual: where the norms are.
     """
 
     mixer: Any
     mlp: Any
     norm: Norm
-    block: Any = None
+    residual: Residual = PRE_NORM
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The pre-norm decoder block."""
+"""The decoder block: a mixer and an MLP with norms and residuals."""
 
 from __future__ import annotations
 
@@ -13,20 +13,24 @@ from sft_jax.sharding import constrain
 from sft_jax.typing import Array, Float
 
 
-class PreNormBlock(nnx.Module):
-    """``x + self_attn(norm(x))``, then ``x + mlp(norm(x))``."""
+class Block(nnx.Module):
+    """``x + after(self_attn(before(x)))``, then ``x + after(mlp(before(x)))``, with the norms of :class:`Residual`."""
 
     def __init__(self, layer: Layer, arch: Architecture, make: Initializer, stack: tuple[int, ...]):
-        dim = arch.hidden_size
-        self.input_layernorm = RMSNorm(dim, layer.norm, make, stack)
-        self.self_attn = layer.mixer.module(dim, make, stack)
-        self.post_attention_layernorm = RMSNorm(dim, layer.norm, make, stack)
-        self.mlp = layer.mlp.module(dim, make, stack)
+        self.residual = layer.residual
+        self.self_attn = layer.mixer.module(arch.hidden_size, make, stack)
+        self.mlp = layer.mlp.module(arch.hidden_size, make, stack)
+        for name in layer.residual.norms:
+            setattr(self, name, RMSNorm(arch.hidden_size, layer.norm, make, stack))
 
     def __call__(self, x: Float[Array, "B T D"], context: Context) -> tuple[Float[Array, "B T D"], Any]:
         """Returns the hidden states after the layer, and the mixer's cache entries for these tokens."""
+        norms = self.residual
         mixer_context, mlp_context = context.split(2)
-        mixed, cache = self.self_attn(self.input_layernorm(x), mixer_context)
-        x = constrain(x + mixed, *context.stream)
-        x = x + self.mlp(self.post_attention_layernorm(x), mlp_context)
-        return constrain(x, *context.stream), cache
+        mixed, cache = self.self_attn(self._normalize(norms.before_mixer, x), mixer_context)
+        x = constrain(x + self._normalize(norms.after_mixer, mixed), *context.stream)
+        computed = self.mlp(self._normalize(norms.before_mlp, x), mlp_context)
+        return constrain(x + self._normalize(norms.after_mlp, computed), *context.stream), cache
+
+    def _normalize(self, name: str | None, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return x if name is None else getattr(self, name)(x)

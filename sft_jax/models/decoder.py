@@ -13,7 +13,7 @@ from jax import lax
 
 from sft_jax.models.architecture import Architecture
 from sft_jax.models.attention.backend import XLA, Backend
-from sft_jax.models.block import PreNormBlock
+from sft_jax.models.block import Block
 from sft_jax.models.context import Context
 from sft_jax.models.head import Head
 from sft_jax.models.layers import Embedding, Initializer, Linear, RMSNorm
@@ -152,7 +152,7 @@ class _Layers(nnx.Module):
         for stage in stages_of(arch.layers):
             for offset in range(stage.period):
                 layer = arch.layers[stage.first + offset]
-                block = (layer.block or PreNormBlock)(layer, arch, make, (stage.repeats,))
+                block = Block(layer, arch, make, (stage.repeats,))
                 setattr(self, str(stage.first + offset), block)
 
 

@@ -45,11 +45,6 @@ class Stored:
         """Returns the index in the stack of the tensor with this number."""
         return tuple(map(int, np.unravel_index(number, self.stack))) if self.stack else ()
 
-    @property
-    def module(self) -> str:
-        """The module of the first tensor: ``model.layers.0.self_attn.q_proj``."""
-        return self.names[0].rpartition(".")[0]
-
 
 def stored_tensors(model: nnx.Module, arch: Architecture) -> dict[Path, Stored]:
     """Returns the tensors of each weight (quantized or not) and adapter parameter; the model may be abstract."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ from flax import nnx
 
 from sft_jax.models.layers import Projection
 from sft_jax.models.split import FROZEN, Split
-from sft_jax.tree import flatten
+from sft_jax.tree import Path
 
 
 @dataclass(frozen=True)
@@ -84,12 +85,12 @@ class Sizes:
             elif hasattr(node, "mixing_flops"):
                 mixers.append((len(split.layers(("layers", *map(str, path)))), node))
         if model.lm_head is not None:
-            return cls(tuple(products), _product("lm_head", model.lm_head, split), tuple(mixers))
-        vocab, dim = model.embed_tokens.weight.shape
-        is_trained = split.labels.get(("embed_tokens", "weight"), FROZEN) != FROZEN
-        return cls(
-            tuple(products), Product("lm_head", dim, vocab, ("embed", "vocab"), is_trained=is_trained), tuple(mixers)
-        )
+            head = _product("lm_head", model.lm_head, split)
+        else:
+            vocab, dim = model.embed_tokens.weight.shape
+            is_trained = _is_trained(("embed_tokens", "weight"), split)
+            head = Product("lm_head", dim, vocab, ("embed", "vocab"), is_trained=is_trained)
+        return cls(tuple(products), head, tuple(mixers))
 
     def mixing_flops(self, squares: float) -> float:
         """FLOPs of attention scores and of their products with the values, forward and backward."""
@@ -98,14 +99,14 @@ class Sizes:
 
 def _product(name: str, module: Projection, split: Split) -> Product:
     *stack, inputs, outputs = module.weight.shape
-    count = 1
-    for size in stack:
-        count *= size
-    leaves, path = flatten(split.trainable), tuple(name.split("."))
+    count, path = math.prod(stack), tuple(name.split("."))
     adapter = sum(leaf.size for at, leaf in split.adapter().items() if at[:-1] == path)
-    return Product(
-        name, inputs, outputs, module.axes, count, module.share, adapter // count, (*path, "weight") in leaves
-    )
+    is_trained = _is_trained((*path, "weight"), split)
+    return Product(name, inputs, outputs, module.axes, count, module.share, adapter // count, is_trained)
+
+
+def _is_trained(weight: Path, split: Split) -> bool:
+    return split.labels.get(weight, FROZEN) != FROZEN  # the leaves of a quantized weight have other paths
 
 
 def model_flops(sizes: Sizes, work: Work) -> float:

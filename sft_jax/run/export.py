@@ -7,7 +7,6 @@ time.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -21,6 +20,7 @@ from tqdm import tqdm
 
 from sft_jax import builtin
 from sft_jax.adapters.lora import LoRA
+from sft_jax.assembly import open_tuned
 from sft_jax.errors import UserError
 from sft_jax.files.buckets import is_url
 from sft_jax.files.new_folder import new_folder, num_bytes
@@ -30,7 +30,6 @@ from sft_jax.hf.hub import absolute, commit_of
 from sft_jax.hf.peft import save_adapter
 from sft_jax.hf.reader import chunks
 from sft_jax.hf.save import Tensor, TensorWriter
-from sft_jax.hf.ties import architecture_of
 from sft_jax.hf.tokenizer_files import write_tokenizer
 from sft_jax.models.split import Split, is_adapter
 from sft_jax.models.tensors import Stored
@@ -89,7 +88,7 @@ def export(
 
 def _network(run: OpenedRun) -> Split:
     """The abstract network of a run, which maps parameters to the names of tensors in files."""
-    arch = dataclasses.replace(architecture_of(run.base, run.reader), vocab_size=run.vocab_size)
+    _, arch = open_tuned(run)
     mesh = make_mesh(devices=jax.devices()[:1])
     return build(arch, mesh, run.config.lora, "float32", embeddings=run.trains_embeddings)
 

@@ -134,9 +134,8 @@ class Steps:
         start = time.perf_counter()
         free = _min_over_processes(free_bytes(self._device))
         needed = None
-        smallest: dict[
-            str, float
-        ] = {}  # bytes times microbatches per policy; memory falls no faster than 1 / microbatches
+        # Bytes times microbatches of each policy: memory falls no faster than 1 / microbatches.
+        smallest: dict[str, float] = {}
         for i, (remat, parts) in enumerate(self._ways):
             is_last = i == len(self._ways) - 1
             if free is not None and smallest.get(remat, 0.0) / parts > SHARE * free and not is_last:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 from kit import CHATML, make_model, one_device, run_config, sft_jax
+from test_generate import PROMPTS, ids_of
 
 from sft_jax.assembly import open_model
 from sft_jax.cli import main
@@ -12,24 +13,6 @@ from sft_jax.errors import UserError
 from sft_jax.run.export import export
 from sft_jax.run.generate import generate
 from sft_jax.run.train import train
-
-SHAPES = {
-    "llama": {},
-    "window": {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 5},
-    "qwen3-windows": {
-        "model_type": "qwen3",
-        "architectures": ["Qwen3ForCausalLM"],
-        "use_sliding_window": True,
-        "sliding_window": 6,
-        "max_window_layers": 1,
-        "tie_word_embeddings": False,
-    },
-}
-PROMPTS = [[5, 9, 200, 31], list(range(60, 99)), [7], list(range(100, 117))]
-
-
-def ids_of(opened, prompts, num=20, sampling=None, **options):
-    return [one.ids for one in opened.generator(opened.params, opened.frozen, prompts, num, sampling, **options)]
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import optax
 import pytest
 from kit import architecture, losses, make_model, one_device, run_config, trained_leaves
 from safetensors.numpy import load_file, save_file
+from test_moments import KEY, LOW, bits, relative
 
 from sft_jax.assembly import open_model
 from sft_jax.config import OptimizerConfig, SourceConfig
@@ -26,23 +27,6 @@ from sft_jax.training.step import make_train_step
 from sft_jax.training.weights import build
 from sft_jax.tree import flatten
 from sft_jax.typing import Batch
-
-KEY = jax.random.key(7)
-ADAM = (0.9, 0.999, 1e-8)
-LOW = {"model__param_dtype": "bfloat16", "optimizer__moments": "bfloat16"}
-
-
-def normal(shape, seed=0, scale=1.0):
-    return jnp.asarray(scale * np.random.default_rng(seed).normal(size=shape), jnp.float32)
-
-
-def relative(a, b):
-    return float(np.linalg.norm(np.asarray(a) - np.asarray(b)) / np.linalg.norm(np.asarray(b)))
-
-
-def bits(x):
-    return np.asarray(x).view(np.uint16)
-
 
 # -- on a mesh --------------------------------------------------------------------------------------------------------
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from flax import nnx
-
-from sft_jax.models.architecture import Architecture, Layer, Norm
-from sft_jax.models.context import Context
+from sft_jax.models.architecture import Architecture, Layer, Norm, Residual
 from sft_jax.models.families import standard
-from sft_jax.models.layers import Initializer, RMSNorm
-from sft_jax.sharding import constrain
-from sft_jax.typing import Array, Float
+
+SANDWICH = Residual(
+    after_mixer="post_attention_layernorm",
+    before_mlp="pre_feedforward_layernorm",
+    after_mlp="post_feedforward_layernorm",
+)
 
 
 def read(config: Any) -> Architecture:
@@ -27,7 +27,7 @@ def read(config: Any) -> Architecture:
             qkv_bias=bool(config.attention_bias),
             o_bias=bool(config.attention_bias),
         )
-        layers.append(Layer(attention, mlp, norm, SandwichBlock))
+        layers.append(Layer(attention, mlp, norm, SANDWICH))
     return standard.architecture(
         config,
         tuple(layers),
@@ -35,23 +35,3 @@ def read(config: Any) -> Architecture:
         embedding_scale=config.hidden_size**0.5,
         logits_softcap=config.final_logit_softcapping,
     )
-
-
-class SandwichBlock(nnx.Module):
-    """``x + norm(self_attn(norm(x)))``, then ``x + norm(mlp(norm(x)))``."""
-
-    def __init__(self, layer: Layer, arch: Architecture, make: Initializer, stack: tuple[int, ...]):
-        dim = arch.hidden_size
-        self.input_layernorm = RMSNorm(dim, layer.norm, make, stack)
-        self.self_attn = layer.mixer.module(dim, make, stack)
-        self.post_attention_layernorm = RMSNorm(dim, layer.norm, make, stack)
-        self.pre_feedforward_layernorm = RMSNorm(dim, layer.norm, make, stack)
-        self.mlp = layer.mlp.module(dim, make, stack)
-        self.post_feedforward_layernorm = RMSNorm(dim, layer.norm, make, stack)
-
-    def __call__(self, x: Float[Array, "B T D"], context: Context) -> tuple[Float[Array, "B T D"], Any]:
-        mixer_context, mlp_context = context.split(2)
-        mixed, cache = self.self_attn(self.input_layernorm(x), mixer_context)
-        x = constrain(x + self.post_attention_layernorm(mixed), *context.stream)
-        computed = self.mlp(self.pre_feedforward_layernorm(x), mlp_context)
-        return constrain(x + self.post_feedforward_layernorm(computed), *context.stream), cache
