@@ -20,32 +20,43 @@ class Rope:
     beta_slow: float = 1.0
     truncate: bool = True
     attention_factor: float = 1.0  # multiplies sines and cosines
+    dims: int | None = None  # the first channels of a head, which are rotated; None: all
+    interleaved: bool = False  # whether channels 2i and 2i + 1 form a pair, not i and i + dims/2
 
 
 @dataclass(frozen=True)
 class Norm:
-    """A root-mean-square norm.
+    """A norm of hidden states.
 
     Attributes:
         offset: added to the weight; 1 for Gemma, whose files store ``weight - 1``.
+        centered: whether the mean is subtracted (LayerNorm, Ba et al. 2016) or not (RMSNorm).
+        has_weight, has_bias: its parameters.
     """
 
     eps: float
     offset: float = 0.0
+    centered: bool = False
+    has_weight: bool = True
+    has_bias: bool = False
 
 
 @dataclass(frozen=True)
 class Residual:
-    """The norms of a layer: before or after the mixer and the MLP, whose outputs are added to the hidden states.
+    """The norms of a layer, and how the outputs of mixer and MLP are added to the hidden states.
 
     Attributes:
         before_mixer, after_mixer, before_mlp, after_mlp: module names of the norms; None for no norm.
+        parallel: whether the MLP reads what the mixer reads, and both are added at once.
+        scale: multiplies what each of them adds.
     """
 
     before_mixer: str | None = "input_layernorm"
     after_mixer: str | None = None
     before_mlp: str | None = "post_attention_layernorm"
     after_mlp: str | None = None
+    parallel: bool = False
+    scale: float = 1.0
 
     @property
     def norms(self) -> list[str]:
@@ -65,7 +76,7 @@ class Layer:
         mixer: the spec of the token mixer, such as :class:`~sft_jax.models.attention.spec.AttentionSpec`.
         mlp: the spec of the MLP, such as :class:`~sft_jax.models.mlp.MLPSpec`.
         norm: the kind of the layer's norms.
-        residual: where the norms are.
+        residual: where the norms are, and how mixer and MLP are added.
     """
 
     mixer: Any
@@ -82,6 +93,7 @@ class Architecture:
         family: ``model_type`` of ``config.json``.
         norm: the final norm.
         embedding_scale: multiplies embeddings; rounded to the compute dtype.
+        logits_scale: multiplies logits.
         logits_softcap: ``c`` of the soft cap; logits become ``c · tanh(logit / c)``; None for no cap.
         tensors: pairs of our name and the name in the files, where the two differ, for a module or parameter within
             its layer, such as ``mlp.gate.weight``. ``{expert}`` stands for the index of an expert.
@@ -96,6 +108,7 @@ class Architecture:
     max_positions: int = 2048
     initializer_range: float = 0.02
     embedding_scale: float = 1.0
+    logits_scale: float = 1.0
     logits_softcap: float | None = None
     tensors: tuple[tuple[str, str], ...] = field(default=())
 

@@ -16,7 +16,7 @@ from sft_jax.models.attention.backend import XLA, Backend
 from sft_jax.models.block import Block
 from sft_jax.models.context import Context
 from sft_jax.models.head import Head
-from sft_jax.models.layers import Embedding, Initializer, Linear, RMSNorm
+from sft_jax.models.layers import Embedding, Initializer, Linear, make_norm
 from sft_jax.models.quantized import matrix_of
 from sft_jax.models.remat import rematerialize
 from sft_jax.models.rope import sin_cos
@@ -48,7 +48,7 @@ class Decoder(nnx.Module):
         self.arch, self.dtype, self.remat, self.backend = arch, dtype, remat, backend
         self.embed_tokens = Embedding(arch.vocab_size, arch.hidden_size, make, arch.embedding_scale)
         self.layers = _Layers(arch, make)
-        self.norm = RMSNorm(arch.hidden_size, arch.norm, make)
+        self.norm = make_norm(arch.hidden_size, arch.norm, make)
         self.lm_head: Linear | None = nnx.data(
             None if arch.tie_word_embeddings else Linear(arch.hidden_size, arch.vocab_size, ("embed", "vocab"), make)
         )
@@ -89,7 +89,7 @@ class Decoder(nnx.Module):
 
     def _context(self, positions: Array, segment_ids: Array | None, backend: Backend, **more: Any) -> Context:
         ropes = {spec.rope: spec.head_dim for spec in self.arch.attention_specs if spec.rope is not None}
-        angles = {rope: sin_cos(positions, rope, head_dim) for rope, head_dim in ropes.items()}
+        angles = {rope: sin_cos(positions, rope, rope.dims or head_dim) for rope, head_dim in ropes.items()}
         return Context(positions, segment_ids, angles, backend, **more)
 
     def _run(
@@ -102,7 +102,8 @@ class Decoder(nnx.Module):
         for stage in stages_of(self.arch.layers):
             x, stage_cache = self._stage(stage, x, context, keys, cache, keep_cache)
             new |= stage_cache
-        return self.norm(x), new
+        x = self.norm(x)
+        return (x if self.arch.logits_scale == 1.0 else x * self.arch.logits_scale), new
 
     def _stage(
         self, stage: Stage, x: Array, context: Context, keys: Array | None, cache: Cache | None, keep_cache: bool

@@ -124,6 +124,31 @@ def broadcast_like(vector: Float[Array, "D"], x: Float[Array, "*B D"]) -> Float[
     return jnp.broadcast_to(vector.astype(jnp.float32), x.shape).astype(x.dtype)
 
 
+def make_norm(dim: int, norm: Norm, make: Initializer, stack: tuple[int, ...] = ()) -> RMSNorm | LayerNorm:
+    """Returns the module of a norm."""
+    return (LayerNorm if norm.centered else RMSNorm)(dim, norm, make, stack)
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm (Ba et al. 2016), computed in float32 and rounded once; weight and bias where they exist."""
+
+    def __init__(self, dim: int, norm: Norm, make: Initializer, stack: tuple[int, ...] = ()):
+        self.norm = norm
+        weight = make.constant(1.0 - norm.offset, (*stack, dim), ("norm",)) if norm.has_weight else None
+        self.weight: nnx.Param | None = nnx.data(weight)
+        self.bias: nnx.Param | None = nnx.data(make.constant(0.0, (*stack, dim), ("norm",)) if norm.has_bias else None)
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        wide = x.astype(jnp.float32)
+        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        wide = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.norm.eps)
+        if self.weight is not None:
+            wide = wide * (self.norm.offset + self.weight[...].astype(jnp.float32))
+        if self.bias is not None:
+            wide = wide + self.bias[...].astype(jnp.float32)
+        return wide.astype(x.dtype)
+
+
 class RMSNorm(nnx.Module):
     """Root-mean-square norm (Zhang & Sennrich 2019), statistics in float32."""
 

@@ -1,4 +1,4 @@
-"""The gated MLP."""
+"""The MLP, gated or plain."""
 
 from __future__ import annotations
 
@@ -20,16 +20,27 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "swish": jax.nn.silu,
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+    "gelu_new": partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+    "relu2": lambda x: jax.nn.relu(x) ** 2,
 }
 
 
 @dataclass(frozen=True)
 class MLPSpec:
-    """``down_proj(activation(gate_proj(x)) · up_proj(x))`` (Shazeer 2020); ``activation`` is in :data:`ACTIVATIONS`."""
+    """``down_proj(activation(gate_proj(x)) · up_proj(x))`` (Shazeer 2020), or ``down_proj(activation(up_proj(x)))``.
+
+    Attributes:
+        activation: in :data:`ACTIVATIONS`.
+        gated: whether there is a ``gate_proj``.
+        names: of ``up_proj`` and ``down_proj`` in a family that calls a plain MLP's layers otherwise.
+    """
 
     intermediate_size: int
     activation: str = "silu"
     bias: bool = False
+    gated: bool = True
+    names: tuple[str, str] = ("up_proj", "down_proj")
 
     def module(self, dim: int, make: Initializer, stack: tuple[int, ...]) -> MLP:
         return MLP(self, dim, make, stack)
@@ -41,11 +52,17 @@ class MLP(nnx.Module):
     def __init__(self, spec: MLPSpec, dim: int, make: Initializer, stack: tuple[int, ...]):
         size = spec.intermediate_size
         self.spec = spec
-        self.gate_proj = Linear(dim, size, ("embed", "mlp"), make, stack, spec.bias)
-        self.up_proj = Linear(dim, size, ("embed", "mlp"), make, stack, spec.bias)
-        self.down_proj = Linear(size, dim, ("mlp", "embed"), make, stack, spec.bias)
+        if spec.gated:
+            self.gate_proj = Linear(dim, size, ("embed", "mlp"), make, stack, spec.bias)
+        up, down = spec.names
+        setattr(self, up, Linear(dim, size, ("embed", "mlp"), make, stack, spec.bias))
+        setattr(self, down, Linear(size, dim, ("mlp", "embed"), make, stack, spec.bias))
 
     def __call__(self, x: Float[Array, "B T D"], context: Context) -> Float[Array, "B T D"]:
         in_context, out_context = context.split(2)
-        gate, up = (checkpoint_name(one, PRODUCT) for one in linear(x, [self.gate_proj, self.up_proj], in_context))
-        return self.down_proj(ACTIVATIONS[self.spec.activation](gate) * up, out_context)
+        activation = ACTIVATIONS[self.spec.activation]
+        up_proj, down_proj = (getattr(self, name) for name in self.spec.names)
+        if not self.spec.gated:
+            return down_proj(activation(checkpoint_name(up_proj(x, in_context), PRODUCT)), out_context)
+        gate, up = (checkpoint_name(one, PRODUCT) for one in linear(x, [self.gate_proj, up_proj], in_context))
+        return down_proj(activation(gate) * up, out_context)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +56,20 @@ def sin_cos(positions: Int[Array, "B T"], rope: Rope, head_dim: int) -> tuple[Ar
     angles = positions.astype(jnp.float32)[..., None] * inverse_frequencies(rope, head_dim)
     sin, cos = jnp.sin(angles), jnp.cos(angles)
     return (sin, cos) if rope.attention_factor == 1.0 else (rope.attention_factor * sin, rope.attention_factor * cos)
+
+
+def rotate_heads(
+    x: Float[Array, "B T N H"], rope: Rope, sin: Float[Array, "B T R/2"], cos: Float[Array, "B T R/2"]
+) -> Float[Array, "B T N H"]:
+    """Rotates the channels of each head that ``rope`` names, in its layout."""
+    if rope.dims is not None and rope.dims < x.shape[-1]:
+        rotated = rotate_heads(x[..., : rope.dims], replace(rope, dims=None), sin, cos)
+        return jnp.concatenate([rotated, x[..., rope.dims :]], axis=-1)
+    if not rope.interleaved:
+        return rotate(x, sin, cos)
+    pairs = x.reshape(*x.shape[:-1], -1, 2)
+    rotated = rotate(jnp.swapaxes(pairs, -1, -2).reshape(x.shape), sin, cos)
+    return jnp.swapaxes(rotated.reshape(*x.shape[:-1], 2, -1), -1, -2).reshape(x.shape)
 
 
 @jax.custom_vjp

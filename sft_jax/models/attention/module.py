@@ -12,9 +12,9 @@ from sft_jax.models.attention.cached import cached_attention
 from sft_jax.models.attention.spec import AttentionSpec
 from sft_jax.models.cache import KeyValues
 from sft_jax.models.context import Context
-from sft_jax.models.layers import Initializer, Linear, RMSNorm, linear
+from sft_jax.models.layers import Initializer, Linear, linear, make_norm
 from sft_jax.models.remat import PRODUCT, checkpoint_name
-from sft_jax.models.rope import rotate
+from sft_jax.models.rope import rotate_heads
 from sft_jax.sharding import constrain
 from sft_jax.typing import Array, Float
 
@@ -26,10 +26,14 @@ class SelfAttentionSpec(AttentionSpec):
     Attributes:
         rope: rotary embedding of queries and keys; None for no rotation.
         qk_norm: norm over the head dimension of queries and keys; None for no norm.
+        qk_norm_heads: whether it is over all heads together instead.
+        qk_norm_last: whether it comes after the rotation.
     """
 
     rope: Rope | None = None
     qk_norm: Norm | None = None
+    qk_norm_heads: bool = False
+    qk_norm_last: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
 
@@ -47,21 +51,25 @@ class SelfAttention(nnx.Module):
         self.k_proj = Linear(dim, k * h, ("embed", "kv_heads"), make, stack, spec.qkv_bias)
         self.v_proj = Linear(dim, k * h, ("embed", "kv_heads"), make, stack, spec.qkv_bias)
         self.o_proj = Linear(n * h, dim, ("heads", "embed"), make, stack, spec.o_bias)
-        norms = [None, None] if spec.qk_norm is None else [RMSNorm(h, spec.qk_norm, make, stack) for _ in range(2)]
-        self.q_norm: RMSNorm | None = nnx.data(norms[0])
-        self.k_norm: RMSNorm | None = nnx.data(norms[1])
+        sizes = (n * h, k * h) if spec.qk_norm_heads else (h, h)
+        norms = [None if spec.qk_norm is None else make_norm(size, spec.qk_norm, make, stack) for size in sizes]
+        self.q_norm, self.k_norm = (nnx.data(norm) for norm in norms)
 
     def __call__(self, x: Float[Array, "B T D"], context: Context) -> tuple[Float[Array, "B T D"], KeyValues]:
         """Returns the output, and the keys and values of these tokens."""
         in_context, out_context = context.split(2)
         q, k, v = linear(x, [self.q_proj, self.k_proj, self.v_proj], in_context)
+        if self.spec.qk_norm_heads:
+            q, k = self._norms(q, k)
         q = self._heads(q, self.spec.num_heads, "heads")
         k, v = (self._heads(one, self.spec.num_kv_heads, "kv_heads") for one in (k, v))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if self.spec.rope is not None:
-            sin, cos = context.sin_cos[self.spec.rope]
-            q, k = rotate(q, sin, cos), rotate(k, sin, cos)
+        if not self.spec.qk_norm_heads and not self.spec.qk_norm_last:
+            q, k = self._norms(q, k)
+        if (rope := self.spec.rope) is not None:
+            sin_cos = context.sin_cos[rope]
+            q, k = rotate_heads(q, rope, *sin_cos), rotate_heads(k, rope, *sin_cos)
+        if self.spec.qk_norm_last:
+            q, k = self._norms(q, k)
         q, k, v = (checkpoint_name(one, PRODUCT) for one in (q, k, v))
         out = self._attend(q, k, v, context)
         return checkpoint_name(self.o_proj(out.reshape(*x.shape[:2], -1), out_context), PRODUCT), KeyValues(k, v)
@@ -73,6 +81,9 @@ class SelfAttention(nnx.Module):
             squares: the sum of squared document lengths.
         """
         return 6.0 * squares * self.spec.num_heads * self.spec.head_dim
+
+    def _norms(self, q: Array, k: Array) -> tuple[Array, Array]:
+        return (q, k) if self.q_norm is None or self.k_norm is None else (self.q_norm(q), self.k_norm(k))
 
     def _attend(self, q: Array, k: Array, v: Array, context: Context) -> Float[Array, "B T N H"]:
         spec = self.spec

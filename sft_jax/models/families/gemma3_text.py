@@ -1,10 +1,8 @@
-"""Gemma 3: norms before and after attention and MLP, two rotary embeddings, five local layers per global layer."""
-
-from __future__ import annotations
+"""Gemma 3: norms before and after mixer and MLP, two rotary embeddings, five local layers to a global one."""
 
 from typing import Any
 
-from sft_jax.models.architecture import Architecture, Layer, Norm, Residual
+from sft_jax.models.architecture import Architecture, Norm, Residual, Rope
 from sft_jax.models.families import standard
 
 SANDWICH = Residual(
@@ -15,23 +13,28 @@ SANDWICH = Residual(
 
 
 def read(config: Any) -> Architecture:
-    norm, mlp, layers = Norm(config.rms_norm_eps, offset=1.0), standard.mlp(config), []
-    for kind, window in zip(config.layer_types, standard.sliding_windows(config), strict=True):
-        attention = standard.attention(
-            config,
-            rope=standard.rope(config.rope_parameters[kind], config.max_position_embeddings),
-            scale=config.query_pre_attn_scalar**-0.5,
-            window=window,
-            softcap=config.attn_logit_softcapping,
-            qk_norm=norm,
-            qkv_bias=bool(config.attention_bias),
-            o_bias=bool(config.attention_bias),
-        )
-        layers.append(Layer(attention, mlp, norm, SANDWICH))
-    return standard.architecture(
+    norm, mlp, bias = Norm(config.rms_norm_eps, offset=1.0), standard.mlp(config), bool(config.attention_bias)
+    attention = standard.attention(
         config,
-        tuple(layers),
+        rope=None,
+        scale=config.query_pre_attn_scalar**-0.5,
+        softcap=config.attn_logit_softcapping,
+        qk_norm=norm,
+        qkv_bias=bias,
+        o_bias=bias,
+    )
+
+    def rope_of(layer: int, window: int | None) -> Rope:
+        parameters = config.rope_parameters[config.layer_types[layer]]
+        return standard.rope(parameters, config.max_position_embeddings, attention.head_dim)
+
+    return standard.decoder(
+        config,
+        attention,
+        mlp,
         norm,
+        SANDWICH,
+        rope_of,
         embedding_scale=config.hidden_size**0.5,
         logits_softcap=config.final_logit_softcapping,
     )

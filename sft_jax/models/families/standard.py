@@ -3,27 +3,41 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from sft_jax.errors import UserError
-from sft_jax.models.architecture import Architecture, Layer, Norm, Rope
+from sft_jax.models.architecture import PRE_NORM, Architecture, Layer, Norm, Residual, Rope
 from sft_jax.models.attention.module import SelfAttentionSpec
 from sft_jax.models.mlp import ACTIVATIONS, MLPSpec
 
 
-def decoder(config: Any, attention: SelfAttentionSpec, mlp: Any, norm: Norm | None = None, **more: Any) -> Architecture:
+def decoder(
+    config: Any,
+    attention: SelfAttentionSpec,
+    mlp: Any,
+    norm: Norm | None = None,
+    residual: Residual = PRE_NORM,
+    rope_of: Callable[[int, int | None], Rope | None] | None = None,
+    **more: Any,
+) -> Architecture:
     """Returns a decoder of equal layers, except for the sliding windows in ``layer_types``.
 
     Args:
         norm: the norm of the layers and the final norm; by default an RMS norm with ``rms_norm_eps``.
+        residual: how mixer, MLP and norms are combined.
+        rope_of: from the number of a layer and its window to its rotary embedding, where layers differ in it.
         more: fields of :class:`Architecture`.
     """
     norm = norm or Norm(config.rms_norm_eps)
-    windows = sliding_windows(config)
-    layers = tuple(Layer(replace(attention, window=window), mlp, norm) for window in windows)
-    return architecture(config, layers, norm, **more)
+    layers = []
+    for number, window in enumerate(sliding_windows(config)):
+        one = replace(attention, window=window)
+        if rope_of is not None:
+            one = replace(one, rope=rope_of(number, window))
+        layers.append(Layer(one, mlp, norm, residual))
+    return architecture(config, tuple(layers), norm, **more)
 
 
 def architecture(config: Any, layers: tuple[Layer, ...], norm: Norm, **more: Any) -> Architecture:
@@ -51,14 +65,14 @@ def attention(config: Any, **more: Any) -> SelfAttentionSpec:
     num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
     if num_heads % num_kv_heads:
         raise UserError(f"num_key_value_heads {num_kv_heads} does not divide {num_heads} heads")
-    if "rope" not in more:
-        more["rope"] = rope(config.rope_parameters, config.max_position_embeddings)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    if "rope" not in more:
+        more["rope"] = rope(config.rope_parameters, config.max_position_embeddings, head_dim)
     return SelfAttentionSpec(num_heads, num_kv_heads, head_dim, **more)
 
 
-def mlp(config: Any, bias: bool = False) -> MLPSpec:
-    """Returns the spec of the gated MLP.
+def mlp(config: Any, bias: bool = False, **more: Any) -> MLPSpec:
+    """Returns the spec of the MLP; ``more`` are fields of :class:`MLPSpec`.
 
     Raises:
         UserError: the activation is not supported.
@@ -66,7 +80,7 @@ def mlp(config: Any, bias: bool = False) -> MLPSpec:
     name = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", "silu")
     if name not in ACTIVATIONS:
         raise UserError(f"hidden_act {name!r} is not supported; supported are {', '.join(ACTIVATIONS)}")
-    return MLPSpec(config.intermediate_size, name, bias)
+    return MLPSpec(config.intermediate_size, name, bias, **more)
 
 
 def sliding_windows(config: Any) -> list[int | None]:
@@ -78,16 +92,24 @@ def sliding_windows(config: Any) -> list[int | None]:
     return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
-def rope(parameters: Mapping[str, Any], max_positions: int) -> Rope:
+def rope(parameters: Mapping[str, Any], max_positions: int, head_dim: int, interleaved: bool = False) -> Rope:
     """Returns the rotary embedding of ``rope_parameters``.
+
+    Args:
+        head_dim: of which ``partial_rotary_factor`` is a fraction.
+        interleaved: see :class:`Rope`.
 
     Raises:
         UserError: the ``rope_type`` is not supported.
     """
+    partial = parameters.get("partial_rotary_factor") or 1.0
+    dims = None if partial == 1.0 else int(head_dim * partial)
+    return replace(_scaled_rope(parameters, max_positions), dims=dims, interleaved=interleaved)
+
+
+def _scaled_rope(parameters: Mapping[str, Any], max_positions: int) -> Rope:
     kind = parameters.get("rope_type", "default")
     theta = float(parameters["rope_theta"])
-    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(f"partial_rotary_factor {parameters['partial_rotary_factor']} is not supported")
     if kind in ("default", "dynamic"):  # dynamic equals default within the context, and no sequence is longer
         return Rope(theta)
     if kind == "linear":

@@ -1,0 +1,21 @@
+"""Command R7B: mixer and MLP in parallel behind one layer norm, local layers rotate, global ones do not."""
+
+from typing import Any
+
+from sft_jax.models.architecture import Architecture, Norm, Residual
+from sft_jax.models.families import standard
+
+
+def read(config: Any) -> Architecture:
+    bias = bool(config.attention_bias)
+    rope = standard.rope(config.rope_parameters, config.max_position_embeddings, config.head_dim, interleaved=True)
+    attention = standard.attention(config, rope=rope, qkv_bias=bias, o_bias=bias)
+    return standard.decoder(
+        config,
+        attention,
+        standard.mlp(config),
+        Norm(config.layer_norm_eps, centered=True),
+        Residual(before_mlp="input_layernorm", parallel=True),
+        lambda layer, window: None if window is None else rope,
+        logits_scale=config.logit_scale,
+    )
