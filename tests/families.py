@@ -92,7 +92,10 @@ FAMILIES = {
         "Exaone4",
         {"hidden_size": 48, "num_hidden_layers": 5, "sliding_window": 9, "sliding_window_pattern": 4},
     ),
-    "smollm3": ("SmolLM3", {"hidden_size": 48, "num_hidden_layers": 5, "no_rope_layers": [1, 1, 0, 1, 0]}),
+    "smollm3": (
+        "SmolLM3",
+        {"hidden_size": 48, "num_hidden_layers": 5, "no_rope_layers": [1, 1, 0, 1, 0], "pad_token_id": 0},
+    ),
     "granite": (
         "Granite",
         {
@@ -100,10 +103,10 @@ FAMILIES = {
             "embedding_multiplier": 12.0,
             "attention_multiplier": 0.1,
             "residual_multiplier": 0.22,
-            "logits_scaling": 8.0,
+            "logits_scaling": 2.0,
         },
     ),
-    "cohere2": ("Cohere2", {"hidden_size": 48, "num_hidden_layers": 5, "sliding_window": 9, "logit_scale": 0.25}),
+    "cohere2": ("Cohere2", {"hidden_size": 48, "num_hidden_layers": 5, "sliding_window": 9, "logit_scale": 0.7}),
     "stablelm": ("StableLm", {"hidden_size": 48, "partial_rotary_factor": 0.5}),
     "stablelm-parallel": ("StableLm", {"hidden_size": 48, "use_parallel_residual": True, "use_qkv_bias": True}),
     "starcoder2": ("Starcoder2", {"hidden_size": 48, "sliding_window": 9, "tie_word_embeddings": True}),

@@ -30,8 +30,9 @@ from sft_jax.config import (
     SourceConfig,
     TrainingConfig,
 )
-from sft_jax.models.architecture import Architecture, Layer, Norm, Rope
+from sft_jax.models.architecture import Architecture, Norm, Rope
 from sft_jax.models.attention.module import SelfAttentionSpec
+from sft_jax.models.families.standard import PRE_NORM
 from sft_jax.models.mlp import MLPSpec
 
 ROOT = Path(__file__).parent.parent
@@ -110,7 +111,7 @@ def architecture(
     norm = Norm(1e-5)
     spec = SelfAttentionSpec(num_heads, num_kv_heads, head_dim, rope=Rope(1e4), **changes)
     mlp = MLPSpec(intermediate_size)
-    layers = tuple(Layer(dataclasses.replace(spec, window=window), mlp, norm) for window in windows)
+    layers = tuple(PRE_NORM.layer(dataclasses.replace(spec, window=window), mlp, norm) for window in windows)
     return Architecture("llama", vocab_size, hidden_size, layers, norm, tied)
 
 

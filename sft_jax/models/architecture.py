@@ -42,47 +42,57 @@ class Norm:
 
 
 @dataclass(frozen=True)
-class Residual:
-    """The norms of a layer, and how the outputs of mixer and MLP are added to the hidden states.
+class Branch:
+    """A mixer or an MLP between its norms: ``after(module(before(x)))``.
 
     Attributes:
-        before_mixer, after_mixer, before_mlp, after_mlp: module names of the norms; None for no norm.
-        parallel: whether the MLP reads what the mixer reads, and both are added at once.
-        scale: multiplies what each of them adds.
+        name: the name of the module in the layer, such as ``self_attn``.
+        spec: the spec of the module, such as :class:`~sft_jax.models.attention.module.SelfAttentionSpec`.
+        before, after: the module names of the norms; None for no norm. Branches may share a norm.
     """
 
-    before_mixer: str | None = "input_layernorm"
-    after_mixer: str | None = None
-    before_mlp: str | None = "post_attention_layernorm"
-    after_mlp: str | None = None
-    parallel: bool = False
+    name: str
+    spec: Any
+    before: str | None = None
+    after: str | None = None
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """An addition to the hidden states: ``x + scale · after(branch(x) + …)``.
+
+    Attributes:
+        branches: one module, or several that read the same hidden states.
+        after: the module name of a norm over their sum; None for no norm.
+    """
+
+    branches: tuple[Branch, ...]
+    after: str | None = None
     scale: float = 1.0
-
-    @property
-    def norms(self) -> list[str]:
-        """The module names, each once."""
-        names = (self.before_mixer, self.after_mixer, self.before_mlp, self.after_mlp)
-        return list(dict.fromkeys(name for name in names if name is not None))
-
-
-PRE_NORM = Residual()
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A decoder layer.
+    """A decoder layer: its sublayers in order.
 
     Attributes:
-        mixer: the spec of the token mixer, such as :class:`~sft_jax.models.attention.spec.AttentionSpec`.
-        mlp: the spec of the MLP, such as :class:`~sft_jax.models.mlp.MLPSpec`.
-        norm: the kind of the layer's norms.
-        residual: where the norms are, and how mixer and MLP are added.
+        norm: the kind of its norms.
     """
 
-    mixer: Any
-    mlp: Any
+    sublayers: tuple[Sublayer, ...]
     norm: Norm
-    residual: Residual = PRE_NORM
+
+    @property
+    def branches(self) -> list[Branch]:
+        """All branches, in order."""
+        return [branch for sublayer in self.sublayers for branch in sublayer.branches]
+
+    @property
+    def norms(self) -> list[str]:
+        """The module names of the norms, each once."""
+        names = [name for branch in self.branches for name in (branch.before, branch.after)]
+        names += [sublayer.after for sublayer in self.sublayers]
+        return list(dict.fromkeys(name for name in names if name is not None))
 
 
 @dataclass(frozen=True)
@@ -119,4 +129,5 @@ class Architecture:
     @property
     def attention_specs(self) -> list[Any]:
         """Returns the distinct attention specs, in order of appearance."""
-        return list(dict.fromkeys(layer.mixer for layer in self.layers if hasattr(layer.mixer, "num_kv_heads")))
+        specs = [branch.spec for layer in self.layers for branch in layer.branches]
+        return list(dict.fromkeys(spec for spec in specs if hasattr(spec, "num_kv_heads")))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +22,7 @@ from sft_jax.models.rope import sin_cos
 from sft_jax.models.stages import Stage, stages_of
 from sft_jax.typing import Array, Float, Int
 
-Cache = dict[str, Any]  # the mixers' cache of each stack of layers, with a leading dimension of layers
+Cache = dict[str, dict[str, Any]]  # the cache of each mixer of each stack of layers, stacked along the layers
 
 
 class Decoder(nnx.Module):
@@ -157,11 +156,14 @@ class _Layers(nnx.Module):
                 setattr(self, str(stage.first + offset), block)
 
 
-def resize_cache(cache: Mapping[str, Any], length: int) -> Cache:
+def resize_cache(cache: Cache, length: int) -> Cache:
     """Pads a cache to ``length`` positions."""
-    return {name: one.resize(length) for name, one in cache.items()}
+    return {name: {mixer: entries.resize(length) for mixer, entries in layer.items()} for name, layer in cache.items()}
 
 
-def update_cache(cache: Mapping[str, Any], new: Mapping[str, Any], positions: Int[Array, "B"]) -> Cache:
+def update_cache(cache: Cache, new: Cache, positions: Int[Array, "B"]) -> Cache:
     """Writes one token per sequence at its position; in place if the buffer is donated."""
-    return {name: one.update(new[name], positions) for name, one in cache.items()}
+    return {
+        name: {mixer: entries.update(new[name][mixer], positions) for mixer, entries in layer.items()}
+        for name, layer in cache.items()
+    }

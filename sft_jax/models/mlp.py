@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import jax
 from flax import nnx
@@ -41,6 +42,8 @@ class MLPSpec:
     bias: bool = False
     gated: bool = True
     names: tuple[str, str] = ("up_proj", "down_proj")
+
+    is_mixer: ClassVar[bool] = False
 
     def module(self, dim: int, make: Initializer, stack: tuple[int, ...]) -> MLP:
         return MLP(self, dim, make, stack)

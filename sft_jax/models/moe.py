@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,8 @@ class ExpertsSpec:
     num_experts: int
     num_experts_per_token: int
     expert: MLPSpec
+
+    is_mixer: ClassVar[bool] = False
 
     def module(self, dim: int, make: Initializer, stack: tuple[int, ...]) -> MixtureOfExperts:
         return MixtureOfExperts(self, dim, make, stack)

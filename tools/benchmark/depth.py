@@ -73,8 +73,9 @@ def compiled(layers: int, mode: str) -> Compiled:
     import jax.numpy as jnp
 
     from sft_jax.config import LoraConfig, OptimizerConfig
-    from sft_jax.models.architecture import Architecture, Layer, Norm, Rope
+    from sft_jax.models.architecture import Architecture, Norm, Rope
     from sft_jax.models.attention.module import SelfAttentionSpec
+    from sft_jax.models.families.standard import PRE_NORM
     from sft_jax.models.mlp import MLPSpec
     from sft_jax.sharding import make_mesh
     from sft_jax.training.optimizer import labels_of, make_optimizer, make_schedule
@@ -84,7 +85,7 @@ def compiled(layers: int, mode: str) -> Compiled:
     from sft_jax.typing import Batch
 
     norm = Norm(1e-5)
-    layer = Layer(SelfAttentionSpec(2, 1, 16, rope=Rope(1e4)), MLPSpec(64), norm)
+    layer = PRE_NORM.layer(SelfAttentionSpec(2, 1, 16, rope=Rope(1e4)), MLPSpec(64), norm)
     arch = Architecture("llama", 256, 32, (layer,) * layers, norm, tie_word_embeddings=True)
     lora = LoraConfig(rank=4, alpha=8.0) if mode == "lora" else None
     mesh = make_mesh()

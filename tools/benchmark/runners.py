@@ -243,7 +243,11 @@ def run_ceiling(options: dict[str, Any]) -> dict[str, Any]:
     from sft_jax.hf.config import read_architecture
 
     arch = read_architecture(Path(options["kit"]))
-    d, f, m = arch.hidden_size, arch.layers[0].mlp.intermediate_size, options["batch_size"] * options["row_length"]
+    d, f, m = (
+        arch.hidden_size,
+        arch.layers[0].branches[1].spec.intermediate_size,
+        options["batch_size"] * options["row_length"],
+    )
     big = 2048 if jax.default_backend() == "cpu" else 8192
     shapes = [(big, big, big), (m, d, f), (m, f, d), (m, d, d)]
     rates = {}

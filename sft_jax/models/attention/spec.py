@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,8 @@ class AttentionSpec:
     scale: float | None = None
     window: int | None = None
     softcap: float | None = None
+
+    is_mixer: ClassVar[bool] = True  # mixes tokens, and returns cache entries besides its output
 
     @property
     def group(self) -> int:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sft_jax.models.architecture import Architecture, Norm, Residual
+from sft_jax.models.architecture import Architecture, Norm
 from sft_jax.models.families import standard
 
 
@@ -15,7 +15,7 @@ def read(config: Any) -> Architecture:
         attention,
         standard.mlp(config),
         Norm(config.layer_norm_eps, centered=True),
-        Residual(before_mlp="input_layernorm", parallel=True),
+        standard.Order(before_mlp="input_layernorm", parallel=True),
         lambda layer, window: None if window is None else rope,
         logits_scale=config.logit_scale,
     )

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from sft_jax.models.architecture import Architecture, Norm, Residual, Rope
+from sft_jax.models.architecture import Architecture, Norm, Rope
 from sft_jax.models.families import standard
 
-SANDWICH = Residual(
+SANDWICH = standard.Order(
     after_mixer="post_attention_layernorm",
     before_mlp="pre_feedforward_layernorm",
     after_mlp="post_feedforward_layernorm",

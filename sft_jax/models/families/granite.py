@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sft_jax.models.architecture import Architecture, Residual
+from sft_jax.models.architecture import Architecture
 from sft_jax.models.families import standard
 
 
@@ -13,7 +13,7 @@ def read(config: Any) -> Architecture:
         config,
         attention,
         standard.mlp(config, bool(config.mlp_bias)),
-        residual=Residual(scale=config.residual_multiplier),
+        order=standard.Order(scale=config.residual_multiplier),
         embedding_scale=config.embedding_multiplier,
         logits_scale=1.0 / config.logits_scaling,
     )

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from sft_jax.models.architecture import Architecture, Norm, Residual
+from sft_jax.models.architecture import Architecture, Norm
 from sft_jax.models.families import standard
 
-POST_NORM = Residual(
+POST_NORM = standard.Order(
     before_mixer=None,
     after_mixer="post_attention_layernorm",
     before_mlp=None,

@@ -3,7 +3,7 @@
 from typing import Any
 
 from sft_jax.errors import UserError
-from sft_jax.models.architecture import Architecture, Norm, Residual
+from sft_jax.models.architecture import Architecture, Norm
 from sft_jax.models.families import standard
 
 
@@ -12,5 +12,9 @@ def read(config: Any) -> Architecture:
         raise UserError("qk_layernorm is not supported")
     attention = standard.attention(config, qkv_bias=bool(config.use_qkv_bias))
     norm = Norm(config.layer_norm_eps, centered=True, has_bias=True)
-    residual = Residual(before_mlp="input_layernorm", parallel=True) if config.use_parallel_residual else Residual()
-    return standard.decoder(config, attention, standard.mlp(config), norm, residual)
+    order = (
+        standard.Order(before_mlp="input_layernorm", parallel=True)
+        if config.use_parallel_residual
+        else standard.Order()
+    )
+    return standard.decoder(config, attention, standard.mlp(config), norm, order)

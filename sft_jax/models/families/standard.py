@@ -4,13 +4,42 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sft_jax.errors import UserError
-from sft_jax.models.architecture import PRE_NORM, Architecture, Layer, Norm, Residual, Rope
+from sft_jax.models.architecture import Architecture, Branch, Layer, Norm, Rope, Sublayer
 from sft_jax.models.attention.module import SelfAttentionSpec
 from sft_jax.models.mlp import ACTIVATIONS, MLPSpec
+
+
+@dataclass(frozen=True)
+class Order:
+    """The order of a layer with one mixer and one MLP, and the names of its modules; None for no norm.
+
+    Attributes:
+        parallel: whether the MLP reads what the mixer reads, and both outputs are added at once.
+        scale: multiplies both outputs.
+    """
+
+    before_mixer: str | None = "input_layernorm"
+    after_mixer: str | None = None
+    before_mlp: str | None = "post_attention_layernorm"
+    after_mlp: str | None = None
+    parallel: bool = False
+    scale: float = 1.0
+    mixer: str = "self_attn"
+    mlp: str = "mlp"
+
+    def layer(self, mixer: Any, mlp: Any, norm: Norm) -> Layer:
+        """Returns the layer of two specs."""
+        first = Branch(self.mixer, mixer, self.before_mixer, self.after_mixer)
+        second = Branch(self.mlp, mlp, self.before_mlp, self.after_mlp)
+        groups = [(first, second)] if self.parallel else [(first,), (second,)]
+        return Layer(tuple(Sublayer(group, scale=self.scale) for group in groups), norm)
+
+
+PRE_NORM = Order()
 
 
 def decoder(
@@ -18,25 +47,28 @@ def decoder(
     attention: SelfAttentionSpec,
     mlp: Any,
     norm: Norm | None = None,
-    residual: Residual = PRE_NORM,
+    order: Order = PRE_NORM,
     rope_of: Callable[[int, int | None], Rope | None] | None = None,
     **more: Any,
 ) -> Architecture:
     """Returns a decoder of equal layers, except for the sliding windows in ``layer_types``.
 
     Args:
+        mlp: the spec of all layers, or a list with one for each.
         norm: the norm of the layers and the final norm; by default an RMS norm with ``rms_norm_eps``.
-        residual: how mixer, MLP and norms are combined.
-        rope_of: from the number of a layer and its window to its rotary embedding, where layers differ in it.
+        order: where the norms are, and how mixer and MLP are added.
+        rope_of: from the index of a layer and its window to its rotary embedding, where layers differ in it.
         more: fields of :class:`Architecture`.
     """
     norm = norm or Norm(config.rms_norm_eps)
+    windows = sliding_windows(config)
+    mlps = mlp if isinstance(mlp, list) else [mlp] * len(windows)
     layers = []
-    for number, window in enumerate(sliding_windows(config)):
-        one = replace(attention, window=window)
+    for i, (window, one) in enumerate(zip(windows, mlps, strict=True)):
+        mixer = replace(attention, window=window)
         if rope_of is not None:
-            one = replace(one, rope=rope_of(number, window))
-        layers.append(Layer(one, mlp, norm, residual))
+            mixer = replace(mixer, rope=rope_of(i, window))
+        layers.append(order.layer(mixer, one, norm))
     return architecture(config, tuple(layers), norm, **more)
 
 

@@ -22,10 +22,10 @@ class RecurrentState:
     inputs: Float[Array, "*L B J-1 C"]
     memory: Float[Array, "*L B N K V"] | None = None
 
-    def resize(self, length: int) -> RecurrentState:  # noqa: ARG002  # the interface of KeyValues
+    def resize(self, length: int) -> RecurrentState:  # the interface of KeyValues
         """Returns the same state: it has no positions."""
         return self
 
-    def update(self, new: RecurrentState, positions: Int[Array, "B"]) -> RecurrentState:  # noqa: ARG002
+    def update(self, new: RecurrentState, positions: Int[Array, "B"]) -> RecurrentState:
         """Replaces the state with that after one more token."""
         return new
