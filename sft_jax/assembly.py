@@ -66,7 +66,7 @@ class Base:
     @property
     def dtype_of_embeddings(self) -> np.dtype | None:
         """The dtype of the embeddings in its files."""
-        return None if self.reader is None else self.reader.dtype("model.embed_tokens.weight")
+        return None if self.reader is None else self.reader.dtype(self.arch.embeddings_tensor)
 
 
 @dataclass(frozen=True)
@@ -282,7 +282,7 @@ def _open_adapter(folder: Path, name: str | None, dtype: str | None, mesh: Mesh)
             f"{asked_by}: {folder} was trained on a model with other weights than {base.folder}; set the right base "
             "model with --base"
         )
-    arch = dataclasses.replace(base.arch, vocab_size=max(base.arch.vocab_size, num_embeddings(folder) or 0))
+    arch = dataclasses.replace(base.arch, vocab_size=max(base.arch.vocab_size, num_embeddings(folder, base.arch) or 0))
     check_heads(arch.attention_specs, mesh)
     has_tokenizer = (folder / "tokenizer.json").is_file()
     tokenizer, _ = load_tokenizer(folder if has_tokenizer else base.folder)
@@ -306,8 +306,7 @@ def _frozen(split: Split, base: Base, trained: dict[LeafPath, Array]) -> Params:
     loaded = {path: trained[path] for path in leaves if path in trained}
     missing = base_leaves.keys() - loaded.keys() - flatten(split.trainable).keys()
     if base.reader is not None:
-        tied, old_size = split.arch.tie_word_embeddings, base.arch.vocab_size
-        loaded |= load_params(base.reader, base_leaves, split.stored, missing, tied, old_size)
+        loaded |= load_params(base.reader, base_leaves, split.stored, missing, split.arch, base.arch.vocab_size)
     return unflatten({path: loaded[path] for path in leaves})
 
 

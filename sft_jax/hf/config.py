@@ -29,6 +29,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def with_vocab_size(config: dict[str, Any], vocab_size: int) -> dict[str, Any]:
+    """Returns ``config.json`` with another vocabulary size, which a multimodal model has in ``text_config``."""
+    if isinstance(text := config.get("text_config"), dict):
+        return config | {"text_config": text | {"vocab_size": vocab_size}}
+    return config | {"vocab_size": vocab_size}
+
+
 def read_architecture(folder: Path) -> Architecture:
     """Reads the architecture of a Hugging Face model folder, with transformers' defaults for missing keys.
 

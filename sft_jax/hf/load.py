@@ -11,6 +11,7 @@ import jax
 from sft_jax.errors import UserError
 from sft_jax.hf.place import Made, Recipe, place
 from sft_jax.hf.reader import TensorReader
+from sft_jax.models.architecture import Architecture
 from sft_jax.models.split import EMBEDDINGS
 from sft_jax.models.tensors import Stored
 from sft_jax.tree import Path
@@ -47,7 +48,7 @@ def load_params(
     base: Mapping[Path, Leaf],
     stored: Mapping[Path, Stored],
     wanted: Collection[Path],
-    tied: bool,
+    arch: Architecture,
     old_vocab_size: int | None = None,
 ) -> dict[Path, Array]:
     """Reads the ``wanted`` leaves in their dtype and sharding with :mod:`sft_jax.hf.place`.
@@ -61,12 +62,12 @@ def load_params(
 
     Args:
         stored: tensor names and layout of each leaf in the files.
-        tied: whether ``lm_head`` is tied to the embeddings.
+        arch: says which further tensors the files may have.
 
     Raises:
         UserError: a tensor is missing, has another shape, or does not belong to the network.
     """
-    _check(reader, expected_shapes(base, stored, old_vocab_size), tied)
+    _check(reader, expected_shapes(base, stored, old_vocab_size), arch)
     loaded = {}
     # The largest tensors first, while most memory is free for the buffers of resharding.
     for path in sorted(wanted, key=lambda path: (-math.prod(stored[path].shape(base[path].shape)), path)):
@@ -92,6 +93,11 @@ def expected_shapes(
     return shapes
 
 
+def outside_tensors(reader: TensorReader, arch: Architecture) -> list[str]:
+    """Returns the tensors in the files that are not part of the decoder, and are exported as they are."""
+    return sorted(name for name in reader.names if arch.outside and name.startswith(arch.outside))
+
+
 def _recipe(reader: TensorReader, leaf: Leaf, stored: Stored) -> Recipe:
     """Returns the recipe of a leaf whose tensors :func:`_check` has checked."""
     num_rows = reader.shape(stored.names[0])[0]
@@ -103,10 +109,11 @@ def _recipe(reader: TensorReader, leaf: Leaf, stored: Stored) -> Recipe:
         made=None if is_plain else leaf.made,
         arrays=tuple(({"": leaf} if is_plain else leaf.arrays).items()),
         stack=stored.stack,
+        parts=stored.parts,
     )
 
 
-def _check(reader: TensorReader, expected: Mapping[str, tuple[int, ...]], tied: bool) -> None:
+def _check(reader: TensorReader, expected: Mapping[str, tuple[int, ...]], arch: Architecture) -> None:
     for name, shape in expected.items():
         if name not in reader.names:
             present = ", ".join(sorted(reader.names)[:2])
@@ -119,7 +126,8 @@ def _check(reader: TensorReader, expected: Mapping[str, tuple[int, ...]], tied: 
                 f"{reader.folder}: tensor {name} has shape {reader.shape(name)}, but config.json implies {shape}"
             )
         reader.dtype(name)
-    allowed = {"lm_head.weight"} if tied else set()
-    extra = sorted(name for name in reader.names - set(expected) - allowed if not name.endswith(_IGNORED))
+    allowed = {arch.lm_head_tensor} if arch.tie_word_embeddings else set()
+    ignored = set(outside_tensors(reader, arch))
+    extra = sorted(name for name in reader.names - set(expected) - allowed - ignored if not name.endswith(_IGNORED))
     if extra:
         raise UserError(f"{reader.folder}: tensor {extra[0]} has no place in this model ({len(extra)} such tensors)")

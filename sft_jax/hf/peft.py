@@ -17,6 +17,7 @@ from sft_jax.adapters.attach import method_from_peft, method_name, methods
 from sft_jax.adapters.lora import LoRA
 from sft_jax.errors import UserError
 from sft_jax.hf.reader import TensorReader
+from sft_jax.models.architecture import Architecture
 from sft_jax.models.split import EMBEDDINGS, Split, is_adapter
 from sft_jax.models.tensors import Stored
 from sft_jax.tree import Path as LeafPath
@@ -112,10 +113,10 @@ def base_fingerprint(folder: Path) -> str | None:
         return None  # reading the tensors raises a better error
 
 
-def num_embeddings(folder: Path) -> int | None:
+def num_embeddings(folder: Path, arch: Architecture) -> int | None:
     """Number of embeddings in an adapter's file; None if it has none."""
     reader = TensorReader(folder, _FILE)
-    name = f"{_PREFIX}model.embed_tokens.weight"
+    name = _PREFIX + arch.in_modules(arch.embeddings_tensor)
     return reader.shape(name)[0] if name in reader.names else None
 
 
@@ -138,20 +139,30 @@ def load_adapter(folder: str, split: Split, embeddings: bool = False) -> dict[Le
     leaves = flatten(split.trainable) | (flatten(split.frozen) if embeddings else {})
     names = {}
     for leaf_path in leaves:
-        in_file = [_PREFIX + name for name in split.stored[leaf_path].names] if leaf_path in split.stored else []
+        in_file = _names(split, leaf_path) if leaf_path in split.stored else []
         if is_adapter(split.labels[leaf_path]) or (leaf_path[0] in EMBEDDINGS and reader.names.issuperset(in_file)):
             names[leaf_path] = in_file
     wanted = {name for in_file in names.values() for name in in_file}
     for missing in sorted(wanted - reader.names)[:1]:
         raise UserError(f"{path}: tensor {missing} is missing; check that lora.target_modules matches this adapter")
     for extra in sorted(reader.names - wanted)[:1]:
-        if extra.startswith((f"{_PREFIX}model.embed_tokens", f"{_PREFIX}lm_head")):
+        if extra in [_PREFIX + split.arch.in_modules(one) for one in _of_vocabulary(split.arch)]:
             raise UserError(f"{path}: has embeddings of added tokens; list these tokens in data.added_tokens")
         raise UserError(f"{path}: tensor {extra} has no place; add its module to lora.target_modules")
     return {
         leaf_path: _load(reader, in_file, leaves[leaf_path], split.stored[leaf_path])
         for leaf_path, in_file in names.items()
     }
+
+
+def _of_vocabulary(arch: Architecture) -> tuple[str, str]:
+    return arch.embeddings_tensor, arch.lm_head_tensor
+
+
+def _names(split: Split, path: LeafPath) -> list[str]:
+    """Returns the tensor names of an adapter parameter, the embeddings or ``lm_head`` in an adapter's file."""
+    names = split.stored[path].names
+    return [_PREFIX + (split.arch.in_modules(name) if path[0] in EMBEDDINGS else name) for name in names]
 
 
 def _check_settings(path: Path, config: AdapterConfig, variant: Any) -> None:
@@ -171,7 +182,7 @@ def _load(reader: TensorReader, names: list[str], leaf: jax.ShapeDtypeStruct, st
                 f"{reader.folder}: tensor {name} is made for another model: {reader.shape(name)}, this one has {shape}"
             )
     tensors = [reader.read(name) for name in names]
-    stacked = np.stack([tensor.T if stored.transposed else tensor for tensor in tensors])
+    stacked = np.stack([tensor.swapaxes(-1, -2) if stored.transposed else tensor for tensor in tensors])
     whole = stacked.reshape(leaf.shape).astype(leaf.dtype)
     return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: whole[index])
 

@@ -32,7 +32,10 @@ class Made(Protocol):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to convert a tensor of a file into arrays; hashable, so that equal recipes share a compiled program."""
+    """How to convert a tensor of a file into arrays; hashable, so that equal recipes share a compiled program.
+
+    A tensor is a matrix, or a stack of matrices that :attr:`made` quantizes one by one.
+    """
 
     num_rows: int  # rows of the tensor in the file
     transposed: bool
@@ -40,6 +43,7 @@ class Recipe:
     made: Made | None  # quantization; None: only cast to the dtype
     arrays: tuple[tuple[str, jax.ShapeDtypeStruct], ...]  # the resulting arrays, with shardings
     stack: tuple[int, ...]  # leading dimensions along which tensors are stacked; empty for a single tensor
+    parts: int = 1  # tensors that are concatenated along the last dimension of an element of the stack
 
     def convert(self, rows: Array) -> dict[str, Array]:
         """Converts one tensor."""
@@ -47,22 +51,23 @@ class Recipe:
         if self.added_rows:
             mean = jnp.mean(weight.astype(jnp.float32), axis=0, keepdims=True).astype(weight.dtype)
             weight = jnp.concatenate([weight, jnp.repeat(mean, self.added_rows, axis=0)])
-        weight = weight.T if self.transposed else weight
+        weight = weight.swapaxes(-1, -2) if self.transposed else weight
         if self.made is not None:
-            return self.made(weight)
+            return self.made(weight) if weight.ndim == 2 else lax.map(self.made, weight)
         ((name, array),) = self.arrays
         return {name: weight.astype(array.dtype)}
 
 
 def place(reader: TensorReader, names: Iterable[str], recipe: Recipe) -> dict[str, Array]:
-    """Reads the tensors ``names``, in stack order, into the arrays of a recipe."""
+    """Reads the tensors ``names``, in the order of stack and parts, into the arrays of a recipe."""
     arrays = dict(recipe.arrays)
     mesh = _mesh(arrays)
     start, store = _programs(recipe)
     result = start() if recipe.stack else {}
     for number, name in enumerate(names):
         rows = _read_sharded(reader, name, mesh)
-        result = store(result, rows, _index(number, recipe.stack)) if recipe.stack else store(rows)
+        element, part = divmod(number, recipe.parts)
+        result = store(result, rows, _index(element, recipe.stack), np.int32(part)) if recipe.stack else store(rows)
         jax.block_until_ready(result)  # at most one tensor in flight
     return result
 
@@ -76,8 +81,8 @@ def _programs(recipe: Recipe) -> tuple[Callable[[], dict[str, Array]], Callable[
     def start() -> dict[str, Array]:
         return {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in arrays.items()}
 
-    def store(stacks: dict[str, Array], rows: Array, index: tuple[Array, ...]) -> dict[str, Array]:
-        return {name: _update(stacks[name], one, index) for name, one in recipe.convert(rows).items()}
+    def store(stacks: dict[str, Array], rows: Array, index: tuple[Array, ...], part: Array) -> dict[str, Array]:
+        return {name: _update(stacks[name], one, index, part) for name, one in recipe.convert(rows).items()}
 
     if recipe.stack:
         return jax.jit(start, out_shardings=shardings), jax.jit(store, donate_argnums=0, out_shardings=shardings)
@@ -88,9 +93,10 @@ def _index(number: int, stack: tuple[int, ...]) -> tuple[np.int32, ...]:
     return tuple(np.int32(i) for i in np.unravel_index(number, stack))
 
 
-def _update(stack: Array, layer: Array, index: tuple[Array, ...]) -> Array:
-    start = (*index, *[np.int32(0)] * layer.ndim)
-    return lax.dynamic_update_slice(stack, layer.reshape((1,) * len(index) + layer.shape), start)
+def _update(stack: Array, tensor: Array, index: tuple[Array, ...], part: Array) -> Array:
+    tensor = tensor.reshape((1,) * len(index) + stack.shape[len(index) : -1] + (-1,))
+    start = (*index, *[np.int32(0)] * (tensor.ndim - len(index) - 1), part * np.int32(tensor.shape[-1]))
+    return lax.dynamic_update_slice(stack, tensor, start)
 
 
 def _read_sharded(reader: TensorReader, name: str, mesh: Mesh) -> Array:

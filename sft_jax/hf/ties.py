@@ -1,4 +1,4 @@
-"""Decides whether ``lm_head`` is tied to the embeddings, from the weights rather than from config.json."""
+"""Decides from the weights what config.json leaves open: the names of tensors, and whether ``lm_head`` is tied."""
 
 from __future__ import annotations
 
@@ -11,33 +11,39 @@ from sft_jax.hf.config import read_architecture
 from sft_jax.hf.reader import TensorReader, chunks
 from sft_jax.models.architecture import Architecture
 
-_EMBEDDINGS, _LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
-
 
 def architecture_of(folder: Path, reader: TensorReader | None) -> Architecture:
-    """Reads the architecture like :func:`read_architecture`, and corrects ``tie_word_embeddings`` from the weights.
+    """Reads the architecture like :func:`read_architecture`, and corrects it from the weights.
 
     If config.json ties ``lm_head`` to the embeddings but the files have a different ``lm_head``, it is untied, as in
-    transformers.
+    transformers. If the files have the names of another layout of the family, these are the names.
 
     Args:
         reader: reader of the weights; None for random weights.
     """
     arch = read_architecture(folder)
-    if (
-        reader is None
-        or not arch.tie_word_embeddings
-        or not {_EMBEDDINGS, _LM_HEAD} <= reader.names
-        or _are_equal(reader)
-    ):
+    if reader is None:
+        return arch
+    arch = _with_layout(arch, reader)
+    if not arch.tie_word_embeddings or arch.lm_head_tensor not in reader.names or _are_equal(arch, reader):
         return arch
     return dataclasses.replace(arch, tie_word_embeddings=False)
 
 
-def _are_equal(reader: TensorReader) -> bool:
-    if reader.shape(_EMBEDDINGS) != reader.shape(_LM_HEAD):
-        return False
+def _with_layout(arch: Architecture, reader: TensorReader) -> Architecture:
+    layouts = [(arch.prefix, arch.names_in_files("lm_head")[0]), *arch.layouts]
+    for prefix, lm_head in layouts:
+        changed = dataclasses.replace(arch, prefix=prefix, tensors=(("lm_head", lm_head), *arch.tensors))
+        if changed.embeddings_tensor in reader.names:
+            return changed if (prefix, lm_head) != layouts[0] else arch
+    return arch
+
+
+def _are_equal(arch: Architecture, reader: TensorReader) -> bool:
+    embeddings, lm_head = arch.embeddings_tensor, arch.lm_head_tensor
+    if embeddings not in reader.names or reader.shape(embeddings) != reader.shape(lm_head):
+        return embeddings not in reader.names  # loading says what is missing
     return all(
-        np.array_equal(rows, reader.read(_LM_HEAD, start, start + len(rows)), equal_nan=False)
-        for start, rows in chunks(reader, _EMBEDDINGS)
+        np.array_equal(rows, reader.read(lm_head, start, start + len(rows)), equal_nan=False)
+        for start, rows in chunks(reader, embeddings)
     )

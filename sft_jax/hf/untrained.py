@@ -9,7 +9,6 @@ import numpy as np
 
 from sft_jax.hf.reader import TensorReader
 
-_EMBEDDINGS = "model.embed_tokens.weight"
 _SAMPLED = 256  # embeddings whose median norm is the reference
 _SHORT = 0.05  # an untrained embedding has a smaller norm, relative to the median
 _NEAR = 0.02  # two untrained embeddings are closer to each other, relative to the median norm
@@ -23,15 +22,18 @@ def chat_tokens(tokenizer: Any, stop_ids: Collection[int]) -> list[int]:
     return sorted({*stop_ids, *named})
 
 
-def untrained_tokens(reader: TensorReader, ids: Iterable[int]) -> list[int]:
+def untrained_tokens(reader: TensorReader, name: str, ids: Iterable[int]) -> list[int]:
     """Returns the ids whose embedding is zero, tiny, or nearly equal to that of another id in ``ids``.
 
     Skips ids beyond the embeddings in the file, which belong to added tokens.
+
+    Args:
+        name: the tensor of the embeddings.
     """
-    vocab_size = reader.shape(_EMBEDDINGS)[0]
-    embeddings = {i: _embedding(reader, i) for i in ids if i < vocab_size}
+    vocab_size = reader.shape(name)[0]
+    embeddings = {i: _embedding(reader, name, i) for i in ids if i < vocab_size}
     sampled = np.unique(np.linspace(0, vocab_size - 1, min(_SAMPLED, vocab_size)).astype(int))
-    median = float(np.median([np.linalg.norm(_embedding(reader, int(i))) for i in sampled]))
+    median = float(np.median([np.linalg.norm(_embedding(reader, name, int(i))) for i in sampled]))
     return [
         i
         for i, one in embeddings.items()
@@ -40,5 +42,5 @@ def untrained_tokens(reader: TensorReader, ids: Iterable[int]) -> list[int]:
     ]
 
 
-def _embedding(reader: TensorReader, i: int) -> np.ndarray:
-    return reader.read(_EMBEDDINGS, i, i + 1)[0].astype(np.float32)
+def _embedding(reader: TensorReader, name: str, i: int) -> np.ndarray:
+    return reader.read(name, i, i + 1)[0].astype(np.float32)

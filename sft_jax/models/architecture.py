@@ -105,8 +105,14 @@ class Architecture:
         embedding_scale: multiplies embeddings; rounded to the compute dtype.
         logits_scale: multiplies logits.
         logits_softcap: ``c`` of the soft cap; logits become ``c · tanh(logit / c)``; None for no cap.
-        tensors: pairs of our name and the name in the files, where the two differ, for a module or parameter within
-            its layer, such as ``mlp.gate.weight``. ``{expert}`` stands for the index of an expert.
+        prefix: the start of all tensor names in the files except that of ``lm_head``.
+        module_prefix: the same for the modules of transformers, which adapters name; None if it is ``prefix``.
+        tensors: pairs of our name and the name in the files, where the two differ, for a module or parameter of the
+            model (``norm``) or of a layer (``mlp.gate.weight``). ``{expert}`` stands for the index of an expert. A
+            tuple of names: tensors that are concatenated along the outputs.
+        layouts: pairs of ``prefix`` and the name of ``lm_head`` in checkpoints that have other names.
+        outside: prefixes of tensors that are not part of the decoder, such as those of a vision tower. They are not
+            loaded, and exported as they are.
     """
 
     family: str
@@ -120,7 +126,37 @@ class Architecture:
     embedding_scale: float = 1.0
     logits_scale: float = 1.0
     logits_softcap: float | None = None
-    tensors: tuple[tuple[str, str], ...] = field(default=())
+    prefix: str = "model."
+    module_prefix: str | None = None
+    tensors: tuple[tuple[str, str | tuple[str, ...]], ...] = field(default=())
+    layouts: tuple[tuple[str, str], ...] = ()
+    outside: tuple[str, ...] = ()
+
+    def names_in_files(self, name: str) -> tuple[str, ...]:
+        """Returns the names in the files, without prefix, of a parameter or module of the model or of a layer."""
+        for ours, theirs in self.tensors:
+            if name == ours or name.startswith(f"{ours}."):
+                rest = name.removeprefix(ours)
+                return tuple(one + rest for one in ((theirs,) if isinstance(theirs, str) else theirs))
+        return (name,)
+
+    @property
+    def embeddings_tensor(self) -> str:
+        """The name of the embeddings in the files."""
+        return self.prefix + self.names_in_files("embed_tokens.weight")[0]
+
+    @property
+    def lm_head_tensor(self) -> str:
+        """The name of ``lm_head`` in the files."""
+        return self.names_in_files("lm_head.weight")[0]
+
+    def in_modules(self, name: str) -> str:
+        """Returns the name of the embeddings' or ``lm_head``'s tensor in the modules of transformers."""
+        if name == self.lm_head_tensor:
+            own = [theirs for ours, theirs in self.tensors if ours == "lm_head"]  # those of a layout come first
+            return f"{own[-1] if own else 'lm_head'}.weight"
+        prefix = self.prefix if self.module_prefix is None else self.module_prefix
+        return prefix + name.removeprefix(self.prefix)
 
     @property
     def num_layers(self) -> int:

@@ -25,14 +25,13 @@ from sft_jax.errors import UserError
 from sft_jax.files.buckets import is_url
 from sft_jax.files.new_folder import new_folder, num_bytes
 from sft_jax.hf.card import model_card
-from sft_jax.hf.config import read_architecture, read_config, stop_ids
+from sft_jax.hf.config import read_architecture, read_config, stop_ids, with_vocab_size
 from sft_jax.hf.hub import absolute, commit_of
 from sft_jax.hf.peft import save_adapter
 from sft_jax.hf.reader import chunks
 from sft_jax.hf.save import Tensor, TensorWriter
 from sft_jax.hf.tokenizer_files import write_tokenizer
 from sft_jax.models.split import Split, is_adapter
-from sft_jax.models.tensors import Stored
 from sft_jax.sharding import make_mesh
 from sft_jax.store.metrics import read_metrics
 from sft_jax.store.opened import OpenedRun, open_run
@@ -69,7 +68,8 @@ def export(
             _write_generation_config(opened, folder)
             write_tokenizer(opened.tokenizer, opened.base, folder)
             losses = read_metrics(opened.folder.local / "metrics.jsonl")
-            card = model_card(opened.config, form, opened.step, losses, opened.dtype("model.embed_tokens.weight"))
+            dtype = opened.dtype(split.arch.embeddings_tensor)
+            card = model_card(opened.config, form, opened.step, losses, dtype)
             (folder / "README.md").write_text(card, encoding="utf-8")
     if is_main:
         print(f"{out}: {form} of step {opened.step}, {num_bytes(str(out)) / 1e6:.1f} MB")
@@ -103,8 +103,10 @@ def _write_adapter(run: OpenedRun, split: Split, folder: Path) -> None:
     for path, leaf in leaves.items():
         stored = split.stored[path]
         for number, name in enumerate(stored.names):
-            dtype = leaf.dtype if is_adapter(split.labels[path]) else run.dtype(name)
-            tensors[name] = _as_in_file(leaf[stored.index(number)], stored, dtype)
+            is_base = not is_adapter(split.labels[path])
+            tensor = stored.tensor(leaf, number).astype(run.dtype(name) if is_base else leaf.dtype)
+            # The safetensors library writes the memory of an array, so the array must be contiguous.
+            tensors[split.arch.in_modules(name) if is_base else name] = np.ascontiguousarray(tensor)
     modules = {path[-2] for path in leaves if is_adapter(split.labels[path])}
     path = run.config.model.path
     save_adapter(
@@ -133,8 +135,8 @@ def _write_merged(run: OpenedRun, split: Split, folder: Path) -> None:
     }
     reader = run.reader
     untrained = set() if reader is None else reader.names - set(tensors)
-    if arch.tie_word_embeddings and "model.embed_tokens.weight" in tensors:
-        untrained -= {"lm_head.weight"}  # some tied models store a copy of the embeddings, which is now outdated
+    if arch.tie_word_embeddings and arch.embeddings_tensor in tensors:
+        untrained -= {arch.lm_head_tensor}  # some tied models store a copy of the embeddings, which is now outdated
     if reader is not None:
         tensors |= {name: Tensor(reader.shape(name), reader.dtype(name)) for name in untrained}
     updates = _updates(run, split)
@@ -157,12 +159,13 @@ def _write_merged(run: OpenedRun, split: Split, folder: Path) -> None:
                     write(name, rows, start)
         for path, leaf in trained.items():
             stored = split.stored[path]
-            for name, element in zip(stored.names, restore_elements(run, path, leaf, stored.stack), strict=True):
-                if writer.owns(name):
-                    write(name, _as_in_file(jax.device_get(element), stored, run.dtype(name)))
+            for i, element in enumerate(restore_elements(run, path, leaf, stored.stack)):
+                for number in range(i * stored.parts, (i + 1) * stored.parts):
+                    if writer.owns(name := stored.names[number]):
+                        write(name, stored.part(jax.device_get(element), number).astype(run.dtype(name)))
     if jax.process_index() == 0:
         # The size in the file: a tokenizer may have more tokens than the embeddings of the base have rows.
-        config: dict[str, Any] = read_config(run.base) | {"vocab_size": tensors["model.embed_tokens.weight"].shape[0]}
+        config = with_vocab_size(read_config(run.base), tensors[arch.embeddings_tensor].shape[0])
         if names := config.get("architectures"):  # a base model saved without lm_head is named ...Model
             config["architectures"] = [re.sub("Model$", "ForCausalLM", name) for name in names]
         if read_architecture(run.base).tie_word_embeddings and not arch.tie_word_embeddings:
@@ -174,7 +177,7 @@ def _merged(variant: Any, weight: np.ndarray, parameters: Mapping[str, np.ndarra
     """Merge an adapter into ``weight [out, in]``, computed in float32 and rounded once."""
     if not variant.changes(parameters):
         return weight
-    return variant.merge(weight.T.astype(np.float32), parameters).T.astype(weight.dtype)
+    return variant.merge(weight.swapaxes(-1, -2).astype(np.float32), parameters).swapaxes(-1, -2).astype(weight.dtype)
 
 
 def _write_generation_config(run: OpenedRun, folder: Path) -> None:
@@ -218,11 +221,6 @@ def _all_devices() -> Mesh:
     return jax.make_mesh((jax.device_count(),), ("all",), axis_types=(AxisType.Auto,))
 
 
-def _as_in_file(element: np.ndarray, stored: Stored, dtype: np.dtype) -> np.ndarray:
-    # The safetensors library writes the memory of an array, so the array must be contiguous.
-    return np.ascontiguousarray((element.T if stored.transposed else element).astype(dtype))
-
-
 def _updates(run: OpenedRun, split: Split) -> dict[str, dict[str, np.ndarray]]:
     """The adapter's parameters by the name of the base tensor that they change."""
     updates: dict[str, dict[str, np.ndarray]] = {}
@@ -230,5 +228,8 @@ def _updates(run: OpenedRun, split: Split) -> dict[str, dict[str, np.ndarray]]:
     for path, leaf in restore_replicated(run, adapter).items():
         stored = split.stored[(*path[:-1], "weight")]
         for number, name in enumerate(stored.names):
-            updates.setdefault(name, {})[path[-1]] = leaf[stored.index(number)]
+            element = leaf[stored.index(number)]
+            updates.setdefault(name, {})[path[-1]] = (
+                element if path[-1] == "lora_a" else stored.columns(element, number)
+            )
     return updates

@@ -84,7 +84,7 @@ def start(inputs: Inputs, say: Announcer) -> Session:
     model = Model(str(inputs.folder), split, params, frozen, inputs.tokenizer, inputs.stop_ids)
     if base.reader is not None and config.lora is not None and not inputs.trains_embeddings:
         tokens = chat_tokens(inputs.tokenizer, inputs.data.examples.stop_ids)
-        say.untrained(inputs.tokenizer, untrained_tokens(base.reader, tokens))
+        say.untrained(inputs.tokenizer, untrained_tokens(base.reader, base.arch.embeddings_tensor, tokens))
 
     # -- optimizer and step -------------------------------------------------------------------------------------------
     optimizer = make_optimizer(config.optimizer, labels_of(split.trainable, split.labels), seed)

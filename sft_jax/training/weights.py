@@ -95,8 +95,7 @@ def load_weights(
     paths = {"all": base.keys(), "frozen": base.keys() - trained, "trainable": trained}[part]
     key = jax.random.key(seed)
     if reader is not None:
-        tied = split.arch.tie_word_embeddings
-        loaded = load_params(reader, base, split.stored, paths, tied, old_vocab_size)
+        loaded = load_params(reader, base, split.stored, paths, split.arch, old_vocab_size)
     else:
         assert not split.quantized, "random weights are trained"
         leaves = trainable | flatten(split.frozen)

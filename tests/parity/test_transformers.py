@@ -22,8 +22,7 @@ def file_tensors(params, stored):
     tensors = {}
     for path, leaf in flatten(params).items():
         for number, name in enumerate(stored[path].names):
-            one = np.asarray(leaf)[stored[path].index(number)]
-            tensors[name] = one.T if stored[path].transposed else one
+            tensors[name] = stored[path].tensor(np.asarray(leaf), number)
     return tensors
 
 

@@ -132,8 +132,8 @@ UNTRAINED = [{1: 0.0, 2: 0.0}, {1: 1e-5, 2: 1e-5}, {1: np.full(48, 0.08), 2: np.
 def test_untrained_embeddings_are_detected(tmp_path, rows):
     """They are zero, tiny or alike."""
     reader = TensorReader(with_rows(make_model(tmp_path / "base"), rows))
-    assert untrained_tokens(reader, [1, 2]) == [1, 2]
-    assert untrained_tokens(reader, [0, 3, 50, 10_000]) == []
+    assert untrained_tokens(reader, EMBEDDINGS, [1, 2]) == [1, 2]
+    assert untrained_tokens(reader, EMBEDDINGS, [0, 3, 50, 10_000]) == []
 
 
 def test_special_tokens_that_the_base_was_never_trained_with(chats, tmp_path, capsys):
