@@ -23,10 +23,11 @@ from sft_jax.config import Config, LoraConfig
 from sft_jax.data.batches.packing import sequence_lengths
 from sft_jax.errors import UserError
 from sft_jax.hf.config import read_config, stop_ids
-from sft_jax.hf.hub import find_model, weights_of
+from sft_jax.hf.dequantized import open_weights
+from sft_jax.hf.hub import find_model
 from sft_jax.hf.load import load_params
 from sft_jax.hf.peft import base_fingerprint, load_adapter, num_embeddings, read_adapter_config
-from sft_jax.hf.reader import TensorReader, is_other_weights
+from sft_jax.hf.reader import Reader, is_other_weights
 from sft_jax.hf.ties import architecture_of
 from sft_jax.hf.tokenizer import load_tokenizer
 from sft_jax.inference.generator import Generator
@@ -59,7 +60,7 @@ class Base:
     """
 
     folder: Path
-    reader: TensorReader | None
+    reader: Reader | None
     arch: Architecture
     stop_ids: list[int]
 
@@ -140,7 +141,7 @@ def open_base(name: str, revision: str | None = None, asked_by: str = "model.pat
         UserError: the model is not found or not supported.
     """
     folder = find_model(name, revision, asked_by)
-    reader = TensorReader(weights_of(folder)) if init == "pretrained" else None
+    reader = open_weights(folder) if init == "pretrained" else None
     return Base(folder, reader, architecture_of(folder, reader), stop_ids(folder))
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_jax.errors import UserError
+from sft_jax.hf.block_formats import BlockFormat, block_format
 from sft_jax.models.architecture import Architecture
 from sft_jax.models.families import check_family, read_family
 
@@ -36,6 +37,19 @@ def with_vocab_size(config: dict[str, Any], vocab_size: int) -> dict[str, Any]:
     return config | {"vocab_size": vocab_size}
 
 
+def read_format(folder: Path) -> BlockFormat | None:
+    """Returns the format of a model's quantized weights; None if they are not quantized.
+
+    Raises:
+        UserError: a quantization that cannot be read.
+    """
+    config = read_config(folder)
+    try:
+        return block_format(config)
+    except UserError as error:
+        raise UserError(f"{folder / 'config.json'}: {error}") from error
+
+
 def read_architecture(folder: Path) -> Architecture:
     """Reads the architecture of a Hugging Face model folder, with transformers' defaults for missing keys.
 
@@ -46,19 +60,13 @@ def read_architecture(folder: Path) -> Architecture:
     raw = read_config(folder)
     try:
         check_family(raw.get("model_type"))
-        return read_family(_transformers_config(folder, raw))
+        block_format(raw)
+        return read_family(_transformers_config(folder))
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
 
-def _transformers_config(folder: Path, raw: dict[str, Any]) -> Any:
-    if quantization := raw.get("quantization_config"):
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        raise UserError(
-            f"quantized checkpoints ({method or 'unknown method'}) are not supported; use the original model and set "
-            "model.quantization to nf4 or int8; to load an adapter of the quantized model, pass the original with "
-            "--base"
-        )
+def _transformers_config(folder: Path) -> Any:
     from transformers import AutoConfig
 
     try:

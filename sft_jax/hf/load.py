@@ -10,7 +10,7 @@ import jax
 
 from sft_jax.errors import UserError
 from sft_jax.hf.place import Made, Recipe, place
-from sft_jax.hf.reader import TensorReader
+from sft_jax.hf.reader import Reader
 from sft_jax.models.architecture import Architecture
 from sft_jax.models.split import EMBEDDINGS
 from sft_jax.models.tensors import Stored
@@ -44,7 +44,7 @@ Leaf = jax.ShapeDtypeStruct | MadeLeaf
 
 
 def load_params(
-    reader: TensorReader,
+    reader: Reader,
     base: Mapping[Path, Leaf],
     stored: Mapping[Path, Stored],
     wanted: Collection[Path],
@@ -93,12 +93,12 @@ def expected_shapes(
     return shapes
 
 
-def outside_tensors(reader: TensorReader, arch: Architecture) -> list[str]:
+def outside_tensors(reader: Reader, arch: Architecture) -> list[str]:
     """Returns the tensors in the files that are not part of the decoder, and are exported as they are."""
     return sorted(name for name in reader.names if arch.outside and name.startswith(arch.outside))
 
 
-def _recipe(reader: TensorReader, leaf: Leaf, stored: Stored) -> Recipe:
+def _recipe(reader: Reader, leaf: Leaf, stored: Stored) -> Recipe:
     """Returns the recipe of a leaf whose tensors :func:`_check` has checked."""
     num_rows = reader.shape(stored.names[0])[0]
     is_plain = isinstance(leaf, jax.ShapeDtypeStruct)
@@ -113,7 +113,7 @@ def _recipe(reader: TensorReader, leaf: Leaf, stored: Stored) -> Recipe:
     )
 
 
-def _check(reader: TensorReader, expected: Mapping[str, tuple[int, ...]], arch: Architecture) -> None:
+def _check(reader: Reader, expected: Mapping[str, tuple[int, ...]], arch: Architecture) -> None:
     for name, shape in expected.items():
         if name not in reader.names:
             present = ", ".join(sorted(reader.names)[:2])

@@ -18,7 +18,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from sft_jax.errors import UserError
-from sft_jax.hf.reader import TensorReader, chunks
+from sft_jax.hf.reader import Reader, chunks
 from sft_jax.typing import Array
 
 
@@ -58,7 +58,7 @@ class Recipe:
         return {name: weight.astype(array.dtype)}
 
 
-def place(reader: TensorReader, names: Iterable[str], recipe: Recipe) -> dict[str, Array]:
+def place(reader: Reader, names: Iterable[str], recipe: Recipe) -> dict[str, Array]:
     """Reads the tensors ``names``, in the order of stack and parts, into the arrays of a recipe."""
     arrays = dict(recipe.arrays)
     mesh = _mesh(arrays)
@@ -99,7 +99,7 @@ def _update(stack: Array, tensor: Array, index: tuple[Array, ...], part: Array) 
     return lax.dynamic_update_slice(stack, tensor, start)
 
 
-def _read_sharded(reader: TensorReader, name: str, mesh: Mesh) -> Array:
+def _read_sharded(reader: Reader, name: str, mesh: Mesh) -> Array:
     """Reads a tensor sharded by rows over all devices, padded with zero rows to a multiple of their number."""
     num_rows, *rest = reader.shape(name)
     each = -(-num_rows // mesh.size)
@@ -112,7 +112,7 @@ def _read_sharded(reader: TensorReader, name: str, mesh: Mesh) -> Array:
     return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
 
-def _read_to_device(reader: TensorReader, name: str, first: int, last: int, size: int, device: Any) -> Array:
+def _read_to_device(reader: Reader, name: str, first: int, last: int, size: int, device: Any) -> Array:
     """Reads the rows ``first … last`` of a tensor to a device, padded with zero rows to ``size``."""
     rest, dtype = reader.shape(name)[1:], reader.dtype(name)
     buffer = None
@@ -129,7 +129,7 @@ def _read_to_device(reader: TensorReader, name: str, first: int, last: int, size
     return _zeros((size, *rest), _narrow(np.empty(0, dtype)).dtype, device) if buffer is None else buffer
 
 
-def _check_finite(reader: TensorReader, name: str, rows: np.ndarray) -> None:
+def _check_finite(reader: Reader, name: str, rows: np.ndarray) -> None:
     """Checks the exponent bits, which are all ones in NaN and infinity.
 
     Raises:

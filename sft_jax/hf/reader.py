@@ -6,10 +6,10 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import fsspec
 import ml_dtypes
@@ -18,6 +18,7 @@ import numpy as np
 from sft_jax.errors import UserError, refuse_lfs_pointer
 
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64}
+_CODES = ("F8_E4M3", "U8")  # dtypes of one byte that only quantized checkpoints have
 CHUNK_BYTES = 64 * 2**20
 _SAMPLED = 256  # bytes at the start and in the middle of a tensor that the fingerprint hashes
 _BARE = "embed_tokens.weight"  # name of the embeddings in a checkpoint without prefix
@@ -47,9 +48,20 @@ class _Entry:
     stop: int
 
 
-def chunks(
-    reader: TensorReader, name: str, first: int = 0, last: int | None = None
-) -> Iterator[tuple[int, np.ndarray]]:
+class Reader(Protocol):
+    """Reads the weights of a model by name, see :class:`TensorReader`."""
+
+    @property
+    def folder(self) -> Path | str: ...
+    @property
+    def names(self) -> set[str]: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def dtype(self, name: str) -> np.dtype: ...
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray: ...
+    def fingerprint(self) -> str: ...
+
+
+def chunks(reader: Reader, name: str, first: int = 0, last: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
     """Reads the rows ``first … last`` of a tensor, by default all, in chunks of at most :data:`CHUNK_BYTES` or one row.
 
     Yields:
@@ -108,13 +120,17 @@ class TensorReader:
         """A tensor's shape in the file."""
         return self._entries[name].shape
 
+    def code(self, name: str) -> str:
+        """The safetensors name of a tensor's dtype, whether it is supported or not."""
+        return self._entries[name].dtype
+
     def dtype(self, name: str) -> np.dtype:
         """A tensor's dtype.
 
         Raises:
             UserError: not a supported floating-point dtype.
         """
-        code = self._entries[name].dtype
+        code = self.code(name)
         if code not in DTYPES:
             raise UserError(f"{self.folder}: tensor {name} has dtype {code}; supported are {', '.join(DTYPES)}")
         return np.dtype(DTYPES[code])
@@ -125,7 +141,15 @@ class TensorReader:
         Raises:
             UserError: the file is truncated.
         """
-        entry, dtype = self._entries[name], self.dtype(name)
+        return self._rows(name, self.dtype(name), start, stop)
+
+    def read_codes(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Like :meth:`read`, for the codes and scales of quantized weights with a dtype of one byte; as uint8."""
+        assert self.code(name) in _CODES, (name, self.code(name))
+        return self._rows(name, np.dtype(np.uint8), start, stop)
+
+    def _rows(self, name: str, dtype: np.dtype, start: int, stop: int | None) -> np.ndarray:
+        entry = self._entries[name]
         if not entry.shape:
             return self._bytes(entry, entry.start, entry.stop).view(dtype)[0]
         row = math.prod(entry.shape[1:]) * dtype.itemsize
@@ -133,9 +157,14 @@ class TensorReader:
         raw = self._bytes(entry, entry.start + start * row, entry.start + stop * row)
         return raw.view(dtype).reshape(stop - start, *entry.shape[1:])
 
-    def fingerprint(self) -> str:
-        """Returns two hashes joined by a colon: of names, shapes and dtypes, and of a few bytes of each tensor."""
-        described = sorted((name, self.shape(name), str(self.dtype(name))) for name in self.names)
+    def fingerprint(self, coded: Collection[str] = ()) -> str:
+        """Returns two hashes joined by a colon: of names, shapes and dtypes, and of a few bytes of each tensor.
+
+        Args:
+            coded: the tensors of quantized weights, whose dtypes need not be supported.
+        """
+        dtypes = {name: self.code(name) if name in coded else str(self.dtype(name)) for name in self.names}
+        described = sorted((name, self.shape(name), dtype) for name, dtype in dtypes.items())
         kind = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
         files, starts, stops = [], [], []
         for name in sorted(self.names):
@@ -211,8 +240,8 @@ class TensorReader:
             numbers = (*entry.shape, entry.start, entry.stop)
             if not all(isinstance(number, int) and number >= 0 for number in numbers) or entry.stop > size:
                 raise damaged(f"tensor {tensor} lies outside of the file")
-            if entry.dtype in DTYPES:
-                expected = math.prod(entry.shape) * np.dtype(DTYPES[entry.dtype]).itemsize
+            if entry.dtype in DTYPES or entry.dtype in _CODES:
+                expected = math.prod(entry.shape) * np.dtype(DTYPES.get(entry.dtype, np.uint8)).itemsize
                 if entry.stop - entry.start != expected:
                     raise damaged(f"tensor {tensor} has {entry.stop - entry.start} bytes, its shape needs {expected}")
         return entries

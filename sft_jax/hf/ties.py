@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from sft_jax.hf.config import read_architecture
-from sft_jax.hf.reader import TensorReader, chunks
+from sft_jax.hf.reader import Reader, chunks
 from sft_jax.models.architecture import Architecture
 
 
-def architecture_of(folder: Path, reader: TensorReader | None) -> Architecture:
+def architecture_of(folder: Path, reader: Reader | None) -> Architecture:
     """Reads the architecture like :func:`read_architecture`, and corrects it from the weights.
 
     If config.json ties ``lm_head`` to the embeddings but the files have a different ``lm_head``, it is untied, as in
@@ -30,7 +30,7 @@ def architecture_of(folder: Path, reader: TensorReader | None) -> Architecture:
     return dataclasses.replace(arch, tie_word_embeddings=False)
 
 
-def _with_layout(arch: Architecture, reader: TensorReader) -> Architecture:
+def _with_layout(arch: Architecture, reader: Reader) -> Architecture:
     layouts = [(arch.prefix, arch.names_in_files("lm_head")[0]), *arch.layouts]
     for prefix, lm_head in layouts:
         changed = dataclasses.replace(arch, prefix=prefix, tensors=(("lm_head", lm_head), *arch.tensors))
@@ -39,7 +39,7 @@ def _with_layout(arch: Architecture, reader: TensorReader) -> Architecture:
     return arch
 
 
-def _are_equal(arch: Architecture, reader: TensorReader) -> bool:
+def _are_equal(arch: Architecture, reader: Reader) -> bool:
     embeddings, lm_head = arch.embeddings_tensor, arch.lm_head_tensor
     if embeddings not in reader.names or reader.shape(embeddings) != reader.shape(lm_head):
         return embeddings not in reader.names  # loading says what is missing

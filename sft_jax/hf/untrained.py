@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from sft_jax.hf.reader import TensorReader
+from sft_jax.hf.reader import Reader
 
 _SAMPLED = 256  # embeddings whose median norm is the reference
 _SHORT = 0.05  # an untrained embedding has a smaller norm, relative to the median
@@ -22,7 +22,7 @@ def chat_tokens(tokenizer: Any, stop_ids: Collection[int]) -> list[int]:
     return sorted({*stop_ids, *named})
 
 
-def untrained_tokens(reader: TensorReader, name: str, ids: Iterable[int]) -> list[int]:
+def untrained_tokens(reader: Reader, name: str, ids: Iterable[int]) -> list[int]:
     """Returns the ids whose embedding is zero, tiny, or nearly equal to that of another id in ``ids``.
 
     Skips ids beyond the embeddings in the file, which belong to added tokens.
@@ -42,5 +42,5 @@ def untrained_tokens(reader: TensorReader, name: str, ids: Iterable[int]) -> lis
     ]
 
 
-def _embedding(reader: TensorReader, name: str, i: int) -> np.ndarray:
+def _embedding(reader: Reader, name: str, i: int) -> np.ndarray:
     return reader.read(name, i, i + 1)[0].astype(np.float32)

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from sft_jax.assembly import check_mesh, network_of, step_of
 from sft_jax.config import Config
 from sft_jax.errors import UserError
-from sft_jax.hf.reader import TensorReader
+from sft_jax.hf.dequantized import open_weights
 from sft_jax.hf.ties import architecture_of
 from sft_jax.hf.tokenizer import load_tokenizer
 from sft_jax.models.architecture import Architecture
@@ -184,7 +184,7 @@ def read_base(config: Config, folder: Path) -> Base:
     each of ``data.added_tokens`` counts as new.
     """
     has_weights = any((folder / f"model.safetensors{ending}").is_file() for ending in ("", ".index.json"))
-    arch = architecture_of(folder, TensorReader(folder) if has_weights else None)
+    arch = architecture_of(folder, open_weights(folder) if has_weights else None)
     trains_embeddings = config.lora is not None and config.lora.train_embeddings
     if not config.data.added_tokens:
         return Base(arch, embeddings=trains_embeddings)

@@ -25,7 +25,7 @@ from sft_jax.errors import UserError
 from sft_jax.files.buckets import is_url
 from sft_jax.files.new_folder import new_folder, num_bytes
 from sft_jax.hf.card import model_card
-from sft_jax.hf.config import read_architecture, read_config, stop_ids, with_vocab_size
+from sft_jax.hf.config import read_architecture, read_config, read_format, stop_ids, with_vocab_size
 from sft_jax.hf.hub import absolute, commit_of
 from sft_jax.hf.peft import save_adapter
 from sft_jax.hf.reader import chunks
@@ -73,6 +73,8 @@ def export(
             (folder / "README.md").write_text(card, encoding="utf-8")
     if is_main:
         print(f"{out}: {form} of step {opened.step}, {num_bytes(str(out)) / 1e6:.1f} MB")
+        if form == "merged" and opened.reader is not None and (fmt := read_format(opened.base)) is not None:
+            print(f"the base is stored in {fmt.name}; the export is bfloat16")
         if form == "adapter" and opened.trains_embeddings:
             print(
                 "the adapter holds the full embeddings and lm_head, which PEFT reads but vLLM and llama.cpp do not; "
@@ -166,6 +168,7 @@ def _write_merged(run: OpenedRun, split: Split, folder: Path) -> None:
     if jax.process_index() == 0:
         # The size in the file: a tokenizer may have more tokens than the embeddings of the base have rows.
         config = with_vocab_size(read_config(run.base), tensors[arch.embeddings_tensor].shape[0])
+        config.pop("quantization_config", None)  # the tensors that are written are not quantized
         if names := config.get("architectures"):  # a base model saved without lm_head is named ...Model
             config["architectures"] = [re.sub("Model$", "ForCausalLM", name) for name in names]
         if read_architecture(run.base).tie_word_embeddings and not arch.tie_word_embeddings:

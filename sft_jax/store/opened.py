@@ -16,8 +16,9 @@ from sft_jax import config_file as configs
 from sft_jax.config import Config
 from sft_jax.errors import UserError
 from sft_jax.hf.config import read_config
-from sft_jax.hf.hub import absolute, find_model, weights_of
-from sft_jax.hf.reader import TensorReader, is_same_model
+from sft_jax.hf.dequantized import open_weights
+from sft_jax.hf.hub import absolute, find_model
+from sft_jax.hf.reader import Reader, is_same_model
 from sft_jax.hf.tokenizer import load_tokenizer
 from sft_jax.models.split import EMBEDDINGS
 from sft_jax.store.checkpoint import Checkpoints, restore_leaves
@@ -34,7 +35,7 @@ class OpenedRun:
     step: int
     trained: dict[LeafPath, jax.ShapeDtypeStruct]  # shapes and dtypes of the trained parameters
     base: Path  # folder of the base model
-    reader: TensorReader | None  # None if the base was initialized at random, and all weights were trained
+    reader: Reader | None  # None if the base was initialized at random, and all weights were trained
     fingerprint: str | None  # fingerprint of the base weights
     tokenizer: Any
     stop_ids: list[int]  # stop token ids in the training data, the most frequent first
@@ -89,7 +90,7 @@ def open_run(name: str | Path | RunDirectory, step: int | None = None, base: str
         model = find_model(
             config.model.path, revision, "--base" if base else f"{folder}: model.path (--base if it moved)"
         )
-        reader = TensorReader(weights_of(model)) if config.model.init == "pretrained" else None
+        reader = open_weights(model) if config.model.init == "pretrained" else None
         fingerprint = None if reader is None else reader.fingerprint()
         if fingerprint is not None and not is_same_model(identity["base"], fingerprint):
             raise UserError(

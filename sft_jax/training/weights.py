@@ -12,7 +12,7 @@ from sft_jax.adapters.lora import LoRA
 from sft_jax.config import LoraConfig
 from sft_jax.hf.load import load_params
 from sft_jax.hf.peft import load_adapter
-from sft_jax.hf.reader import TensorReader
+from sft_jax.hf.reader import Reader
 from sft_jax.models.architecture import Architecture
 from sft_jax.models.attention.backend import Backend, any_length_backend
 from sft_jax.models.decoder import Decoder
@@ -69,7 +69,7 @@ def build(
 
 def load_weights(
     split: Split,
-    reader: TensorReader | None,
+    reader: Reader | None,
     lora: LoraConfig | None = None,
     old_vocab_size: int | None = None,
     seed: int = 0,

@@ -97,7 +97,7 @@ def test_pickles_are_not_opened(base, name):
         open_model(str(base), devices=one_device())
 
 
-@pytest.mark.parametrize("method", ["awq", "bitsandbytes", "fp8", None])
+@pytest.mark.parametrize("method", ["awq", "bitsandbytes", "gptq", None])
 def test_the_error_for_quantized_checkpoints_names_a_fix(base, method):
     config = json.loads((base / "config.json").read_text())
     quantization = {"bits": 4} | ({"quant_method": method} if method else {})
