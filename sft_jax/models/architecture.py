@@ -11,7 +11,7 @@ class Rope:
     """Rotary position embedding (Su et al. 2021) and its scaling for long contexts."""
 
     theta: float
-    kind: str = "default"  # default | linear | llama3 | yarn
+    kind: str = "default"  # default | linear | llama3 | yarn | longrope
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
@@ -22,6 +22,17 @@ class Rope:
     attention_factor: float = 1.0  # multiplies sines and cosines
     dims: int | None = None  # the first channels of a head, which are rotated; None: all
     interleaved: bool = False  # whether channels 2i and 2i + 1 form a pair, not i and i + dims/2
+    factors: tuple[float, ...] = ()  # longrope: one divisor per frequency
+    long_factors: tuple[float, ...] = ()  # for documents longer than the original context
+
+
+@dataclass(frozen=True)
+class Temperature:
+    """Queries are multiplied by ``1 + beta · ln(1 + ⌊(position + offset) / length⌋)``, as in Llama 4."""
+
+    beta: float
+    length: int
+    offset: int = 0
 
 
 @dataclass(frozen=True)

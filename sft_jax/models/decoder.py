@@ -88,7 +88,9 @@ class Decoder(nnx.Module):
 
     def _context(self, positions: Array, segment_ids: Array | None, backend: Backend, **more: Any) -> Context:
         ropes = {spec.rope: spec.head_dim for spec in self.arch.attention_specs if spec.rope is not None}
-        angles = {rope: sin_cos(positions, rope, rope.dims or head_dim) for rope, head_dim in ropes.items()}
+        angles = {
+            rope: sin_cos(positions, rope, rope.dims or head_dim, segment_ids) for rope, head_dim in ropes.items()
+        }
         return Context(positions, segment_ids, angles, backend, **more)
 
     def _run(

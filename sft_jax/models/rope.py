@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +22,15 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> Float[np.ndarray, "H/2"]:
     ``original / high_freq_factor`` as they are, divides those longer than ``original / low_freq_factor`` by ``factor``
     and blends between (Llama 3.1 reference code; ``transformers.modeling_rope_utils``). ``yarn`` blends by channel
     between those that turn ``beta_fast`` and ``beta_slow`` times in the original context (Peng et al. 2023).
+    ``longrope`` divides each by its own factor (Ding et al. 2024).
     """
     frequency = 1.0 / rope.theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
     if rope.kind == "default":
         return frequency.astype(np.float32)
     if rope.kind == "linear":
         return (frequency / rope.factor).astype(np.float32)
+    if rope.kind == "longrope":
+        return (frequency / np.asarray(rope.factors, np.float32)).astype(np.float32)
     if rope.kind == "yarn":
         return _yarn(rope, frequency, head_dim)
     assert rope.kind == "llama3", rope.kind
@@ -51,11 +55,33 @@ def _yarn(rope: Rope, frequency: np.ndarray, head_dim: int) -> np.ndarray:
     return (stretched * frequency / rope.factor + (1 - stretched) * frequency).astype(np.float32)
 
 
-def sin_cos(positions: Int[Array, "B T"], rope: Rope, head_dim: int) -> tuple[Array, Array]:
-    """Returns float32 sines and cosines ``[B, T, H/2]`` for all layers and heads, times ``rope.attention_factor``."""
-    angles = positions.astype(jnp.float32)[..., None] * inverse_frequencies(rope, head_dim)
+def sin_cos(
+    positions: Int[Array, "B T"], rope: Rope, head_dim: int, segment_ids: Int[Array, "B T"] | None = None
+) -> tuple[Array, Array]:
+    """Returns float32 sines and cosines ``[B, T, H/2]`` for all layers and heads, times ``rope.attention_factor``.
+
+    Args:
+        segment_ids: the documents, whose lengths decide between the two sets of factors of ``longrope``. None in
+            one-token decoding steps, where the position decides.
+    """
+    frequencies: Any = inverse_frequencies(rope, head_dim)
+    if rope.long_factors:
+        is_long = _lengths(positions, segment_ids) > rope.original_max_position_embeddings
+        long = inverse_frequencies(replace(rope, factors=rope.long_factors), head_dim)
+        frequencies = jnp.where(is_long[..., None], long, frequencies)
+    angles = positions.astype(jnp.float32)[..., None] * frequencies
     sin, cos = jnp.sin(angles), jnp.cos(angles)
     return (sin, cos) if rope.attention_factor == 1.0 else (rope.attention_factor * sin, rope.attention_factor * cos)
+
+
+def _lengths(positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None) -> Int[Array, "B T"]:
+    """Returns the length of each token's document."""
+    if segment_ids is None:
+        return positions + 1
+    index = jnp.arange(positions.shape[1], dtype=jnp.int32)
+    is_last = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], [(0, 0), (0, 1)], constant_values=True)
+    last = lax.cummin(jnp.where(is_last, index, positions.shape[1]), axis=1, reverse=True)
+    return positions + last - index + 1
 
 
 def rotate_heads(
