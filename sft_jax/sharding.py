@@ -34,6 +34,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "heads": "tensor",
     "kv_heads": "tensor",
     "head_dim": None,
+    "recurrent_heads": ("tensor", "sequence"),  # of a recurrence, which needs whole sequences
     "mlp": "tensor",
     "experts": None,
     "vocab": "tensor",

@@ -10,16 +10,8 @@ from flax import nnx
 
 from sft_jax.models.layers import Projection
 from sft_jax.models.split import FROZEN, Split
+from sft_jax.models.work import Work
 from sft_jax.tree import Path
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a step, or a second of training, processes."""
-
-    tokens: float  # without padding
-    targets: float  # tokens that carry loss
-    squares: float  # sum of squared document lengths
 
 
 @dataclass(frozen=True)
@@ -71,7 +63,7 @@ class Sizes:
 
     products: tuple[Product, ...]  # of the decoder layers
     head: Product
-    mixers: tuple[tuple[int, Any], ...]  # number of layers, and their attention module
+    mixers: tuple[tuple[int, Any], ...]  # number of layers, and their mixer module
 
     @classmethod
     def of(cls, split: Split) -> Sizes:
@@ -92,9 +84,9 @@ class Sizes:
             head = Product("lm_head", dim, vocab, ("embed", "vocab"), is_trained=is_trained)
         return cls(tuple(products), head, tuple(mixers))
 
-    def mixing_flops(self, squares: float) -> float:
-        """FLOPs of attention scores and of their products with the values, forward and backward."""
-        return sum(count * module.mixing_flops(squares) for count, module in self.mixers)
+    def mixing_flops(self, work: Work) -> float:
+        """FLOPs of mixing tokens, without projections, forward and backward."""
+        return sum(count * module.mixing_flops(work) for count, module in self.mixers)
 
 
 def _product(name: str, module: Projection, split: Split) -> Product:
@@ -115,12 +107,13 @@ def model_flops(sizes: Sizes, work: Work) -> float:
     A parameter costs 2 per token forward, 2 for the gradient of its input and, if it is trained, 2 for its own
     gradient: 4 per token where it is frozen, 6 where it is trained. Only active experts count. ``lm_head`` is applied
     to target tokens only. Attention is causal and stays within documents: two products of ``len² / 2`` scores forward
-    and four backward, ``6 · len² · N · H`` per layer; a sliding window is ignored. Norms, rotary embeddings, softmax,
-    embeddings and rematerialization count as zero.
+    and four backward, ``6 · len² · N · H`` per layer; a sliding window is ignored. A recurrence counts its operations
+    on the state, token by token. Norms, rotary embeddings, softmax, convolutions, embeddings and rematerialization
+    count as zero.
     """
     layers = sum(_passes(one) * one.active_size + 6.0 * one.active_adapter_size for one in sizes.products)
     head = _passes(sizes.head) * sizes.head.size * work.targets
-    return layers * work.tokens + head + sizes.mixing_flops(work.squares)
+    return layers * work.tokens + head + sizes.mixing_flops(work)
 
 
 def _passes(product: Product) -> float:
@@ -140,5 +133,5 @@ def repeated_flops(sizes: Sizes, work: Work, remat: str) -> float:
     flops = 2.0 * sum(one.active_size for one in recomputed) * work.tokens
     if remat == "full":
         flops += 2.0 * sum(one.active_adapter_size for one in recomputed) * work.tokens
-        flops += sizes.mixing_flops(work.squares) / 3
+        flops += sizes.mixing_flops(work) / 3
     return flops

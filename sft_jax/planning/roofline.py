@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sft_jax.models.work import Work
 from sft_jax.planning.chips import Chip
-from sft_jax.planning.flops import Product, Work, model_flops, repeated_flops
+from sft_jax.planning.flops import Product, model_flops, repeated_flops
 from sft_jax.planning.network import Hosts, Sent, groups_along, sent_in
 from sft_jax.planning.step import AbstractStep
 

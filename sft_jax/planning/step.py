@@ -23,8 +23,9 @@ from sft_jax.hf.ties import architecture_of
 from sft_jax.hf.tokenizer import load_tokenizer
 from sft_jax.models.architecture import Architecture
 from sft_jax.models.split import Split
+from sft_jax.models.work import Work
 from sft_jax.planning.collectives import Collective, count_collectives
-from sft_jax.planning.flops import Sizes, Work
+from sft_jax.planning.flops import Sizes
 from sft_jax.planning.network import hosts_of
 from sft_jax.planning.program_text import compile_with_text
 from sft_jax.planning.topology import GPU_COMPILER

@@ -10,9 +10,10 @@ from kit import architecture, run_config
 from sft_jax.config import LoraConfig
 from sft_jax.errors import UserError
 from sft_jax.hf.config import read_architecture
+from sft_jax.models.work import Work
 from sft_jax.planning.changes import changed
 from sft_jax.planning.chips import CHIPS
-from sft_jax.planning.flops import Sizes, Work, model_flops, repeated_flops
+from sft_jax.planning.flops import Sizes, model_flops, repeated_flops
 from sft_jax.planning.network import Sent, hosts_of
 from sft_jax.planning.roofline import expected_sent, roofline
 from sft_jax.planning.step import Base, abstract_step, compile_step

@@ -167,7 +167,8 @@ def model_rate(kit: Kit, mode: str, runs: list[dict[str, Any]]) -> float:
     """Median model FLOP/s of the runs, with the document lengths of the whole file."""
     from sft_jax.config import LoraConfig
     from sft_jax.hf.config import read_architecture
-    from sft_jax.planning.flops import Sizes, Work, model_flops
+    from sft_jax.models.work import Work
+    from sft_jax.planning.flops import Sizes, model_flops
     from sft_jax.sharding import make_mesh
     from sft_jax.training.weights import build
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from sft_jax.models.architecture import Norm, Rope
@@ -15,6 +17,7 @@ from sft_jax.models.context import Context
 from sft_jax.models.layers import Initializer, Linear, linear, make_norm
 from sft_jax.models.remat import PRODUCT, checkpoint_name
 from sft_jax.models.rope import rotate_heads
+from sft_jax.models.work import Work
 from sft_jax.sharding import constrain
 from sft_jax.typing import Array, Float
 
@@ -28,6 +31,8 @@ class SelfAttentionSpec(AttentionSpec):
         qk_norm: norm over the head dimension of queries and keys; None for no norm.
         qk_norm_heads: whether it is over all heads together instead.
         qk_norm_last: whether it comes after the rotation.
+        gated: whether ``q_proj`` also returns a gate for each channel of each head, after the query of the head; the
+            output of attention is multiplied by its sigmoid.
     """
 
     rope: Rope | None = None
@@ -36,6 +41,7 @@ class SelfAttentionSpec(AttentionSpec):
     qk_norm_last: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
+    gated: bool = False
 
     def module(self, dim: int, make: Initializer, stack: tuple[int, ...]) -> SelfAttention:
         return SelfAttention(self, dim, make, stack)
@@ -47,7 +53,7 @@ class SelfAttention(nnx.Module):
     def __init__(self, spec: SelfAttentionSpec, dim: int, make: Initializer, stack: tuple[int, ...]):
         n, k, h = spec.num_heads, spec.num_kv_heads, spec.head_dim
         self.spec = spec
-        self.q_proj = Linear(dim, n * h, ("embed", "heads"), make, stack, spec.qkv_bias)
+        self.q_proj = Linear(dim, n * h * (2 if spec.gated else 1), ("embed", "heads"), make, stack, spec.qkv_bias)
         self.k_proj = Linear(dim, k * h, ("embed", "kv_heads"), make, stack, spec.qkv_bias)
         self.v_proj = Linear(dim, k * h, ("embed", "kv_heads"), make, stack, spec.qkv_bias)
         self.o_proj = Linear(n * h, dim, ("heads", "embed"), make, stack, spec.o_bias)
@@ -59,6 +65,9 @@ class SelfAttention(nnx.Module):
         """Returns the output, and the keys and values of these tokens."""
         in_context, out_context = context.split(2)
         q, k, v = linear(x, [self.q_proj, self.k_proj, self.v_proj], in_context)
+        gate = None
+        if self.spec.gated:
+            q, gate = self._split_gate(q)
         if self.spec.qk_norm_heads:
             q, k = self._norms(q, k)
         q = self._heads(q, self.spec.num_heads, "heads")
@@ -72,15 +81,18 @@ class SelfAttention(nnx.Module):
             q, k = self._norms(q, k)
         q, k, v = (checkpoint_name(one, PRODUCT) for one in (q, k, v))
         out = self._attend(q, k, v, context)
+        if gate is not None:
+            out = out * jax.nn.sigmoid(gate)
         return checkpoint_name(self.o_proj(out.reshape(*x.shape[:2], -1), out_context), PRODUCT), KeyValues(k, v)
 
-    def mixing_flops(self, squares: float) -> float:
-        """Returns the FLOPs of scores and their products with values, forward and backward.
+    def mixing_flops(self, work: Work) -> float:
+        """Returns the FLOPs of scores and their products with values, forward and backward."""
+        return 6.0 * work.squares * self.spec.num_heads * self.spec.head_dim
 
-        Args:
-            squares: the sum of squared document lengths.
-        """
-        return 6.0 * squares * self.spec.num_heads * self.spec.head_dim
+    def _split_gate(self, q: Float[Array, "B T 2NH"]) -> tuple[Float[Array, "B T NH"], Float[Array, "B T N H"]]:
+        q, gate = jnp.split(q.reshape(*q.shape[:2], self.spec.num_heads, -1), 2, axis=-1)
+        gate = constrain(checkpoint_name(gate, PRODUCT), "batch", "length", "heads", "head_dim")
+        return q.reshape(*q.shape[:2], -1), gate
 
     def _norms(self, q: Array, k: Array) -> tuple[Array, Array]:
         return (q, k) if self.q_norm is None or self.k_norm is None else (self.q_norm(q), self.k_norm(k))

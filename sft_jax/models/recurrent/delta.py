@@ -60,7 +60,6 @@ def gated_delta(
     chunks = -(-length // chunk)
     groups = -(-chunks // _GROUP)
     chunks = -(-chunks // groups)  # in each group
-    padding = groups * chunks * chunk - length
 
     def pad(x: Array) -> Array:
         return jnp.pad(x, [(0, 0), (0, groups * chunks * chunk - length), *[(0, 0)] * (x.ndim - 2)])
