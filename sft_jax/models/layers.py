@@ -23,17 +23,22 @@ from sft_jax.typing import Array, Float, Int
 
 
 class Initializer:
-    """Initializes the parameters of a model: normal weights, constant norms, zero biases, all float32."""
+    """Initializes the parameters of a model, all float32."""
 
     def __init__(self, key: Array, stddev: float):
         self._rngs = nnx.Rngs(key)
         self._stddev = stddev
 
-    def normal(self, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
-        return nnx.Param(self._stddev * jax.random.normal(self._rngs(), shape, jnp.float32), axes=axes)
+    def normal(self, shape: tuple[int, ...], axes: tuple[str, ...], stddev: float | None = None) -> nnx.Param:
+        stddev = self._stddev if stddev is None else stddev
+        return nnx.Param(stddev * jax.random.normal(self._rngs(), shape, jnp.float32), axes=axes)
 
     def constant(self, value: float, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
         return nnx.Param(jnp.full(shape, value, jnp.float32), axes=axes)
+
+    def repeat(self, value: Float[Array, "*A"], stack: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
+        """Gives each element of a stack the same values."""
+        return nnx.Param(jnp.broadcast_to(value.astype(jnp.float32), (*stack, *value.shape)), axes=axes)
 
 
 class AdapterParam(nnx.Param):

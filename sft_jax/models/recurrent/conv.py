@@ -3,8 +3,35 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
+from flax import nnx
 
+from sft_jax.models.context import Context
+from sft_jax.models.layers import Initializer
 from sft_jax.typing import Array, Float, Int
+
+
+class DepthwiseConv(nnx.Module):
+    """A causal convolution of each channel by itself: ``weight`` ``[*stack, C, 1, J]`` and ``bias``."""
+
+    def __init__(self, channels: int, taps: int, use_bias: bool, make: Initializer, stack: tuple[int, ...]):
+        # The default of PyTorch has this standard deviation.
+        self.weight = make.normal((*stack, channels, 1, taps), ("heads", "norm", "norm"), (3 * taps) ** -0.5)
+        bias = make.constant(0.0, (*stack, channels), ("heads",)) if use_bias else None
+        self.bias: nnx.Param | None = nnx.data(bias)
+
+    def __call__(
+        self, x: Float[Array, "B T C"], context: Context
+    ) -> tuple[Float[Array, "B T C"], Float[Array, "B J-1 C"]]:
+        """Returns the output, and the last inputs, for the next token. ``context.cache`` is a ``RecurrentState``."""
+        weight = self.weight[...]
+        bias = None if self.bias is None else self.bias[...]
+        if context.cache is not None:
+            before = context.cache.inputs
+            out = causal_conv(x, weight, bias, context.positions, before)
+            return out, jnp.concatenate([before, x], axis=1)[:, 1:]
+        assert context.segment_ids is not None
+        out = causal_conv(x, weight, bias, context.positions)
+        return out, last_inputs(x, context.segment_ids, weight.shape[-1] - 1)
 
 
 def causal_conv(
