@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +55,8 @@ class Mamba2Spec:
     in_scale: float = 1.0
     out_scale: float = 1.0
     scales: tuple[float, float, float, float, float] = (1.0, 1.0, 1.0, 1.0, 1.0)
+
+    is_mixer: ClassVar[bool] = True
 
     @property
     def inner_size(self) -> int:

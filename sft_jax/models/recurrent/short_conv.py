@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
@@ -28,6 +28,8 @@ class ShortConvSpec:
 
     conv_size: int
     bias: bool = False
+
+    is_mixer: ClassVar[bool] = True
 
     def module(self, dim: int, make: Initializer, stack: tuple[int, ...]) -> ShortConv:
         return ShortConv(self, dim, make, stack)

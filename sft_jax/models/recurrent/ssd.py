@@ -113,7 +113,7 @@ def _chunk(
     x, log_decay, b, c = (one.astype(jnp.float32) for one in (x, log_decay, b, c))
     x = jnp.where(real[..., None, None, None], x, 0.0)
     log_decay = jnp.where(real[..., None, None], jnp.maximum(log_decay, _LEAST), 0.0)
-    coarse, fine = _sums(jnp.moveaxis(log_decay, 1, -1))
+    log_decay = jnp.moveaxis(log_decay, 1, -1)
 
     def decay(mask: Bool[Array, "B *C"], exponent: Float[Array, "B G R *C"]) -> Float[Array, "B G R *C"]:
         """Masks before the exponential: elsewhere, the exponent may be positive."""
@@ -121,27 +121,49 @@ def _chunk(
 
     time = jnp.arange(x.shape[1])
     earlier = (time[:, None] > time) & (segments[:, :, None] == segments[:, None])
-    between = (coarse[..., None] - coarse[..., None, :]) + (fine[..., None] - fine[..., None, :])
-    # A token's weight for itself is a constant: as a difference of sums, its gradient would be noise.
-    weights = jnp.where(time[:, None] == time, 1.0, decay(earlier, between))
+    weights = jnp.where(time[:, None] == time, 1.0, decay(earlier, _between(log_decay)))
     scores = jnp.einsum("btgs,bugs->bgtu", c, b)
     out = jnp.einsum("bgrtu,bugrh->btgrh", scores[:, :, None] * weights, x)
 
-    since_start = decay(segments == carry.segment[:, None], coarse + fine)
+    since_start = decay(segments == carry.segment[:, None], jnp.cumsum(log_decay, axis=-1))
     read = jnp.einsum("btgs,bgrsh->btgrh", c, carry.memory)
     out += jnp.moveaxis(since_start, -1, 1)[..., None] * read
     # The last token's segment goes on. If another segment was open before the chunk, its since_start is 0.
-    until_end = decay(segments == segments[:, -1:], (coarse[..., -1:] - coarse) + (fine[..., -1:] - fine))
+    following = jnp.pad(log_decay[..., 1:], [(0, 0)] * 3 + [(0, 1)])
+    later = lax.cumsum(following, axis=3, reverse=True)
+    until_end = decay(segments == segments[:, -1:], later)
     memory = since_start[..., -1, None, None] * carry.memory
     memory += jnp.einsum("btgs,btgrh->bgrsh", b, jnp.moveaxis(until_end, -1, 1)[..., None] * x)
     return _Carry(memory, segments[:, -1]), out.astype(dtype)
 
 
-def _sums(log_decay: Float[Array, "B G R C"]) -> tuple[Float[Array, "B G R C"], Float[Array, "B G R C"]]:
-    """Returns cumulative sums in two parts, so that differences are as precise as the decays between two tokens.
+@jax.custom_vjp
+def _between(log_decay: Float[Array, "*B C"]) -> Float[Array, "*B C C"]:
+    """Returns ``Σ log_decay[s+1 … t]`` at ``[t, s]`` where s < t; the rest is to be masked.
 
-    The sum of a chunk may be -10,000, of which float32 keeps three decimals. Then a strong decay would blur the weak
-    ones behind it, even those of the next segment. The first part adds up exactly; the second is small.
+    Values and gradients are as precise as the decays between two tokens. The sum of a chunk may be -10,000, of which
+    float32 keeps three decimals: a strong decay would blur the weak ones behind it, even those of the next segment.
+    Therefore sums have two parts, one that adds up exactly and one that is small.
     """
-    coarse = lax.stop_gradient(jnp.round(log_decay / _STEP) * _STEP)
-    return jnp.cumsum(coarse, axis=-1), jnp.cumsum(log_decay - coarse, axis=-1)
+    coarse = jnp.round(log_decay / _STEP) * _STEP
+    parts = [jnp.cumsum(part, axis=-1) for part in (coarse, log_decay - coarse)]
+    differences = [part[..., :, None] - part[..., None, :] for part in parts]
+    return differences[0] + differences[1]
+
+
+def _between_forward(log_decay: Array) -> tuple[Array, None]:
+    return _between(log_decay), None
+
+
+def _between_backward(_: None, d_out: Float[Array, "*B C C"]) -> tuple[Float[Array, "*B C"]]:
+    """Adds up ``d_out[t, s]`` over ``s < r <= t`` for each r.
+
+    Automatic differentiation would add up all rows and subtract all columns before r. That leaves the rounding errors
+    of pairs that r is not between, as large as the gradient of a weak decay.
+    """
+    time = jnp.arange(d_out.shape[-1])
+    until = jnp.matmul(d_out, (time[:, None] < time).astype(d_out.dtype))
+    return (jnp.sum(jnp.where(time[:, None] >= time, until, 0.0), axis=-2),)
+
+
+_between.defvjp(_between_forward, _between_backward)
