@@ -117,6 +117,47 @@ FAMILIES = {
     "helium": ("Helium", {"hidden_size": 48, "head_dim": 8}),
     "hunyuan_v1_dense": ("HunYuanDenseV1", {"head_dim": 10}),
     "ministral": ("Ministral", {"head_dim": 10, "sliding_window": 9}),
+    "ministral3": (
+        "Ministral3",
+        {
+            "head_dim": 10,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "original_max_position_embeddings": 64,
+                "llama_4_scaling_beta": 0.1,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+            },
+        },
+    ),
+    "phi": ("Phi", {"hidden_size": 48, "partial_rotary_factor": 0.5}),
+    "phi3": ("Phi3", {"hidden_size": 48, "sliding_window": 9, "pad_token_id": 0}),
+    "phi3-longrope": (
+        "Phi3",
+        {
+            "hidden_size": 48,
+            "pad_token_id": 0,
+            "original_max_position_embeddings": 64,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "short_factor": [1.0, 1.1, 1.2],
+                "long_factor": [2.0, 2.3, 3.0],
+                "original_max_position_embeddings": 64,
+                "partial_rotary_factor": 0.75,
+            },
+        },
+    ),
+    "gpt_neox": ("GPTNeoX", {"hidden_size": 48, "num_key_value_heads": None, "rotary_pct": 0.5}),
+    "gpt_neox-serial": ("GPTNeoX", {"hidden_size": 48, "num_key_value_heads": None, "use_parallel_residual": False}),
+    "gpt2": ("GPT2", {"hidden_size": 48, "num_key_value_heads": None}),
+    "glm": ("Glm", {"head_dim": 12, "pad_token_id": 0}),
+    "glm4": ("Glm4", {"head_dim": 12, "pad_token_id": 0}),
+    "apertus": ("Apertus", {"hidden_size": 48}),
     "mixtral": (
         "Mixtral",
         {

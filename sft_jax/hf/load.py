@@ -100,12 +100,12 @@ def outside_tensors(reader: Reader, arch: Architecture) -> list[str]:
 
 def _recipe(reader: Reader, leaf: Leaf, stored: Stored) -> Recipe:
     """Returns the recipe of a leaf whose tensors :func:`_check` has checked."""
-    num_rows = reader.shape(stored.names[0])[0]
+    num_rows, *_ = reader.shape(stored.names[0]) or (1,)
     is_plain = isinstance(leaf, jax.ShapeDtypeStruct)
     return Recipe(
         num_rows=num_rows,
         transposed=stored.transposed,
-        added_rows=stored.shape(leaf.shape)[0] - num_rows,
+        added_rows=(stored.shape(leaf.shape) or (1,))[0] - num_rows,
         made=None if is_plain else leaf.made,
         arrays=tuple(({"": leaf} if is_plain else leaf.arrays).items()),
         stack=stored.stack,

@@ -94,6 +94,8 @@ def _index(number: int, stack: tuple[int, ...]) -> tuple[np.int32, ...]:
 
 
 def _update(stack: Array, tensor: Array, index: tuple[Array, ...], part: Array) -> Array:
+    if stack.ndim == len(index):  # of scalars
+        return stack.at[index].set(tensor[0])
     tensor = tensor.reshape((1,) * len(index) + stack.shape[len(index) : -1] + (-1,))
     start = (*index, *[np.int32(0)] * (tensor.ndim - len(index) - 1), part * np.int32(tensor.shape[-1]))
     return lax.dynamic_update_slice(stack, tensor, start)
@@ -101,7 +103,7 @@ def _update(stack: Array, tensor: Array, index: tuple[Array, ...], part: Array) 
 
 def _read_sharded(reader: Reader, name: str, mesh: Mesh) -> Array:
     """Reads a tensor sharded by rows over all devices, padded with zero rows to a multiple of their number."""
-    num_rows, *rest = reader.shape(name)
+    num_rows, *rest = reader.shape(name) or (1,)  # a scalar is one row
     each = -(-num_rows // mesh.size)
     sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     shape = (each * mesh.size, *rest)

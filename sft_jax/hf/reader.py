@@ -67,11 +67,11 @@ def chunks(reader: Reader, name: str, first: int = 0, last: int | None = None) -
     Yields:
         the index of each chunk's first row, and the chunk.
     """
-    num_rows, *rest = reader.shape(name)
+    num_rows, *rest = reader.shape(name) or (1,)  # a scalar is one row
     last = num_rows if last is None else last
     step = max(1, CHUNK_BYTES // max(1, math.prod(rest) * reader.dtype(name).itemsize))
     for start in range(first, last, step):
-        yield start, reader.read(name, start, min(start + step, last))
+        yield start, np.atleast_1d(reader.read(name, start, min(start + step, last)))
 
 
 class TensorReader:

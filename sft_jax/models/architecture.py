@@ -114,10 +114,13 @@ class Architecture:
         family: ``model_type`` of ``config.json``.
         norm: the final norm.
         embedding_scale: multiplies embeddings; rounded to the compute dtype.
+        lm_head_bias: whether ``lm_head`` has a bias.
+        learned_positions: whether an embedding of its position is added to that of each token.
         logits_scale: multiplies logits.
         logits_softcap: ``c`` of the soft cap; logits become ``c · tanh(logit / c)``; None for no cap.
         prefix: the start of all tensor names in the files except that of ``lm_head``.
         module_prefix: the same for the modules of transformers, which adapters name; None if it is ``prefix``.
+        conv1d: whether the linear layers are stored as ``[in, out]``, as in the ``Conv1D`` of transformers.
         tensors: pairs of our name and the name in the files, where the two differ, for a module or parameter of the
             model (``norm``) or of a layer (``mlp.gate.weight``). ``{expert}`` stands for the index of an expert. A
             tuple of names: tensors that are concatenated along the outputs.
@@ -135,10 +138,13 @@ class Architecture:
     max_positions: int = 2048
     initializer_range: float = 0.02
     embedding_scale: float = 1.0
+    lm_head_bias: bool = False
+    learned_positions: bool = False
     logits_scale: float = 1.0
     logits_softcap: float | None = None
     prefix: str = "model."
     module_prefix: str | None = None
+    conv1d: bool = False
     tensors: tuple[tuple[str, str | tuple[str, ...]], ...] = field(default=())
     layouts: tuple[tuple[str, str], ...] = ()
     outside: tuple[str, ...] = ()

@@ -16,7 +16,7 @@ from sft_jax.models.block import Block
 from sft_jax.models.context import Context
 from sft_jax.models.head import Head
 from sft_jax.models.layers import Embedding, Initializer, Linear, make_norm
-from sft_jax.models.quantized import matrix_of
+from sft_jax.models.quantized import in_dtype, matrix_of
 from sft_jax.models.remat import rematerialize
 from sft_jax.models.rope import sin_cos
 from sft_jax.models.stages import Stage, stages_of
@@ -49,8 +49,15 @@ class Decoder(nnx.Module):
         self.layers = _Layers(arch, make)
         self.norm = make_norm(arch.hidden_size, arch.norm, make)
         self.lm_head: Linear | None = nnx.data(
-            None if arch.tie_word_embeddings else Linear(arch.hidden_size, arch.vocab_size, ("embed", "vocab"), make)
+            None
+            if arch.tie_word_embeddings
+            else Linear(arch.hidden_size, arch.vocab_size, ("embed", "vocab"), make, use_bias=arch.lm_head_bias)
         )
+        self.embed_positions: Embedding | None = nnx.data(
+            Embedding(arch.max_positions, arch.hidden_size, make) if arch.learned_positions else None
+        )
+        if self.embed_positions is not None:
+            self.embed_positions.can_be_quantized = False
 
     def __call__(
         self,
@@ -97,6 +104,8 @@ class Decoder(nnx.Module):
         self, inputs: Int[Array, "B T"], context: Context, cache: Cache | None = None, keep_cache: bool = False
     ) -> tuple[Float[Array, "B T D"], Cache]:
         x = self.embed_tokens(inputs, self.dtype, context.weight_stationary)
+        if self.embed_positions is not None:
+            x = x + self.embed_positions(context.positions, self.dtype, context.weight_stationary)
         keys = context.dropout_key
         keys = None if keys is None else jax.random.split(keys, self.arch.num_layers)
         new: Cache = {}
@@ -104,7 +113,10 @@ class Decoder(nnx.Module):
             x, stage_cache = self._stage(stage, x, context, keys, cache, keep_cache)
             new |= stage_cache
         x = self.norm(x)
-        return (x if self.arch.logits_scale == 1.0 else x * self.arch.logits_scale), new
+        x = x if self.arch.logits_scale == 1.0 else x * self.arch.logits_scale
+        if self.arch.lm_head_bias:
+            x = jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)
+        return x, new
 
     def _stage(
         self, stage: Stage, x: Array, context: Context, keys: Array | None, cache: Cache | None, keep_cache: bool
@@ -140,7 +152,12 @@ class Decoder(nnx.Module):
         softcap = self.arch.logits_softcap
         if self.lm_head is None:
             return Head(matrix_of(self.embed_tokens.weight), vocab_dim=0, dtype=self.dtype, softcap=softcap)
-        return Head(matrix_of(self.lm_head.weight), vocab_dim=1, dtype=self.dtype, softcap=softcap)
+        matrix = matrix_of(self.lm_head.weight)
+        if self.lm_head.bias is not None:
+            # The bias is the weight of the ones that _run appends, so that the loss need not know of it.
+            bias = self.lm_head.bias[...].astype(self.dtype)
+            matrix = jnp.concatenate([in_dtype(matrix, self.dtype), bias[None]])
+        return Head(matrix, vocab_dim=1, dtype=self.dtype, softcap=softcap)
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Computes all logits in float32. For generation and tests; training never materializes them."""

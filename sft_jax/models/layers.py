@@ -36,9 +36,16 @@ class Initializer:
     def constant(self, value: float, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
         return nnx.Param(jnp.full(shape, value, jnp.float32), axes=axes)
 
+    def buffer(self, value: float, shape: tuple[int, ...], axes: tuple[str, ...]) -> Buffer:
+        return Buffer(jnp.full(shape, value, jnp.float32), axes=axes)
+
     def repeat(self, value: Float[Array, "*A"], stack: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
         """Gives each element of a stack the same values."""
         return nnx.Param(jnp.broadcast_to(value.astype(jnp.float32), (*stack, *value.shape)), axes=axes)
+
+
+class Buffer(nnx.Param):
+    """A parameter that is never trained, and stays in float32."""
 
 
 class AdapterParam(nnx.Param):
@@ -159,11 +166,14 @@ class RMSNorm(nnx.Module):
 
     def __init__(self, dim: int, norm: Norm, make: Initializer, stack: tuple[int, ...] = ()):
         self.norm = norm
-        self.weight = make.constant(1.0 - norm.offset, (*stack, dim), ("norm",))
+        weight = make.constant(1.0 - norm.offset, (*stack, dim), ("norm",)) if norm.has_weight else None
+        self.weight: nnx.Param | None = nnx.data(weight)
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         wide = x.astype(jnp.float32)
         wide = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.norm.eps)
+        if self.weight is None:
+            return wide.astype(x.dtype)
         if self.norm.offset:  # as in Gemma: rounded once, at the end
             return (wide * (self.norm.offset + self.weight[...].astype(jnp.float32))).astype(x.dtype)
         return wide.astype(x.dtype) * broadcast_like(self.weight[...], x)

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from sft_jax.models.architecture import Architecture
 from sft_jax.models.attention.backend import Backend
 from sft_jax.models.decoder import Decoder
-from sft_jax.models.layers import AdapterParam, Variant
+from sft_jax.models.layers import AdapterParam, Buffer, Variant
 from sft_jax.models.quantized import QuantizedLeaf, QuantizedParam, quantized_leaves
 from sft_jax.models.stages import stacks_of
 from sft_jax.models.tensors import Stored, stored_tensors
@@ -101,7 +101,7 @@ def split_params(
         dtype = model.dtype if labels[path] == FROZEN else jnp.dtype(param_dtype)
         if is_adapter(labels[path]):
             dtype = jnp.float32
-        if isinstance(variable, QuantizedParam):
+        if isinstance(variable, QuantizedParam | Buffer):
             dtype = variable.dtype
         sharding = named_sharding(mesh, variable.get_metadata("axes"), variable.shape)
         return jax.ShapeDtypeStruct(variable.shape, dtype, sharding=sharding)
@@ -134,6 +134,8 @@ def _label(path: Path, variable: nnx.Variable, full: bool, embeddings: bool) -> 
     assert isinstance(variable, nnx.Param), f"no label for {'.'.join(path)} of type {type(variable).__name__}"
     if isinstance(variable, QuantizedParam):
         assert not full, f"{'.'.join(path)} is quantized and cannot be trained"
+        return FROZEN
+    if isinstance(variable, Buffer):
         return FROZEN
     if not full and not (embeddings and path[0] in EMBEDDINGS):
         return FROZEN

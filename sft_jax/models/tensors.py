@@ -42,8 +42,8 @@ class Stored:
 
     def shape(self, parameter: tuple[int, ...]) -> tuple[int, ...]:
         """Returns the shape of each tensor in the files."""
-        *rest, last = parameter[len(self.stack) :]
-        shape = (*rest, last // self.parts)
+        shape = parameter[len(self.stack) :]
+        shape = (*shape[:-1], *(last // self.parts for last in shape[-1:]))
         return (*shape[:-2], shape[-1], shape[-2]) if self.transposed else shape
 
     def index(self, number: int) -> tuple[int, ...]:
@@ -112,7 +112,7 @@ def _stored(parameter: _Parameter, arch: Architecture) -> Stored:
     else:
         assert not isinstance(parameter.module, Projection) or last in ("weight", "bias"), path
         locals_ = arch.names_in_files(".".join([*parents, last]))
-        transposed = transposed and getattr(parameter.module, "transposed", True)
+        transposed = transposed and getattr(parameter.module, "transposed", not arch.conv1d)
     layer_names = [f"{prefix}{layers_name}.{i}" for i in layers]
     if _EXPERT not in locals_[0]:
         names = (f"{layer}.{local}" for layer, local in product(layer_names, locals_))

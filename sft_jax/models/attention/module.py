@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sft_jax.models.architecture import Norm, Rope
+from sft_jax.models.architecture import Norm, Rope, Temperature
 from sft_jax.models.attention.backend import attention
 from sft_jax.models.attention.cached import cached_attention
 from sft_jax.models.attention.spec import AttentionSpec
@@ -28,20 +28,33 @@ class SelfAttentionSpec(AttentionSpec):
 
     Attributes:
         rope: rotary embedding of queries and keys; None for no rotation.
+        temperature: multiplies queries by a function of their position; None for no such factor.
         qk_norm: norm over the head dimension of queries and keys; None for no norm.
         qk_norm_heads: whether it is over all heads together instead.
         qk_norm_last: whether it comes after the rotation.
+        v_norm: norm over the head dimension of values; None for no norm.
+        value_is_key: whether there is no ``v_proj``, and values are the keys before norm and rotation.
         gated: whether ``q_proj`` also returns a gate for each channel of each head, after the query of the head; the
             output of attention is multiplied by its sigmoid.
+        fused: the name of one projection for queries, keys and values; None for three.
+        fused_by_head: whether its outputs are the query, key and value of each head, not those of all heads.
+        o_name, norm_names: the names of the output projection, and of the norms of queries and keys.
     """
 
     rope: Rope | None = None
+    temperature: Temperature | None = None
     qk_norm: Norm | None = None
     qk_norm_heads: bool = False
     qk_norm_last: bool = False
+    v_norm: Norm | None = None
+    value_is_key: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
     gated: bool = False
+    fused: str | None = None
+    fused_by_head: bool = False
+    o_name: str = "o_proj"
+    norm_names: tuple[str, str] = ("q_norm", "k_norm")
 
     def module(self, dim: int, make: Initializer, stack: tuple[int, ...]) -> SelfAttention:
         return SelfAttention(self, dim, make, stack)
@@ -53,49 +66,92 @@ class SelfAttention(nnx.Module):
     def __init__(self, spec: SelfAttentionSpec, dim: int, make: Initializer, stack: tuple[int, ...]):
         n, k, h = spec.num_heads, spec.num_kv_heads, spec.head_dim
         self.spec = spec
-        self.q_proj = Linear(dim, n * h * (2 if spec.gated else 1), ("embed", "heads"), make, stack, spec.qkv_bias)
-        self.k_proj = Linear(dim, k * h, ("embed", "kv_heads"), make, stack, spec.qkv_bias)
-        self.v_proj = Linear(dim, k * h, ("embed", "kv_heads"), make, stack, spec.qkv_bias)
-        self.o_proj = Linear(n * h, dim, ("heads", "embed"), make, stack, spec.o_bias)
-        sizes = (n * h, k * h) if spec.qk_norm_heads else (h, h)
-        norms = [None if spec.qk_norm is None else make_norm(size, spec.qk_norm, make, stack) for size in sizes]
-        self.q_norm, self.k_norm = (nnx.data(norm) for norm in norms)
+
+        def project(name: str, size: int, axis: str) -> None:
+            setattr(self, name, Linear(dim, size, ("embed", axis), make, stack, spec.qkv_bias))
+
+        if spec.fused is not None:
+            project(spec.fused, (n + 2 * k) * h, "heads")
+        else:
+            project("q_proj", n * h * (2 if spec.gated else 1), "heads")
+            project("k_proj", k * h, "kv_heads")
+            if not spec.value_is_key:
+                project("v_proj", k * h, "kv_heads")
+        setattr(self, spec.o_name, Linear(n * h, dim, ("heads", "embed"), make, stack, spec.o_bias))
+        if spec.qk_norm is not None:
+            sizes = (n * h, k * h) if spec.qk_norm_heads else (h, h)
+            for name, size in zip(spec.norm_names, sizes, strict=True):
+                setattr(self, name, make_norm(size, spec.qk_norm, make, stack))
+        self.v_norm = nnx.data(None if spec.v_norm is None else make_norm(h, spec.v_norm, make, stack))
 
     def __call__(self, x: Float[Array, "B T D"], context: Context) -> tuple[Float[Array, "B T D"], KeyValues]:
         """Returns the output, and the keys and values of these tokens."""
+        spec = self.spec
         in_context, out_context = context.split(2)
-        q, k, v = linear(x, [self.q_proj, self.k_proj, self.v_proj], in_context)
-        gate = None
-        if self.spec.gated:
-            q, gate = self._split_gate(q)
-        if self.spec.qk_norm_heads:
+        q, k, v, gate = self._project(x, in_context)
+        if spec.qk_norm_heads:
             q, k = self._norms(q, k)
-        q = self._heads(q, self.spec.num_heads, "heads")
-        k, v = (self._heads(one, self.spec.num_kv_heads, "kv_heads") for one in (k, v))
-        if not self.spec.qk_norm_heads and not self.spec.qk_norm_last:
-            q, k = self._norms(q, k)
-        if (rope := self.spec.rope) is not None:
-            sin_cos = context.sin_cos[rope]
-            q, k = rotate_heads(q, rope, *sin_cos), rotate_heads(k, rope, *sin_cos)
-        if self.spec.qk_norm_last:
-            q, k = self._norms(q, k)
+        q = self._heads(q, spec.num_heads, "heads")
+        k, v = (self._heads(one, spec.num_kv_heads, "kv_heads") for one in (k, v))
+        q, k = self._rotated(q, k, context)
+        if self.v_norm is not None:
+            v = self.v_norm(v)
         q, k, v = (checkpoint_name(one, PRODUCT) for one in (q, k, v))
         out = self._attend(q, k, v, context)
         if gate is not None:
             out = out * jax.nn.sigmoid(gate)
-        return checkpoint_name(self.o_proj(out.reshape(*x.shape[:2], -1), out_context), PRODUCT), KeyValues(k, v)
+        out = getattr(self, spec.o_name)(out.reshape(*x.shape[:2], -1), out_context)
+        return checkpoint_name(out, PRODUCT), KeyValues(k, v)
 
     def mixing_flops(self, work: Work) -> float:
         """Returns the FLOPs of scores and their products with values, forward and backward."""
         return 6.0 * work.squares * self.spec.num_heads * self.spec.head_dim
 
-    def _split_gate(self, q: Float[Array, "B T 2NH"]) -> tuple[Float[Array, "B T NH"], Float[Array, "B T N H"]]:
-        q, gate = jnp.split(q.reshape(*q.shape[:2], self.spec.num_heads, -1), 2, axis=-1)
-        gate = constrain(checkpoint_name(gate, PRODUCT), "batch", "length", "heads", "head_dim")
-        return q.reshape(*q.shape[:2], -1), gate
+    def _project(self, x: Float[Array, "B T D"], context: Context) -> tuple[Array, Array, Array, Array | None]:
+        """Returns queries, keys and values of all heads ``[B, T, heads · H]``, and the gate."""
+        spec = self.spec
+        if spec.fused is not None:
+            return *self._split(getattr(self, spec.fused)(x, context)), None
+        names = ("q_proj", "k_proj") if spec.value_is_key else ("q_proj", "k_proj", "v_proj")
+        q, k, *rest = linear(x, [getattr(self, name) for name in names], context)
+        gate = None
+        if spec.gated:
+            q, gate = jnp.split(q.reshape(*q.shape[:2], spec.num_heads, -1), 2, axis=-1)
+            gate = constrain(checkpoint_name(gate, PRODUCT), "batch", "length", "heads", "head_dim")
+            q = q.reshape(*q.shape[:2], -1)
+        return q, k, rest[0] if rest else k, gate
+
+    def _split(self, qkv: Float[Array, "B T O"]) -> tuple[Array, Array, Array]:
+        """Splits the outputs of the fused projection into queries, keys and values."""
+        spec = self.spec
+        if spec.fused_by_head:
+            parts = jnp.split(qkv.reshape(*qkv.shape[:2], spec.num_heads, -1), 3, axis=-1)
+            q, k, v = (part.reshape(*qkv.shape[:2], -1) for part in parts)
+            return q, k, v
+        n, k = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        return qkv[..., :n], qkv[..., n : n + k], qkv[..., n + k :]
+
+    def _rotated(self, q: Array, k: Array, context: Context) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"]]:
+        """Applies norms over the head dimension, the rotation and the temperature."""
+        spec = self.spec
+        if not spec.qk_norm_heads and not spec.qk_norm_last:
+            q, k = self._norms(q, k)
+        if (rope := spec.rope) is not None:
+            sin_cos = context.sin_cos[rope]
+            q, k = rotate_heads(q, rope, *sin_cos), rotate_heads(k, rope, *sin_cos)
+        if spec.qk_norm_last:
+            q, k = self._norms(q, k)
+        if (heat := spec.temperature) is not None:
+            steps = (context.positions + heat.offset) // heat.length
+            factor = 1.0 + heat.beta * jnp.log1p(steps.astype(jnp.float32))
+            q = (q.astype(jnp.float32) * factor[:, :, None, None]).astype(q.dtype)
+        return q, k
 
     def _norms(self, q: Array, k: Array) -> tuple[Array, Array]:
-        return (q, k) if self.q_norm is None or self.k_norm is None else (self.q_norm(q), self.k_norm(k))
+        if self.spec.qk_norm is None:
+            return q, k
+        q_norm, k_norm = (getattr(self, name) for name in self.spec.norm_names)
+        return q_norm(q), k_norm(k)
 
     def _attend(self, q: Array, k: Array, v: Array, context: Context) -> Float[Array, "B T N H"]:
         spec = self.spec

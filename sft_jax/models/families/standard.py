@@ -109,10 +109,12 @@ def mlp(config: Any, bias: bool = False, **more: Any) -> MLPSpec:
     Raises:
         UserError: the activation is not supported.
     """
-    name = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", "silu")
-    if name not in ACTIVATIONS:
-        raise UserError(f"hidden_act {name!r} is not supported; supported are {', '.join(ACTIVATIONS)}")
-    return MLPSpec(config.intermediate_size, name, bias, **more)
+    keys = ("hidden_act", "hidden_activation", "activation_function")
+    name = next((one for key in keys if (one := getattr(config, key, None)) is not None), "silu")
+    if name not in (*ACTIVATIONS, "xielu"):
+        raise UserError(f"hidden_act {name!r} is not supported; supported are {', '.join(ACTIVATIONS)}, xielu")
+    size = more.pop("intermediate_size", None) or config.intermediate_size
+    return MLPSpec(size, name, bias, **more)
 
 
 def sliding_windows(config: Any) -> list[int | None]:
@@ -167,7 +169,23 @@ def _scaled_rope(parameters: Mapping[str, Any], max_positions: int) -> Rope:
             truncate=bool(parameters.get("truncate", True)),
             attention_factor=_attention_factor(parameters, factor),
         )
-    raise UserError(f"rope_type {kind!r} is not supported; supported are default, linear, llama3, yarn, dynamic")
+    if kind == "longrope":
+        original = int(parameters["original_max_position_embeddings"])
+        factor = float(parameters.get("factor") or max_positions / original)
+        scale = parameters.get("attention_factor")
+        if scale is None:
+            scale = 1.0 if factor <= 1.0 else math.sqrt(1.0 + math.log(factor) / math.log(original))
+        return Rope(
+            theta,
+            kind,
+            original_max_position_embeddings=original,
+            attention_factor=float(scale),
+            factors=tuple(map(float, parameters["short_factor"])),
+            long_factors=tuple(map(float, parameters["long_factor"])),
+        )
+    raise UserError(
+        f"rope_type {kind!r} is not supported; supported are default, linear, llama3, yarn, longrope, dynamic"
+    )
 
 
 def _attention_factor(parameters: Mapping[str, Any], factor: float) -> float:
