@@ -182,7 +182,7 @@ def reference(name: str, folder, shard: str | None = None):
     kind, changes = FAMILIES[name]
     config = getattr(transformers, f"{kind}{'Text' * (kind == 'Gemma3')}Config")(**(SHAPE | changes))
     torch.manual_seed(0)
-    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, 1.0 if parameter.ndim == 1 else 0.0, 0.3 if parameter.ndim == 1 else 0.1)
     model.save_pretrained(folder, **({"max_shard_size": shard} if shard else {}))
