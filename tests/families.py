@@ -169,6 +169,41 @@ FAMILIES = {
             "sliding_window": None,
         },
     ),
+    "qwen3_5_text": (
+        "Qwen3_5",
+        {
+            "head_dim": 12,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 6,
+            "linear_key_head_dim": 10,
+            "linear_value_head_dim": 7,
+        },
+    ),
+    "olmo_hybrid-nope": (
+        "OlmoHybrid",
+        {
+            "hidden_size": 48,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "rope_parameters": None,
+            "pad_token_id": 0,
+            "linear_allow_neg_eigval": False,
+        },
+    ),
+    "olmo_hybrid": (
+        "OlmoHybrid",
+        {
+            "hidden_size": 48,
+            "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+            "pad_token_id": 0,
+            "linear_num_key_heads": 3,
+            "linear_num_value_heads": 3,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 13,
+        },
+    ),
     "qwen3": ("Qwen3", {"head_dim": 20}),
     "qwen3-tied": (
         "Qwen3",
@@ -180,10 +215,13 @@ FAMILIES = {
 def reference(name: str, folder, shard: str | None = None):
     """The random model of a row, of transformers, saved in a folder."""
     kind, changes = FAMILIES[name]
-    config = getattr(transformers, f"{kind}{'Text' * (kind == 'Gemma3')}Config")(**(SHAPE | changes))
+    config = getattr(transformers, f"{kind}{'Text' * (kind in ('Gemma3', 'Qwen3_5'))}Config")(**(SHAPE | changes))
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, 1.0 if parameter.ndim == 1 else 0.0, 0.3 if parameter.ndim == 1 else 0.1)
+    for path, parameter in model.named_parameters():
+        mean, stddev = (1.0, 0.3) if parameter.ndim == 1 else (0.0, 0.1)
+        if path.endswith("A_log"):  # a recurrence that remembers; norms of what one token leaves would amplify rounding
+            mean = -3.0
+        torch.nn.init.normal_(parameter, mean, stddev)
     model.save_pretrained(folder, **({"max_shard_size": shard} if shard else {}))
     return model

@@ -218,14 +218,15 @@ def sft_jax(*arguments: object) -> subprocess.CompletedProcess:
 
 def load_model(folder: Path, dtype=jnp.float32):
     """Load a Hugging Face folder; returns the network, its split and the trainable parameters."""
-    from sft_jax.hf.config import read_architecture
     from sft_jax.hf.reader import TensorReader
+    from sft_jax.hf.ties import architecture_of
     from sft_jax.sharding import make_mesh
     from sft_jax.training.weights import build, load_weights
 
-    arch = read_architecture(folder)
+    reader = TensorReader(folder)
+    arch = architecture_of(folder, reader)
     split = build(arch, make_mesh(devices=one_device()), None, jnp.dtype(dtype).name)
-    trainable, frozen = load_weights(split, TensorReader(folder))
+    trainable, frozen = load_weights(split, reader)
     return split.merge(trainable, frozen), split, trainable
 
 

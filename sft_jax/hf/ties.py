@@ -10,6 +10,7 @@ import numpy as np
 from sft_jax.hf.config import read_architecture
 from sft_jax.hf.reader import Reader, chunks
 from sft_jax.models.architecture import Architecture
+from sft_jax.models.families import as_in_files
 
 
 def architecture_of(folder: Path, reader: Reader | None) -> Architecture:
@@ -24,7 +25,8 @@ def architecture_of(folder: Path, reader: Reader | None) -> Architecture:
     arch = read_architecture(folder)
     if reader is None:
         return arch
-    arch = _with_layout(arch, reader)
+    names = reader.names
+    arch = as_in_files(_with_layout(arch, reader), lambda name: reader.shape(name) if name in names else None)
     if not arch.tie_word_embeddings or arch.lm_head_tensor not in reader.names or _are_equal(arch, reader):
         return arch
     return dataclasses.replace(arch, tie_word_embeddings=False)

@@ -11,6 +11,7 @@ from kit import load_model, logits
 from sft_jax.config import LoraConfig
 from sft_jax.hf.config import read_architecture
 from sft_jax.hf.reader import TensorReader
+from sft_jax.hf.ties import architecture_of
 from sft_jax.models.decoder import resize_cache, update_cache
 from sft_jax.models.families import families
 from sft_jax.sharding import make_mesh
@@ -69,7 +70,8 @@ def test_gradients_are_those_of_transformers(name, tmp_path):
     torch.nn.functional.cross_entropy(
         model(torch.tensor(ids[:, :-1])).logits[0], torch.tensor(ids[0, 1:]), reduction="sum"
     ).backward()
-    arch, mesh, reader = read_architecture(tmp_path), make_mesh(devices=jax.devices()[:1]), TensorReader(tmp_path)
+    mesh, reader = make_mesh(devices=jax.devices()[:1]), TensorReader(tmp_path)
+    arch = architecture_of(tmp_path, reader)
     split = build(arch, mesh, None, "float32")
     params, frozen = load_weights(split, reader)
     row = jnp.asarray(ids, jnp.int32)

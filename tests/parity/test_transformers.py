@@ -45,6 +45,23 @@ def test_logits_and_bytes(name, tmp_path):
     assert all(before[name].tobytes() == after[name].tobytes() for name in after)
 
 
+def test_published_layout_of_olmo_hybrid(tmp_path):
+    """The convolutions and norms as they are published: transformers saves them otherwise, and reads both."""
+    reference("olmo_hybrid", tmp_path)
+    ids = np.random.default_rng(0).integers(0, 131, (1, 20))
+    expected = logits(load_model(tmp_path)[0], ids)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for layer in (0, 1):
+        names = [f"model.layers.{layer}.linear_attn.{part}_conv1d.weight" for part in "qkv"]
+        parts = np.split(np.concatenate([tensors[name] for name in names]), [24, 48])
+        tensors |= dict(zip(names, parts, strict=True))
+    layer = "model.layers.2"
+    tensors[f"{layer}.post_attention_layernorm.weight"] = tensors.pop(f"{layer}.feedforward_layer_norm.weight")
+    save_tensors(tmp_path, as_written(tensors), tensors.__getitem__)
+    ours, _, _ = load_model(tmp_path)
+    np.testing.assert_allclose(logits(ours, ids), expected, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["llama3", "qwen3-tied"])
 def test_sharded_files(name, tmp_path):
     model = reference(name, tmp_path / "sharded", shard="60KB")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -26,6 +27,16 @@ def read_family(config: Any) -> Architecture:
         UserError: the family, or a setting of it, is not supported.
     """
     return families()[config.model_type].read(config)
+
+
+def as_in_files(arch: Architecture, shape: Callable[[str], tuple[int, ...] | None]) -> Architecture:
+    """Returns the architecture with the layout of its files, in a family that has several.
+
+    Args:
+        shape: the shape of a tensor in the files by its name; None if it is not there.
+    """
+    change = getattr(families()[arch.family], "as_in_files", None)
+    return arch if change is None else change(arch, shape)
 
 
 def check_family(name: object) -> None:

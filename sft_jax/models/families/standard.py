@@ -11,6 +11,7 @@ from sft_jax.errors import UserError
 from sft_jax.models.architecture import Architecture, Branch, Layer, Norm, Rope, Sublayer
 from sft_jax.models.attention.module import SelfAttentionSpec
 from sft_jax.models.mlp import ACTIVATIONS, MLPSpec
+from sft_jax.models.recurrent.gated_delta import GatedDeltaSpec
 
 
 @dataclass(frozen=True)
@@ -103,18 +104,48 @@ def attention(config: Any, **more: Any) -> SelfAttentionSpec:
     return SelfAttentionSpec(num_heads, num_kv_heads, head_dim, **more)
 
 
+def gated_delta(config: Any, projections: tuple[tuple[str, str], ...], **more: Any) -> GatedDeltaSpec:
+    """Returns the spec of the gated delta rule; arguments are fields of :class:`GatedDeltaSpec`.
+
+    Raises:
+        UserError: the key heads do not divide the value heads, or the activation is not supported.
+    """
+    keys, values = config.linear_num_key_heads, config.linear_num_value_heads
+    if values % keys:
+        raise UserError(f"linear_num_key_heads {keys} does not divide {values} linear_num_value_heads")
+    return GatedDeltaSpec(
+        keys,
+        values,
+        config.linear_key_head_dim,
+        config.linear_value_head_dim,
+        config.linear_conv_kernel_dim,
+        projections,
+        activation=activation(config),
+        **more,
+    )
+
+
 def mlp(config: Any, bias: bool = False, **more: Any) -> MLPSpec:
     """Returns the spec of the MLP; ``more`` are fields of :class:`MLPSpec`.
 
     Raises:
         UserError: the activation is not supported.
     """
+    size = more.pop("intermediate_size", None) or config.intermediate_size
+    return MLPSpec(size, activation(config), bias, **more)
+
+
+def activation(config: Any) -> str:
+    """Returns the name of the activation of the MLP.
+
+    Raises:
+        UserError: it is not supported.
+    """
     keys = ("hidden_act", "hidden_activation", "activation_function")
     name = next((one for key in keys if (one := getattr(config, key, None)) is not None), "silu")
     if name not in (*ACTIVATIONS, "xielu"):
         raise UserError(f"hidden_act {name!r} is not supported; supported are {', '.join(ACTIVATIONS)}, xielu")
-    size = more.pop("intermediate_size", None) or config.intermediate_size
-    return MLPSpec(size, name, bias, **more)
+    return name
 
 
 def sliding_windows(config: Any) -> list[int | None]:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import lax
 
 from sft_jax.models.context import Context
 from sft_jax.models.layers import Initializer, Linear, linear
 from sft_jax.models.mlp import ACTIVATIONS
-from sft_jax.models.recurrent.conv import causal_conv, last_inputs
+from sft_jax.models.recurrent.conv import DepthwiseConv
 from sft_jax.models.recurrent.delta import gated_delta, gated_delta_step
 from sft_jax.models.recurrent.state import RecurrentState
 from sft_jax.models.remat import PRODUCT, checkpoint_name
@@ -33,11 +32,13 @@ class GatedDeltaSpec:
     Attributes:
         num_key_heads, num_value_heads: M and N; N/M value heads share a query and a key.
         key_dim, value_dim: of a head, K and V.
-        conv_size: the number of tokens that the convolution of queries, keys and values reaches.
+        conv_size: taps of the convolution of queries, keys and values.
         projections: the name of each input projection and the parts of its output, of ``qkvzba``: query, key, value,
             the gate ``z``, and the inputs of ``beta`` and of the decay.
         grouped: whether the output of a projection has the parts of the first key head first, not the first part.
         norm, output: the names of the gated norm and of the output projection.
+        convolutions: the names and channels of the convolutions of consecutive channels of ``qkv``; by default one,
+            ``conv1d``.
         max_beta: 2 lets a token turn the sign of what the state has for its key; 1 does not.
     """
 
@@ -51,6 +52,7 @@ class GatedDeltaSpec:
     norm: str = "norm"
     norm_eps: float = 1e-6
     output: str = "out_proj"
+    convolutions: tuple[tuple[str, int], ...] = ()
     activation: str = "silu"
     max_beta: float = 1.0
 
@@ -74,10 +76,13 @@ class GatedDelta(nnx.Module):
         self.spec = spec
         for name, parts in spec.projections:
             setattr(self, name, Linear(dim, sum(sizes[part] for part in parts), ("embed", "heads"), make, stack))
-        self.conv1d = _Convolution(sum(sizes[part] for part in _CONVOLVED), spec.conv_size, make, stack)
-        decay, steps = _initial_decays(spec.num_value_heads)
-        self.A_log = _per_head(np.log(decay), stack)
-        self.dt_bias = _per_head(np.log(np.expm1(steps)), stack)
+        self.convolutions = spec.convolutions or (("conv1d", sum(sizes[part] for part in _CONVOLVED)),)
+        for name, channels in self.convolutions:
+            setattr(self, name, DepthwiseConv(channels, spec.conv_size, False, make, stack))
+        # In the ranges of Mamba-2. Their product is the initial decay: heads remember from one to a thousand tokens.
+        self.A_log = make.repeat(jnp.log(jnp.linspace(1.0, 16.0, spec.num_value_heads)), stack, ("heads",))
+        steps = jnp.geomspace(1e-3, 1e-1, spec.num_value_heads)
+        self.dt_bias = make.repeat(jnp.log(jnp.expm1(steps)), stack, ("heads",))
         setattr(self, spec.norm, GatedRMSNorm(spec.value_dim, spec.norm_eps, make, stack))
         setattr(self, spec.output, Linear(sizes["v"], dim, ("heads", "embed"), make, stack))
 
@@ -121,29 +126,30 @@ class GatedDelta(nnx.Module):
             out = out.reshape(*out.shape[:2], groups, -1)
             ends = list(accumulate(self.spec.sizes[part] // groups for part in letters))
             for part, one in zip(letters, jnp.split(out, ends[:-1], axis=-1), strict=True):
-                found[part] = self._whole(one.reshape(*out.shape[:2], -1), context)
+                found[part] = one.reshape(*out.shape[:2], -1)
         return found
 
     def _convolve(
         self, parts: dict[str, Array], context: Context
     ) -> tuple[Float[Array, "B T M K"], Float[Array, "B T M K"], Float[Array, "B T N V"], Float[Array, "B J-1 C"]]:
         """Returns queries, keys and values after the convolution, and its last inputs."""
-        spec, taps = self.spec, self.spec.conv_size - 1
-        ends = list(accumulate(spec.sizes[part] for part in _CONVOLVED))[:-1]
-        weights = jnp.split(self.conv1d.weight[...], ends)
-        before = [None] * 3 if context.cache is None else jnp.split(context.cache.inputs, ends, axis=-1)
-        heads = (spec.num_key_heads, spec.num_key_heads, spec.num_value_heads)
+        spec = self.spec
+        x = self._whole(jnp.concatenate([parts[part] for part in _CONVOLVED], axis=-1), context)
+        ends = list(accumulate(channels for _, channels in self.convolutions))[:-1]
+        xs = jnp.split(x, ends, axis=-1)
+        earlier = [None] * len(xs) if context.cache is None else jnp.split(context.cache.inputs, ends, axis=-1)
         outs, inputs = [], []
-        for part, weight, earlier, num_heads in zip(_CONVOLVED, weights, before, heads, strict=True):
-            x = parts[part]
-            out = ACTIVATIONS[spec.activation](causal_conv(x, weight, None, context.positions, earlier))
-            outs.append(self._whole(out.reshape(*out.shape[:2], num_heads, -1), context, "head_dim"))
-            if earlier is not None:
-                inputs.append(jnp.concatenate([earlier, x], axis=1)[:, 1:])
-            else:
-                assert context.segment_ids is not None
-                inputs.append(last_inputs(x, context.segment_ids, taps))
-        q, k, v = outs
+        for (name, _), one, before in zip(self.convolutions, xs, earlier, strict=True):
+            cache = None if before is None else RecurrentState(before)
+            out, last = getattr(self, name)(one, replace(context, cache=cache))
+            outs.append(ACTIVATIONS[spec.activation](out))
+            inputs.append(last)
+        ends = list(accumulate(spec.sizes[part] for part in _CONVOLVED))[:-1]
+        heads = (spec.num_key_heads, spec.num_key_heads, spec.num_value_heads)
+        q, k, v = (
+            self._whole(one.reshape(*one.shape[:2], num_heads, -1), context, "head_dim")
+            for one, num_heads in zip(jnp.split(jnp.concatenate(outs, axis=-1), ends, axis=-1), heads, strict=True)
+        )
         return q, k, v, jnp.concatenate(inputs, axis=-1)
 
     def _whole(self, x: Array, context: Context, *more: str) -> Array:
@@ -164,25 +170,6 @@ class GatedRMSNorm(nnx.Module):
         wide = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
         wide = wide * self.weight[...].astype(jnp.float32) * jax.nn.silu(gate.astype(jnp.float32))
         return wide.astype(x.dtype)
-
-
-class _Convolution(nnx.Module):
-    """The weight of a depthwise convolution."""
-
-    def __init__(self, channels: int, size: int, make: Initializer, stack: tuple[int, ...]):
-        self.weight = make.normal((*stack, channels, 1, size), ("norm", "norm", "norm"))
-
-
-def _initial_decays(num_heads: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns ``exp(A_log)`` and ``softplus(dt_bias)`` for training from scratch, in the ranges of Mamba 2.
-
-    Their product is the initial decay per token: heads remember from about one to a thousand tokens.
-    """
-    return np.linspace(1.0, 16.0, num_heads), np.geomspace(1e-3, 1e-1, num_heads)
-
-
-def _per_head(values: np.ndarray, stack: tuple[int, ...]) -> nnx.Param:
-    return nnx.Param(jnp.broadcast_to(jnp.asarray(values, jnp.float32), (*stack, len(values))), axes=("norm",))
 
 
 def _normalize(x: Float[Array, "*B K"]) -> Float[Array, "*B K"]:
