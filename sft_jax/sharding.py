@@ -36,7 +36,10 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "head_dim": None,
     "recurrent_heads": ("tensor", "sequence"),  # of a recurrence, which needs whole sequences
     "mlp": "tensor",
-    "experts": None,
+    "router": None,
+    "experts": ("tensor", "fsdp"),
+    "expert_in": ("fsdp", "sequence"),  # without those that shard the experts
+    "expert_out": None,
     "vocab": "tensor",
     "head_vocab": ("fsdp", "sequence", "tensor"),  # where logits are computed; the model dimension is not sharded
     # Adapter matrices. Otherwise their moments and gradients would be replicated over fsdp × sequence.
@@ -44,6 +47,9 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "adapter_heads": ("tensor", "fsdp", "sequence"),
     "adapter_kv_heads": ("tensor", "fsdp", "sequence"),
     "adapter_mlp": ("tensor", "fsdp", "sequence"),
+    "adapter_router": None,
+    "adapter_expert_in": ("fsdp", "sequence"),
+    "adapter_expert_out": ("fsdp", "sequence"),
     "rank": None,
     "norm": None,
 }
@@ -149,14 +155,15 @@ def _divisors(size: int) -> str:
 def partition_spec(axes: Sequence[str], shape: Sequence[int], mesh: Mesh | jax.sharding.AbstractMesh) -> PartitionSpec:
     """Returns the partition spec of an array with these logical axes.
 
-    Each dimension is sharded over the longest prefix of its mesh axes whose devices divide it. ``axes`` may be shorter
+    Each dimension is sharded over the longest prefix of its mesh axes whose devices divide it, without the axes of the
+    dimensions before it. ``axes`` may be shorter
     than ``shape``: the parameters of stacked layers have leading dimensions.
     """
     axes = ("layers",) * (len(shape) - len(axes)) + tuple(axes)
     assert len(axes) == len(shape), (axes, shape)
-    placed = []
+    placed: list[tuple[str, ...]] = []
     for axis, size in zip(axes, shape, strict=True):
-        names = axis_names(axis, mesh)
+        names = tuple(name for name in axis_names(axis, mesh) if not any(name in others for others in placed))
         while names and size % math.prod(mesh.shape[name] for name in names):
             names = names[:-1]
         placed.append(names)

@@ -50,8 +50,8 @@ class LoRA:
         inner, outer = (f"adapter_{axis}" for axis in layer.axes)
         layer.attach(
             self,
-            lora_a=AdapterParam(jnp.zeros((*stack, in_dim, self.rank)), axes=(inner, "rank")),
-            lora_b=AdapterParam(jnp.zeros((*stack, self.rank, out_dim)), axes=("rank", outer)),
+            lora_a=AdapterParam(jnp.zeros((*stack, in_dim, self.rank)), axes=(*layer.stack_axes, inner, "rank")),
+            lora_b=AdapterParam(jnp.zeros((*stack, self.rank, out_dim)), axes=(*layer.stack_axes, "rank", outer)),
         )
 
     def initialize(

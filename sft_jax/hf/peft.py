@@ -182,7 +182,7 @@ def _load(reader: TensorReader, names: list[str], leaf: jax.ShapeDtypeStruct, st
                 f"{reader.folder}: tensor {name} is made for another model: {reader.shape(name)}, this one has {shape}"
             )
     tensors = [reader.read(name) for name in names]
-    stacked = np.stack([tensor.swapaxes(-1, -2) if stored.transposed else tensor for tensor in tensors])
+    stacked = np.stack([stored.element(tensor, leaf.shape[len(stored.stack) :]) for tensor in tensors])
     whole = stacked.reshape(leaf.shape).astype(leaf.dtype)
     return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: whole[index])
 

@@ -69,17 +69,25 @@ class Projection(nnx.Module):
 
     Attributes:
         axes: the logical axes of inputs and outputs.
+        stack_axes: the logical axes of the last dimensions of the stack, such as that of experts.
+        parts: the number of matrices that are concatenated along the outputs, and may be stored apart.
         share: the fraction of tokens that the weight multiplies; less than 1 for an expert.
     """
 
     can_be_quantized = True
+    stack_axes: tuple[str, ...] = ()
 
     def __init__(
         self, in_dim: int, out_dim: int, axes: tuple[str, str], make: Initializer, stack: tuple[int, ...] = ()
     ):
         self.axes = axes
-        self.weight: Weight = make.normal((*stack, in_dim, out_dim), axes)
+        self.weight: Weight = make.normal((*stack, in_dim, out_dim), (*self.stack_axes, *axes))
         self.share = 1.0
+        self.parts = 1
+
+    def stored_matrix(self) -> Matrix:
+        """Returns the weight as it is stored, sharded and maybe quantized."""
+        return matrix_of(self.weight)
 
     def matrix(self, context: Context) -> Matrix:
         """Returns the weight, gathered unless the context is weight-stationary."""

@@ -121,7 +121,7 @@ def attach_quantization(model: nnx.Module, method: str, embeddings: bool = True)
             continue
         shape, axes = weight.shape, weight.get_metadata("axes")
         if path[0] == "layers":
-            fmt = linear_format(method, *shape[-2:])
+            fmt = linear_format(method, shape[-2], shape[-1] // getattr(node, "parts", 1))
         elif embeddings:
             fmt = vocab_format(shape, axes.index("vocab"))
         else:

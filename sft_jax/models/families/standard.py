@@ -11,6 +11,9 @@ from sft_jax.errors import UserError
 from sft_jax.models.architecture import Architecture, Branch, Layer, Norm, Rope, Sublayer
 from sft_jax.models.attention.module import SelfAttentionSpec
 from sft_jax.models.mlp import ACTIVATIONS, MLPSpec
+from sft_jax.models.moe.experts import ExpertsSpec
+from sft_jax.models.moe.mixture import MixtureSpec
+from sft_jax.models.moe.router import RouterSpec
 from sft_jax.models.recurrent.gated_delta import GatedDeltaSpec
 
 
@@ -133,6 +136,37 @@ def mlp(config: Any, bias: bool = False, **more: Any) -> MLPSpec:
     """
     size = more.pop("intermediate_size", None) or config.intermediate_size
     return MLPSpec(size, activation(config), bias, **more)
+
+
+def mixture(config: Any, router: RouterSpec, size: int, **more: Any) -> MixtureSpec:
+    """Returns the spec of a mixture of gated experts.
+
+    Args:
+        size: of each expert.
+        more: fields of :class:`MixtureSpec`.
+    """
+    return MixtureSpec(router, ExpertsSpec(size, activation(config)), **more)
+
+
+def expert_tensors(
+    branch: str = "mlp", stored: str | None = None, names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+) -> tuple[tuple[str, str | tuple[str, ...]], ...]:
+    """Returns the names of experts that are stored one by one, for ``Architecture.tensors``.
+
+    Args:
+        branch: the name of the mixture in the layer.
+        stored: its name in the files, where it differs.
+        names: of the linear layers of an expert.
+    """
+    gate, up, down = (f"{stored or branch}.experts.{{expert}}.{name}.weight" for name in names)
+    pairs = ((f"{branch}.experts.gate_up_proj.weight", (gate, up)), (f"{branch}.experts.down_proj.weight", down))
+    return pairs if stored is None else (*pairs, (branch, stored))
+
+
+def experts_together(branch: str = "mlp") -> tuple[tuple[str, str], ...]:
+    """Returns the names of experts that are stored in one tensor, for ``Architecture.tensors``."""
+    names = (f"{branch}.experts.gate_up_proj", f"{branch}.experts.down_proj")
+    return tuple((f"{name}.weight", name) for name in names)
 
 
 def activation(config: Any) -> str:

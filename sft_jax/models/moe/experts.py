@@ -1,0 +1,126 @@
+"""Experts: gated MLPs of equal shape, each applied to the tokens that its router sends it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sft_jax.models.context import Context
+from sft_jax.models.layers import Initializer, Linear
+from sft_jax.models.mlp import ACTIVATIONS
+from sft_jax.models.moe.dispatch import dispatch
+from sft_jax.models.moe.products import ExpertMatrix
+from sft_jax.sharding import current_mesh
+from sft_jax.typing import Array, Float, Int
+
+
+@dataclass(frozen=True)
+class ExpertsSpec:
+    """``down_proj(gate(gate_up_proj(x)))`` of each expert, where ``gate_up_proj`` has gate and up in one matrix.
+
+    Attributes:
+        activation: a key of :data:`~sft_jax.models.mlp.ACTIVATIONS`, of ``activation(gate) · up``.
+        use_bias: whether both products have biases.
+        interleaved: whether gate and up alternate in the outputs of ``gate_up_proj``, not first all of gate.
+        clamp: ``(limit, alpha)`` of GPT-OSS: the gate is ``gate · sigmoid(alpha · gate)``, 1 is added to up, and both
+            are clamped to ``limit``; None for the plain activation.
+        stored_in_out: whether files have ``[experts, in, out]`` where all experts are in one tensor.
+        peft_swaps: whether PEFT takes the inputs of such a tensor for its outputs, and swaps A and B (Llama 4).
+    """
+
+    intermediate_size: int
+    activation: str = "silu"
+    use_bias: bool = False
+    interleaved: bool = False
+    clamp: tuple[float, float] | None = None
+    stored_in_out: bool = False
+    peft_swaps: bool = False
+
+    is_mixer: ClassVar[bool] = False
+
+    def gate(self, gate_up: Float[Array, "m 2F"]) -> Float[Array, "m F"]:
+        """Returns the input of ``down_proj``."""
+        if self.interleaved:
+            gate, up = gate_up[..., ::2], gate_up[..., 1::2]
+        else:
+            gate, up = jnp.split(gate_up, 2, axis=-1)
+        if self.clamp is None:
+            return ACTIVATIONS[self.activation](gate) * up
+        limit, alpha = self.clamp
+        gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+        return gate * jax.nn.sigmoid(gate * alpha) * (up + 1)
+
+
+class ExpertLinear(Linear):
+    """The weights of one linear layer of all experts ``[*stack, E, in, out]``."""
+
+    stack_axes = ("experts",)
+
+    def __init__(
+        self, spec: ExpertsSpec, experts: int, in_dim: int, out_dim: int, make: Initializer, stack: tuple[int, ...]
+    ):
+        super().__init__(in_dim, out_dim, ("expert_in", "expert_out"), make, (*stack, experts))
+        self.transposed = not spec.stored_in_out
+        self.peft_swaps = spec.peft_swaps
+
+
+class Experts(nnx.Module):
+    """The module of :class:`ExpertsSpec`."""
+
+    def __init__(self, spec: ExpertsSpec, num_experts: int, dim: int, make: Initializer, stack: tuple[int, ...]):
+        self.spec, self.num_experts = spec, num_experts
+        size = spec.intermediate_size
+        self.gate_up_proj = ExpertLinear(spec, num_experts, dim, 2 * size, make, stack)
+        self.gate_up_proj.parts = 2
+        self.down_proj = ExpertLinear(spec, num_experts, size, dim, make, stack)
+        shapes = ((*stack, num_experts, 2 * size), (*stack, num_experts, dim))
+        biases = [make.constant(0.0, shape, ("experts", "norm")) if spec.use_bias else None for shape in shapes]
+        self.gate_up_proj_bias: nnx.Param | None = nnx.data(biases[0])
+        self.down_proj_bias: nnx.Param | None = nnx.data(biases[1])
+
+    @property
+    def is_adapted(self) -> bool:
+        """Whether both linear layers have an adapter."""
+        return self.gate_up_proj.variant is not None and self.down_proj.variant is not None
+
+    def __call__(
+        self,
+        tokens: Float[Array, "B T D"],
+        chosen: Int[Array, "B T k"],
+        weights: Float[Array, "B T k"],
+        context: Context,
+        scale_inputs: bool = False,
+    ) -> Float[Array, "B T D"]:
+        """Returns ``Σ weight · expert(token)`` over the chosen experts of each token.
+
+        Args:
+            scale_inputs: compute ``Σ expert(weight · token)`` instead (Llama 4).
+        """
+        spec = self.spec
+
+        def compute(x: Array, matrices: Any, products: Callable[[Array, ExpertMatrix], Array]) -> Array:
+            gate_up, down = matrices
+            return products(spec.gate(products(x, gate_up)), down)
+
+        matrices = (
+            self._matrix(self.gate_up_proj, self.gate_up_proj_bias, context),
+            self._matrix(self.down_proj, self.down_proj_bias, context),
+        )
+        return dispatch(
+            compute, matrices, tokens, chosen, weights, self.num_experts, scale_inputs, context, current_mesh()
+        )
+
+    def _matrix(self, layer: ExpertLinear, bias: nnx.Param | None, context: Context) -> ExpertMatrix:
+        adapter: Any = layer.variant
+        return ExpertMatrix(
+            layer.stored_matrix(),
+            None if bias is None else bias[...],
+            None if adapter is None else (layer.parameter("lora_a"), layer.parameter("lora_b")),
+            1.0 if adapter is None else adapter.scale,
+            context.layer,
+        )
