@@ -96,6 +96,7 @@ class GatedDelta(nnx.Module):
         beta = self.spec.max_beta * jax.nn.sigmoid(parts["b"].astype(jnp.float32))
         steps = jax.nn.softplus(parts["a"].astype(jnp.float32) + self.dt_bias[...].astype(jnp.float32))
         log_decay = -jnp.exp(self.A_log[...].astype(jnp.float32)) * steps
+        beta, log_decay = (self._whole(one, context, "recurrent_heads") for one in (beta, log_decay))
         if context.cache is not None:
             q, k, v, log_decay, beta = (one[:, 0] for one in (q, k, v, log_decay, beta))
             out, memory = gated_delta_step(q, k, v, log_decay, beta, context.cache.memory)
@@ -121,7 +122,7 @@ class GatedDelta(nnx.Module):
         outs = linear(x, [getattr(self, name) for name in names], context)
         found: dict[str, Array] = {}
         for (_, letters), out in zip(self.spec.projections, outs, strict=True):
-            out = checkpoint_name(out, PRODUCT)
+            out = checkpoint_name(constrain(out, "batch", "length", "heads"), PRODUCT)
             groups = self.spec.num_key_heads if self.spec.grouped else 1
             out = out.reshape(*out.shape[:2], groups, -1)
             ends = list(accumulate(self.spec.sizes[part] // groups for part in letters))
@@ -134,7 +135,8 @@ class GatedDelta(nnx.Module):
     ) -> tuple[Float[Array, "B T M K"], Float[Array, "B T M K"], Float[Array, "B T N V"], Float[Array, "B J-1 C"]]:
         """Returns queries, keys and values after the convolution, and its last inputs."""
         spec = self.spec
-        x = self._whole(jnp.concatenate([parts[part] for part in _CONVOLVED], axis=-1), context)
+        x = jnp.concatenate([parts[part] for part in _CONVOLVED], axis=-1)
+        x = self._whole(x, context, "heads")
         ends = list(accumulate(channels for _, channels in self.convolutions))[:-1]
         xs = jnp.split(x, ends, axis=-1)
         earlier = [None] * len(xs) if context.cache is None else jnp.split(context.cache.inputs, ends, axis=-1)
@@ -147,15 +149,14 @@ class GatedDelta(nnx.Module):
         ends = list(accumulate(spec.sizes[part] for part in _CONVOLVED))[:-1]
         heads = (spec.num_key_heads, spec.num_key_heads, spec.num_value_heads)
         q, k, v = (
-            self._whole(one.reshape(*one.shape[:2], num_heads, -1), context, "head_dim")
+            self._whole(one.reshape(*one.shape[:2], num_heads, -1), context, "recurrent_heads", "head_dim")
             for one, num_heads in zip(jnp.split(jnp.concatenate(outs, axis=-1), ends, axis=-1), heads, strict=True)
         )
         return q, k, v, jnp.concatenate(inputs, axis=-1)
 
-    def _whole(self, x: Array, context: Context, *more: str) -> Array:
-        """Keeps sequences whole on each device, and distributes heads instead."""
-        batch = "replica" if context.cache is not None else "batch"
-        return constrain(x, batch, "unsplit_length", "recurrent_heads", *more)
+    def _whole(self, x: Array, context: Context, *axes: str) -> Array:
+        """Keeps sequences whole on each device."""
+        return constrain(x, "replica" if context.cache is not None else "batch", "unsplit_length", *axes)
 
 
 class GatedRMSNorm(nnx.Module):
