@@ -15,6 +15,7 @@ from sft_jax.adapters.lora import LoRA
 from sft_jax.errors import UserError
 from sft_jax.models.decoder import Decoder
 from sft_jax.models.layers import Linear
+from sft_jax.models.moe.experts import ExpertLinear
 from sft_jax.models.split import EMBEDDINGS
 
 
@@ -51,7 +52,8 @@ def method_from_peft(config: Mapping[str, Any]) -> str:
 def attach_adapters(model: Decoder, variant: LoRA, targets: str | list[str]) -> list[str]:
     """Attaches an adapter to each target module, in place, and returns the names of these modules.
 
-    ``targets`` follows PEFT: ``"all-linear"`` means every linear layer except ``lm_head``; a name matches a module
+    ``targets`` follows PEFT: ``"all-linear"`` means every linear layer except ``lm_head``, and those of experts, each of
+    which gets an adapter of its own. Routers have none. A name matches a module
     whose dotted path is the name or ends with ``.name``. A name matches the module in all decoder layers.
 
     Raises:
@@ -70,6 +72,13 @@ def attach_adapters(model: Decoder, variant: LoRA, targets: str | list[str]) -> 
                 known = ", ".join(sorted({name.split(".")[-1] for name in modules}))
                 raise UserError(f"lora.target_modules: {target!r} matches no linear layer; this model has {known}")
             chosen += [name for name in matched if name not in chosen]
+    if not variant.adapts_experts:
+        experts = [name for name in chosen if isinstance(modules[name], ExpertLinear)]
+        if experts and targets != "all-linear":
+            raise UserError(
+                f"lora.target_modules: {experts[0]} is a layer of experts, which {method_name(variant)} cannot adapt"
+            )
+        chosen = [name for name in chosen if name not in experts]
     for name in chosen:
         variant.attach(modules[name])
     return chosen

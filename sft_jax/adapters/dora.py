@@ -28,6 +28,7 @@ class DoRA(LoRA):
     """
 
     PEFT: ClassVar[Mapping[str, Any]] = {"use_dora": True}
+    adapts_experts: ClassVar[bool] = False
 
     def tensor_names(self) -> dict[str, str]:
         return super().tensor_names() | {"magnitude": "lora_magnitude_vector"}

@@ -26,6 +26,7 @@ class LoRA:
     Attributes:
         merged: compute ``x · (W + scale · A · B)`` except in one-token decoding steps; see
             :func:`sft_jax.models.projection.project`.
+        adapts_experts: whether PEFT has the method for experts.
         PEFT: the settings in ``adapter_config.json`` that distinguish this method from plain LoRA.
     """
 
@@ -35,6 +36,7 @@ class LoRA:
     merged: bool = False
 
     PEFT: ClassVar[Mapping[str, Any]] = {}
+    adapts_experts: ClassVar[bool] = True
 
     @property
     def scale(self) -> float:

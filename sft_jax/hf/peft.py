@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -18,6 +19,8 @@ from sft_jax.adapters.lora import LoRA
 from sft_jax.errors import UserError
 from sft_jax.hf.reader import TensorReader
 from sft_jax.models.architecture import Architecture
+from sft_jax.models.layers import Linear
+from sft_jax.models.moe.experts import ExpertLinear
 from sft_jax.models.split import EMBEDDINGS, Split, is_adapter
 from sft_jax.models.tensors import Stored
 from sft_jax.tree import Path as LeafPath
@@ -44,9 +47,10 @@ _UNSUPPORTED = {
     "alora_invocation_tokens": None,
     "layer_replication": None,
     "use_qalora": False,
-    "target_parameters": None,
     "use_dora": False,
 }
+# Names of the layers of an expert in transformers 4, which PEFT looks for among the target modules.
+_EXPERT_LAYERS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 # Initializations that do not change the base weights.
 _INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
@@ -86,10 +90,11 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         raise UserError(
             f"{path}: init_lora_weights={init!r} has changed the base model as well, which is not supported{_MERGE}"
         )
-    for key in ("r", "lora_alpha", "target_modules", "base_model_name_or_path"):
+    parameters = config.get("target_parameters") or []
+    for key in ("r", "lora_alpha", "base_model_name_or_path", *(() if parameters else ("target_modules",))):
         if not config.get(key):
             raise UserError(f"{path}: {key} is missing")
-    targets = config["target_modules"]
+    targets = config.get("target_modules") or []
     if not isinstance(targets, list):
         raise UserError(
             f"{path}: target_modules={targets!r} is not supported; it must be a list of module names{_MERGE}"
@@ -100,7 +105,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         method=method_from_peft(config),
         rank=config["r"],
         alpha=config["lora_alpha"],
-        target_modules=targets,
+        target_modules=[*targets, *(name.removesuffix(".weight") for name in parameters)],
     )
 
 
@@ -187,11 +192,32 @@ def _load(reader: TensorReader, names: list[str], leaf: jax.ShapeDtypeStruct, st
     return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: whole[index])
 
 
+def targets(split: Split) -> tuple[set[str], set[str]]:
+    """Returns the target modules and the target parameters that PEFT adapts as this network is adapted.
+
+    Experts are parameters of transformers' modules. In a model with experts, other linear layers with the names of an
+    expert's former layers are named as parameters too: PEFT would rename such target modules to parameters of experts.
+    """
+    modules, parameters, of_experts = set(), set(), False
+    for path, node in nnx.iter_graph(split.abstract().layers):
+        if isinstance(node, Linear) and node.variant is not None:
+            *_, parent, name = map(str, path)
+            if isinstance(node, ExpertLinear):
+                parameters.add(f"{parent}.{name}")
+            else:
+                modules.add((parent, name))
+        of_experts |= isinstance(node, ExpertLinear)
+    renamed = {(parent, name) for parent, name in modules if of_experts and name in _EXPERT_LAYERS}
+    parameters |= {f"{parent}.{name}.weight" for parent, name in renamed}
+    return {name for _, name in modules - renamed}, parameters
+
+
 def save_adapter(
     folder: Path,
     tensors: dict[str, np.ndarray],
     variant: LoRA,
     target_modules: Iterable[str],
+    target_parameters: Iterable[str],
     base_model: str,
     revision: str | None = None,
     fingerprint: str | None = None,
@@ -201,6 +227,7 @@ def save_adapter(
     Args:
         tensors: tensors by name without PEFT's prefix: adapter weights (float32), and base weights that were trained
             (resized embeddings).
+        target_modules, target_parameters: see :func:`targets`.
         fingerprint: fingerprint of the base's weights, to detect another base of the same shapes.
     """
     metadata = {"format": "pt"} | ({} if fingerprint is None else {_FINGERPRINT: fingerprint})
@@ -212,8 +239,9 @@ def save_adapter(
         "revision": revision,
         "r": variant.rank,
         "lora_alpha": variant.alpha,
-        "lora_dropout": variant.dropout,
+        "lora_dropout": 0.0 if target_parameters else variant.dropout,  # PEFT has no dropout on parameters
         "target_modules": sorted(target_modules),
+        "target_parameters": sorted(target_parameters) or None,
         "bias": "none",
         "fan_in_fan_out": False,
         "modules_to_save": None,

@@ -27,7 +27,7 @@ from sft_jax.files.new_folder import new_folder, num_bytes
 from sft_jax.hf.card import model_card
 from sft_jax.hf.config import read_architecture, read_config, read_format, stop_ids, with_vocab_size
 from sft_jax.hf.hub import absolute, commit_of
-from sft_jax.hf.peft import save_adapter
+from sft_jax.hf.peft import save_adapter, targets
 from sft_jax.hf.reader import chunks
 from sft_jax.hf.save import Tensor, TensorWriter
 from sft_jax.hf.tokenizer_files import write_tokenizer
@@ -109,13 +109,12 @@ def _write_adapter(run: OpenedRun, split: Split, folder: Path) -> None:
             tensor = stored.tensor(leaf, number).astype(run.dtype(name) if is_base else leaf.dtype)
             # The safetensors library writes the memory of an array, so the array must be contiguous.
             tensors[split.arch.in_modules(name) if is_base else name] = np.ascontiguousarray(tensor)
-    modules = {path[-2] for path in leaves if is_adapter(split.labels[path])}
     path = run.config.model.path
     save_adapter(
         folder,
         tensors,
         split.variant,
-        modules,
+        *targets(split),
         str(run.base) if path.startswith(builtin.PREFIX) else absolute(path),
         commit_of(run.base) or run.config.model.revision,
         run.fingerprint,
