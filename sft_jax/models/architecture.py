@@ -54,18 +54,21 @@ class Norm:
 
 @dataclass(frozen=True)
 class Branch:
-    """A mixer or an MLP between its norms: ``after(module(before(x)))``.
+    """A mixer or an MLP between its norms: ``after(out_scale · module(in_scale · before(x)))``.
 
     Attributes:
         name: the name of the module in the layer, such as ``self_attn``.
         spec: the spec of the module, such as :class:`~sft_jax.models.attention.module.SelfAttentionSpec`.
         before, after: the module names of the norms; None for no norm. Branches may share a norm.
+        in_scale, out_scale: multiply what the module reads, and its output.
     """
 
     name: str
     spec: Any
     before: str | None = None
     after: str | None = None
+    in_scale: float = 1.0
+    out_scale: float = 1.0
 
 
 @dataclass(frozen=True)

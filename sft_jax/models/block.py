@@ -31,20 +31,23 @@ class Block(nnx.Module):
         for sublayer in self.layer.sublayers:
             outs = [self._branch(branch, x, next(contexts), cache) for branch in sublayer.branches]
             total = self._normalize(sublayer.after, sum(outs[1:], outs[0]))
-            total = total if sublayer.scale == 1.0 else total * sublayer.scale
-            x = constrain(x + total, *context.stream)
+            x = constrain(x + _scaled(total, sublayer.scale), *context.stream)
         return x, cache
 
     def _branch(self, branch: Branch, x: Array, context: Context, cache: dict[str, Any]) -> Float[Array, "B T D"]:
         """Returns the output of a branch, and stores the cache entries of a mixer in ``cache``."""
         module = getattr(self, branch.name)
-        x = self._normalize(branch.before, x)
+        x = _scaled(self._normalize(branch.before, x), branch.in_scale)
         if branch.spec.is_mixer:
             earlier = None if context.cache is None else context.cache[branch.name]
             x, cache[branch.name] = module(x, replace(context, cache=earlier))
         else:
             x = module(x, context)
-        return self._normalize(branch.after, x)
+        return self._normalize(branch.after, _scaled(x, branch.out_scale))
 
     def _normalize(self, name: str | None, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return x if name is None else getattr(self, name)(x)
+
+
+def _scaled(x: Array, scale: float) -> Array:
+    return x if scale == 1.0 else x * scale

@@ -36,8 +36,10 @@ class MLPSpec:
     Attributes:
         activation: in :data:`ACTIVATIONS`, or ``xielu``, which has parameters.
         gated: whether there is a ``gate_proj``.
-        names: of ``up_proj`` and ``down_proj`` in a family that calls a plain MLP's layers otherwise.
+        names: of ``up_proj`` and ``down_proj`` in a family that calls them otherwise.
+        gate_name: of ``gate_proj``, likewise.
         fused: the name of one layer for ``gate_proj`` and ``up_proj``, in this order; None for two.
+        gate_scale: multiplies the output of ``gate_proj``.
     """
 
     intermediate_size: int
@@ -45,7 +47,9 @@ class MLPSpec:
     bias: bool = False
     gated: bool = True
     names: tuple[str, str] = ("up_proj", "down_proj")
+    gate_name: str = "gate_proj"
     fused: str | None = None
+    gate_scale: float = 1.0
 
     is_mixer: ClassVar[bool] = False
 
@@ -65,19 +69,22 @@ class MLP(nnx.Module):
             setattr(self, spec.fused, Linear(dim, 2 * size, ("embed", "mlp"), make, stack, spec.bias))
         else:
             if spec.gated:
-                self.gate_proj = Linear(dim, size, ("embed", "mlp"), make, stack, spec.bias)
+                setattr(self, spec.gate_name, Linear(dim, size, ("embed", "mlp"), make, stack, spec.bias))
             setattr(self, up, Linear(dim, size, ("embed", "mlp"), make, stack, spec.bias))
         setattr(self, down, Linear(size, dim, ("mlp", "embed"), make, stack, spec.bias))
 
     def __call__(self, x: Float[Array, "B T D"], context: Context) -> Float[Array, "B T D"]:
+        spec = self.spec
         in_context, out_context = context.split(2)
-        activation = self.act_fn or ACTIVATIONS[self.spec.activation]
-        down_proj = getattr(self, self.spec.names[1])
-        if self.spec.fused is not None:
-            gate, up = jnp.split(checkpoint_name(getattr(self, self.spec.fused)(x, in_context), PRODUCT), 2, axis=-1)
-            return down_proj(activation(gate) * up, out_context)
-        up_proj = getattr(self, self.spec.names[0])
-        if not self.spec.gated:
-            return down_proj(activation(checkpoint_name(up_proj(x, in_context), PRODUCT)), out_context)
-        gate, up = (checkpoint_name(one, PRODUCT) for one in linear(x, [self.gate_proj, up_proj], in_context))
+        activation = self.act_fn or ACTIVATIONS[spec.activation]
+        down_proj = getattr(self, spec.names[1])
+        if not spec.gated:
+            up = checkpoint_name(getattr(self, spec.names[0])(x, in_context), PRODUCT)
+            return down_proj(activation(up), out_context)
+        if spec.fused is not None:
+            gate, up = jnp.split(checkpoint_name(getattr(self, spec.fused)(x, in_context), PRODUCT), 2, axis=-1)
+        else:
+            outs = linear(x, [getattr(self, name) for name in (spec.gate_name, spec.names[0])], in_context)
+            gate, up = (checkpoint_name(one, PRODUCT) for one in outs)
+        gate = gate if spec.gate_scale == 1.0 else gate * spec.gate_scale
         return down_proj(activation(gate) * up, out_context)

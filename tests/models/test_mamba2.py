@@ -30,8 +30,6 @@ SPECS = {
         in_bias=True,
         out_bias=True,
         time_step_limit=(0.01, 0.05),
-        in_scale=1.5,
-        out_scale=0.5,
         scales=(0.9, 0.8, 1.1, 1.2, 0.7),
     ),
     "mamba2-without-norm": Mamba2Spec(2, 12, 1, 7, None, conv_bias=False),

@@ -82,12 +82,13 @@ def test_gradients_are_those_of_transformers(name, tmp_path):
     compared = 0
     for path, leaf in flatten(grads).items():
         stored = split.stored[path]
-        for number, tensor in enumerate(stored.names):
+        for number, in_files in enumerate(stored.names):
+            tensor = arch.in_modules(in_files)
             if tensor in expected:  # transformers holds experts in one parameter
                 ours = float(jnp.linalg.norm(stored.tensor(leaf, number)))
                 assert ours == pytest.approx(expected[tensor], rel=1e-3), tensor
                 compared += 1
-    assert compared >= 7 * arch.num_layers
+    assert compared >= min(7 * arch.num_layers, len(expected))
 
     lora = build(arch, mesh, LoraConfig(rank=2), "float32")
     adapter, frozen = load_weights(lora, reader, LoraConfig(rank=2))

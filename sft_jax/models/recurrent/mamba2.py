@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from sft_jax.models.recurrent.conv import DepthwiseConv
 from sft_jax.models.recurrent.ssd import ssd, ssd_step
 from sft_jax.models.recurrent.state import RecurrentState
 from sft_jax.models.remat import PRODUCT, checkpoint_name
+from sft_jax.models.work import Work
 from sft_jax.sharding import constrain
 from sft_jax.typing import Array, Float
 
@@ -36,7 +37,6 @@ class Mamba2Spec:
         conv_size: taps of the convolution.
         activation: of the convolution, in :data:`~sft_jax.models.mlp.ACTIVATIONS`.
         time_step_limit: least and greatest time step.
-        in_scale, out_scale: multiply the input and the output.
         scales: multiply the parts of ``in_proj``'s output: gate, x, b, c, time step.
     """
 
@@ -52,8 +52,6 @@ class Mamba2Spec:
     out_bias: bool = False
     activation: str = "silu"
     time_step_limit: tuple[float, float] = (0.0, math.inf)
-    in_scale: float = 1.0
-    out_scale: float = 1.0
     scales: tuple[float, float, float, float, float] = (1.0, 1.0, 1.0, 1.0, 1.0)
 
     is_mixer: ClassVar[bool] = True
@@ -93,33 +91,28 @@ class Mamba2(nnx.Module):
         """Returns the output, and the state after the last token."""
         spec = self.spec
         in_context, out_context = context.split(2)
-        projected = checkpoint_name(self.in_proj(_scaled(x, spec.in_scale), in_context), PRODUCT)
-        gate, *parts, step = self._split(projected)
+        projected = checkpoint_name(self.in_proj(x, in_context), PRODUCT)
+        gate, *parts, step = self._split(projected, context)
         # x, b and c pass through one convolution.
         convolved, inputs = self.conv1d(jnp.concatenate(parts, axis=-1), context)
         y, memory = self._mix(ACTIVATIONS[spec.activation](convolved), step, context)
-        out = self.out_proj(self._gated(y, gate).astype(x.dtype), out_context)
-        return checkpoint_name(_scaled(out, spec.out_scale), PRODUCT), RecurrentState(inputs, memory)
+        out = checkpoint_name(self.out_proj(self._gated(y, gate).astype(x.dtype), out_context), PRODUCT)
+        return out, RecurrentState(inputs, memory)
 
-    def mixing_flops(self, work: Any) -> float:
-        """Returns the FLOPs of the convolution and the recurrence, forward and backward.
+    def mixing_flops(self, work: Work) -> float:
+        """Returns the FLOPs of the recurrence, forward and backward.
 
-        A token adds one outer product to the memory of each head and reads it once.
-
-        Args:
-            work: planning's ``Work``.
+        A token adds one outer product to the memory of each head, and reads the memory once.
         """
-        spec = self.spec
-        recurrence = 2.0 * spec.inner_size * spec.state_size
-        return 6.0 * work.tokens * (recurrence + sum(spec.parts[1:4]) * spec.conv_size)
+        return 12.0 * work.tokens * self.spec.inner_size * self.spec.state_size
 
-    def _split(self, projected: Float[Array, "B T P"]) -> list[Array]:
+    def _split(self, projected: Float[Array, "B T P"], context: Context) -> list[Array]:
         """Splits the output of ``in_proj`` into gate, x, b, c and time step, and scales them."""
         ends = list(itertools.accumulate(self.spec.parts))
         starts = [0, *ends[:-1]]
         parts = [projected[..., start:end] for start, end in zip(starts, ends, strict=True)]
         return [
-            _scaled(constrain(part, "batch", "unsplit_length", "heads"), scale)
+            _whole(part if scale == 1.0 else part * scale, context)
             for part, scale in zip(parts, self.spec.scales, strict=True)
         ]
 
@@ -129,9 +122,9 @@ class Mamba2(nnx.Module):
         """Returns the output of the recurrence and of the skip connection, and the memory, both float32."""
         spec = self.spec
         inner, shared, _ = itertools.accumulate(spec.parts[1:4])
-        x = self._heads(convolved[..., :inner], spec.num_heads, "heads").astype(jnp.float32)
-        b = self._heads(convolved[..., inner:shared], spec.num_groups, "kv_heads")
-        c = self._heads(convolved[..., shared:], spec.num_groups, "kv_heads")
+        x = self._heads(convolved[..., :inner], spec.num_heads, context).astype(jnp.float32)
+        b = self._heads(convolved[..., inner:shared], spec.num_groups, context)
+        c = self._heads(convolved[..., shared:], spec.num_groups, context)
         step = jax.nn.softplus(step.astype(jnp.float32) + self.dt_bias[...].astype(jnp.float32))
         step = jnp.clip(step, *spec.time_step_limit)
         log_decay = -jnp.exp(self.A_log[...].astype(jnp.float32)) * step
@@ -141,14 +134,14 @@ class Mamba2(nnx.Module):
         else:
             assert context.segment_ids is not None
             y, memory = ssd(stepped, log_decay, b, c, context.segment_ids)
-        return y + self.D[...].astype(jnp.float32)[:, None] * x, constrain(memory, "batch", "heads", "norm", "norm")
+        return y + self.D[...].astype(jnp.float32)[:, None] * x, memory
 
     def _gated(self, y: Float[Array, "B T N H"], gate: Float[Array, "B T NH"]) -> Float[Array, "B T NH"]:
         y = y.reshape(gate.shape)
         return y * jax.nn.silu(gate.astype(jnp.float32)) if self.norm is None else self.norm(y, gate)
 
-    def _heads(self, x: Float[Array, "B T NH"], num: int, axis: str) -> Float[Array, "B T N H"]:
-        return constrain(x.reshape(*x.shape[:2], num, -1), "batch", "unsplit_length", axis, "head_dim")
+    def _heads(self, x: Float[Array, "B T NH"], num: int, context: Context) -> Float[Array, "B T N H"]:
+        return _whole(x.reshape(*x.shape[:2], num, -1), context, "head_dim")
 
 
 class GatedNorm(nnx.Module):
@@ -169,5 +162,7 @@ class GatedNorm(nnx.Module):
         return groups.reshape(y.shape) * self.weight[...].astype(jnp.float32)
 
 
-def _scaled(x: Array, scale: float) -> Array:
-    return x if scale == 1.0 else x * scale
+def _whole(x: Array, context: Context, *more: str) -> Array:
+    """Keeps sequences whole on each device, and distributes heads instead."""
+    batch = "batch" if context.cache is None else "replica"
+    return constrain(x, batch, "unsplit_length", "recurrent_heads", *more)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
@@ -39,7 +39,7 @@ class ShortConv(nnx.Module):
     """The module of :class:`ShortConvSpec`."""
 
     def __init__(self, spec: ShortConvSpec, dim: int, make: Initializer, stack: tuple[int, ...]):
-        self.spec, self.dim = spec, dim
+        self.spec = spec
         self.in_proj = Linear(dim, 3 * dim, ("embed", "heads"), make, stack, spec.bias)
         self.conv = DepthwiseConv(dim, spec.conv_size, spec.bias, make, stack)
         self.out_proj = Linear(dim, dim, ("heads", "embed"), make, stack, spec.bias)
@@ -48,11 +48,9 @@ class ShortConv(nnx.Module):
         """Returns the output, and the state after the last token."""
         in_context, out_context = context.split(2)
         projected = checkpoint_name(self.in_proj(x, in_context), PRODUCT)
-        b, c, x = (constrain(one, "batch", "unsplit_length", "heads") for one in jnp.split(projected, 3, axis=-1))
+        # Sequences are whole on each device, and channels are distributed instead.
+        axes = ("batch" if context.cache is None else "replica", "unsplit_length", "recurrent_heads")
+        b, c, x = (constrain(one, *axes) for one in jnp.split(projected, 3, axis=-1))
         convolved, inputs = self.conv(b * x, context)
         out = checkpoint_name(self.out_proj(c * convolved, out_context), PRODUCT)
         return out, RecurrentState(inputs)
-
-    def mixing_flops(self, work: Any) -> float:
-        """Returns the FLOPs of the convolution, forward and backward; ``work`` is planning's ``Work``."""
-        return 6.0 * work.tokens * self.dim * self.spec.conv_size
