@@ -31,7 +31,14 @@ def read(config: Any) -> Architecture:
         Layer((Sublayer((Branch("mixer", spec, "pre_norm"),)),), norm) for spec in hybrid.by_type(config, specs)
     )
     return standard.architecture(
-        config, layers, norm, tensors=tuple(TENSORS.items()), prefix="backbone.", module_prefix="model."
+        config,
+        layers,
+        norm,
+        tensors=tuple(TENSORS.items()),
+        prefix="backbone.",
+        module_prefix="model.",
+        layouts=(("model.", "lm_head"),),
+        outside=("mtp.",),  # multi-token prediction
     )
 
 
