@@ -52,9 +52,9 @@ def method_from_peft(config: Mapping[str, Any]) -> str:
 def attach_adapters(model: Decoder, variant: LoRA, targets: str | list[str]) -> list[str]:
     """Attaches an adapter to each target module, in place, and returns the names of these modules.
 
-    ``targets`` follows PEFT: ``"all-linear"`` means every linear layer except ``lm_head``, and those of experts, each of
-    which gets an adapter of its own. Routers have none. A name matches a module
-    whose dotted path is the name or ends with ``.name``. A name matches the module in all decoder layers.
+    ``targets`` follows PEFT: a name matches a module whose dotted path is the name or ends with ``.name``, in all
+    decoder layers. ``"all-linear"`` means every linear layer except ``lm_head`` and routers; those of experts too, each
+    of which gets an adapter of its own.
 
     Raises:
         UserError: a name matches no linear layer, or is the embeddings or ``lm_head``.

@@ -40,7 +40,6 @@ _UNSUPPORTED = {
     "alpha_pattern": {},
     "modules_to_save": None,
     "bias": "none",
-    "fan_in_fan_out": False,
     "layers_to_transform": None,
     "trainable_token_indices": None,
     "lora_bias": False,
@@ -221,6 +220,7 @@ def save_adapter(
     base_model: str,
     revision: str | None = None,
     fingerprint: str | None = None,
+    fan_in_fan_out: bool = False,
 ) -> None:
     """Writes ``adapter_config.json`` and ``adapter_model.safetensors`` to an existing folder.
 
@@ -229,6 +229,7 @@ def save_adapter(
             (resized embeddings).
         target_modules, target_parameters: see :func:`targets`.
         fingerprint: fingerprint of the base's weights, to detect another base of the same shapes.
+        fan_in_fan_out: whether the base stores linear layers as ``[in, out]``.
     """
     metadata = {"format": "pt"} | ({} if fingerprint is None else {_FINGERPRINT: fingerprint})
     save_file({_PREFIX + name: tensor for name, tensor in tensors.items()}, folder / _FILE, metadata=metadata)
@@ -243,7 +244,7 @@ def save_adapter(
         "target_modules": sorted(target_modules),
         "target_parameters": sorted(target_parameters) or None,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": fan_in_fan_out,
         "modules_to_save": None,
         "inference_mode": True,
         "init_lora_weights": True,

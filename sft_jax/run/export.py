@@ -118,6 +118,7 @@ def _write_adapter(run: OpenedRun, split: Split, folder: Path) -> None:
         str(run.base) if path.startswith(builtin.PREFIX) else absolute(path),
         commit_of(run.base) or run.config.model.revision,
         run.fingerprint,
+        split.arch.conv1d,
     )
 
 
