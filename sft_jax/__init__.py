@@ -11,11 +11,13 @@ from sft_jax.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from sft_jax.api import (
+        CheckFailed,
         Config,
         Event,
         Model,
         Run,
         UserError,
+        check,
         evaluate,
         export,
         inspect,
@@ -26,8 +28,8 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
-    "Config", "Event", "Model", "Run", "UserError",
-    "evaluate", "export", "inspect", "load", "load_config", "plan", "train",
+    "CheckFailed", "Config", "Event", "Model", "Run", "UserError",
+    "check", "evaluate", "export", "inspect", "load", "load_config", "plan", "train",
 ]  # fmt: skip
 
 

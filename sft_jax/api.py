@@ -25,12 +25,14 @@ from sft_jax import assembly
 from sft_jax import config_file as configs
 from sft_jax.config import Config
 from sft_jax.data.read.memory import write_source
+from sft_jax.errors import CheckFailed as CheckFailed
 from sft_jax.errors import Stopped
 from sft_jax.errors import UserError as UserError
 from sft_jax.evaluation import score as _score
 from sft_jax.inference.sampling import Sampling
 from sft_jax.models.architecture import Architecture
 from sft_jax.planning import plan as _plan
+from sft_jax.run import check as _check
 from sft_jax.run import evaluate as _evaluate
 from sft_jax.run import export as _export
 from sft_jax.run import generate as _generate
@@ -163,9 +165,9 @@ class Run:
         """Evaluate the base and the tuned model with the config of the run; see :func:`evaluate`."""
         return evaluate(configs.load(self._directory.local / "config.yaml"), step)
 
-    def export(self, out: str | Path, format: str | None = None, step: int | None = None) -> Path:
+    def export(self, out: str | Path, format: str | None = None, step: int | None = None, check: bool = False) -> Path:
         """Write an adapter or a merged model; see :func:`export`."""
-        return export(self.folder, out, format, step)
+        return export(self.folder, out, format, step, check=check)
 
 
 @dataclass(frozen=True)
@@ -276,18 +278,47 @@ def load(name: str | Path, base: str | None = None, dtype: str | None = None, st
     return Model(assembly.open_model(str(name), base, step, dtype))
 
 
+def check(name: str | Path, base: str | None = None, step: int | None = None) -> dict[str, Any]:
+    """Prove that a model is imported right: tensors, bytes, logits, greedy text, chat template.
+
+    Compares with transformers, or with PEFT for an adapter or a LoRA run, where they and torch are installed. Prints a
+    line per check, also for what could not be checked.
+
+    Args:
+        name, base, step: as for :func:`load`.
+
+    Returns:
+        ``passed``, and ``checks`` with the ``status`` of each: ``ok``, ``FAILED`` or ``not checked``.
+
+    Raises:
+        UserError: no model of that name, or one that cannot be opened at all.
+    """
+    return _check.check(str(name), base, step)
+
+
 def export(
-    run: str | Path, out: str | Path, format: str | None = None, step: int | None = None, base: str | None = None
+    run: str | Path,
+    out: str | Path,
+    format: str | None = None,
+    step: int | None = None,
+    base: str | None = None,
+    check: bool = False,
 ) -> Path:
     """Export a run as a Hugging Face folder; returns its path.
 
     Args:
         format: ``adapter`` or ``merged``; by default ``adapter`` for LoRA and ``merged`` for full fine-tuning.
+        check: load the export again and compare its logits with those of the run.
 
     Raises:
         UserError: no such run, a folder that is not empty, or ``adapter`` for a fully fine-tuned run.
+        CheckFailed: the export computes something else than the run; it stays where it is.
     """
-    _export.export(run, str(out), format, step, base)
+    if check:
+        _check.refuse_check(str(out))
+    form = _export.export(run, str(out), format, step, base)
+    if check:
+        _check.check_export(run, str(out), form, step, base)
     return Path(out)
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from sft_jax.config import Config, LoraConfig
 from sft_jax.data.batches.packing import sequence_lengths
 from sft_jax.errors import UserError
-from sft_jax.hf.config import read_config, stop_ids
+from sft_jax.hf.config import file_dtype, stop_ids
 from sft_jax.hf.dequantized import open_weights
 from sft_jax.hf.hub import find_model
 from sft_jax.hf.load import load_params
@@ -108,6 +108,33 @@ class Model:
     def with_params(self, params: Params) -> Model:
         """The same network with other trainable parameters."""
         return dataclasses.replace(self, params=params)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A model whose weights are not read yet.
+
+    Attributes:
+        base: the model itself, or the base model of a run or an adapter.
+        trained: reads the trained weights of a run or an adapter.
+        adapter: the PEFT folder of an adapter.
+    """
+
+    description: str
+    base: Base
+    split: Split
+    tokenizer: Any
+    stop_ids: list[int]
+    trained: Callable[[], dict[LeafPath, Array]]
+    run: OpenedRun | None = None
+    adapter: Path | None = None
+
+    def load(self) -> Model:
+        """Read the weights."""
+        trained = self.trained()
+        frozen = _frozen(self.split, self.base, trained)
+        params = unflatten({path: trained[path] for path in flatten(self.split.trainable)})
+        return Model(self.description, self.split, params, frozen, self.tokenizer, self.stop_ids)
 
 
 # -- from a config ----------------------------------------------------------------------------------------------------
@@ -213,7 +240,19 @@ def open_model(
     dtype: str | None = None,
     devices: Sequence[Any] | None = None,
 ) -> Model:
-    """Open a model by name on all devices.
+    """Open a model by name on all devices; the arguments and errors are those of :func:`find`."""
+    return find(name, base, step, dtype, devices).load()
+
+
+def find(
+    name: str,
+    base: str | None = None,
+    step: int | None = None,
+    dtype: str | None = None,
+    devices: Sequence[Any] | None = None,
+    quantized: bool = True,
+) -> Found:
+    """Find a model by name and read everything except its weights.
 
     Args:
         name: ``builtin:tiny``, a Hugging Face folder or id, a run directory, or a PEFT adapter folder.
@@ -221,6 +260,7 @@ def open_model(
         step: a checkpoint of a run; by default the last.
         dtype: compute dtype; by default that of the run or of the files.
         devices: the devices to use; by default all.
+        quantized: whether the base model of a QLoRA run is quantized as in training.
 
     Raises:
         UserError: no model of that name, or a base model that is missing or does not match.
@@ -229,22 +269,21 @@ def open_model(
     mesh = make_mesh(devices=devices)
     enable_compilation_cache(mesh.devices.flat[0])
     if (run := RunDirectory(name)).is_run():
-        return _open_run(run, base, step, dtype, mesh)
+        return _find_run(run, base, step, dtype, mesh, quantized)
     if step is not None:
         raise UserError(f"{name}: only run directories have steps, and this is not one; leave out the step")
     if (folder / "adapter_config.json").is_file():
-        return _open_adapter(folder, base, dtype, mesh)
+        return _find_adapter(folder, base, dtype, mesh)
     if base is not None:
         raise UserError(f"{name}: only runs and adapters have a base model, and this is neither; leave out --base")
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise UserError(f"{name}: this folder holds neither a run, nor a Hugging Face model, nor a PEFT adapter")
     model = open_base(name, asked_by="model")
     tokenizer, _ = load_tokenizer(model.folder)
-    dtype = dtype or _file_dtype(model.folder)
+    dtype = dtype or file_dtype(model.folder)
     split = build(model.arch, mesh, None, dtype, remat="none", full=False)
-    frozen = _frozen(split, model, {})
     description = f"{name}, {model.arch.family}, {dtype}"
-    return Model(description, split, {}, frozen, tokenizer, _with_eos(model.stop_ids, tokenizer))
+    return Found(description, model, split, tokenizer, _with_eos(model.stop_ids, tokenizer), dict)
 
 
 def open_tuned(run: OpenedRun) -> tuple[Base, Architecture]:
@@ -254,25 +293,26 @@ def open_tuned(run: OpenedRun) -> tuple[Base, Architecture]:
     return base, dataclasses.replace(arch, vocab_size=run.vocab_size)
 
 
-def _open_run(directory: RunDirectory, name: str | None, step: int | None, dtype: str | None, mesh: Mesh) -> Model:
+def _find_run(
+    directory: RunDirectory, name: str | None, step: int | None, dtype: str | None, mesh: Mesh, quantized: bool
+) -> Found:
     run = open_run(directory, step, name)
     base, arch = open_tuned(run)
     check_heads(arch.attention_specs, mesh)
     config = run.config
-    dtype, quantization = dtype or config.model.dtype, config.model.quantization
+    dtype, quantization = dtype or config.model.dtype, config.model.quantization if quantized else None
     embeddings = quantization is not None and run.trains_embeddings  # trained embeddings are not quantized
     split = build(arch, mesh, config.lora, dtype, "none", embeddings, full=False, quantization=quantization)
     leaves = flatten(split.trainable) | flatten(split.frozen)
-    trained = run.restore({path: leaves[path] for path in run.trained})
-    frozen = _frozen(split, base, trained)
     stops = list(dict.fromkeys([*run.stop_ids, *_with_eos(base.stop_ids, run.tokenizer)]))
     method = "full fine-tuning" if config.lora is None else "LoRA"
     description = f"{directory} at step {run.step}, {method} of {config.model.path}, {dtype}"
     description += f", base in {quantization}" if quantization else ""
-    return Model(description, split, _params(split, trained), frozen, run.tokenizer, stops)
+    trained = partial(run.restore, {path: leaves[path] for path in run.trained})
+    return Found(description, base, split, run.tokenizer, stops, trained, run=run)
 
 
-def _open_adapter(folder: Path, name: str | None, dtype: str | None, mesh: Mesh) -> Model:
+def _find_adapter(folder: Path, name: str | None, dtype: str | None, mesh: Mesh) -> Found:
     config = read_adapter_config(folder)
     asked_by = "--base" if name else f"{folder / 'adapter_config.json'}: base_model_name_or_path"
     base = open_base(name or config.base, None if name else config.revision, asked_by)
@@ -287,18 +327,13 @@ def _open_adapter(folder: Path, name: str | None, dtype: str | None, mesh: Mesh)
     check_heads(arch.attention_specs, mesh)
     has_tokenizer = (folder / "tokenizer.json").is_file()
     tokenizer, _ = load_tokenizer(folder if has_tokenizer else base.folder)
-    dtype = dtype or _file_dtype(base.folder)
+    dtype = dtype or file_dtype(base.folder)
     lora = LoraConfig(method=config.method, rank=config.rank, alpha=config.alpha, target_modules=config.target_modules)
     split = build(arch, mesh, lora, dtype, remat="none", full=False)
-    trained = load_adapter(str(folder), split, embeddings=True)
-    frozen = _frozen(split, base, trained)
     stops = _with_eos(stop_ids(folder) or base.stop_ids, tokenizer)
     description = f"{folder}, adapter of rank {config.rank} on {name or config.base}, {dtype}"
-    return Model(description, split, _params(split, trained), frozen, tokenizer, stops)
-
-
-def _params(split: Split, trained: dict[LeafPath, Array]) -> Params:
-    return unflatten({path: trained[path] for path in flatten(split.trainable)})
+    trained = partial(load_adapter, str(folder), split, embeddings=True)
+    return Found(description, base, split, tokenizer, stops, trained, adapter=folder)
 
 
 def _frozen(split: Split, base: Base, trained: dict[LeafPath, Array]) -> Params:
@@ -309,13 +344,6 @@ def _frozen(split: Split, base: Base, trained: dict[LeafPath, Array]) -> Params:
     if base.reader is not None:
         loaded |= load_params(base.reader, base_leaves, split.stored, missing, split.arch, base.arch.vocab_size)
     return unflatten({path: loaded[path] for path in leaves})
-
-
-def _file_dtype(folder: Path) -> str:
-    """The dtype of a model's files if it is float32, otherwise bfloat16: the range of float16 is too small."""
-    config = read_config(folder)
-    dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
-    return "float32" if dtype == "float32" else "bfloat16"
 
 
 def _with_eos(ids: list[int], tokenizer: Any) -> list[int]:

@@ -6,9 +6,10 @@ import argparse
 import sys
 
 from sft_jax import outside_faults
-from sft_jax.commands import evaluate, export, generate, inspect, plan, score, train
+from sft_jax.commands import check, evaluate, export, generate, inspect, plan, score, train
 from sft_jax.errors import (
     USER_ERROR,
+    CheckFailed,
     Preempted,
     Unreachable,
     UserError,
@@ -19,7 +20,11 @@ from sft_jax.version import __version__
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command. Returns 0 on success, 2 on a user error (one printed line), 75 if running it again resumes it."""
+    """Run a command.
+
+    Returns:
+        0 on success, 1 if a check failed, 2 on a user error (one printed line), 75 if running it again resumes it.
+    """
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     # argparse does not accept key=value after an option, but that is where users append overrides.
@@ -30,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
         options.overrides += rest
     try:
         return options.command(options)
-    except (UserError, Preempted, Unreachable, KeyboardInterrupt) as error:
+    except (UserError, CheckFailed, Preempted, Unreachable, KeyboardInterrupt) as error:
         print(f"sft-jax: {str(error) or 'interrupted'}", file=sys.stderr)
         return exit_code(error)
     except Exception as error:
@@ -46,6 +51,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"sft-jax {__version__}")
     commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND")
-    for command in (train, inspect, plan, evaluate, generate, score, export):
+    for command in (train, inspect, plan, evaluate, generate, score, check, export):
         command.add(commands)
     return parser

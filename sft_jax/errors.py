@@ -23,6 +23,10 @@ class Stopped(Preempted):
     """A callback asked the run to stop; the state is saved."""
 
 
+class CheckFailed(Exception):
+    """What was written is not what it should be; the message is one line."""
+
+
 class Unreachable(RuntimeError):
     """Another process of the run could not be reached."""
 

@@ -1,4 +1,4 @@
-"""Prevents transformers from importing torch."""
+"""Prevents transformers from importing torch, or lets it."""
 
 from __future__ import annotations
 
@@ -15,3 +15,10 @@ def leave_out_torch() -> None:
     modules: dict[str, Any] = sys.modules
     if "transformers" not in modules:
         modules.setdefault("torch", None)
+
+
+def bring_back_torch() -> None:
+    """Undo :func:`leave_out_torch`, for commands that compare with torch; call it before transformers is imported."""
+    modules: dict[str, Any] = sys.modules
+    if "transformers" not in modules and modules.get("torch", ...) is None:
+        del modules["torch"]

@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 from sft_jax.commands.shared import add_processes, quiet_imports
+from sft_jax.without_torch import bring_back_torch
 
 
 def add(commands: Any) -> None:
@@ -19,6 +20,11 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--step", type=int, help="default: the last checkpoint")
     parser.add_argument("--base", help="the base model, if it has moved")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="load what was written again and compare it with the run; exit code 1 if they differ",
+    )
     add_processes(parser)
     parser.set_defaults(command=run)
 
@@ -26,11 +32,13 @@ def add(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Export the run."""
     os.environ["JAX_PLATFORMS"] = "cpu"  # leaves the accelerators to training
+    if options.check:
+        bring_back_torch()
     quiet_imports()
     from sft_jax.distributed.processes import joined
 
     with joined(options.coordinator, options.num_processes, options.process_id, options.timeout):
         from sft_jax.api import export
 
-        export(options.run, options.out, options.format, options.step, options.base)
+        export(options.run, options.out, options.format, options.step, options.base, options.check)
     return 0

@@ -75,6 +75,13 @@ def _transformers_config(folder: Path) -> Any:
         raise UserError(" ".join(str(error).split())) from error
 
 
+def file_dtype(folder: Path) -> str:
+    """Reads the dtype of a model's files if it is float32, otherwise bfloat16: the range of float16 is too small."""
+    config = read_config(folder)
+    dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
+    return "float32" if dtype == "float32" else "bfloat16"
+
+
 def stop_ids(folder: Path) -> list[int]:
     """Reads the stop token ids (``eos_token_id``) of ``generation_config.json`` or ``config.json``; may be empty."""
     for name in ("generation_config.json", "config.json"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import jax
@@ -113,21 +114,52 @@ def _recipe(reader: Reader, leaf: Leaf, stored: Stored) -> Recipe:
     )
 
 
-def _check(reader: Reader, expected: Mapping[str, tuple[int, ...]], arch: Architecture) -> None:
-    for name, shape in expected.items():
-        if name not in reader.names:
-            present = ", ".join(sorted(reader.names)[:2])
-            raise UserError(
-                f"{reader.folder}: tensor {name} is missing; the files have {len(reader.names)} tensors, such as "
-                f"{present}"
-            )
-        if reader.shape(name) != shape:
-            raise UserError(
-                f"{reader.folder}: tensor {name} has shape {reader.shape(name)}, but config.json implies {shape}"
-            )
-        reader.dtype(name)
+@dataclass(frozen=True)
+class Mismatch:
+    """The tensors in which a network and the files differ.
+
+    Attributes:
+        missing: tensors of the network that are not in the files.
+        reshaped: tensors that have another shape in the files.
+        extra: tensors in the files that have no place in the network.
+    """
+
+    missing: list[str]
+    reshaped: list[str]
+    extra: list[str]
+
+
+def find_mismatch(reader: Reader, expected: Mapping[str, tuple[int, ...]], arch: Architecture) -> Mismatch:
+    """Compares the names and shapes of all tensors.
+
+    Buffers that follow from the config are ignored, and a copy of tied embeddings as well.
+
+    Args:
+        expected: from :func:`expected_shapes`.
+        arch: says which further tensors the files may have.
+    """
+    names = reader.names
     allowed = {arch.lm_head_tensor} if arch.tie_word_embeddings else set()
-    ignored = set(outside_tensors(reader, arch))
-    extra = sorted(name for name in reader.names - set(expected) - allowed - ignored if not name.endswith(_IGNORED))
-    if extra:
-        raise UserError(f"{reader.folder}: tensor {extra[0]} has no place in this model ({len(extra)} such tensors)")
+    allowed |= set(outside_tensors(reader, arch))
+    return Mismatch(
+        missing=[name for name in expected if name not in names],
+        reshaped=[name for name, shape in expected.items() if name in names and reader.shape(name) != shape],
+        extra=sorted(name for name in names - set(expected) - allowed if not name.endswith(_IGNORED)),
+    )
+
+
+def _check(reader: Reader, expected: Mapping[str, tuple[int, ...]], arch: Architecture) -> None:
+    found = find_mismatch(reader, expected, arch)
+    for name in found.missing:
+        present = ", ".join(sorted(reader.names)[:2])
+        raise UserError(
+            f"{reader.folder}: tensor {name} is missing; the files have {len(reader.names)} tensors, such as {present}"
+        )
+    for name in found.reshaped:
+        raise UserError(
+            f"{reader.folder}: tensor {name} has shape {reader.shape(name)}, but config.json implies {expected[name]}"
+        )
+    for name in expected:
+        reader.dtype(name)
+    for name in found.extra:
+        raise UserError(f"{reader.folder}: tensor {name} has no place in this model ({len(found.extra)} such tensors)")

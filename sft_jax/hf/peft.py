@@ -27,8 +27,8 @@ from sft_jax.tree import Path as LeafPath
 from sft_jax.tree import flatten
 from sft_jax.typing import Array
 
-_FILE = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+ADAPTER_FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."  # of tensor names in an adapter's file
 _FINGERPRINT = "base_fingerprint"  # metadata key in the safetensors file
 
 _MERGE = "; merge it into its base with PEFT (merge_and_unload) and use the merged model"
@@ -111,7 +111,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
 def base_fingerprint(folder: Path) -> str | None:
     """Reads the base model's fingerprint (:meth:`TensorReader.fingerprint`); None in files of other libraries."""
     try:
-        with safe_open(folder / _FILE, "np") as file:
+        with safe_open(folder / ADAPTER_FILE, "np") as file:
             return (file.metadata() or {}).get(_FINGERPRINT)
     except (OSError, SafetensorError):
         return None  # reading the tensors raises a better error
@@ -119,8 +119,8 @@ def base_fingerprint(folder: Path) -> str | None:
 
 def num_embeddings(folder: Path, arch: Architecture) -> int | None:
     """Number of embeddings in an adapter's file; None if it has none."""
-    reader = TensorReader(folder, _FILE)
-    name = _PREFIX + arch.in_modules(arch.embeddings_tensor)
+    reader = TensorReader(folder, ADAPTER_FILE)
+    name = PREFIX + arch.in_modules(arch.embeddings_tensor)
     return reader.shape(name)[0] if name in reader.names else None
 
 
@@ -139,18 +139,18 @@ def load_adapter(folder: str, split: Split, embeddings: bool = False) -> dict[Le
     if not (path / "adapter_config.json").is_file():
         raise UserError(f"lora.init_from: {path} has no adapter_config.json; it must be a PEFT adapter folder")
     _check_settings(path, read_adapter_config(path), split.variant)
-    reader = TensorReader(path, _FILE)
+    reader = TensorReader(path, ADAPTER_FILE)
     leaves = flatten(split.trainable) | (flatten(split.frozen) if embeddings else {})
     names = {}
     for leaf_path in leaves:
-        in_file = _names(split, leaf_path) if leaf_path in split.stored else []
+        in_file = names_in_adapter(split, leaf_path) if leaf_path in split.stored else []
         if is_adapter(split.labels[leaf_path]) or (leaf_path[0] in EMBEDDINGS and reader.names.issuperset(in_file)):
             names[leaf_path] = in_file
     wanted = {name for in_file in names.values() for name in in_file}
     for missing in sorted(wanted - reader.names)[:1]:
         raise UserError(f"{path}: tensor {missing} is missing; check that lora.target_modules matches this adapter")
     for extra in sorted(reader.names - wanted)[:1]:
-        if extra in [_PREFIX + split.arch.in_modules(one) for one in _of_vocabulary(split.arch)]:
+        if extra in [PREFIX + split.arch.in_modules(one) for one in _of_vocabulary(split.arch)]:
             raise UserError(f"{path}: has embeddings of added tokens; list these tokens in data.added_tokens")
         raise UserError(f"{path}: tensor {extra} has no place; add its module to lora.target_modules")
     return {
@@ -163,10 +163,10 @@ def _of_vocabulary(arch: Architecture) -> tuple[str, str]:
     return arch.embeddings_tensor, arch.lm_head_tensor
 
 
-def _names(split: Split, path: LeafPath) -> list[str]:
+def names_in_adapter(split: Split, path: LeafPath) -> list[str]:
     """Returns the tensor names of an adapter parameter, the embeddings or ``lm_head`` in an adapter's file."""
     names = split.stored[path].names
-    return [_PREFIX + (split.arch.in_modules(name) if path[0] in EMBEDDINGS else name) for name in names]
+    return [PREFIX + (split.arch.in_modules(name) if path[0] in EMBEDDINGS else name) for name in names]
 
 
 def _check_settings(path: Path, config: AdapterConfig, variant: Any) -> None:
@@ -232,7 +232,7 @@ def save_adapter(
         fan_in_fan_out: whether the base stores linear layers as ``[in, out]``.
     """
     metadata = {"format": "pt"} | ({} if fingerprint is None else {_FINGERPRINT: fingerprint})
-    save_file({_PREFIX + name: tensor for name, tensor in tensors.items()}, folder / _FILE, metadata=metadata)
+    save_file({PREFIX + name: tensor for name, tensor in tensors.items()}, folder / ADAPTER_FILE, metadata=metadata)
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

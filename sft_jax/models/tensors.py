@@ -70,6 +70,10 @@ class Stored:
         element = self.columns(element, number)
         return element.swapaxes(-1, -2) if self.transposed else element
 
+    def as_in_file(self, parameter: np.ndarray, number: int, dtype: np.dtype) -> np.ndarray:
+        """Returns :meth:`tensor` in the dtype of the files, contiguous in memory as safetensors writes it."""
+        return np.ascontiguousarray(self.tensor(parameter, number).astype(dtype))
+
     def element(self, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         """Returns the element of a stack that consists of one tensor of the files; the inverse of :meth:`part`."""
         if self.permutation is not None:

@@ -41,8 +41,8 @@ from sft_jax.tree import Path as LeafPath
 
 def export(
     run: str | Path, out: str | Path, form: str | None = None, step: int | None = None, base: str | None = None
-) -> None:
-    """Export a run to ``out``, a new or empty folder. A failed export leaves no model there.
+) -> str:
+    """Export a run to ``out``, a new or empty folder; returns the form. A failed export leaves no model there.
 
     Args:
         run: a run directory; it and ``out`` may be in a bucket.
@@ -86,6 +86,12 @@ def export(
                 f"its base model is {path}, which PEFT cannot open; set the path of a copy in adapter_config.json, or "
                 "use --format merged"
             )
+    return form
+
+
+def write_adapter(run: OpenedRun, folder: Path) -> None:
+    """Write only the two files of the PEFT adapter of a run to an existing folder."""
+    _write_adapter(run, _network(run), folder)
 
 
 def _network(run: OpenedRun) -> Split:
@@ -106,9 +112,8 @@ def _write_adapter(run: OpenedRun, split: Split, folder: Path) -> None:
         stored = split.stored[path]
         for number, name in enumerate(stored.names):
             is_base = not is_adapter(split.labels[path])
-            tensor = stored.tensor(leaf, number).astype(run.dtype(name) if is_base else leaf.dtype)
-            # The safetensors library writes the memory of an array, so the array must be contiguous.
-            tensors[split.arch.in_modules(name) if is_base else name] = np.ascontiguousarray(tensor)
+            tensor = stored.as_in_file(leaf, number, run.dtype(name) if is_base else leaf.dtype)
+            tensors[split.arch.in_modules(name) if is_base else name] = tensor
     path = run.config.model.path
     save_adapter(
         folder,

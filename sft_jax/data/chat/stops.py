@@ -33,7 +33,9 @@ class StopTokens:
                 )
         self.ids = {*stop_ids, *([] if self.default is None else [self.default])}
         self.special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | self.ids
-        self.texts: dict[int, str] = {i: tokenizer.convert_ids_to_tokens(i) for i in self.ids}
+        named = {i: tokenizer.convert_ids_to_tokens(i) for i in self.ids}
+        # A generation config may name ids that the tokenizer does not have.
+        self.texts: dict[int, str] = {i: text for i, text in named.items() if text is not None}
         self._whitespace: dict[int, bool] = {}
 
     def find_end(
