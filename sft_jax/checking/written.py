@@ -34,8 +34,7 @@ def merged(model: Model) -> Model:
         if path[-1] != "weight" or path[:-1] not in adapters:
             return leaves[path]
         result = leaves[path].copy()
-        for number in range(len(split.stored[path].names)):
-            index = split.stored[path].index(number)
+        for index in np.ndindex(*split.stored[path].stack):
             parameters = {name: one[index] for name, one in adapters[path[:-1]].items()}
             if variant.changes(parameters):
                 result[index] = variant.merge(result[index], parameters)
