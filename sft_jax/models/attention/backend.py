@@ -132,7 +132,7 @@ def _in_parts(
         return _compute(backend, scores, q, k, v, segment_ids)
     pairs = np.array_split(np.arange(q.shape[1], dtype=np.int32).reshape(-1, 2), num)
     positions = [jnp.asarray(part.reshape(-1)) for part in pairs]
-    out = [_compute(backend, scores, q[:, part], k, v, segment_ids, part) for part in positions]
+    out = [_compute(backend, scores, q[:, part], k, v, segment_ids, positions=part) for part in positions]
     return jnp.concatenate(out, axis=1)
 
 
@@ -145,6 +145,7 @@ def attention(
     softcap: float | None = None,
     scale: float | None = None,
     backend: Backend = XLA,
+    sinks: Float[Array, "N"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Softmax attention where position t sees s iff ``s <= t``, both are in one segment, and ``t - s < window``.
 
@@ -152,10 +153,13 @@ def attention(
     heads ``g·K … g·K + G`` share key/value head g (grouped-query attention, Ainslie et al. 2023). Segments are
     contiguous. Each device computes its own sequences and heads. If sequences are sharded too, keys and values are
     all-gathered, and each device computes its own queries. The output of padding (segment 0) is unspecified.
+
+    Args:
+        sinks: one more score for each query, of a key whose value is zero; not for ``cudnn``.
     """
     mesh, scores = current_mesh(), _Scores(window, softcap, scale)
     if mesh is None:
-        return _compute(backend, scores, q, k, v, segment_ids)
+        return _compute(backend, scores, q, k, v, segment_ids, sinks)
     num_kv_heads, shards = k.shape[2], num_parts("heads", mesh)
     if num_kv_heads % shards:  # each device gets the key/value heads of its query heads
         copies = math.lcm(num_kv_heads, shards) // num_kv_heads
@@ -163,14 +167,15 @@ def attention(
     queries = partition_spec(("batch", "length", "heads", "head_dim"), q.shape, mesh)
     keys = partition_spec(("batch", "length", "kv_heads", "head_dim"), k.shape, mesh)
     segments = partition_spec(("batch", "unsplit_length"), segment_ids.shape, mesh)
+    inputs = (queries, keys, keys, segments, None if sinks is None else PartitionSpec(queries[2]))
     axis = queries[1]
     if axis is None:
         return jax.shard_map(
             partial(_compute, backend, scores),
-            in_specs=(queries, keys, keys, segments),
+            in_specs=inputs,
             out_specs=queries,
             check_vma=False,
-        )(q, k, v, segment_ids)
+        )(q, k, v, segment_ids, sinks)
 
     assert isinstance(axis, str), axis
     split = SplitSequences.of(q.shape[1], mesh.shape[axis], axis, window)
@@ -182,13 +187,13 @@ def attention(
         )
         mask_specs = masks.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, axis)))
 
-    def shard(q: Array, k: Array, v: Array, segment_ids: Array, mask: Any) -> Array:
+    def shard(q: Array, k: Array, v: Array, segment_ids: Array, sinks: Array | None, mask: Any) -> Array:
         q, k, v = split.redistribute(q), split.all_gather(k), split.all_gather(v)
-        return split.restore(_compute(backend, scores, q, k, v, segment_ids, split.local_positions(), mask))
+        return split.restore(_compute(backend, scores, q, k, v, segment_ids, sinks, split.local_positions(), mask))
 
-    return jax.shard_map(
-        shard, in_specs=(queries, keys, keys, segments, mask_specs), out_specs=queries, check_vma=False
-    )(q, k, v, segment_ids, masks)
+    return jax.shard_map(shard, in_specs=(*inputs, mask_specs), out_specs=queries, check_vma=False)(
+        q, k, v, segment_ids, sinks, masks
+    )
 
 
 def _compute(
@@ -198,6 +203,7 @@ def _compute(
     k: Array,
     v: Array,
     segment_ids: Array,
+    sinks: Array | None = None,
     positions: Array | None = None,
     mask: Any = None,
 ) -> Array:
@@ -214,11 +220,13 @@ def _compute(
             interpret=backend.interpret,
             positions=positions,
             mask=mask,
+            sinks=sinks,
         )
     if backend.name == "triton":
         assert positions is None
-        return triton.triton_attention(q, k, v, segment_ids, **options)
+        return triton.triton_attention(q, k, v, segment_ids, **options, sinks=sinks)
     if backend.name == "cudnn":
         assert scores.softcap is None
+        assert sinks is None
         return cudnn.cudnn_attention(q, k, v, segment_ids, scores.window, scores.scale, positions)
-    return xla_attention(q, k, v, segment_ids, **options, block=backend.block, positions=positions)
+    return xla_attention(q, k, v, segment_ids, **options, block=backend.block, positions=positions, sinks=sinks)

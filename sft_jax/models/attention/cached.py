@@ -21,6 +21,7 @@ def cached_attention(
     window: int | None = None,
     softcap: float | None = None,
     scale: float | None = None,
+    sinks: Float[Array, "N"] | None = None,
 ) -> Float[Array, "B 1 N H"]:
     """Computes attention of one new token per sequence to itself and to the cached positions before it.
 
@@ -40,7 +41,12 @@ def cached_attention(
     if window is not None:
         visible &= distance < window
     before = jnp.where(visible[:, None, None, None], scores(cache.k), _MASKED)
-    weights = jax.nn.softmax(jnp.concatenate([before, scores(k)], axis=-1), axis=-1).astype(v.dtype)
+    every = [before, scores(k)]
+    if sinks is not None:
+        sinks = sinks.astype(jnp.float32).reshape(num_kv_heads, -1, 1, 1)
+        every.append(jnp.broadcast_to(sinks, every[1].shape))
+    weights = jax.nn.softmax(jnp.concatenate(every, axis=-1), axis=-1).astype(v.dtype)
+    weights = weights if sinks is None else weights[..., :-1]
     out = jnp.einsum("bkgts,bskh->btkgh", weights[..., :-1], cache.v)
     out += jnp.einsum("bkgts,bskh->btkgh", weights[..., -1:], v)
     return out.reshape(batch_size, 1, num_heads, head_dim)

@@ -18,6 +18,8 @@ def unsupported_reason(request: Request) -> str | None:
     head_dim = request.spec.head_dim
     if head_dim % 8 or head_dim > 128:
         return f"needs a head dimension up to 128, a multiple of 8, not {head_dim}"
+    if request.spec.sinks:
+        return "has no attention sinks"
     return "has no soft cap" if request.spec.softcap is not None else request.unsupported_length(2)
 
 

@@ -82,6 +82,7 @@ class SelfAttention(nnx.Module):
             sizes = (n * h, k * h) if spec.qk_norm_heads else (h, h)
             for name, size in zip(spec.norm_names, sizes, strict=True):
                 setattr(self, name, make_norm(size, spec.qk_norm, make, stack))
+        self.sinks = nnx.data(make.constant(0.0, (*stack, n), ("heads",)) if spec.sinks else None)
         self.v_norm = nnx.data(None if spec.v_norm is None else make_norm(h, spec.v_norm, make, stack))
 
     def __call__(self, x: Float[Array, "B T D"], context: Context) -> tuple[Float[Array, "B T D"], KeyValues]:
@@ -154,12 +155,14 @@ class SelfAttention(nnx.Module):
         return q_norm(q), k_norm(k)
 
     def _attend(self, q: Array, k: Array, v: Array, context: Context) -> Float[Array, "B T N H"]:
-        spec = self.spec
+        spec, sinks = self.spec, None if self.sinks is None else self.sinks[...]
         if context.cache is not None:
-            out = cached_attention(q, k, v, context.cache, context.positions, spec.window, spec.softcap, spec.scale)
+            out = cached_attention(
+                q, k, v, context.cache, context.positions, spec.window, spec.softcap, spec.scale, sinks
+            )
             return constrain(out, "replica", "unsplit_length", "heads", "head_dim")
         assert context.segment_ids is not None
-        return attention(q, k, v, context.segment_ids, spec.window, spec.softcap, spec.scale, context.backend)
+        return attention(q, k, v, context.segment_ids, spec.window, spec.softcap, spec.scale, context.backend, sinks)
 
     def _heads(self, x: Float[Array, "B T NH"], num_heads: int, axis: str) -> Float[Array, "B T N H"]:
         return constrain(x.reshape(*x.shape[:2], num_heads, self.spec.head_dim), "batch", "length", axis, "head_dim")

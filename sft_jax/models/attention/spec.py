@@ -14,6 +14,7 @@ class AttentionSpec:
         scale: multiplies the products of queries and keys; None for ``1 / √head_dim``.
         window: position t attends to s only if ``t - s < window``; None for no window.
         softcap: ``c`` of the soft cap; scores become ``c · tanh(score / c)``; None for no cap.
+        sinks: whether each query head has one more score, a parameter, for a key whose value is zero.
     """
 
     num_heads: int
@@ -22,6 +23,7 @@ class AttentionSpec:
     scale: float | None = None
     window: int | None = None
     softcap: float | None = None
+    sinks: bool = False
 
     is_mixer: ClassVar[bool] = True  # mixes tokens, and returns cache entries besides its output
 

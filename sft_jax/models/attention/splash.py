@@ -34,6 +34,7 @@ def splash_attention(
     interpret: bool = False,
     positions: Int[Array, "T"] | None = None,
     mask: Any = None,
+    sinks: Float[Array, "N"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """See :func:`sft_jax.models.attention.backend.attention`; on one device.
 
@@ -48,13 +49,23 @@ def splash_attention(
         assert positions is None
         mask = make_splash_kernel(np.arange(length, dtype=np.int32)[None], num_heads, window, softcap, block, interpret)
     query_segments = segment_ids if positions is None else segment_ids[:, positions]
+    sinks = None if sinks is None else _with_wide_gradient(sinks.astype(jnp.float32))
 
     def one_sequence(q: Array, k: Array, v: Array, query_segments: Array, key_segments: Array) -> Any:
-        return mask(q, k, v, segment_ids=splash.SegmentIds(q=query_segments, kv=key_segments))
+        return mask(q, k, v, segment_ids=splash.SegmentIds(q=query_segments, kv=key_segments), sinks=sinks)
 
     scaled = q * jnp.asarray(head_dim**-0.5 if scale is None else scale, q.dtype)  # the kernel does not scale
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (scaled, k, v))
     return jnp.swapaxes(jax.vmap(one_sequence)(q, k, v, query_segments, segment_ids), 1, 2)
+
+
+@jax.custom_vjp
+def _with_wide_gradient(x: Float[Array, "N"]) -> Float[Array, "N"]:
+    """Returns ``x``. Its gradient is float32, whereas that of the kernel has the dtype of queries, unlike the sinks."""
+    return x
+
+
+_with_wide_gradient.defvjp(lambda x: (x, None), lambda _, d_x: (d_x.astype(jnp.float32),))
 
 
 def make_splash_kernel(

@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from sft_jax.models.attention.segments import first_visible, visible_until
+from sft_jax.models.attention.sinks import add_sinks, gradient_of_sinks
 from sft_jax.models.attention.spec import Request
 from sft_jax.models.remat import ATTENTION, checkpoint_name
 from sft_jax.typing import Array, Float, Int
@@ -71,6 +72,7 @@ def triton_attention(
     window: int | None = None,
     softcap: float | None = None,
     scale: float | None = None,
+    sinks: Float[Array, "N"] | None = None,
     tuning: Tuning = Tuning(),  # noqa: B008
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
@@ -87,29 +89,31 @@ def triton_attention(
     first = jnp.where(is_padding, position, first_visible(segment_ids, window))
     until = jnp.where(is_padding, position + 1, visible_until(segment_ids, window))
     static = _Static(q.shape[-1] ** -0.5 if scale is None else scale, softcap, tuning, interpret)
-    return _attend(q, k, v, first, until, static)
+    return _attend(q, k, v, None if sinks is None else sinks.astype(jnp.float32), first, until, static)
 
 
 # ``first`` [B, T] is the first visible key of each query, ``until`` the end of the queries that attend to each key.
 # Both are non-decreasing along a sequence, so the values at the first and last position of a block bound the block.
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attend(q: Array, k: Array, v: Array, first: Array, until: Array, static: _Static) -> Array:
-    return _forward(q, k, v, first, static)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _attend(q: Array, k: Array, v: Array, sinks: Array | None, first: Array, until: Array, static: _Static) -> Array:
+    return _forward(q, k, v, sinks, first, static)[0]
 
 
-def _forward_and_residuals(q: Array, k: Array, v: Array, first: Array, until: Array, static: _Static):
-    out, log_total = (checkpoint_name(x, ATTENTION) for x in _forward(q, k, v, first, static))
-    return out, (q, k, v, first, until, out, log_total)
+def _forward_and_residuals(
+    q: Array, k: Array, v: Array, sinks: Array | None, first: Array, until: Array, static: _Static
+):
+    out, log_total = (checkpoint_name(x, ATTENTION) for x in _forward(q, k, v, sinks, first, static))
+    return out, (q, k, v, sinks, first, until, out, log_total)
 
 
 def _forward(
-    q: Array, k: Array, v: Array, first: Array, static: _Static
+    q: Array, k: Array, v: Array, sinks: Array | None, first: Array, static: _Static
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
     """Returns the output, and the log-sum-exp of each query in base two."""
     batch_size, length, num_heads, head_dim = q.shape
     tiles, group = static.tuning.forward, num_heads // k.shape[2]
     query_spec, key_spec, bound_spec, total_spec = _specs(length, head_dim, tiles.outer, group)
-    return pl.pallas_call(
+    out, log_total = pl.pallas_call(
         partial(_forward_kernel, tiles=tiles, static=static),
         grid=(length // tiles.outer, num_heads, batch_size),
         in_specs=[query_spec, key_spec, key_spec, bound_spec],
@@ -120,10 +124,11 @@ def _forward(
         ],
         **_compiled_as(tiles, static, "attention_forward"),
     )(q, k, v, first)
+    return (out, log_total) if sinks is None else add_sinks(sinks, out, log_total)
 
 
 def _backward(static: _Static, residuals: Any, d_out: Array):
-    q, k, v, first, until, out, log_total = residuals
+    q, k, v, sinks, first, until, out, log_total = residuals
     batch_size, length, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[2]
     group = num_heads // num_kv_heads
@@ -163,7 +168,8 @@ def _backward(static: _Static, residuals: Any, d_out: Array):
         out_shape=[jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)],
         **_compiled_as(tiles, static, "attention_keys"),
     )(q, k, v, first, until, d_out, log_total, delta)
-    return dq, dk, dv, None, None
+    d_sinks = None if sinks is None else gradient_of_sinks(sinks, log_total, delta)
+    return dq, dk, dv, d_sinks, None, None
 
 
 _attend.defvjp(_forward_and_residuals, _backward)

@@ -49,6 +49,7 @@ def xla_attention(
     scale: float | None = None,
     block: int = BLOCK,
     positions: Int[Array, "T"] | None = None,
+    sinks: Float[Array, "N"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """See :func:`sft_jax.models.attention.backend.attention`; on one device.
 
@@ -86,17 +87,21 @@ def xla_attention(
     first_key = query_blocks(first_visible(segment_ids, window))
     scaled = blocks(q * jnp.asarray(head_dim**-0.5 if scale is None else scale, q.dtype))
     scaled = scaled.reshape(num_kv_heads, num_heads // num_kv_heads, *scaled.shape[1:])
-    out: Any = _blockwise(
-        scaled, blocks(k), blocks(v), _KeyRange(last=position, first=first_key), _Static(block, softcap)
-    )
+    if sinks is not None:
+        sinks = sinks.astype(jnp.float32).reshape(scaled.shape[:2])
+    key_range = _KeyRange(last=position, first=first_key)
+    out: Any = _blockwise(scaled, blocks(k), blocks(v), sinks, key_range, _Static(block, softcap))
     out = jnp.moveaxis(out, (2, 3), (0, 1)).reshape(size + padding, num_heads, head_dim)
     return out[:size].reshape(q.shape)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _blockwise(q: Array, k: Array, v: Array, key_range: _KeyRange, static: _Static) -> Array:
-    """Attention of scaled queries ``[K, G, blocks, block, H]`` to keys and values ``[K, blocks, block, H]``."""
-    return _forward(q, k, v, key_range, static)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _blockwise(q: Array, k: Array, v: Array, sinks: Array | None, key_range: _KeyRange, static: _Static) -> Array:
+    """Attention of scaled queries ``[K, G, blocks, block, H]`` to keys and values ``[K, blocks, block, H]``.
+
+    A sink ``[K, G]`` is a score of each query with the value zero.
+    """
+    return _forward(q, k, v, sinks, key_range, static)[0]
 
 
 def _scores(q: Array, k: Array, key_range: _KeyRange, j: Array, static: _Static) -> tuple[Array, Array | None]:
@@ -115,7 +120,9 @@ def _at(x: Array, i: Array, axis: int) -> Array:
     return lax.dynamic_index_in_dim(x, i, axis, keepdims=False)
 
 
-def _forward(q: Array, k: Array, v: Array, key_range: _KeyRange, static: _Static) -> tuple[Array, Array]:
+def _forward(
+    q: Array, k: Array, v: Array, sinks: Array | None, key_range: _KeyRange, static: _Static
+) -> tuple[Array, Array]:
     def query_block(scanned: tuple[Array, _KeyRange]) -> tuple[Array, Array]:
         qi, range_i = scanned
 
@@ -131,11 +138,11 @@ def _forward(q: Array, k: Array, v: Array, key_range: _KeyRange, static: _Static
             )
             return new_top, total, out * rescale[..., None] + new
 
-        start = (
-            jnp.full(qi.shape[:-1], _MASKED, jnp.float32),
-            jnp.zeros(qi.shape[:-1], jnp.float32),
-            jnp.zeros(qi.shape, jnp.float32),
-        )
+        if sinks is None:
+            top, total = jnp.full(qi.shape[:-1], _MASKED, jnp.float32), jnp.zeros(qi.shape[:-1], jnp.float32)
+        else:  # begin with the sink as the largest score so far; its weight is one
+            top, total = jnp.broadcast_to(sinks[..., None], qi.shape[:-1]), jnp.ones(qi.shape[:-1], jnp.float32)
+        start = (top, total, jnp.zeros(qi.shape, jnp.float32))
         first, end = range_i.block_range(static.block)
         top, total, out = lax.fori_loop(first, end, key_block, start)
         return (out / total[..., None]).astype(q.dtype), top + jnp.log(total)
@@ -144,13 +151,13 @@ def _forward(q: Array, k: Array, v: Array, key_range: _KeyRange, static: _Static
     return jnp.moveaxis(out, 0, 2), log_total
 
 
-def _forward_and_residuals(q: Array, k: Array, v: Array, key_range: _KeyRange, static: _Static):
-    out, log_total = (checkpoint_name(x, ATTENTION) for x in _forward(q, k, v, key_range, static))
-    return out, (q, k, v, key_range, out, log_total)
+def _forward_and_residuals(q: Array, k: Array, v: Array, sinks: Array | None, key_range: _KeyRange, static: _Static):
+    out, log_total = (checkpoint_name(x, ATTENTION) for x in _forward(q, k, v, sinks, key_range, static))
+    return out, (q, k, v, sinks, key_range, out, log_total)
 
 
 def _backward(static: _Static, residuals: Any, d_out: Array):
-    q, k, v, key_range, out, log_total = residuals
+    q, k, v, sinks, key_range, out, log_total = residuals
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
 
     def query_block(carry: Any, scanned: Any) -> Any:
@@ -179,7 +186,11 @@ def _backward(static: _Static, residuals: Any, d_out: Array):
     by_block = [jnp.moveaxis(x, 2, 0) for x in (q, d_out, delta)]
     scanned = (by_block[0], key_range, by_block[1], log_total, by_block[2])
     (dk, dv), dq = lax.scan(query_block, zeros, scanned)
-    return jnp.moveaxis(dq, 0, 2), dk.astype(k.dtype), dv.astype(v.dtype), None
+    d_sinks = None
+    if sinks is not None:
+        weights = jnp.exp(sinks[..., None] - log_total)  # [blocks, K, G, block], like log_total
+        d_sinks = -jnp.sum(weights * by_block[2], axis=(0, 3))
+    return jnp.moveaxis(dq, 0, 2), dk.astype(k.dtype), dv.astype(v.dtype), d_sinks, None
 
 
 _blockwise.defvjp(_forward_and_residuals, _backward)
