@@ -11,30 +11,34 @@ from sft_jax.models.context import Context
 from sft_jax.models.layers import Initializer
 from sft_jax.models.rope import sin_cos
 
-LENGTHS = (23, 17)
-POSITIONS = np.concatenate([np.arange(n) for n in LENGTHS])[None]
-SEGMENTS = np.repeat(np.arange(1, len(LENGTHS) + 1), LENGTHS)[None]
+TWO = (23, 17)  # the lengths of two documents
 
 
-def hidden_states(dim):
+def positions_of(lengths):
+    """The positions of packed documents ``[1, T]``."""
+    return np.concatenate([np.arange(length) for length in lengths])[None]
+
+
+def hidden_states(lengths, dim):
     """Random hidden states ``[1, T, D]``."""
-    return np.random.default_rng(0).normal(size=(1, sum(LENGTHS), dim)).astype(np.float32)
+    return np.random.default_rng(0).normal(size=(1, sum(lengths), dim)).astype(np.float32)
 
 
-def reference(make, config, mask, rotary=None):
+def reference(make, config, mask, rotary=None, lengths=TWO):
     """A module of transformers with random parameters and their gradients, and its output.
 
     Args:
         make: makes the module.
         mask: the function of transformers that makes its mask.
         rotary: the module of its rotary embedding.
+        lengths: those of the documents.
     """
     config._attn_implementation = "eager"
     torch.manual_seed(0)
     module = make()
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    x, positions = torch.tensor(hidden_states(config.hidden_size)), torch.tensor(POSITIONS)
+    x, positions = torch.tensor(hidden_states(lengths, config.hidden_size)), torch.tensor(positions_of(lengths))
     hidden = mask(config=config, inputs_embeds=x, attention_mask=None, cache=None, position_ids=positions)
     out = module(x, None if rotary is None else rotary(x, positions), hidden)[0]
     out.sin().sum().backward()
@@ -63,13 +67,14 @@ def _context(ropes, positions, segment_ids=None, **more):
     return Context(positions, segment_ids, angles, XLA, **more)
 
 
-def run(module, x, ropes):
-    """The output and the cache entries of the packed documents."""
-    return module(jnp.asarray(x), _context(ropes, POSITIONS, jnp.asarray(SEGMENTS, jnp.int32)))
+def run(module, x, ropes, lengths):
+    """The output of the packed documents."""
+    segment_ids = np.repeat(np.arange(1, len(lengths) + 1), lengths)[None]
+    return module(jnp.asarray(x), _context(ropes, positions_of(lengths), jnp.asarray(segment_ids, jnp.int32)))[0]
 
 
 def decode(module, x, ropes):
-    """The outputs of one document token by token, after a prefill of its first five."""
+    """The outputs of one document: a prefill of its first five tokens, then one token after the other."""
     first, num = 5, x.shape[1]
     positions = np.arange(num)[None]
     segment_ids = jnp.ones((1, first), jnp.int32)
@@ -89,17 +94,17 @@ def decode(module, x, ropes):
     return np.concatenate(outs, axis=1)
 
 
-def assert_equal(spec, dim, reference, ropes):
+def assert_equal(spec, dim, reference, ropes, lengths=TWO):
     """Equal outputs and gradients of parameters; decoding equals the full pass."""
     module, expected = reference
     ours = load(spec, dim, module)
-    x = hidden_states(dim)
+    x = hidden_states(lengths, dim)
     graph, params = nnx.split(ours)
 
     @jax.jit
     def outputs_and_gradients(params):
         def total(params):
-            out, _ = run(nnx.merge(graph, params), x, ropes)
+            out = run(nnx.merge(graph, params), x, ropes, lengths)
             return jnp.sum(jnp.sin(out)), out
 
         return jax.grad(total, has_aux=True)(params)
@@ -109,5 +114,5 @@ def assert_equal(spec, dim, reference, ropes):
     found = {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(gradients)}
     for name, parameter in module.named_parameters():
         np.testing.assert_allclose(found[name], _as_ours(parameter.grad), atol=2e-4, rtol=2e-4, err_msg=name)
-    decoded = decode(ours, x[:, : LENGTHS[0]], ropes)
-    np.testing.assert_allclose(decoded, expected[:, : LENGTHS[0]], atol=2e-5, rtol=1e-5)
+    decoded = decode(ours, x[:, : lengths[0]], ropes)
+    np.testing.assert_allclose(decoded, expected[:, : lengths[0]], atol=2e-5, rtol=1e-5)

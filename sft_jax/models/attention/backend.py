@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from sft_jax.errors import UserError
 from sft_jax.models.attention import cudnn, splash, triton
 from sft_jax.models.attention.parity import WINDOW, check_parity
+from sft_jax.models.attention.segments import chunk_segments
 from sft_jax.models.attention.spec import AttentionSpec, Request
 from sft_jax.models.attention.split import SplitSequences
 from sft_jax.models.attention.xla import xla_attention
@@ -102,7 +103,7 @@ def check_backend(backend: Backend, mesh: Mesh, specs: Sequence[AttentionSpec]) 
         return
     compute = partial(_in_parts, backend, num_parts("length", mesh))
     fallback = "cudnn" if backend.name == "triton" else "xla"
-    kinds = {(spec.group, spec.head_dim, spec.softcap, None if spec.window is None else WINDOW) for spec in specs}
+    kinds = {(spec.group, spec.head_dim, spec.softcap, WINDOW if spec.is_local else None) for spec in specs}
     with jax.default_device(mesh.local_devices[0]):
         for group, head_dim, softcap, window in sorted(kinds, key=str):
             check_parity(backend.name, compute, group, head_dim, [window], softcap, fallback=fallback)
@@ -146,6 +147,7 @@ def attention(
     scale: float | None = None,
     backend: Backend = XLA,
     sinks: Float[Array, "N"] | None = None,
+    chunk: int | None = None,
 ) -> Float[Array, "B T N H"]:
     """Softmax attention where position t sees s iff ``s <= t``, both are in one segment, and ``t - s < window``.
 
@@ -156,7 +158,12 @@ def attention(
 
     Args:
         sinks: one more score for each query, of a key whose value is zero; not for ``cudnn``.
+        chunk: the length of the chunks of a segment, which do not attend to each other; None for whole segments.
     """
+    if chunk is not None and chunk < q.shape[1]:
+        segment_ids = chunk_segments(segment_ids, chunk)
+        # Implied by the segments, but a kernel skips the blocks outside of a window, and not those of other segments.
+        window = chunk if window is None else min(window, chunk)
     mesh, scores = current_mesh(), _Scores(window, softcap, scale)
     if mesh is None:
         return _compute(backend, scores, q, k, v, segment_ids, sinks)

@@ -22,6 +22,7 @@ def cached_attention(
     softcap: float | None = None,
     scale: float | None = None,
     sinks: Float[Array, "N"] | None = None,
+    chunk: int | None = None,
 ) -> Float[Array, "B 1 N H"]:
     """Computes attention of one new token per sequence to itself and to the cached positions before it.
 
@@ -36,10 +37,13 @@ def cached_attention(
         products = jnp.einsum("btkgh,bskh->bkgts", q, keys, preferred_element_type=jnp.float32)
         return capped(products * (head_dim**-0.5 if scale is None else scale), softcap)
 
-    distance = positions - jnp.arange(cache_length)[None, :]
+    key_positions = jnp.arange(cache_length)[None, :]
+    distance = positions - key_positions
     visible = distance > 0
     if window is not None:
         visible &= distance < window
+    if chunk is not None:
+        visible &= key_positions // chunk == positions // chunk
     before = jnp.where(visible[:, None, None, None], scores(cache.k), _MASKED)
     every = [before, scores(k)]
     if sinks is not None:

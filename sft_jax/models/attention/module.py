@@ -155,14 +155,19 @@ class SelfAttention(nnx.Module):
         return q_norm(q), k_norm(k)
 
     def _attend(self, q: Array, k: Array, v: Array, context: Context) -> Float[Array, "B T N H"]:
-        spec, sinks = self.spec, None if self.sinks is None else self.sinks[...]
+        spec = self.spec
+        options = {
+            "window": spec.window,
+            "softcap": spec.softcap,
+            "scale": spec.scale,
+            "sinks": None if self.sinks is None else self.sinks[...],
+            "chunk": spec.chunk,
+        }
         if context.cache is not None:
-            out = cached_attention(
-                q, k, v, context.cache, context.positions, spec.window, spec.softcap, spec.scale, sinks
-            )
+            out = cached_attention(q, k, v, context.cache, context.positions, **options)
             return constrain(out, "replica", "unsplit_length", "heads", "head_dim")
         assert context.segment_ids is not None
-        return attention(q, k, v, context.segment_ids, spec.window, spec.softcap, spec.scale, context.backend, sinks)
+        return attention(q, k, v, context.segment_ids, **options, backend=context.backend)
 
     def _heads(self, x: Float[Array, "B T NH"], num_heads: int, axis: str) -> Float[Array, "B T N H"]:
         return constrain(x.reshape(*x.shape[:2], num_heads, self.spec.head_dim), "batch", "length", axis, "head_dim")

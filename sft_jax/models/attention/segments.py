@@ -36,6 +36,19 @@ def visible_until(segment_ids: Int[Array, "B T"], window: int | None = None) -> 
     return ends if window is None else jnp.minimum(ends, position + window)
 
 
+def chunk_segments(segment_ids: Int[Array, "B T"], chunk: int) -> Int[Array, "B T"]:
+    """Returns segment ids that are distinct for all chunks of ``chunk`` positions of all segments; 0 stays padding.
+
+    The id of a chunk is its first position, counted from one.
+
+    >>> chunk_segments(jnp.asarray([[7, 7, 7, 7, 7, 8, 8, 8, 0]]), 3).tolist()
+    [[1, 1, 1, 4, 4, 6, 6, 6, 0]]
+    """
+    position, start = jnp.arange(segment_ids.shape[1], dtype=jnp.int32), first_visible(segment_ids)
+    first = position - (position - start) % chunk
+    return jnp.where(segment_ids == 0, 0, first + 1)
+
+
 def _begins(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T"]:
     """Returns whether a segment begins at each position."""
     first = jnp.ones((segment_ids.shape[0], 1), bool)

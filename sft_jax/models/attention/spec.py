@@ -15,6 +15,8 @@ class AttentionSpec:
         window: position t attends to s only if ``t - s < window``; None for no window.
         softcap: ``c`` of the soft cap; scores become ``c · tanh(score / c)``; None for no cap.
         sinks: whether each query head has one more score, a parameter, for a key whose value is zero.
+        chunk: position t attends to s only if ``t // chunk == s // chunk``, counted within their document, as in
+            Llama 4; None for no chunks.
     """
 
     num_heads: int
@@ -24,6 +26,7 @@ class AttentionSpec:
     window: int | None = None
     softcap: float | None = None
     sinks: bool = False
+    chunk: int | None = None
 
     is_mixer: ClassVar[bool] = True  # mixes tokens, and returns cache entries besides its output
 
@@ -31,6 +34,11 @@ class AttentionSpec:
     def group(self) -> int:
         """Returns the number of query heads per key/value head."""
         return self.num_heads // self.num_kv_heads
+
+    @property
+    def is_local(self) -> bool:
+        """Returns whether a window or chunks bound how far back a position attends."""
+        return self.window is not None or self.chunk is not None
 
 
 @dataclass(frozen=True)
