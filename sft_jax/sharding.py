@@ -35,6 +35,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "kv_heads": "tensor",
     "head_dim": None,
     "recurrent_heads": ("tensor", "sequence"),  # of a recurrence, which needs whole sequences
+    "latent": None,  # the compressed queries, keys and values of latent attention, where they are an output
     "mlp": "tensor",
     "router": None,
     "experts": ("tensor", "fsdp"),
@@ -46,6 +47,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "adapter_embed": ("fsdp", "sequence"),
     "adapter_heads": ("tensor", "fsdp", "sequence"),
     "adapter_kv_heads": ("tensor", "fsdp", "sequence"),
+    "adapter_latent": ("tensor", "fsdp", "sequence"),
     "adapter_mlp": ("tensor", "fsdp", "sequence"),
     "adapter_router": None,
     "adapter_expert_in": ("fsdp", "sequence"),

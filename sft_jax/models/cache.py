@@ -1,4 +1,4 @@
-"""The key/value cache."""
+"""The caches of attention."""
 
 from __future__ import annotations
 
@@ -30,9 +30,29 @@ class KeyValues:
 
     def update(self, new: KeyValues, positions: Int[Array, "B"]) -> KeyValues:
         """Writes one token per sequence at its position, for all layers; in place if the buffer is donated."""
-        batch = jnp.arange(positions.shape[0])
+        return KeyValues(_write(self.k, new.k, positions), _write(self.v, new.v, positions))
 
-        def write(x: Array, token: Array) -> Array:
-            return x.at[:, batch, positions].set(token[:, :, 0], mode="drop", unique_indices=True)
 
-        return KeyValues(write(self.k, new.k), write(self.v, new.v))
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Latents:
+    """What latent attention keeps of each token, of one layer ``[B, S, C]`` or of a stack of layers ``[L, B, S, C]``.
+
+    The channels are the compressed key and value of all heads, then the rotated key that all heads share.
+    """
+
+    entries: Float[Array, "*L B S C"]
+
+    def resize(self, length: int) -> Latents:
+        """Pads the cache of all layers with zeros to ``length`` positions."""
+        entries = jnp.pad(self.entries, [(0, 0), (0, 0), (0, length - self.entries.shape[2]), (0, 0)])
+        return Latents(constrain(entries, "layers", "batch", "unsplit_length", "activation"))
+
+    def update(self, new: Latents, positions: Int[Array, "B"]) -> Latents:
+        """Writes one token per sequence at its position, for all layers; in place if the buffer is donated."""
+        return Latents(_write(self.entries, new.entries, positions))
+
+
+def _write(x: Array, token: Array, positions: Int[Array, "B"]) -> Array:
+    batch = jnp.arange(positions.shape[0])
+    return x.at[:, batch, positions].set(token[:, :, 0], mode="drop", unique_indices=True)

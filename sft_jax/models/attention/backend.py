@@ -103,7 +103,7 @@ def check_backend(backend: Backend, mesh: Mesh, specs: Sequence[AttentionSpec]) 
         return
     compute = partial(_in_parts, backend, num_parts("length", mesh))
     fallback = "cudnn" if backend.name == "triton" else "xla"
-    kinds = {(spec.group, spec.head_dim, spec.softcap, WINDOW if spec.is_local else None) for spec in specs}
+    kinds = {(spec.group, spec.padded_head_dim, spec.softcap, WINDOW if spec.is_local else None) for spec in specs}
     with jax.default_device(mesh.local_devices[0]):
         for group, head_dim, softcap, window in sorted(kinds, key=str):
             check_parity(backend.name, compute, group, head_dim, [window], softcap, fallback=fallback)
@@ -140,7 +140,7 @@ def _in_parts(
 def attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
+    v: Float[Array, "B T K Hv"],
     segment_ids: Int[Array, "B T"],
     window: int | None = None,
     softcap: float | None = None,
@@ -148,7 +148,7 @@ def attention(
     backend: Backend = XLA,
     sinks: Float[Array, "N"] | None = None,
     chunk: int | None = None,
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B T N Hv"]:
     """Softmax attention where position t sees s iff ``s <= t``, both are in one segment, and ``t - s < window``.
 
     Scores are ``scale · q · k`` with an optional soft cap; the default scale is ``1 / √H``. Softmax is float32. Query
@@ -215,6 +215,8 @@ def _compute(
     mask: Any = None,
 ) -> Array:
     """Computes attention on one device, for the queries at ``positions`` of each sequence; None for all."""
+    if q.shape[-1] != v.shape[-1] and backend.name in CHECKED:
+        return _compute_padded(backend, scores, q, k, v, segment_ids, sinks, positions)
     options = scores._asdict()
     if backend.name == "splash":
         return splash.splash_attention(
@@ -237,3 +239,15 @@ def _compute(
         assert sinks is None
         return cudnn.cudnn_attention(q, k, v, segment_ids, scores.window, scores.scale, positions)
     return xla_attention(q, k, v, segment_ids, **options, block=backend.block, positions=positions, sinks=sinks)
+
+
+def _compute_padded(backend: Backend, scores: _Scores, q: Array, k: Array, v: Array, *others: Any) -> Array:
+    """Computes attention whose values have another head dimension, on a kernel with one for all.
+
+    Zeros fill the smaller one. They change no score and no other output, but they are computed and stored: for queries
+    and keys of 96 channels and values of 64, a fifth more products, and half as much memory again for the values.
+    """
+    scores = scores._replace(scale=q.shape[-1] ** -0.5 if scores.scale is None else scores.scale)
+    size = max(q.shape[-1], v.shape[-1])
+    padded = (jnp.pad(x, [(0, 0)] * 3 + [(0, size - x.shape[-1])]) for x in (q, k, v))
+    return _compute(backend, scores, *padded, *others)[..., : v.shape[-1]]

@@ -15,7 +15,7 @@ _MASKED = -1e30  # mask value; finite, like all scores
 def cached_attention(
     q: Float[Array, "B 1 N H"],
     k: Float[Array, "B 1 K H"],
-    v: Float[Array, "B 1 K H"],
+    v: Float[Array, "B 1 K Hv"],
     cache: KeyValues,
     positions: Int[Array, "B 1"],
     window: int | None = None,
@@ -23,7 +23,7 @@ def cached_attention(
     scale: float | None = None,
     sinks: Float[Array, "N"] | None = None,
     chunk: int | None = None,
-) -> Float[Array, "B 1 N H"]:
+) -> Float[Array, "B 1 N Hv"]:
     """Computes attention of one new token per sequence to itself and to the cached positions before it.
 
     Visibility is as in :func:`sft_jax.models.attention.backend.attention`. The cache is only read; its entries from
@@ -53,4 +53,4 @@ def cached_attention(
     weights = weights if sinks is None else weights[..., :-1]
     out = jnp.einsum("bkgts,bskh->btkgh", weights[..., :-1], cache.v)
     out += jnp.einsum("bkgts,bskh->btkgh", weights[..., -1:], v)
-    return out.reshape(batch_size, 1, num_heads, head_dim)
+    return out.reshape(batch_size, 1, num_heads, -1)

@@ -15,7 +15,7 @@ def unsupported_reason(request: Request) -> str | None:
     """Returns why the backend does not support a request; None if it does."""
     if reason := request.unsupported_for_16_bits():
         return reason
-    head_dim = request.spec.head_dim
+    head_dim = request.spec.padded_head_dim
     if head_dim % 8 or head_dim > 128:
         return f"needs a head dimension up to 128, a multiple of 8, not {head_dim}"
     if request.spec.sinks:

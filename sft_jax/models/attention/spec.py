@@ -17,6 +17,7 @@ class AttentionSpec:
         sinks: whether each query head has one more score, a parameter, for a key whose value is zero.
         chunk: position t attends to s only if ``t // chunk == s // chunk``, counted within their document, as in
             Llama 4; None for no chunks.
+        v_head_dim: the head dimension of values; None for that of queries and keys.
     """
 
     num_heads: int
@@ -27,6 +28,7 @@ class AttentionSpec:
     softcap: float | None = None
     sinks: bool = False
     chunk: int | None = None
+    v_head_dim: int | None = None
 
     is_mixer: ClassVar[bool] = True  # mixes tokens, and returns cache entries besides its output
 
@@ -34,6 +36,11 @@ class AttentionSpec:
     def group(self) -> int:
         """Returns the number of query heads per key/value head."""
         return self.num_heads // self.num_kv_heads
+
+    @property
+    def padded_head_dim(self) -> int:
+        """Returns the head dimension of a kernel with one for queries, keys and values."""
+        return max(self.head_dim, self.v_head_dim or 0)
 
     @property
     def is_local(self) -> bool:

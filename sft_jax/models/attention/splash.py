@@ -25,7 +25,7 @@ def unsupported_reason(request: Request) -> str | None:
 def splash_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    v: Float[Array, "B S K Hv"],
     segment_ids: Int[Array, "B S"],
     window: int | None = None,
     softcap: float | None = None,
@@ -35,7 +35,7 @@ def splash_attention(
     positions: Int[Array, "T"] | None = None,
     mask: Any = None,
     sinks: Float[Array, "N"] | None = None,
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B T N Hv"]:
     """See :func:`sft_jax.models.attention.backend.attention`; on one device.
 
     Args:

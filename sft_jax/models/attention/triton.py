@@ -57,7 +57,7 @@ def unsupported_reason(request: Request) -> str | None:
     """Returns why the backend does not support a request; None if it does."""
     if reason := request.unsupported_for_16_bits():
         return reason
-    if (head_dim := request.spec.head_dim) not in (16, 32, 64, 128):
+    if (head_dim := request.spec.padded_head_dim) not in (16, 32, 64, 128):
         return f"needs a head dimension of 16, 32, 64 or 128, not {head_dim}"
     if request.parts > 1:
         return "needs whole sequences, and mesh.sequence splits them"

@@ -42,7 +42,7 @@ class _Static(NamedTuple):
 def xla_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    v: Float[Array, "B S K Hv"],
     segment_ids: Int[Array, "B S"],
     window: int | None = None,
     softcap: float | None = None,
@@ -50,7 +50,7 @@ def xla_attention(
     block: int = BLOCK,
     positions: Int[Array, "T"] | None = None,
     sinks: Float[Array, "N"] | None = None,
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B T N Hv"]:
     """See :func:`sft_jax.models.attention.backend.attention`; on one device.
 
     Any shape and dtype; scores and softmax are float32.
@@ -76,7 +76,7 @@ def xla_attention(
     def blocks(x: Array) -> Array:  # [B, T or S, heads, H] -> [heads, blocks, block, H]
         x = x.reshape(-1, *x.shape[2:])
         x = jnp.pad(x, [(0, -x.shape[0] % block), (0, 0), (0, 0)])
-        return jnp.moveaxis(x.reshape(-1, block, x.shape[1], head_dim), 2, 0)
+        return jnp.moveaxis(x.reshape(-1, block, *x.shape[1:]), 2, 0)
 
     def query_blocks(x: Array) -> Array:  # [B, S], positions within each sequence -> [blocks, block]
         x = x + length * jnp.arange(batch_size, dtype=jnp.int32)[:, None]
@@ -91,13 +91,13 @@ def xla_attention(
         sinks = sinks.astype(jnp.float32).reshape(scaled.shape[:2])
     key_range = _KeyRange(last=position, first=first_key)
     out: Any = _blockwise(scaled, blocks(k), blocks(v), sinks, key_range, _Static(block, softcap))
-    out = jnp.moveaxis(out, (2, 3), (0, 1)).reshape(size + padding, num_heads, head_dim)
-    return out[:size].reshape(q.shape)
+    out = jnp.moveaxis(out, (2, 3), (0, 1)).reshape(size + padding, num_heads, v.shape[-1])
+    return out[:size].reshape(*q.shape[:-1], v.shape[-1])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _blockwise(q: Array, k: Array, v: Array, sinks: Array | None, key_range: _KeyRange, static: _Static) -> Array:
-    """Attention of scaled queries ``[K, G, blocks, block, H]`` to keys and values ``[K, blocks, block, H]``.
+    """Attention of scaled queries ``[K, G, blocks, block, H]`` to keys and values ``[K, blocks, block, H or Hv]``.
 
     A sink ``[K, G]`` is a score of each query with the value zero.
     """
@@ -142,7 +142,7 @@ def _forward(
             top, total = jnp.full(qi.shape[:-1], _MASKED, jnp.float32), jnp.zeros(qi.shape[:-1], jnp.float32)
         else:  # begin with the sink as the largest score so far; its weight is one
             top, total = jnp.broadcast_to(sinks[..., None], qi.shape[:-1]), jnp.ones(qi.shape[:-1], jnp.float32)
-        start = (top, total, jnp.zeros(qi.shape, jnp.float32))
+        start = (top, total, jnp.zeros((*qi.shape[:-1], v.shape[-1]), jnp.float32))
         first, end = range_i.block_range(static.block)
         top, total, out = lax.fori_loop(first, end, key_block, start)
         return (out / total[..., None]).astype(q.dtype), top + jnp.log(total)
