@@ -39,7 +39,26 @@ FALCON_H1 = {
     "ssm_out_multiplier": 0.6,
     "ssm_multipliers": [0.9, 0.8, 1.1, 1.2, 0.7],
 }
-# A row for each family, and for each kind of it: the class of transformers, and changes of SHAPE.
+SIGHT = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+SIGHT |= {"image_size": 28, "patch_size": 14}
+# Multimodal models by model_type, and their configs except for that of the decoder.
+MULTIMODAL = {
+    "gemma3": {"vision_config": SIGHT, "mm_tokens_per_image": 1},
+    "mistral3": {"vision_config": SIGHT | {"model_type": "pixtral", "head_dim": 8}, "tie_word_embeddings": False},
+    "qwen3_5": {
+        "vision_config": {
+            "depth": 1,
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_heads": 2,
+            "out_hidden_size": 42,
+            "num_position_embeddings": 16,
+        },
+        "tie_word_embeddings": True,
+    },
+}
+# A row for each family, and for each kind of it: the class of transformers, and changes of SHAPE. Multimodal
+# models have their model_type there, and the changes are those of the decoder.
 FAMILIES = {
     "llama2": ("Llama", {"num_key_value_heads": 6, "head_dim": 8}),
     "llama3": ("Llama", {"head_dim": 10, "rope_parameters": LLAMA3_ROPE}),
@@ -99,6 +118,15 @@ FAMILIES = {
             "final_logit_softcapping": 20.0,
         },
     ),
+    "gemma3": (
+        "gemma3",
+        {
+            "head_dim": 10,
+            "sliding_window": 9,
+            "query_pre_attn_scalar": 18,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
     "gemma": ("Gemma", {"head_dim": 10, "tie_word_embeddings": True}),
     "gemma2": (
         "Gemma2",
@@ -153,6 +181,8 @@ FAMILIES = {
             },
         },
     ),
+    "mistral3-ministral3": ("mistral3", {"model_type": "ministral3", "head_dim": 10}),
+    "mistral3": ("mistral3", {"model_type": "mistral", "head_dim": 14, "sliding_window": None}),
     "phi": ("Phi", {"hidden_size": 48, "partial_rotary_factor": 0.5}),
     "phi3": ("Phi3", {"hidden_size": 48, "sliding_window": 9, "pad_token_id": 0}),
     "phi3-longrope": (
@@ -190,6 +220,18 @@ FAMILIES = {
     ),
     "qwen3_5_text": (
         "Qwen3_5",
+        {
+            "head_dim": 12,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 6,
+            "linear_key_head_dim": 10,
+            "linear_value_head_dim": 7,
+        },
+    ),
+    "qwen3_5": (
+        "qwen3_5",
         {
             "head_dim": 12,
             "layer_types": ["linear_attention", "full_attention", "linear_attention"],
@@ -287,9 +329,14 @@ FAMILIES = {
 def reference(name: str, folder, shard: str | None = None):
     """The random model of a row, of transformers, saved in a folder."""
     kind, changes = FAMILIES[name]
-    config = getattr(transformers, f"{kind}{'Text' * (kind in ('Gemma3', 'Qwen3_5'))}Config")(**(SHAPE | changes))
+    if kind in MULTIMODAL:
+        config = transformers.AutoConfig.for_model(kind, text_config=SHAPE | changes, **MULTIMODAL[kind])
+        auto = transformers.AutoModelForImageTextToText
+    else:
+        config = getattr(transformers, f"{kind}{'Text' * (kind in ('Gemma3', 'Qwen3_5'))}Config")(**(SHAPE | changes))
+        auto = transformers.AutoModelForCausalLM
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model = auto.from_config(config).eval()
     for path, parameter in model.named_parameters():
         mean, stddev = (1.0, 0.3) if parameter.ndim == 1 else (0.0, 0.1)
         if path.endswith("A_log"):  # a recurrence that remembers; norms of what one token leaves would amplify rounding

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -34,11 +35,13 @@ def architecture_of(folder: Path, reader: Reader | None) -> Architecture:
 
 def _with_layout(arch: Architecture, reader: Reader) -> Architecture:
     layouts = [(arch.prefix, arch.names_in_files("lm_head")[0]), *arch.layouts]
-    for prefix, lm_head in layouts:
+    found = []
+    for prefix, lm_head in [*layouts, *product(*map(dict.fromkeys, zip(*layouts, strict=True)))]:
         changed = dataclasses.replace(arch, prefix=prefix, tensors=(("lm_head", lm_head), *arch.tensors))
         if changed.embeddings_tensor in reader.names:
-            return changed if (prefix, lm_head) != layouts[0] else arch
-    return arch
+            found.append(changed if (prefix, lm_head) != layouts[0] else arch)
+    # Some files have the decoder's names of one layout and lm_head's of another, and tied ones have no lm_head.
+    return next((one for one in found if one.lm_head_tensor in reader.names), found[0] if found else arch)
 
 
 def _are_equal(arch: Architecture, reader: Reader) -> bool:

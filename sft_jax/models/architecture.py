@@ -130,6 +130,7 @@ class Architecture:
         layouts: pairs of ``prefix`` and the name of ``lm_head`` in checkpoints that have other names.
         outside: prefixes of tensors that are not part of the decoder, such as those of a vision tower. They are not
             loaded, and exported as they are.
+        is_part: whether it is the decoder of a multimodal model, whose other parts are in ``outside``.
     """
 
     family: str
@@ -151,6 +152,7 @@ class Architecture:
     tensors: tuple[tuple[str, str | tuple[str, ...]], ...] = field(default=())
     layouts: tuple[tuple[str, str], ...] = ()
     outside: tuple[str, ...] = ()
+    is_part: bool = False
 
     def names_in_files(self, name: str) -> tuple[str, ...]:
         """Returns the names in the files, without prefix, of a parameter or module of the model or of a layer."""
@@ -173,7 +175,7 @@ class Architecture:
     def in_modules(self, name: str) -> str:
         """Returns the name of the embeddings' or ``lm_head``'s tensor in the modules of transformers."""
         if name == self.lm_head_tensor:
-            own = [theirs for ours, theirs in self.tensors if ours == "lm_head"]  # those of a layout come first
+            own = [theirs for ours, theirs in self.tensors if ours == "lm_head"]  # that of a layout comes first
             return f"{own[-1] if own else 'lm_head'}.weight"
         prefix = self.prefix if self.module_prefix is None else self.module_prefix
         return prefix + name.removeprefix(self.prefix)

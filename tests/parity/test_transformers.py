@@ -8,6 +8,7 @@ from families import FAMILIES, reference
 from kit import load_model, logits
 from safetensors.numpy import load_file
 
+from sft_jax.hf.load import outside_tensors
 from sft_jax.hf.reader import TensorReader
 from sft_jax.hf.save import Tensor, save_tensors
 from sft_jax.tree import flatten
@@ -41,7 +42,9 @@ def test_logits_and_bytes(name, tmp_path):
     save_tensors(tmp_path / "ours", as_written(tensors), tensors.__getitem__)
     before, after = (load_file(tmp_path / side / "model.safetensors") for side in ("theirs", "ours"))
     buffers = {name for path in flatten(split.frozen) for name in split.stored[path].names}
-    assert before.keys() == after.keys() | buffers
+    outside = outside_tensors(TensorReader(tmp_path / "theirs"), split.arch)
+    assert before.keys() == after.keys() | buffers | set(outside)
+    assert bool(outside) == split.arch.is_part
     assert all(before[name].tobytes() == after[name].tobytes() for name in after)
 
 

@@ -15,4 +15,12 @@ def read(config: Any) -> Architecture:
     delta = standard.gated_delta(config, PROJECTIONS, norm_eps=config.rms_norm_eps)
     full, linear = standard.PRE_NORM.layer(attention, mlp, norm), LINEAR.layer(delta, mlp, norm)
     layers = tuple(full if kind == "full_attention" else linear for kind in config.layer_types)
-    return standard.architecture(config, layers, norm, outside=("mtp.",))
+    return standard.architecture(
+        config,
+        layers,
+        norm,
+        # Files of the multimodal model serve as well: transformers leaves the other parts out.
+        module_prefix="model.",
+        layouts=(("model.language_model.", "lm_head"),),
+        outside=("mtp.", "model.visual."),
+    )

@@ -91,6 +91,51 @@ def architecture(config: Any, layers: tuple[Layer, ...], norm: Norm, **more: Any
     )
 
 
+def inside(
+    config: Any,
+    text: Architecture,
+    parts: tuple[str, ...],
+    prefix: str = "model.language_model.",
+    lm_head: str = "lm_head",
+    layouts: tuple[tuple[str, str], ...] = (),
+) -> Architecture:
+    """Returns the decoder of a multimodal model, the other parts of which are not trained.
+
+    Args:
+        config: of the whole model.
+        text: the decoder as ``config.text_config`` describes it.
+        parts: names of the other parts, such as ``vision_tower``. Files have them with ``model.`` in front or without.
+        prefix, lm_head: names in transformers' modules, and in files unless these have one of the ``layouts``.
+        layouts: see :class:`Architecture`.
+    """
+    starts = tuple(f"{start}{part}." for part in parts for start in ("model.", ""))
+    return replace(
+        text,
+        family=config.model_type,
+        # Configs have it in either place; files with another lm_head are recognized when they are opened.
+        tie_word_embeddings=bool(config.tie_word_embeddings) or text.tie_word_embeddings,
+        prefix=prefix,
+        module_prefix=prefix,
+        tensors=(*text.tensors, ("lm_head", lm_head)),
+        layouts=layouts,
+        outside=(*starts, *text.outside),
+        is_part=True,
+    )
+
+
+def check_text(config: Any, *names: str) -> None:
+    """Checks the ``model_type`` of the decoder in a multimodal model.
+
+    Raises:
+        UserError: it is not one of ``names``.
+    """
+    found = config.text_config.model_type
+    if found not in names:
+        raise UserError(
+            f"text_config.model_type {found!r} is not supported in {config.model_type}; supported: {', '.join(names)}"
+        )
+
+
 def attention(config: Any, **more: Any) -> SelfAttentionSpec:
     """Returns the attention spec; ``more`` are fields of :class:`SelfAttentionSpec`.
 

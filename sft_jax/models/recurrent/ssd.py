@@ -128,7 +128,7 @@ def _chunk(
     since_start = decay(segments == carry.segment[:, None], jnp.cumsum(log_decay, axis=-1))
     read = jnp.einsum("btgs,bgrsh->btgrh", c, carry.memory)
     out += jnp.moveaxis(since_start, -1, 1)[..., None] * read
-    # The last token's segment goes on. If another segment was open before the chunk, its since_start is 0.
+    # The last token's segment continues. If another segment was open before the chunk, its since_start is 0.
     following = jnp.pad(log_decay[..., 1:], [(0, 0)] * 3 + [(0, 1)])
     later = lax.cumsum(following, axis=3, reverse=True)
     until_end = decay(segments == segments[:, -1:], later)
