@@ -73,7 +73,7 @@ class DequantizedReader:
         """The dtype of a weight: bfloat16 if it is quantized.
 
         Raises:
-            UserError: not a supported floating-point dtype.
+            UserError: a dtype that neither weights nor buffers have.
         """
         return np.dtype(ml_dtypes.bfloat16) if name in self._codes else self._reader.dtype(name)
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import jax
+import numpy as np
 
 from sft_jax.errors import UserError
 from sft_jax.hf.place import Made, Recipe, place
-from sft_jax.hf.reader import Reader
+from sft_jax.hf.reader import BUFFER_DTYPES, DTYPES, Reader
 from sft_jax.models.architecture import Architecture
 from sft_jax.models.split import EMBEDDINGS
 from sft_jax.models.tensors import Stored
@@ -20,6 +21,7 @@ from sft_jax.typing import Array
 
 # Buffers in older checkpoints that follow from the config.
 _IGNORED = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
+_OF_BUFFERS = [np.dtype(dtype) for dtype in BUFFER_DTYPES.values()]
 
 
 class MadeLeaf(Protocol):
@@ -160,6 +162,7 @@ def _check(reader: Reader, expected: Mapping[str, tuple[int, ...]], arch: Archit
             f"{reader.folder}: tensor {name} has shape {reader.shape(name)}, but config.json implies {expected[name]}"
         )
     for name in expected:
-        reader.dtype(name)
+        if (dtype := reader.dtype(name)) in _OF_BUFFERS:
+            raise UserError(f"{reader.folder}: tensor {name} has dtype {dtype}; supported are {', '.join(DTYPES)}")
     for name in found.extra:
         raise UserError(f"{reader.folder}: tensor {name} has no place in this model ({len(found.extra)} such tensors)")

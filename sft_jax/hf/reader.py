@@ -18,6 +18,8 @@ import numpy as np
 from sft_jax.errors import UserError, refuse_lfs_pointer
 
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64}
+# Dtypes of buffers outside of the decoder, such as the positions of image patches, which are copied.
+BUFFER_DTYPES = {"I64": np.int64, "I32": np.int32, "I16": np.int16, "BOOL": np.bool_}
 _CODES = ("F8_E4M3", "U8")  # dtypes of one byte that only quantized checkpoints have
 CHUNK_BYTES = 64 * 2**20
 _SAMPLED = 256  # bytes at the start and in the middle of a tensor that the fingerprint hashes
@@ -128,12 +130,12 @@ class TensorReader:
         """A tensor's dtype.
 
         Raises:
-            UserError: not a supported floating-point dtype.
+            UserError: a dtype that neither weights nor buffers have.
         """
         code = self.code(name)
-        if code not in DTYPES:
+        if code not in DTYPES | BUFFER_DTYPES:
             raise UserError(f"{self.folder}: tensor {name} has dtype {code}; supported are {', '.join(DTYPES)}")
-        return np.dtype(DTYPES[code])
+        return np.dtype((DTYPES | BUFFER_DTYPES)[code])
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Reads only the rows ``start … stop`` of a tensor's first dimension, by default all.
@@ -240,8 +242,9 @@ class TensorReader:
             numbers = (*entry.shape, entry.start, entry.stop)
             if not all(isinstance(number, int) and number >= 0 for number in numbers) or entry.stop > size:
                 raise damaged(f"tensor {tensor} lies outside of the file")
-            if entry.dtype in DTYPES or entry.dtype in _CODES:
-                expected = math.prod(entry.shape) * np.dtype(DTYPES.get(entry.dtype, np.uint8)).itemsize
+            sizes = DTYPES | BUFFER_DTYPES | dict.fromkeys(_CODES, np.uint8)
+            if entry.dtype in sizes:
+                expected = math.prod(entry.shape) * np.dtype(sizes[entry.dtype]).itemsize
                 if entry.stop - entry.start != expected:
                     raise damaged(f"tensor {tensor} has {entry.stop - entry.start} bytes, its shape needs {expected}")
         return entries

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from sft_jax.hf.reader import DTYPES
+from sft_jax.hf.reader import BUFFER_DTYPES, DTYPES
 
 SHARD_BYTES = 5 * 10**9
-_CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
+_CODES = {np.dtype(dtype): code for code, dtype in (DTYPES | BUFFER_DTYPES).items()}
 
 
 @dataclass(frozen=True)
