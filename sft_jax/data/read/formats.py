@@ -28,6 +28,7 @@ from sft_jax.data.read.flags import refuse_unknown_flag, weights_of_row
 from sft_jax.data.read.messages import (
     MEDIA,
     checked,
+    only_text,
     read_json,
     read_messages,
     read_template_kwargs,
@@ -152,7 +153,9 @@ def parse(row_format: str, row: Mapping[str, Any], keep_reasoning: bool = True, 
         if name not in _TOKENIZER_OUTPUTS:
             refuse_unknown_flag(name, value, "the column")
         if value and (name in MEDIA or (name in (*_SYSTEM, "tools", "functions") and row_format != "tokens")):
-            reason = "only text is supported" if name in MEDIA else "plain text has no system prompt and no tools"
+            if name in MEDIA:
+                raise RowError(f"has {name!r}; {only_text(name)}")
+            reason = "plain text has no system prompt and no tools"
             raise RowError(f"has {name!r}; {reason} (ignore the column with data.*.ignore_columns: [{name}])")
         unread.add(name)
     return replace(parsed, unread=frozenset(unread))

@@ -86,7 +86,7 @@ def _canonical(raw: Mapping[str, Any], keep_reasoning: bool, unread: set[str]) -
     message["role"] = role = _known_role(role)
     for name in MEDIA:
         if message.get(name):
-            raise RowError(f"has {name!r}; only text is supported")
+            raise RowError(f"has {name!r}; {only_text(name)}")
     if role == "function_call":
         calls = read_json(checked(message.pop("content", None), "content"), "the function call")
         message |= {"role": "assistant", "tool_calls": calls if isinstance(calls, list) else [calls]}
@@ -118,6 +118,16 @@ def _canonical(raw: Mapping[str, Any], keep_reasoning: bool, unread: set[str]) -
     return message
 
 
+def only_text(column: str | None = None) -> str:
+    """The reason why media are refused, and what to do.
+
+    Args:
+        column: the column or key of a message that can be ignored; None for a part of the content.
+    """
+    ignored = "" if column is None else f", ignore it with data.*.ignore_columns: [{column}]"
+    return f"only text is supported; remove it{ignored}, or leave such rows out with data.on_bad_row: skip"
+
+
 def _content(value: Any, unread: set[str]) -> str:
     """Return the content as a string; joins the text of its parts."""
     if isinstance(value, list):
@@ -132,7 +142,10 @@ def _part(part: Any, unread: set[str]) -> str:
         raise RowError(f"'content' has a part that is {shown(part)}")
     kind = part.get("type", "text")
     if kind not in ("text", "input_text", "output_text"):
-        raise RowError(f"'content' has a part of type {kind!r}; only text is supported")
+        raise RowError(f"'content' has a part of type {kind!r}; {only_text()}")
+    for name in MEDIA:
+        if part.get(name):
+            raise RowError(f"'content' has a part with {name!r}; {only_text()}")
     for name in ("text", "value", "content"):
         if part.get(name) is not None:
             unread.update(f"messages[].content[].{other}" for other in _non_null_keys(part) - {"type", name})
