@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from sft_jax.config import Config, LoraConfig
 from sft_jax.data.batches.packing import sequence_lengths
 from sft_jax.errors import UserError
-from sft_jax.hf.config import file_dtype, stop_ids
+from sft_jax.hf.config import compute_dtype, stop_ids
 from sft_jax.hf.dequantized import open_weights
 from sft_jax.hf.hub import find_model
 from sft_jax.hf.load import load_params
@@ -169,7 +169,13 @@ def open_base(name: str, revision: str | None = None, asked_by: str = "model.pat
     """
     folder = find_model(name, revision, asked_by)
     reader = open_weights(folder) if init == "pretrained" else None
-    return Base(folder, reader, architecture_of(folder, reader), stop_ids(folder))
+    arch = architecture_of(folder, reader)
+    if reader is None and arch.is_part:
+        raise UserError(
+            f"model.init: random makes only the decoder of {arch.family}, and its export would lack the other parts; "
+            "use a config.json of the decoder, which is text_config"
+        )
+    return Base(folder, reader, arch, stop_ids(folder))
 
 
 def network_of(config: Config, arch: Architecture, mesh: Mesh, embeddings: bool, remat: str = "full") -> Split:
@@ -280,7 +286,7 @@ def find(
         raise UserError(f"{name}: this folder holds neither a run, nor a Hugging Face model, nor a PEFT adapter")
     model = open_base(name, asked_by="model")
     tokenizer, _ = load_tokenizer(model.folder)
-    dtype = dtype or file_dtype(model.folder)
+    dtype = dtype or compute_dtype(model.folder)
     split = build(model.arch, mesh, None, dtype, remat="none", full=False)
     description = f"{name}, {model.arch.family}, {dtype}"
     return Found(description, model, split, tokenizer, _with_eos(model.stop_ids, tokenizer), dict)
@@ -327,7 +333,7 @@ def _find_adapter(folder: Path, name: str | None, dtype: str | None, mesh: Mesh)
     check_heads(arch.attention_specs, mesh)
     has_tokenizer = (folder / "tokenizer.json").is_file()
     tokenizer, _ = load_tokenizer(folder if has_tokenizer else base.folder)
-    dtype = dtype or file_dtype(base.folder)
+    dtype = dtype or compute_dtype(base.folder)
     lora = LoraConfig(method=config.method, rank=config.rank, alpha=config.alpha, target_modules=config.target_modules)
     split = build(arch, mesh, lora, dtype, remat="none", full=False)
     stops = _with_eos(stop_ids(folder) or base.stop_ids, tokenizer)

@@ -16,16 +16,21 @@ _MASKS = {
 }
 
 
-def model_card(config: Config, form: str, step: int, metrics: list[dict[str, Any]], dtype: Any) -> str:
+def model_card(
+    config: Config, form: str, step: int, metrics: list[dict[str, Any]], dtype: Any, multimodal: bool = False
+) -> str:
     """Returns a ``README.md`` with the metadata that model hubs read.
 
     Args:
         form: ``adapter`` or ``merged``.
         metrics: the rows of ``metrics.jsonl``.
         dtype: dtype of the base model's weights.
+        multimodal: whether the base model has parts besides the decoder, which were not trained.
     """
     base, lora, optimizer = config.model.path, config.lora, config.optimizer
     front = {"library_name": "peft" if form == "adapter" else "transformers", "pipeline_tag": "text-generation"}
+    if multimodal:
+        front["pipeline_tag"] = "image-text-to-text"
     if _public_name(base) == base:
         front["base_model"] = base
     front["tags"] = "[sft, sft-jax, lora]" if lora else "[sft, sft-jax]"
@@ -36,6 +41,8 @@ def model_card(config: Config, form: str, step: int, metrics: list[dict[str, Any
         if lora
         else "full fine-tuning"
     )
+    if multimodal:
+        method += ", of the text decoder only"
     if config.model.quantization:
         method += f", base quantized to {config.model.quantization}"
     rows = {
@@ -56,7 +63,13 @@ def model_card(config: Config, form: str, step: int, metrics: list[dict[str, Any
     lines = ["---", *(f"{key}: {value}" for key, value in front.items()), "---", ""]
     lines += [f"# {base_name}, fine-tuned", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in rows.items()]
-    lines += ["", "Losses are nats per target token. " + _usage(form), "", f"Made with sft-jax {__version__}.", ""]
+    lines += [
+        "",
+        "Losses are nats per target token. " + _usage(form, multimodal),
+        "",
+        f"Made with sft-jax {__version__}.",
+        "",
+    ]
     return "\n".join(lines)
 
 
@@ -75,7 +88,12 @@ def _last(metrics: list[dict[str, Any]], key: str, step: int) -> str:
     return f"{values[0]:.4f} → {values[-1]:.4f}" if values else "not measured"
 
 
-def _usage(form: str) -> str:
+def _usage(form: str, multimodal: bool) -> str:
+    if multimodal:
+        load = "`transformers.AutoModelForImageTextToText.from_pretrained`"
+        if form == "adapter":
+            return f"Load the base model with {load}, and the adapter with `peft.PeftModel.from_pretrained`."
+        return f"Load it with {load} on this folder."
     if form == "adapter":
         return "Load it with `peft.AutoPeftModelForCausalLM.from_pretrained` on this folder."
     return "Load it with `transformers.AutoModelForCausalLM.from_pretrained` on this folder."

@@ -11,6 +11,8 @@ from sft_jax.hf.block_formats import BlockFormat, block_format
 from sft_jax.models.architecture import Architecture
 from sft_jax.models.families import check_family, read_family
 
+_OF_TEXT = ("bos_", "eos_", "pad_", "sep_", "decoder_start_")  # tokens that a text may have
+
 
 def read_config(folder: Path) -> dict[str, Any]:
     """Reads ``config.json`` without changes.
@@ -30,11 +32,38 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns the settings of the decoder: a multimodal model has them in ``text_config``, some of them in both."""
+    text = config.get("text_config")
+    return config | text if isinstance(text, dict) else config
+
+
+def file_dtype(config: dict[str, Any]) -> str:
+    """Returns the dtype that ``config.json`` names for the weights, by default float32."""
+    both = (config, text_config(config))
+    return next((dtype for one in both for key in ("dtype", "torch_dtype") if (dtype := one.get(key))), "float32")
+
+
 def with_vocab_size(config: dict[str, Any], vocab_size: int) -> dict[str, Any]:
     """Returns ``config.json`` with another vocabulary size, which a multimodal model has in ``text_config``."""
-    if isinstance(text := config.get("text_config"), dict):
-        return config | {"text_config": text | {"vocab_size": vocab_size}}
-    return config | {"vocab_size": vocab_size}
+    if not isinstance(text := config.get("text_config"), dict):
+        return config | {"vocab_size": vocab_size}
+    stale = {"vocab_size": vocab_size} if "vocab_size" in config else {}  # a second one that nothing may read
+    return config | stale | {"text_config": text | {"vocab_size": vocab_size}}
+
+
+def with_tie(config: dict[str, Any], tied: bool) -> dict[str, Any]:
+    """Returns ``config.json`` that says whether ``lm_head`` is tied, also in ``text_config`` if that says it too."""
+    key, text = "tie_word_embeddings", config.get("text_config")
+    if isinstance(text, dict) and key in text:
+        config = config | {"text_config": text | {key: tied}}
+    return config | {key: tied}
+
+
+def media_tokens(config: dict[str, Any]) -> dict[int, str]:
+    """Returns the token ids in ``config.json`` that stand for images, video or audio, and the key of each."""
+    keys = [key for key in config if key.endswith(("_token_id", "_token_index")) and not key.startswith(_OF_TEXT)]
+    return {config[key]: key for key in keys if isinstance(config[key], int)} if "text_config" in config else {}
 
 
 def read_format(folder: Path) -> BlockFormat | None:
@@ -75,19 +104,22 @@ def _transformers_config(folder: Path) -> Any:
         raise UserError(" ".join(str(error).split())) from error
 
 
-def file_dtype(folder: Path) -> str:
-    """Reads the dtype of a model's files if it is float32, otherwise bfloat16: the range of float16 is too small."""
-    config = read_config(folder)
-    dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
-    return "float32" if dtype == "float32" else "bfloat16"
+def compute_dtype(folder: Path) -> str:
+    """Returns float32 if a model's files are, otherwise bfloat16: the range of float16 is too small."""
+    return "float32" if file_dtype(read_config(folder)) == "float32" else "bfloat16"
 
 
 def stop_ids(folder: Path) -> list[int]:
-    """Reads the stop token ids (``eos_token_id``) of ``generation_config.json`` or ``config.json``; may be empty."""
+    """Reads the stop token ids (``eos_token_id``) of ``generation_config.json`` or ``config.json``; may be empty.
+
+    A multimodal model may have them in ``text_config``, which counts where no other place has them.
+    """
     for name in ("generation_config.json", "config.json"):
         path = folder / name
         if path.is_file():
-            ids = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-            if ids is not None:
-                return ids if isinstance(ids, list) else [ids]
+            config = json.loads(path.read_text(encoding="utf-8"))
+            for one in (config, text_config(config)):
+                ids = one.get("eos_token_id")
+                if ids is not None:
+                    return ids if isinstance(ids, list) else [ids]
     return []

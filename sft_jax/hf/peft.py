@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -221,6 +222,7 @@ def save_adapter(
     revision: str | None = None,
     fingerprint: str | None = None,
     fan_in_fan_out: bool = False,
+    within: str | None = None,
 ) -> None:
     """Writes ``adapter_config.json`` and ``adapter_model.safetensors`` to an existing folder.
 
@@ -230,6 +232,7 @@ def save_adapter(
         target_modules, target_parameters: see :func:`targets`.
         fingerprint: fingerprint of the base's weights, to detect another base of the same shapes.
         fan_in_fan_out: whether the base stores linear layers as ``[in, out]``.
+        within: start of the names of all adapted modules, if modules elsewhere have target modules too.
     """
     metadata = {"format": "pt"} | ({} if fingerprint is None else {_FINGERPRINT: fingerprint})
     save_file({PREFIX + name: tensor for name, tensor in tensors.items()}, folder / ADAPTER_FILE, metadata=metadata)
@@ -249,5 +252,7 @@ def save_adapter(
         "inference_mode": True,
         "init_lora_weights": True,
     }
+    if within is not None:  # a vision tower also has a q_proj, which PEFT would give an untrained adapter
+        config["exclude_modules"] = f"(?!{re.escape(within)}).*"
     config |= variant.PEFT
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -48,6 +48,8 @@ def load_tokenizer(
     if not tokenizer.is_fast:
         raise UserError(f"{folder}: only a slow tokenizer; add its tokenizer.json")
     num_added = tokenizer.add_tokens([*added_tokens], special_tokens=True)
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = _template_of_processor(folder)
     if chat_template is not None:
         path = Path(chat_template).expanduser()
         if not path.is_file():
@@ -62,6 +64,16 @@ def load_tokenizer(
         else:
             raise UserError("data.template_kwargs: the tokenizer has no chat template")
     return tokenizer, num_added
+
+
+def _template_of_processor(folder: Path) -> str | None:
+    """Returns the chat template of a multimodal model whose tokenizer has none; older ones have it in these files."""
+    for name in ("chat_template.json", "processor_config.json"):
+        if (folder / name).is_file():
+            template = json.loads((folder / name).read_text(encoding="utf-8")).get("chat_template")
+            if template:
+                return template
+    return None
 
 
 def _with_defaults(template: str, kwargs: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Writes tokenizer files that transformers 4 and 5 can read: byte copies of the base's files, plus any changes.
+"""Writes tokenizer and processor files that transformers 4 and 5 read: byte copies of the base's, plus any changes.
 
 ``save_pretrained`` of transformers 5 writes classes and keys that transformers 4 and libraries on top of it reject.
 """
@@ -16,14 +16,16 @@ from sft_jax.hf.tokenizer import load_tokenizer
 _FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "vocab.txt", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
+    "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json",
 )  # fmt: skip
 _MORE_TEMPLATES = "additional_chat_templates"
+_PROCESSOR = "processor_config.json"
 _CONFIG, _TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 _ADDED = "additional_special_tokens"
 
 
 def write_tokenizer(tokenizer: Any, base: Path, folder: Path) -> None:
-    """Writes the tokenizer of a run to a folder without one.
+    """Writes the tokenizer of a run to a folder without one, and the processor of a multimodal model.
 
     Args:
         tokenizer: the base's tokenizer, possibly with added tokens and another chat template.
@@ -52,6 +54,7 @@ def write_tokenizer(tokenizer: Any, base: Path, folder: Path) -> None:
             (folder / _TEMPLATE).write_text(template, encoding="utf-8")
         else:
             template = [{"name": name, "template": text} for name, text in template.items()]
+        _change(folder / _PROCESSOR, lambda config: {k: v for k, v in config.items() if k != "chat_template"})
         # Written to both files: transformers before 4.43 reads only tokenizer_config.json.
         _change(folder / _CONFIG, lambda config: config | {"chat_template": template})
 

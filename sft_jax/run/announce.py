@@ -17,6 +17,7 @@ from sft_jax.data.batches.packing import Plan
 from sft_jax.data.tokens.examples import Examples, Report
 from sft_jax.data.tokens.prepare import Prepared
 from sft_jax.evaluation.compare import Task
+from sft_jax.models.architecture import Architecture
 from sft_jax.models.split import Split
 from sft_jax.sharding import bytes_per_device
 from sft_jax.training.compilation import Compiled
@@ -118,6 +119,16 @@ class Announcer:
                 f"{tokens}: their embeddings were never trained (zero, tiny or alike), and LoRA does not train them; "
                 "the model can hardly distinguish these tokens; set lora.train_embeddings=true to train them",
             )
+
+    def outside(self, arch: Architecture, names: Sequence[str]) -> None:
+        """Tensors in the files that are not part of the decoder."""
+        if names:
+            parts = dict.fromkeys(
+                start.removeprefix("model.").strip(".")
+                for start in arch.outside
+                if any(name.startswith(start) for name in names)
+            )
+            self("kept", f"{', '.join(parts)}: {len(names):,} tensors are not trained and are exported as they are")
 
     def compiled(self, step: Compiled) -> None:
         """Compile time, rematerialization policy, microbatches, and memory of a step."""

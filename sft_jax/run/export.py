@@ -25,12 +25,20 @@ from sft_jax.errors import UserError
 from sft_jax.files.buckets import is_url
 from sft_jax.files.new_folder import new_folder, num_bytes
 from sft_jax.hf.card import model_card
-from sft_jax.hf.config import read_architecture, read_config, read_format, stop_ids, with_vocab_size
+from sft_jax.hf.config import (
+    read_architecture,
+    read_config,
+    read_format,
+    stop_ids,
+    with_tie,
+    with_vocab_size,
+)
 from sft_jax.hf.hub import absolute, commit_of
 from sft_jax.hf.peft import save_adapter, targets
 from sft_jax.hf.reader import chunks
 from sft_jax.hf.save import Tensor, TensorWriter
 from sft_jax.hf.tokenizer_files import write_tokenizer
+from sft_jax.models.architecture import Architecture
 from sft_jax.models.split import Split, is_adapter
 from sft_jax.sharding import make_mesh
 from sft_jax.store.metrics import read_metrics
@@ -69,7 +77,7 @@ def export(
             write_tokenizer(opened.tokenizer, opened.base, folder)
             losses = read_metrics(opened.folder.local / "metrics.jsonl")
             dtype = opened.dtype(split.arch.embeddings_tensor)
-            card = model_card(opened.config, form, opened.step, losses, dtype)
+            card = model_card(opened.config, form, opened.step, losses, dtype, split.arch.is_part)
             (folder / "README.md").write_text(card, encoding="utf-8")
     if is_main:
         print(f"{out}: {form} of step {opened.step}, {num_bytes(str(out)) / 1e6:.1f} MB")
@@ -124,6 +132,7 @@ def _write_adapter(run: OpenedRun, split: Split, folder: Path) -> None:
         commit_of(run.base) or run.config.model.revision,
         run.fingerprint,
         split.arch.conv1d,
+        within=split.arch.module_prefix if split.arch.is_part else None,
     )
 
 
@@ -171,14 +180,28 @@ def _write_merged(run: OpenedRun, split: Split, folder: Path) -> None:
                     if writer.owns(name := stored.names[number]):
                         write(name, stored.part(jax.device_get(element), number).astype(run.dtype(name)))
     if jax.process_index() == 0:
-        # The size in the file: a tokenizer may have more tokens than the embeddings of the base have rows.
-        config = with_vocab_size(read_config(run.base), tensors[arch.embeddings_tensor].shape[0])
-        config.pop("quantization_config", None)  # the tensors that are written are not quantized
-        if names := config.get("architectures"):  # a base model saved without lm_head is named ...Model
-            config["architectures"] = [re.sub("Model$", "ForCausalLM", name) for name in names]
-        if read_architecture(run.base).tie_word_embeddings and not arch.tie_word_embeddings:
-            config["tie_word_embeddings"] = False  # as in the files
+        config = _config(run, arch, tensors[arch.embeddings_tensor].shape[0])
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _config(run: OpenedRun, arch: Architecture, num_embeddings: int) -> dict[str, Any]:
+    """Return ``config.json`` of the base, changed where the files that are written differ from it.
+
+    Args:
+        num_embeddings: in the files, since a tokenizer may have more tokens than the base has embeddings.
+    """
+    config, before = read_config(run.base), read_architecture(run.base)
+    if num_embeddings != before.vocab_size:
+        config = with_vocab_size(config, num_embeddings)
+    config.pop("quantization_config", None)  # the tensors that are written are not quantized
+    if names := config.get("architectures"):  # a base model saved without lm_head is named ...Model
+        whole = "ForConditionalGeneration" if arch.is_part else "ForCausalLM"
+        config["architectures"] = [re.sub("Model$", whole, name) for name in names]
+    if before.tie_word_embeddings != arch.tie_word_embeddings:
+        config = with_tie(config, arch.tie_word_embeddings)  # as in the files
+    elif arch.is_part and arch.tie_word_embeddings and config.get("tie_word_embeddings") is False:
+        config = with_tie(config, True)  # only text_config said so, and transformers reads the other
+    return config
 
 
 def _merged(variant: Any, weight: np.ndarray, parameters: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -15,8 +15,10 @@ from sft_jax.config import Config
 from sft_jax.data.batches.packing import Plan, plan_of
 from sft_jax.data.batches.streaming import first_rows
 from sft_jax.data.tokens.prepare import Prepared, prepare_data
+from sft_jax.errors import UserError
 from sft_jax.evaluation.compare import Task
 from sft_jax.evaluation.compare import prepare as prepare_task
+from sft_jax.hf.config import media_tokens, read_config
 from sft_jax.hf.hub import absolute
 from sft_jax.hf.tokenizer import load_tokenizer
 from sft_jax.models.architecture import Architecture
@@ -76,6 +78,17 @@ class Inputs:
         return list(dict.fromkeys([*self.data.examples.stop_ids, *self.base.stop_ids]))
 
 
+def _check_added_tokens(config: Config, base: Base, tokenizer: Any) -> None:
+    """Check that no added token has the id of an image: transformers would look for the image."""
+    media = media_tokens(read_config(base.folder))
+    for token in config.data.added_tokens:
+        if (key := media.get(tokenizer.convert_tokens_to_ids(token))) is not None:
+            raise UserError(
+                f"data.added_tokens: {token!r} is the token of {key} in config.json, in whose place transformers puts "
+                "an image, video or audio; use another token"
+            )
+
+
 def prepare(config: Config, devices: Sequence[Any] | None, say: Announcer) -> Inputs:
     """Read and check everything except the weights; writes nothing.
 
@@ -98,6 +111,7 @@ def prepare(config: Config, devices: Sequence[Any] | None, say: Announcer) -> In
     tokenizer, num_added = load_tokenizer(
         base.folder, config.data.chat_template, config.data.added_tokens, config.data.template_kwargs
     )
+    _check_added_tokens(config, base, tokenizer)
     config = with_date(config, tokenizer, folder.local, latest)
 
     # -- data ---------------------------------------------------------------------------------------------------------

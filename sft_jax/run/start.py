@@ -17,6 +17,7 @@ from sft_jax.data.tokens.examples import Examples
 from sft_jax.distributed.processes import LONG_WAIT_SECONDS, gather
 from sft_jax.errors import UserError
 from sft_jax.hf.hub import commit_of
+from sft_jax.hf.load import outside_tensors
 from sft_jax.hf.untrained import chat_tokens, untrained_tokens
 from sft_jax.models.attention.backend import check_backend
 from sft_jax.run.announce import Announcer
@@ -77,6 +78,8 @@ def start(inputs: Inputs, say: Announcer) -> Session:
     split = network()
     check_backend(split.backend, mesh, inputs.arch.attention_specs)
     say.model(config, split)
+    if base.reader is not None:
+        say.outside(base.arch, outside_tensors(base.reader, base.arch))
     say.optimizer(config.optimizer, split, base.dtype_of_embeddings)
     old_size, seed = base.arch.vocab_size, config.training.seed
     part = "all" if inputs.latest is None else "frozen"

@@ -15,7 +15,7 @@ import numpy as np
 from sft_jax import config_file as configs
 from sft_jax.config import Config
 from sft_jax.errors import UserError
-from sft_jax.hf.config import read_config
+from sft_jax.hf.config import file_dtype, read_config
 from sft_jax.hf.dequantized import open_weights
 from sft_jax.hf.hub import absolute, find_model
 from sft_jax.hf.reader import Reader, is_same_model
@@ -45,9 +45,8 @@ class OpenedRun:
         """The dtype of a tensor in the base model's files."""
         if self.reader is not None:
             return self.reader.dtype(name)
-        config = read_config(self.base)
-        dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
-        return np.dtype({"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}[dtype])
+        dtypes = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+        return np.dtype(dtypes[file_dtype(read_config(self.base))])
 
     @property
     def trains_embeddings(self) -> bool:
