@@ -1,14 +1,20 @@
-"""DeepSeek-V3: latent attention; its scale grows with the context that YaRN extends."""
+"""DeepSeek-V3 and R1: latent attention, whose scale grows with the context that YaRN extends, and experts in groups."""
 
 import math
 from dataclasses import replace
 from typing import Any
 
-from sft_jax.models.architecture import Norm
+from sft_jax.models.architecture import Architecture, Norm
 from sft_jax.models.attention.latent import LatentAttentionSpec
-from sft_jax.models.families import standard
+from sft_jax.models.families import glm4_moe, standard
 
 _LATENT_NORM = Norm(1e-6)  # whatever rms_norm_eps is
+
+
+def read(config: Any) -> Architecture:
+    mtp = f"model.layers.{config.num_hidden_layers}."  # the layer that predicts a further token
+    tensors = standard.expert_tensors()
+    return standard.decoder(config, attention(config), glm4_moe.mlps(config), tensors=tensors, outside=(mtp,))
 
 
 def attention(config: Any) -> LatentAttentionSpec:

@@ -48,7 +48,7 @@ PRE_NORM = Order()
 
 def decoder(
     config: Any,
-    attention: SelfAttentionSpec,
+    attention: Any,
     mlp: Any,
     norm: Norm | None = None,
     order: Order = PRE_NORM,
@@ -58,6 +58,7 @@ def decoder(
     """Returns a decoder of equal layers, except for the sliding windows in ``layer_types``.
 
     Args:
+        attention: the spec of all layers, except for their windows.
         mlp: the spec of all layers, or a list with one for each.
         norm: the norm of the layers and the final norm; by default an RMS norm with ``rms_norm_eps``.
         order: where the norms are, and how mixer and MLP are added.
