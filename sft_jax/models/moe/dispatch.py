@@ -1,71 +1,129 @@
-"""Brings tokens and the weights of their experts together, on one device or on a mesh."""
+"""Brings tokens and the weights of their experts together, on one device or on a mesh.
+
+The experts of a layer are sharded over ``tensor``, where tokens are replicated, and over ``fsdp``, where they are not.
+Either each device gathers the weights of all experts, as for other weights, or it gathers the tokens of all devices,
+applies its own experts to them, and scatters the sums. :func:`moves_tokens` picks what moves fewer bytes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+import math
 from typing import Any
 
-import jax.numpy as jnp
+import jax
+from jax import lax
+from jax.sharding import PartitionSpec
 
 from sft_jax.models.context import Context
-from sft_jax.models.moe.products import ExpertMatrix, grouped
+from sft_jax.models.moe.products import ExpertMatrix
+from sft_jax.models.moe.rows import Compute, Rows, through_experts
+from sft_jax.models.quantized import QuantizedMatrix
+from sft_jax.sharding import current_mesh, partition_spec
 from sft_jax.typing import Array, Float, Int
 
-Compute = Callable[[Array, Any, Callable[[Array, ExpertMatrix], Array]], Array]
-"""From rows, matrices and a function that multiplies rows by the matrix of their expert, to outputs."""
+_WEIGHT = ("experts", "expert_in", "expert_out")
+_FEWEST_ROWS = 512  # computed at a time
 
 
 def dispatch(
     compute: Compute,
-    matrices: Any,
+    matrices: tuple[ExpertMatrix, ...],
     tokens: Float[Array, "B T D"],
     chosen: Int[Array, "B T k"],
     weights: Float[Array, "B T k"],
     num_experts: int,
     scale_inputs: bool,
     context: Context,
-    mesh: Any,
 ) -> Float[Array, "B T D"]:
     """Returns ``Σ weight · expert(token)`` over the chosen experts of each token. No token is dropped.
 
     Args:
         scale_inputs: compute ``Σ expert(weight · token)`` instead.
     """
-    dim, per_token = tokens.shape[-1], chosen.shape[-1]
-    out = _local(
-        compute,
-        matrices,
-        tokens.reshape(-1, dim),
-        chosen.reshape(-1, per_token),
-        weights.reshape(-1, per_token).astype(tokens.dtype),
-        num_experts,
-        scale_inputs,
+    weights, mesh = weights.astype(tokens.dtype), current_mesh()
+    if mesh is None:
+        rows = Rows(compute, scale_inputs, chosen.size)
+        flat = (one.reshape(-1, one.shape[-1]) for one in (tokens, weights, chosen))
+        x, w, c = flat
+        return through_experts(rows, x, w, matrices, c, 0, num_experts).reshape(tokens.shape)
+
+    specs = jax.tree.map(lambda axes, array: partition_spec(axes, array.shape, mesh), _axes(matrices), matrices,
+                         is_leaf=_is_axes)  # fmt: skip
+    batch = ("replica", "unsplit_length") if context.weight_stationary else ("batch", "length")
+    token_spec = PartitionSpec(*partition_spec(batch, tokens.shape[:2], mesh), None)
+    of_experts = _names(partition_spec(_WEIGHT, (num_experts, 1, 1), mesh)[0])
+    exchanged = tuple(name for name in of_experts if name != "tensor")
+    sharded = _names(token_spec[0])
+    moves = bool(exchanged) and (
+        context.weight_stationary or moves_tokens(matrices, tokens.shape, tokens.dtype.itemsize, exchanged, mesh)
     )
-    return out.reshape(tokens.shape)
+    keep = of_experts if moves else tuple(name for name in of_experts if name == "tensor")
+    gathered = tuple(name for name in exchanged if moves and name in sharded)
+
+    def local(tokens: Array, weights: Array, chosen: Array, matrices: Any) -> Array:
+        matrices = jax.tree.map(lambda array, spec: _gather(array, spec, keep), matrices, specs)
+        x, w, c = (one.reshape(-1, one.shape[-1]) for one in (tokens, weights, chosen))
+        if gathered:
+            x, w, c = (lax.all_gather(one, gathered, tiled=True) for one in (x, w, c))
+        count = num_experts // math.prod(mesh.shape[name] for name in keep)
+        first = lax.axis_index(keep) * count if keep else 0
+        average = c.size * count // num_experts
+        size = c.size if count == num_experts else min(c.size, max(_FEWEST_ROWS, -(-average // 2)))
+        out = through_experts(Rows(compute, scale_inputs, size), x, w, matrices, c, first, count)
+        if gathered:
+            out = lax.psum_scatter(out, gathered, tiled=True)
+        rest = tuple(name for name in keep if name not in gathered)
+        return (lax.psum(out, rest) if rest else out).reshape(tokens.shape)
+
+    return jax.shard_map(
+        local, in_specs=(token_spec, token_spec, token_spec, specs), out_specs=token_spec, check_vma=False
+    )(tokens, weights, chosen, matrices)
 
 
-def _local(
-    compute: Compute,
-    matrices: Any,
-    tokens: Float[Array, "n D"],
-    chosen: Int[Array, "n k"],
-    weights: Float[Array, "n k"],
-    num_experts: int,
-    scale_inputs: bool,
-) -> Float[Array, "n D"]:
-    """Computes on one device that has all experts.
+def moves_tokens(matrices: Any, tokens: tuple[int, ...], itemsize: int, axes: tuple[str, ...], mesh: Any) -> bool:
+    """Whether gathering the tokens of the devices along ``axes`` moves fewer bytes than gathering the experts.
 
-    Rows, the pairs of a token and one of its experts, are sorted by expert: three tokens with the experts
-    ``[0 2] [1 2] [0 1]`` become the groups ``0 2 │ 1 2 │ 0 1`` of experts 0, 1 and 2.
+    Args:
+        tokens: the shape of the tokens of all devices.
+        itemsize: of a value of a token.
     """
-    per_token, flat = chosen.shape[-1], chosen.reshape(-1)
-    order = jnp.argsort(flat)
-    sizes = jnp.bincount(flat, length=num_experts).astype(jnp.int32)
-    rows = tokens[order // per_token]
-    row_weights = weights.reshape(-1)[order][:, None]
-    if scale_inputs:
-        rows = rows * row_weights
-    outs = compute(rows, matrices, partial(grouped, sizes=sizes, experts=flat[order]))
-    outs = outs if scale_inputs else outs * row_weights
-    return jnp.zeros(tokens.shape, outs.dtype).at[order // per_token].add(outs)
+    of_weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves([one.weight for one in matrices]))
+    others = math.prod(size for name, size in mesh.shape.items() if name not in (*axes, "tensor"))
+    of_tokens = 2 * math.prod(tokens) * itemsize // others  # to the experts and back
+    return of_tokens < of_weights // mesh.shape["tensor"]
+
+
+def _gather(array: Array, spec: PartitionSpec, keep: tuple[str, ...]) -> Array:
+    """All-gathers an array over the mesh axes that shard it, except ``keep``."""
+    for dim, names in enumerate(spec):
+        gathered = tuple(name for name in _names(names) if name not in keep)
+        if gathered:
+            array = lax.all_gather(array, gathered, axis=dim, tiled=True)
+    return array
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def _axes(matrices: tuple[ExpertMatrix, ...]) -> Any:
+    """Returns the logical axes of each array."""
+
+    def of(matrix: ExpertMatrix) -> ExpertMatrix:
+        weight: Any = _WEIGHT
+        if isinstance(matrix.weight, QuantizedMatrix):
+            weight = QuantizedMatrix(dict.fromkeys(matrix.weight.arrays, _WEIGHT), matrix.weight.fmt)  # type: ignore[arg-type]
+        adapter: Any = (("experts", "adapter_expert_in", "rank"), ("experts", "rank", "adapter_expert_out"))
+        return ExpertMatrix(
+            weight,
+            None if matrix.bias is None else ("experts", "norm"),  # type: ignore[arg-type]
+            None if matrix.adapter is None else adapter,
+            matrix.scale,
+            (),
+        )
+
+    return tuple(of(matrix) for matrix in matrices)
+
+
+def _is_axes(node: Any) -> bool:
+    return isinstance(node, tuple) and all(isinstance(one, str) for one in node)

@@ -15,7 +15,6 @@ from sft_jax.models.layers import Initializer, Linear
 from sft_jax.models.mlp import ACTIVATIONS
 from sft_jax.models.moe.dispatch import dispatch
 from sft_jax.models.moe.products import ExpertMatrix
-from sft_jax.sharding import current_mesh
 from sft_jax.typing import Array, Float, Int
 
 
@@ -111,9 +110,7 @@ class Experts(nnx.Module):
             self._matrix(self.gate_up_proj, self.gate_up_proj_bias, context),
             self._matrix(self.down_proj, self.down_proj_bias, context),
         )
-        return dispatch(
-            compute, matrices, tokens, chosen, weights, self.num_experts, scale_inputs, context, current_mesh()
-        )
+        return dispatch(compute, matrices, tokens, chosen, weights, self.num_experts, scale_inputs, context)
 
     def _matrix(self, layer: ExpertLinear, bias: nnx.Param | None, context: Context) -> ExpertMatrix:
         adapter: Any = layer.variant

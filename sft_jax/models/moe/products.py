@@ -7,8 +7,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
+from sft_jax.models.moe.grouped import grouped_dot
 from sft_jax.models.projection import in_layer_dtype
 from sft_jax.models.quantized import Matrix
 from sft_jax.models.remat import ADAPTER, PRODUCT, checkpoint_name
@@ -46,7 +46,7 @@ def grouped(
     """
 
     def product(x: Array, weight: Array) -> Array:
-        return lax.ragged_dot(x, weight, sizes)
+        return grouped_dot(x, weight, sizes)
 
     out = checkpoint_name(product(x, in_layer_dtype(matrix.weight, x.dtype, matrix.layer)), PRODUCT)
     if matrix.adapter is not None:
