@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from sft_jax.errors import UserError
-from sft_jax.models.architecture import Norm
+from sft_jax.models.architecture import Layer, Norm
+from sft_jax.models.families.standard import PRE_NORM, Order
 from sft_jax.models.mlp import ACTIVATIONS
 from sft_jax.models.recurrent.mamba2 import Mamba2Spec
 
@@ -22,6 +24,23 @@ def by_type(config: Any, values: Mapping[str, Any]) -> list[Any]:
         if kind not in values:
             raise UserError(f"layer_types: {kind!r} is not supported; supported are {', '.join(values)}")
     return [values[kind] for kind in config.layer_types]
+
+
+def layers(
+    config: Any, mixers: Mapping[str, tuple[str, Any]], mlps: list[Any], norm: Norm, order: Order = PRE_NORM
+) -> tuple[Layer, ...]:
+    """Returns layers of a mixer and an MLP.
+
+    Args:
+        mixers: the name and the spec of the mixer for each type in ``layer_types``.
+        mlps: the MLP or mixture of experts of each layer.
+        order: of which the name of the mixer is not used.
+
+    Raises:
+        UserError: there is no mixer for a type.
+    """
+    pairs = zip(by_type(config, mixers), mlps, strict=True)
+    return tuple(replace(order, mixer=name).layer(spec, mlp, norm) for (name, spec), mlp in pairs)
 
 
 def activation(config: Any, key: str) -> str:
