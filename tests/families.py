@@ -20,6 +20,7 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+YARN_ROPE = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
 FALCON_H1 = {
     "hidden_size": 48,
     "num_hidden_layers": 2,
@@ -38,6 +39,40 @@ FALCON_H1 = {
     "ssm_in_multiplier": 1.2,
     "ssm_out_multiplier": 0.6,
     "ssm_multipliers": [0.9, 0.8, 1.1, 1.2, 0.7],
+}
+# torch's grouped products want multiples of 4.
+EXPERTS = {"hidden_size": 48, "moe_intermediate_size": 20, "num_experts": 5, "num_experts_per_tok": 2}
+LOCAL_EXPERTS = {"hidden_size": 48, "intermediate_size": 20, "num_local_experts": 5, "num_experts_per_tok": 2}
+GRANITE = {
+    "hidden_size": 48,
+    "embedding_multiplier": 12.0,
+    "attention_multiplier": 0.1,
+    "residual_multiplier": 0.22,
+    "logits_scaling": 2.0,
+}
+GRANITE_HYBRID = GRANITE | {
+    "shared_intermediate_size": 28,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 24,
+    "mamba_d_state": 10,
+    "mamba_n_groups": 2,
+    "mamba_d_conv": 3,
+    "mamba_conv_bias": False,
+    "mamba_proj_bias": True,
+}
+GATED_DELTA = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 10,
+    "linear_value_head_dim": 7,
+}
+NEMOTRON_H = EXPERTS | {
+    "mamba_num_heads": 6,
+    "mamba_head_dim": 8,
+    "ssm_state_size": 10,
+    "n_groups": 3,
+    "conv_kernel": 3,
 }
 SIGHT = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 SIGHT |= {"image_size": 28, "patch_size": 14}
@@ -66,18 +101,7 @@ FAMILIES = {
         "Llama",
         {"head_dim": 8, "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
     ),
-    "llama-yarn": (
-        "Llama",
-        {
-            "head_dim": 16,
-            "rope_parameters": {
-                "rope_type": "yarn",
-                "rope_theta": 1e4,
-                "factor": 4.0,
-                "original_max_position_embeddings": 64,
-            },
-        },
-    ),
+    "llama-yarn": ("Llama", {"head_dim": 16, "rope_parameters": YARN_ROPE}),
     "llama-yarn-as-deepseek": (
         "Llama",
         {
@@ -108,7 +132,7 @@ FAMILIES = {
         {"hidden_size": 48, "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2},
     ),
     "gemma3_text": (
-        "Gemma3",
+        "Gemma3Text",
         {
             "head_dim": 10,
             "num_hidden_layers": 8,
@@ -143,16 +167,7 @@ FAMILIES = {
         "SmolLM3",
         {"hidden_size": 48, "num_hidden_layers": 5, "no_rope_layers": [1, 1, 0, 1, 0], "pad_token_id": 0},
     ),
-    "granite": (
-        "Granite",
-        {
-            "hidden_size": 48,
-            "embedding_multiplier": 12.0,
-            "attention_multiplier": 0.1,
-            "residual_multiplier": 0.22,
-            "logits_scaling": 2.0,
-        },
-    ),
+    "granite": ("Granite", GRANITE),
     "cohere2": ("Cohere2", {"hidden_size": 48, "num_hidden_layers": 5, "sliding_window": 9, "logit_scale": 0.7}),
     "stablelm": ("StableLm", {"hidden_size": 48, "partial_rotary_factor": 0.5}),
     "stablelm-parallel": ("StableLm", {"hidden_size": 48, "use_parallel_residual": True, "use_qkv_bias": True}),
@@ -169,10 +184,7 @@ FAMILIES = {
         {
             "head_dim": 10,
             "rope_parameters": {
-                "rope_type": "yarn",
-                "rope_theta": 1e4,
-                "factor": 4.0,
-                "original_max_position_embeddings": 64,
+                **YARN_ROPE,
                 "llama_4_scaling_beta": 0.1,
                 "mscale": 1.0,
                 "mscale_all_dim": 1.0,
@@ -207,40 +219,53 @@ FAMILIES = {
     "glm": ("Glm", {"head_dim": 12, "pad_token_id": 0}),
     "glm4": ("Glm4", {"head_dim": 12, "pad_token_id": 0}),
     "apertus": ("Apertus", {"hidden_size": 48}),
-    "mixtral": (
-        "Mixtral",
-        {
-            "hidden_size": 48,  # torch's grouped products want multiples of 4
-            "intermediate_size": 100,
-            "head_dim": 10,
-            "num_local_experts": 5,
-            "num_experts_per_tok": 2,
-            "sliding_window": None,
+    "mixtral": ("Mixtral", LOCAL_EXPERTS | {"head_dim": 10, "sliding_window": None}),
+    "qwen2_moe": ("Qwen2Moe", EXPERTS | {"shared_expert_intermediate_size": 28}),
+    "qwen3_moe": ("Qwen3Moe", EXPERTS | {"head_dim": 12, "mlp_only_layers": [1], "norm_topk_prob": True}),
+    "olmoe": ("Olmoe", EXPERTS | {"intermediate_size": 20, "pad_token_id": 0}),
+    "phimoe": ("Phimoe", LOCAL_EXPERTS | {"attention_bias": True, "lm_head_bias": True}),
+    "granitemoe": ("GraniteMoe", GRANITE | LOCAL_EXPERTS),
+    "glm4_moe": (
+        "Glm4Moe",
+        EXPERTS
+        | {
+            "head_dim": 12,
+            "n_routed_experts": 6,
+            "n_group": 3,
+            "topk_group": 2,
+            "routed_scaling_factor": 1.5,
+            "attention_bias": True,
+            "use_qk_norm": True,
         },
     ),
+    "ernie4_5_moe": (
+        "Ernie4_5_Moe",
+        EXPERTS | {"head_dim": 12, "moe_num_experts": 5, "moe_k": 2, "moe_num_shared_experts": 2},
+    ),
+    "minimax_m2": ("MiniMaxM2", LOCAL_EXPERTS | {"head_dim": 12, "rotary_dim": 6}),
     "qwen3_5_text": (
-        "Qwen3_5",
+        "Qwen3_5Text",
         {
             "head_dim": 12,
-            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 6,
-            "linear_key_head_dim": 10,
-            "linear_value_head_dim": 7,
-        },
+        }
+        | GATED_DELTA,
+    ),
+    "qwen3_5_moe_text": (
+        "Qwen3_5MoeText",
+        EXPERTS | GATED_DELTA | {"head_dim": 8, "shared_expert_intermediate_size": 28},
+    ),
+    "qwen3_next": (
+        "Qwen3Next",
+        EXPERTS | GATED_DELTA | {"head_dim": 8, "shared_expert_intermediate_size": 28, "mlp_only_layers": [1]},
     ),
     "qwen3_5": (
         "qwen3_5",
         {
             "head_dim": 12,
-            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 6,
-            "linear_key_head_dim": 10,
-            "linear_value_head_dim": 7,
-        },
+        }
+        | GATED_DELTA,
     ),
     "olmo_hybrid-nope": (
         "OlmoHybrid",
@@ -277,27 +302,29 @@ FAMILIES = {
             "block_ffn_dim_multiplier": 1.3,
         },
     ),
+    "lfm2_moe": (
+        "Lfm2Moe",
+        EXPERTS
+        | {
+            "layer_types": ["conv", "full_attention", "conv"],
+            "num_dense_layers": 1,
+            "routed_scaling_factor": 1.5,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    ),
     "granitemoehybrid": (
         "GraniteMoeHybrid",
-        {
-            "hidden_size": 48,
+        GRANITE_HYBRID
+        | {
             "num_hidden_layers": 4,
             "layer_types": ["linear_attention", "full_attention", "linear_attention", "linear_attention"],
             "num_local_experts": 0,
-            "shared_intermediate_size": 100,
             "position_embedding_type": "rope",
-            "mamba_n_heads": 4,
-            "mamba_d_head": 24,
-            "mamba_d_state": 10,
-            "mamba_n_groups": 2,
-            "mamba_d_conv": 3,
-            "mamba_conv_bias": False,
-            "mamba_proj_bias": True,
-            "embedding_multiplier": 12.0,
-            "attention_multiplier": 0.1,
-            "residual_multiplier": 0.22,
-            "logits_scaling": 2.0,
         },
+    ),
+    "granitemoehybrid-experts": (
+        "GraniteMoeHybrid",
+        GRANITE_HYBRID | LOCAL_EXPERTS | {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
     ),
     "falcon_h1": ("FalconH1", FALCON_H1),
     "falcon_h1-norm": (
@@ -307,15 +334,24 @@ FAMILIES = {
     "falcon_h1-norm-after-gate": ("FalconH1", FALCON_H1 | {"mamba_rms_norm": True, "mamba_norm_before_gate": False}),
     "nemotron_h": (
         "NemotronH",
-        {
+        NEMOTRON_H
+        | {
             "head_dim": 10,
             "layers_block_type": ["linear_attention", "mlp", "linear_attention", "full_attention", "mlp"],
-            "mamba_num_heads": 6,
-            "mamba_head_dim": 8,
-            "ssm_state_size": 10,
-            "n_groups": 3,
-            "conv_kernel": 3,
             "use_bias": True,
+        },
+    ),
+    "nemotron_h-experts": (
+        "NemotronH",
+        NEMOTRON_H
+        | {
+            "head_dim": 8,
+            "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"],
+            "n_routed_experts": 6,
+            "n_group": 3,
+            "topk_group": 2,
+            "moe_latent_size": 20,
+            "moe_shared_expert_intermediate_size": 28,
         },
     ),
     "qwen3": ("Qwen3", {"head_dim": 20}),
@@ -333,7 +369,7 @@ def reference(name: str, folder, shard: str | None = None):
         config = transformers.AutoConfig.for_model(kind, text_config=SHAPE | changes, **MULTIMODAL[kind])
         auto = transformers.AutoModelForImageTextToText
     else:
-        config = getattr(transformers, f"{kind}{'Text' * (kind in ('Gemma3', 'Qwen3_5'))}Config")(**(SHAPE | changes))
+        config = getattr(transformers, f"{kind}Config")(**(SHAPE | changes))
         auto = transformers.AutoModelForCausalLM
     torch.manual_seed(0)
     model = auto.from_config(config).eval()
@@ -341,6 +377,11 @@ def reference(name: str, folder, shard: str | None = None):
         mean, stddev = (1.0, 0.3) if parameter.ndim == 1 else (0.0, 0.1)
         if path.endswith("A_log"):  # a recurrence that remembers; norms of what one token leaves would amplify rounding
             mean = -3.0
+        if path.endswith("norm.weight") and not parameter.any():  # 1 is added to it
+            mean = 0.0
         torch.nn.init.normal_(parameter, mean, stddev)
+    for path, buffer in model.named_buffers():
+        if path.endswith("bias"):  # corrections of routers
+            torch.nn.init.normal_(buffer, 0.0, 0.1)
     model.save_pretrained(folder, **({"max_shard_size": shard} if shard else {}))
     return model

@@ -125,9 +125,7 @@ _EXPERT_ADAPTERS = {
 
 
 def _parameters(model: nnx.Module) -> Iterator[_Parameter]:
-    wrapped = {
-        id(node.gate_up_proj) for _, node in nnx.iter_graph(model) if isinstance(node, Experts) and node.is_adapted
-    }
+    wrapped = {id(node.first) for _, node in nnx.iter_graph(model) if isinstance(node, Experts) and node.is_adapted}
     for path, node in nnx.iter_graph(model):
         for name, leaf in vars(node).items() if isinstance(node, nnx.Module) else ():
             if isinstance(leaf, nnx.Variable | Quantized) and not isinstance(node, Quantized):

@@ -65,6 +65,24 @@ def test_published_layout_of_olmo_hybrid(tmp_path):
     np.testing.assert_allclose(logits(ours, ids), expected, atol=1e-6)
 
 
+def test_published_layout_of_qwen3_5_moe(tmp_path):
+    """All experts of a layer in one tensor, as they are published: transformers saves them one by one."""
+    reference("qwen3_5_moe_text", tmp_path)
+    before = load_model(tmp_path)[2]
+    tensors = load_file(tmp_path / "model.safetensors")
+    for experts in (f"model.layers.{layer}.mlp.experts" for layer in range(3)):
+        gate, up, down = (
+            np.stack([tensors.pop(f"{experts}.{expert}.{name}.weight") for expert in range(5)])
+            for name in ("gate_proj", "up_proj", "down_proj")
+        )
+        tensors |= {f"{experts}.gate_up_proj": np.concatenate([gate, up], axis=1), f"{experts}.down_proj": down}
+    save_tensors(tmp_path, as_written(tensors), tensors.__getitem__)
+    _, split, params = load_model(tmp_path)
+    np.testing.assert_equal(flatten(params), flatten(before))
+    after = file_tensors(params, split.stored)
+    assert all(after[name].tobytes() == tensors[name].tobytes() for name in after)
+
+
 @pytest.mark.parametrize("name", ["llama3", "qwen3-tied"])
 def test_sharded_files(name, tmp_path):
     model = reference(name, tmp_path / "sharded", shard="60KB")

@@ -16,7 +16,16 @@ def read(config: Any) -> Architecture:
 
 def mlps(config: Any) -> list[Any]:
     """Returns the MLP or mixture of experts of each layer, as in DeepSeek-V3."""
-    router = RouterSpec(
+    size = config.moe_intermediate_size
+    shared = standard.mlp(config, intermediate_size=size * config.n_shared_experts)
+    experts, dense = standard.mixture(config, router(config), size, shared=shared), standard.mlp(config)
+    first = config.first_k_dense_replace
+    return [dense if i < first else experts for i in range(config.num_hidden_layers)]
+
+
+def router(config: Any) -> RouterSpec:
+    """Returns the spec of the router of DeepSeek-V3."""
+    return RouterSpec(
         config.n_routed_experts,
         config.num_experts_per_tok,
         "sigmoid",
@@ -27,8 +36,3 @@ def mlps(config: Any) -> list[Any]:
         eps=1e-20,
         scale=config.routed_scaling_factor,
     )
-    size = config.moe_intermediate_size
-    shared = standard.mlp(config, intermediate_size=size * config.n_shared_experts)
-    experts, dense = standard.mixture(config, router, size, shared=shared), standard.mlp(config)
-    first = config.first_k_dense_replace
-    return [dense if i < first else experts for i in range(config.num_hidden_layers)]

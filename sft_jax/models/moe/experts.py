@@ -1,4 +1,4 @@
-"""Experts: gated MLPs of equal shape, each applied to the tokens that its router sends it."""
+"""Experts: MLPs of equal shape, each applied to the tokens that its router sends it."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ class ExpertsSpec:
 
     Attributes:
         activation: a key of :data:`~sft_jax.models.mlp.ACTIVATIONS`, of ``activation(gate) · up``.
+        gated: whether there is a gate; else ``down_proj(activation(up_proj(x)))``.
         use_bias: whether both products have biases.
         interleaved: whether gate and up alternate in the outputs of ``gate_up_proj``, not first all of gate.
         clamp: ``(limit, alpha)`` of GPT-OSS: the gate is ``gate · sigmoid(alpha · gate)``, 1 is added to up, and both
@@ -34,6 +35,7 @@ class ExpertsSpec:
 
     intermediate_size: int
     activation: str = "silu"
+    gated: bool = True
     use_bias: bool = False
     interleaved: bool = False
     clamp: tuple[float, float] | None = None
@@ -42,8 +44,20 @@ class ExpertsSpec:
 
     is_mixer: ClassVar[bool] = False
 
-    def gate(self, gate_up: Float[Array, "m 2F"]) -> Float[Array, "m F"]:
-        """Returns the input of ``down_proj``."""
+    @property
+    def first(self) -> str:
+        """The name of the first linear layer."""
+        return "gate_up_proj" if self.gated else "up_proj"
+
+    @property
+    def parts(self) -> int:
+        """The number of matrices in the first linear layer."""
+        return 2 if self.gated else 1
+
+    def gate(self, gate_up: Float[Array, "m C"]) -> Float[Array, "m F"]:
+        """Returns the input of ``down_proj`` for the output of the first linear layer."""
+        if not self.gated:
+            return ACTIVATIONS[self.activation](gate_up)
         if self.interleaved:
             gate, up = gate_up[..., ::2], gate_up[..., 1::2]
         else:
@@ -73,19 +87,25 @@ class Experts(nnx.Module):
 
     def __init__(self, spec: ExpertsSpec, num_experts: int, dim: int, make: Initializer, stack: tuple[int, ...]):
         self.spec, self.num_experts = spec, num_experts
-        size = spec.intermediate_size
-        self.gate_up_proj = ExpertLinear(spec, num_experts, dim, 2 * size, make, stack)
-        self.gate_up_proj.parts = 2
+        size, first_size = spec.intermediate_size, spec.parts * spec.intermediate_size
+        first = ExpertLinear(spec, num_experts, dim, first_size, make, stack)
+        first.parts = spec.parts
+        setattr(self, spec.first, first)
         self.down_proj = ExpertLinear(spec, num_experts, size, dim, make, stack)
-        shapes = ((*stack, num_experts, 2 * size), (*stack, num_experts, dim))
+        shapes = ((*stack, num_experts, first_size), (*stack, num_experts, dim))
         biases = [make.constant(0.0, shape, ("experts", "norm")) if spec.use_bias else None for shape in shapes]
-        self.gate_up_proj_bias: nnx.Param | None = nnx.data(biases[0])
+        setattr(self, f"{spec.first}_bias", nnx.data(biases[0]))
         self.down_proj_bias: nnx.Param | None = nnx.data(biases[1])
+
+    @property
+    def first(self) -> ExpertLinear:
+        """The first linear layer."""
+        return getattr(self, self.spec.first)
 
     @property
     def is_adapted(self) -> bool:
         """Whether both linear layers have an adapter."""
-        return self.gate_up_proj.variant is not None and self.down_proj.variant is not None
+        return self.first.variant is not None and self.down_proj.variant is not None
 
     def __call__(
         self,
@@ -107,7 +127,7 @@ class Experts(nnx.Module):
             return products(spec.gate(products(x, gate_up)), down)
 
         matrices = (
-            self._matrix(self.gate_up_proj, self.gate_up_proj_bias, context),
+            self._matrix(self.first, getattr(self, f"{spec.first}_bias"), context),
             self._matrix(self.down_proj, self.down_proj_bias, context),
         )
         return dispatch(compute, matrices, tokens, chosen, weights, self.num_experts, scale_inputs, context)

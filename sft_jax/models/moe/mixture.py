@@ -17,6 +17,16 @@ from sft_jax.typing import Array, Float
 
 
 @dataclass(frozen=True)
+class Latent:
+    """Linear layers before and after experts that have a dimension of their own."""
+
+    dim: int
+    before: str
+    after: str
+    bias: bool = False
+
+
+@dataclass(frozen=True)
 class MixtureSpec:
     """``Σ weight · expert(x)`` over the experts that a router chooses, plus shared experts.
 
@@ -25,6 +35,7 @@ class MixtureSpec:
         shared: the MLP of all tokens; None for none.
         shared_name: its name.
         shared_gate: the name of a linear layer with one output whose sigmoid multiplies the shared MLP; None for none.
+        latent: linear layers before and after the experts; None for none.
         scale_inputs: whether the router's weights multiply the inputs of experts, not their outputs (Llama 4).
     """
 
@@ -34,6 +45,7 @@ class MixtureSpec:
     shared: MLPSpec | None = None
     shared_name: str = "shared_experts"
     shared_gate: str | None = None
+    latent: Latent | None = None
     scale_inputs: bool = False
 
     is_mixer: ClassVar[bool] = False
@@ -48,8 +60,12 @@ class Mixture(nnx.Module):
     def __init__(self, spec: MixtureSpec, dim: int, make: Initializer, stack: tuple[int, ...]):
         self.spec = spec
         setattr(self, spec.router_name, Router(spec.router, dim, make, stack))
-        self.experts = Experts(spec.experts, spec.router.num_experts, dim, make, stack)
-        for layer in (self.experts.gate_up_proj, self.experts.down_proj):
+        if (latent := spec.latent) is not None:
+            setattr(self, latent.before, Linear(dim, latent.dim, ("embed", "mlp"), make, stack, latent.bias))
+            setattr(self, latent.after, Linear(latent.dim, dim, ("mlp", "embed"), make, stack, latent.bias))
+        expert_dim = dim if latent is None else latent.dim
+        self.experts = Experts(spec.experts, spec.router.num_experts, expert_dim, make, stack)
+        for layer in (self.experts.first, self.experts.down_proj):
             layer.share = spec.router.num_experts_per_token / spec.router.num_experts
         if spec.shared is not None:
             setattr(self, spec.shared_name, spec.shared.module(dim, make, stack))
@@ -58,12 +74,15 @@ class Mixture(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"], context: Context) -> Float[Array, "B T D"]:
         spec = self.spec
-        shared_context, gate_context = context.split(2)
+        shared_context, gate_context, before_context, after_context = context.split(4)
         router: Any = getattr(self, spec.router_name)
         tokens = x.reshape(-1, x.shape[-1])
         weights, chosen = router.choose(router.logits(tokens, context))
         weights, chosen = (one.reshape(*x.shape[:2], -1) for one in (weights, chosen))
-        out = self.experts(x, chosen, weights, context, spec.scale_inputs)
+        inputs = x if spec.latent is None else getattr(self, spec.latent.before)(x, before_context)
+        out = self.experts(inputs, chosen, weights, context, spec.scale_inputs)
+        if spec.latent is not None:
+            out = getattr(self, spec.latent.after)(out, after_context)
         if spec.shared is None:
             return out
         shared = getattr(self, spec.shared_name)(x, shared_context)
