@@ -142,6 +142,34 @@ FAMILIES = {
             "final_logit_softcapping": 20.0,
         },
     ),
+    "gemma4_text": (
+        "Gemma4Text",
+        {
+            "head_dim": 10,
+            "global_head_dim": 14,
+            "num_hidden_layers": 7,
+            "num_global_key_value_heads": 3,
+            "attention_k_eq_v": True,
+            "sliding_window": 9,
+            "vocab_size_per_layer_input": 137,
+            "hidden_size_per_layer_input": 0,
+            "final_logit_softcapping": 20.0,
+        },
+    ),
+    "gemma4_text-shared": (
+        "Gemma4Text",
+        {
+            "head_dim": 10,
+            "global_head_dim": 16,
+            "num_hidden_layers": 8,
+            "layer_types": ["sliding_attention", "full_attention"] * 4,
+            "num_kv_shared_layers": 4,
+            "use_double_wide_mlp": True,
+            "sliding_window": 9,
+            "vocab_size_per_layer_input": 137,
+            "hidden_size_per_layer_input": 12,
+        },
+    ),
     "gemma3": (
         "gemma3",
         {
@@ -383,5 +411,7 @@ def reference(name: str, folder, shard: str | None = None):
     for path, buffer in model.named_buffers():
         if path.endswith("bias"):  # corrections of routers
             torch.nn.init.normal_(buffer, 0.0, 0.1)
+        if path.endswith("layer_scalar"):
+            torch.nn.init.normal_(buffer, 1.0, 0.3)
     model.save_pretrained(folder, **({"max_shard_size": shard} if shard else {}))
     return model

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from sft_jax.errors import UserError
+
+EMBEDDINGS = ("embed_tokens", "lm_head")  # modules whose weights have one entry per token
 
 
 @dataclass(frozen=True)
@@ -11,7 +16,7 @@ class Rope:
     """Rotary position embedding (Su et al. 2021) and its scaling for long contexts."""
 
     theta: float
-    kind: str = "default"  # default | linear | llama3 | yarn | longrope
+    kind: str = "default"  # default | linear | llama3 | yarn | longrope | proportional
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
@@ -22,6 +27,7 @@ class Rope:
     attention_factor: float = 1.0  # multiplies sines and cosines
     dims: int | None = None  # the first channels of a head, which are rotated; None: all
     interleaved: bool = False  # whether channels 2i and 2i + 1 form a pair, not i and i + dims/2
+    share: float = 1.0  # proportional: the share of the pairs of channels that are rotated, the fastest ones
     factors: tuple[float, ...] = ()  # longrope: one divisor per frequency
     long_factors: tuple[float, ...] = ()  # for documents longer than the original context
 
@@ -43,6 +49,8 @@ class Norm:
         offset: added to the weight; 1 for Gemma, whose files store ``weight - 1``.
         centered: whether the mean is subtracted (LayerNorm, Ba et al. 2016) or not (RMSNorm).
         has_weight, has_bias: its parameters.
+        rounded_once: whether an RMSNorm multiplies by the weight before it rounds to the compute dtype; always with an
+            offset.
     """
 
     eps: float
@@ -50,6 +58,7 @@ class Norm:
     centered: bool = False
     has_weight: bool = True
     has_bias: bool = False
+    rounded_once: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,10 +66,13 @@ class Branch:
     """A mixer or an MLP between its norms: ``after(out_scale · module(in_scale · before(x)))``.
 
     Attributes:
-        name: the name of the module in the layer, such as ``self_attn``.
+        name: the name of the module in the layer, such as ``self_attn``. If it starts with ``_``, transformers has no
+            such module, and the modules in it are those of the layer.
         spec: the spec of the module, such as :class:`~sft_jax.models.attention.module.SelfAttentionSpec`.
         before, after: the module names of the norms; None for no norm. Branches may share a norm.
         in_scale, out_scale: multiply what the module reads, and its output.
+        publishes: the name under which mixers of later layers find the keys and values of this one, until another layer
+            publishes its own; None if they do not. If all layers of a kind publish, they stay equal and are stacked.
     """
 
     name: str
@@ -69,6 +81,7 @@ class Branch:
     after: str | None = None
     in_scale: float = 1.0
     out_scale: float = 1.0
+    publishes: str | None = None
 
 
 @dataclass(frozen=True)
@@ -91,15 +104,21 @@ class Layer:
 
     Attributes:
         norm: the kind of its norms.
+        scalar: the name of a buffer that multiplies the hidden states after the layer; None for none.
     """
 
     sublayers: tuple[Sublayer, ...]
     norm: Norm
+    scalar: str | None = None
 
     @property
     def branches(self) -> list[Branch]:
         """All branches, in order."""
         return [branch for sublayer in self.sublayers for branch in sublayer.branches]
+
+    def published(self, entries: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns what the layer publishes, by name, of the cache entries of its mixers by name."""
+        return {one.publishes: entries[one.name] for one in self.branches if one.publishes is not None}
 
     @property
     def norms(self) -> list[str]:
@@ -107,6 +126,17 @@ class Layer:
         names = [name for branch in self.branches for name in (branch.before, branch.after)]
         names += [sublayer.after for sublayer in self.sublayers]
         return list(dict.fromkeys(name for name in names if name is not None))
+
+
+@dataclass(frozen=True)
+class PerLayer:
+    """Inputs of each layer besides the hidden states: ``size`` channels per token and layer.
+
+    The sum of an embedding of the token, from a table ``[vocab_size, L · size]``, and a projection of its embedding.
+    """
+
+    vocab_size: int
+    size: int
 
 
 @dataclass(frozen=True)
@@ -119,6 +149,7 @@ class Architecture:
         embedding_scale: multiplies embeddings; rounded to the compute dtype.
         lm_head_bias: whether ``lm_head`` has a bias.
         learned_positions: whether an embedding of its position is added to that of each token.
+        per_layer: inputs of each layer besides the hidden states; None for none.
         logits_scale: multiplies logits.
         logits_softcap: ``c`` of the soft cap; logits become ``c · tanh(logit / c)``; None for no cap.
         prefix: the start of all tensor names in the files except that of ``lm_head``.
@@ -144,6 +175,7 @@ class Architecture:
     embedding_scale: float = 1.0
     lm_head_bias: bool = False
     learned_positions: bool = False
+    per_layer: PerLayer | None = None
     logits_scale: float = 1.0
     logits_softcap: float | None = None
     prefix: str = "model."
@@ -153,6 +185,14 @@ class Architecture:
     layouts: tuple[tuple[str, str], ...] = ()
     outside: tuple[str, ...] = ()
     is_part: bool = False
+
+    def __post_init__(self) -> None:
+        if self.per_layer is not None and self.vocab_size > self.per_layer.vocab_size:
+            raise UserError(
+                f"a vocabulary of {self.vocab_size} tokens, but the embeddings for the layers have "
+                f"{self.per_layer.vocab_size} (vocab_size_per_layer_input); data.added_tokens is not supported for "
+                f"{self.family}"
+            )
 
     def names_in_files(self, name: str) -> tuple[str, ...]:
         """Returns the names in the files, without prefix, of a parameter or module of the model or of a layer."""

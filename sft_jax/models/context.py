@@ -30,6 +30,9 @@ class Context:
         layer: the index of the decoder layer.
         dropout_key: None for no dropout.
         cache: the mixer's cache of earlier tokens during one-token decoding.
+        per_layer: the inputs of this layer of :class:`~sft_jax.models.architecture.PerLayer`.
+        shared: the keys and values that earlier layers published, by name.
+        shared_cache: those of earlier tokens, during one-token decoding.
     """
 
     positions: Int[Array, "B T"]
@@ -40,6 +43,9 @@ class Context:
     layer: Float[Array, ""] = field(default_factory=lambda: jnp.zeros(()))
     dropout_key: Array | None = None
     cache: Any = None
+    per_layer: Float[Array, "B T P"] | None = None
+    shared: Mapping[str, Any] = field(default_factory=dict)
+    shared_cache: Mapping[str, Any] = field(default_factory=dict)
 
     def split(self, num: int) -> list[Context]:
         """Returns ``num`` copies, each with its own dropout key."""

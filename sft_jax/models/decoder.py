@@ -16,6 +16,7 @@ from sft_jax.models.block import Block
 from sft_jax.models.context import Context
 from sft_jax.models.head import Head
 from sft_jax.models.layers import Embedding, Initializer, Linear, make_norm
+from sft_jax.models.per_layer import PerLayerInputs
 from sft_jax.models.quantized import in_dtype, matrix_of
 from sft_jax.models.remat import rematerialize
 from sft_jax.models.rope import sin_cos
@@ -58,6 +59,9 @@ class Decoder(nnx.Module):
         )
         if self.embed_positions is not None:
             self.embed_positions.can_be_quantized = False
+        self._per_layer: PerLayerInputs | None = nnx.data(
+            None if arch.per_layer is None else PerLayerInputs(arch.per_layer, arch, make)
+        )
 
     def __call__(
         self,
@@ -90,7 +94,9 @@ class Decoder(nnx.Module):
         Returns:
             The hidden states, and the entries to write into the cache at ``positions``.
         """
-        context = self._context(positions, None, self.backend, weight_stationary=True)
+        context = self._context(
+            positions, None, self.backend, weight_stationary=True, shared_cache=self._shared_cache(cache)
+        )
         return self._run(inputs, context, cache, keep_cache=True)
 
     def _context(self, positions: Array, segment_ids: Array | None, backend: Backend, **more: Any) -> Context:
@@ -100,17 +106,40 @@ class Decoder(nnx.Module):
         }
         return Context(positions, segment_ids, angles, backend, **more)
 
+    def _shared_cache(self, cache: Cache) -> dict[str, Any]:
+        """Returns the cache that readers share, by name: that of the last layer that publishes."""
+        return {
+            branch.publishes: jax.tree.map(lambda entries: entries[-1], cache[str(stage.first + offset)][branch.name])
+            for stage in stages_of(self.arch.layers)
+            for offset in range(stage.period)
+            for branch in self.arch.layers[stage.first + offset].branches
+            if branch.publishes is not None
+        }
+
+    def _inputs_of_layers(
+        self, inputs: Int[Array, "B T"], x: Array, context: Context
+    ) -> Float[Array, "L B T P"] | None:
+        """Returns the inputs of each layer besides the hidden states; None if they have none."""
+        if (module := self._per_layer) is None:
+            return None
+        if (key := context.dropout_key) is not None:
+            context = replace(context, dropout_key=jax.random.fold_in(key, self.arch.num_layers))
+        compute = rematerialize(lambda x: module(inputs, x, context), self.remat, in_scan=False)
+        return compute(x)
+
     def _run(
         self, inputs: Int[Array, "B T"], context: Context, cache: Cache | None = None, keep_cache: bool = False
     ) -> tuple[Float[Array, "B T D"], Cache]:
         x = self.embed_tokens(inputs, self.dtype, context.weight_stationary)
         if self.embed_positions is not None:
             x = x + self.embed_positions(context.positions, self.dtype, context.weight_stationary)
+        per_layer = self._inputs_of_layers(inputs, x, context)
         keys = context.dropout_key
         keys = None if keys is None else jax.random.split(keys, self.arch.num_layers)
         new: Cache = {}
         for stage in stages_of(self.arch.layers):
-            x, stage_cache = self._stage(stage, x, context, keys, cache, keep_cache)
+            x, published, stage_cache = self._stage(stage, x, context, keys, per_layer, cache, keep_cache)
+            context = replace(context, shared={**context.shared, **published})
             new |= stage_cache
         x = self.norm(x)
         x = x if self.arch.logits_scale == 1.0 else x * self.arch.logits_scale
@@ -119,9 +148,22 @@ class Decoder(nnx.Module):
         return x, new
 
     def _stage(
-        self, stage: Stage, x: Array, context: Context, keys: Array | None, cache: Cache | None, keep_cache: bool
-    ) -> tuple[Float[Array, "B T D"], Cache]:
-        """Scans over the repeats of a period; each layer is rematerialized by itself."""
+        self,
+        stage: Stage,
+        x: Array,
+        context: Context,
+        keys: Array | None,
+        per_layer: Float[Array, "L B T P"] | None,
+        cache: Cache | None,
+        keep_cache: bool,
+    ) -> tuple[Float[Array, "B T D"], dict[str, Any], Cache]:
+        """Scans over the repeats of a period; each layer is rematerialized by itself.
+
+        Keys and values that its layers publish for others are carried, so that only the last ones stay in memory.
+
+        Returns:
+            The hidden states, what was published, and the cache entries of the layers.
+        """
         names = [str(stage.first + offset) for offset in range(stage.period)]
         graphs, params = zip(*(nnx.split(getattr(self.layers, name)) for name in names), strict=True)
         indices = [jnp.asarray(stage.layers(offset), jnp.float32) for offset in range(stage.period)]
@@ -129,23 +171,40 @@ class Decoder(nnx.Module):
             None if keys is None else keys[jnp.asarray(stage.layers(offset))] for offset in range(stage.period)
         ]
         stage_caches = [None if cache is None else cache[name] for name in names]
+        stage_per_layer = [
+            None if per_layer is None else per_layer[stage.first + offset : stage.end : stage.period]
+            for offset in range(stage.period)
+        ]
 
-        def period(x: Array, scanned: Any) -> tuple[Array, list[Any]]:
+        def period(carry: tuple[Array, dict[str, Any]], scanned: Any) -> tuple[tuple[Array, dict[str, Any]], list[Any]]:
+            x, published = carry
             caches = []
             for graph, *inputs in zip(graphs, *scanned, strict=True):
 
-                def layer(x: Array, inputs: list[Any], graph: Any = graph) -> tuple[Array, Any]:
-                    params, index, key, cache = inputs
-                    layer_context = replace(context, layer=index, dropout_key=key, cache=cache)
-                    x, new = nnx.merge(graph, params)(x, layer_context)
-                    return x, new if keep_cache else None
+                def layer(x: Array, published: Any, inputs: list[Any], graph: Any = graph) -> tuple[Array, Any, Any]:
+                    params, index, key, cache, own = inputs
+                    shared = {**context.shared, **published}
+                    layer_context = replace(
+                        context, layer=index, dropout_key=key, cache=cache, per_layer=own, shared=shared
+                    )
+                    block = nnx.merge(graph, params)
+                    x, new = block(x, layer_context)
+                    return x, block.layer.published(new), new if keep_cache else None
 
-                x, new = rematerialize(layer, self.remat)(x, inputs)
+                x, more, new = rematerialize(layer, self.remat)(x, published, inputs)
+                published = {**published, **more}
                 caches.append(new)
-            return x, caches
+            return (x, published), caches
 
-        x, caches = lax.scan(period, x, (list(params), indices, stage_keys, stage_caches))
-        return x, dict(zip(names, caches, strict=True))
+        published = {
+            branch.publishes: context.shared.get(branch.publishes) or branch.spec.no_entries(x)
+            for layer in self.arch.layers[stage.first : stage.first + stage.period]
+            for branch in layer.branches
+            if branch.publishes is not None
+        }
+        scanned = (list(params), indices, stage_keys, stage_caches, stage_per_layer)
+        (x, published), caches = lax.scan(period, (x, published), scanned)
+        return x, published, dict(zip(names, caches, strict=True))
 
     def head(self) -> Head:
         """Returns the output projection: ``lm_head``, or the embeddings if the two are tied."""

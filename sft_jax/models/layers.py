@@ -182,7 +182,7 @@ class RMSNorm(nnx.Module):
         wide = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.norm.eps)
         if self.weight is None:
             return wide.astype(x.dtype)
-        if self.norm.offset:  # as in Gemma: rounded once, at the end
+        if self.norm.offset or self.norm.rounded_once:  # as in Gemma: rounded once, at the end
             return (wide * (self.norm.offset + self.weight[...].astype(jnp.float32))).astype(x.dtype)
         return wide.astype(x.dtype) * broadcast_like(self.weight[...], x)
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from sft_jax.models.architecture import EMBEDDINGS
 from sft_jax.models.quantize import Format, dequantize, linear_format, quantize, vocab_format
 from sft_jax.sharding import constrain
 from sft_jax.tree import Path
@@ -110,7 +111,8 @@ def attach_quantization(model: nnx.Module, method: str, embeddings: bool = True)
 
     Args:
         method: ``nf4`` or ``int8``.
-        embeddings: also quantize the embeddings and ``lm_head``, to int8 with one scale per token for either method.
+        embeddings: also quantize the embeddings and ``lm_head``. All weights with one entry per token are quantized to
+            int8 with one scale per token for either method.
 
     Raises:
         UserError: the method does not support a weight.
@@ -120,12 +122,12 @@ def attach_quantization(model: nnx.Module, method: str, embeddings: bool = True)
         if not isinstance(weight, nnx.Param) or not getattr(node, "can_be_quantized", False):
             continue
         shape, axes = weight.shape, weight.get_metadata("axes")
-        if path[0] == "layers":
-            fmt = linear_format(method, shape[-2], shape[-1] // getattr(node, "parts", 1))
-        elif embeddings:
+        if path[0] in EMBEDDINGS and not embeddings:
+            continue
+        if "vocab" in axes:
             fmt = vocab_format(shape, axes.index("vocab"))
         else:
-            continue
+            fmt = linear_format(method, shape[-2], shape[-1] // getattr(node, "parts", 1))
         node.weight = nnx.data(Quantized(fmt, shape, axes))
 
 

@@ -26,15 +26,15 @@ POLICIES = {
 }
 
 
-def rematerialize(layer: Callable, policy: str) -> Callable:
-    """Applies a policy (a key of :data:`POLICIES`) to the body of a scan over layers."""
+def rematerialize(layer: Callable, policy: str, in_scan: bool = True) -> Callable:
+    """Applies a policy (a key of :data:`POLICIES`) to the body of a scan over layers, or to another function."""
     names = POLICIES[policy]
     if names is None:
         return layer
     saveable = jax.checkpoint_policies.save_only_these_names(*names)
     if ATTENTION in names:
         saveable = jax.checkpoint_policies.save_from_both_policies(saveable, _is_cudnn)
-    return jax.checkpoint(layer, policy=saveable, prevent_cse=False)
+    return jax.checkpoint(layer, policy=saveable, prevent_cse=not in_scan)
 
 
 def _is_cudnn(primitive: Any, *_: Any, **__: Any) -> bool:

@@ -22,13 +22,17 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> Float[np.ndarray, "H/2"]:
     ``original / high_freq_factor`` as they are, divides those longer than ``original / low_freq_factor`` by ``factor``
     and blends between (Llama 3.1 reference code; ``transformers.modeling_rope_utils``). ``yarn`` blends by channel
     between those that turn ``beta_fast`` and ``beta_slow`` times in the original context (Peng et al. 2023).
-    ``longrope`` divides each by its own factor (Ding et al. 2024).
+    ``longrope`` divides each by its own factor (Ding et al. 2024). ``proportional`` divides all by ``factor`` and sets
+    the slowest to zero, except for a share (``transformers.modeling_rope_utils``).
     """
     frequency = 1.0 / rope.theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
     if rope.kind == "default":
         return frequency.astype(np.float32)
     if rope.kind == "linear":
         return (frequency / rope.factor).astype(np.float32)
+    if rope.kind == "proportional":
+        num_rotated = int(rope.share * head_dim // 2)
+        return np.where(np.arange(head_dim // 2) < num_rotated, frequency / rope.factor, 0.0).astype(np.float32)
     if rope.kind == "longrope":
         return (frequency / np.asarray(rope.factors, np.float32)).astype(np.float32)
     if rope.kind == "yarn":

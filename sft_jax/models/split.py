@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from sft_jax.models.architecture import Architecture
+from sft_jax.models.architecture import EMBEDDINGS, Architecture
 from sft_jax.models.attention.backend import Backend
 from sft_jax.models.decoder import Decoder
 from sft_jax.models.layers import AdapterParam, Buffer, Variant
@@ -25,7 +25,6 @@ from sft_jax.tree import Params, Path, flatten, unflatten
 
 FROZEN = "frozen"
 LABELS = ("lora_a", "lora_b", "adapter_vector", "full", "full_no_decay", FROZEN)
-EMBEDDINGS = ("embed_tokens", "lm_head")  # modules whose weights have one entry per token
 
 
 @dataclass(frozen=True)
@@ -58,8 +57,8 @@ class Split:
         return {path: leaf for path, leaf in flatten(self.trainable).items() if is_adapter(self.labels[path])}
 
     def layers(self, path: Path) -> tuple[int, ...]:
-        """Returns the indices of the decoder layers in a stacked leaf of ``layers``."""
-        return stacks_of(self.arch.layers)[path[1]]
+        """Returns the indices of the decoder layers in a stacked leaf of ``layers``; none for another leaf."""
+        return stacks_of(self.arch.layers)[path[1]] if path[0] == "layers" else ()
 
     @property
     def mesh(self) -> Mesh:

@@ -22,6 +22,11 @@ class Stage:
     period: int
     repeats: int
 
+    @property
+    def end(self) -> int:
+        """Returns the index after the last layer."""
+        return self.first + self.period * self.repeats
+
     def layers(self, offset: int) -> tuple[int, ...]:
         """Returns the indices of the layers at an offset of the period, in the order of the stack."""
         return tuple(self.first + offset + self.period * i for i in range(self.repeats))

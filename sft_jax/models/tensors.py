@@ -129,23 +129,27 @@ def _parameters(model: nnx.Module) -> Iterator[_Parameter]:
     for path, node in nnx.iter_graph(model):
         for name, leaf in vars(node).items() if isinstance(node, nnx.Module) else ():
             if isinstance(leaf, nnx.Variable | Quantized) and not isinstance(node, Quantized):
+                is_stacked = path[0] == "layers"
                 is_matrix = isinstance(node, Projection) and (
-                    name == "weight" or (isinstance(leaf, AdapterParam) and leaf.ndim > 2)
+                    name == "weight" or (isinstance(leaf, AdapterParam) and leaf.ndim > 1 + is_stacked)
                 )
                 yield _Parameter((*map(str, path), name), leaf.shape, is_matrix, node, id(node) in wrapped)
 
 
 def _stored(parameter: _Parameter, arch: Architecture) -> Stored:
-    path, peft_name = parameter.path, parameter.peft_name
-    if path[0] != "layers":
-        (name,) = arch.names_in_files(".".join(path))
-        return Stored((name if path[0] == "lm_head" else arch.prefix + name,), (), parameter.is_matrix)
-    _, stack, *parents, last = path
-    layers = stacks_of(arch.layers)[stack]
+    peft_name = parameter.peft_name
+    # A module whose name starts with an underscore does not exist in transformers.
+    path = tuple(name for name in parameter.path if not name.startswith("_"))
     prefix, transposed = arch.prefix, parameter.is_matrix
-    (layers_name,) = arch.names_in_files("layers")
     if peft_name is not None:
         prefix = prefix if arch.module_prefix is None else arch.module_prefix
+    if path[0] != "layers":
+        (name,) = arch.names_in_files(".".join(path)) if peft_name is None else (".".join([*path[:-1], peft_name]),)
+        return Stored((name if path[0] == "lm_head" else prefix + name,), (), transposed)
+    _, stack, *parents, last = path
+    layers = stacks_of(arch.layers)[stack]
+    (layers_name,) = arch.names_in_files("layers")
+    if peft_name is not None:
         locals_ = (".".join([*parents, peft_name]),)
     else:
         locals_ = arch.names_in_files(".".join([*parents, last]))

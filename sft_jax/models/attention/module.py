@@ -33,6 +33,8 @@ class SelfAttentionSpec(AttentionSpec):
         qk_norm_heads: whether it is over all heads together instead.
         qk_norm_last: whether it comes after the rotation.
         v_norm: norm over the head dimension of values; None for no norm.
+        reads: the name under which an earlier layer publishes the keys and values that this one attends to; None for
+            its own. A layer that reads projects queries only and has no cache; it is neither ``fused`` nor ``gated``.
         value_is_key: whether there is no ``v_proj``, and values are the keys before norm and rotation.
         gated: whether ``q_proj`` also returns a gate for each channel of each head, after the query of the head; the
             output of attention is multiplied by its sigmoid.
@@ -47,6 +49,7 @@ class SelfAttentionSpec(AttentionSpec):
     qk_norm_heads: bool = False
     qk_norm_last: bool = False
     v_norm: Norm | None = None
+    reads: str | None = None
     value_is_key: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
@@ -58,6 +61,12 @@ class SelfAttentionSpec(AttentionSpec):
 
     def module(self, dim: int, make: Initializer, stack: tuple[int, ...]) -> SelfAttention:
         return SelfAttention(self, dim, make, stack)
+
+    def no_entries(self, x: Float[Array, "B T D"]) -> KeyValues:
+        """Returns zeros in place of the keys and values of these tokens."""
+        shape = (*x.shape[:2], self.num_kv_heads, self.head_dim)
+        zeros = constrain(jnp.zeros(shape, x.dtype), "batch", "length", "kv_heads", "head_dim")
+        return KeyValues(zeros, zeros)
 
 
 class SelfAttention(nnx.Module):
@@ -74,39 +83,66 @@ class SelfAttention(nnx.Module):
             project(spec.fused, (n + 2 * k) * h, "heads")
         else:
             project("q_proj", n * h * (2 if spec.gated else 1), "heads")
-            project("k_proj", k * h, "kv_heads")
-            if not spec.value_is_key:
+            if spec.reads is None:
+                project("k_proj", k * h, "kv_heads")
+            if spec.reads is None and not spec.value_is_key:
                 project("v_proj", k * h, "kv_heads")
         setattr(self, spec.o_name, Linear(n * h, dim, ("heads", "embed"), make, stack, spec.o_bias))
         if spec.qk_norm is not None:
             sizes = (n * h, k * h) if spec.qk_norm_heads else (h, h)
-            for name, size in zip(spec.norm_names, sizes, strict=True):
+            sizes = sizes if spec.reads is None else sizes[:1]
+            for name, size in zip(spec.norm_names, sizes, strict=False):
                 setattr(self, name, make_norm(size, spec.qk_norm, make, stack))
         self.sinks = nnx.data(make.constant(0.0, (*stack, n), ("heads",)) if spec.sinks else None)
         self.v_norm = nnx.data(None if spec.v_norm is None else make_norm(h, spec.v_norm, make, stack))
 
-    def __call__(self, x: Float[Array, "B T D"], context: Context) -> tuple[Float[Array, "B T D"], KeyValues]:
-        """Returns the output, and the keys and values of these tokens."""
+    def __call__(self, x: Float[Array, "B T D"], context: Context) -> tuple[Float[Array, "B T D"], KeyValues | None]:
+        """Returns the output, and the keys and values of these tokens; None if they are those of another layer."""
         spec = self.spec
         in_context, out_context = context.split(2)
+        if spec.reads is not None:
+            return self._read(x, context, in_context, out_context), None
         q, k, v, gate = self._project(x, in_context)
         if spec.qk_norm_heads:
-            q, k = self._norms(q, k)
+            q, k = self._norms([q, k])
         q = self._heads(q, spec.num_heads, "heads")
         k, v = (self._heads(one, spec.num_kv_heads, "kv_heads") for one in (k, v))
-        q, k = self._rotated(q, k, context)
+        q, k = self._rotated([q, k], context)
         if self.v_norm is not None:
             v = self.v_norm(v)
         q, k, v = (checkpoint_name(one, PRODUCT) for one in (q, k, v))
-        out = self._attend(q, k, v, context)
+        out = self._attend(q, k, v, context, context.cache)
         if gate is not None:
             out = out * jax.nn.sigmoid(gate)
-        out = getattr(self, spec.o_name)(out.reshape(*x.shape[:2], -1), out_context)
-        return checkpoint_name(out, PRODUCT), KeyValues(k, v)
+        return self._out(out, out_context), KeyValues(k, v)
 
     def mixing_flops(self, work: Work) -> float:
         """Returns the FLOPs of scores and their products with values, forward and backward."""
         return 6.0 * work.squares * self.spec.num_heads * self.spec.head_dim
+
+    def _read(
+        self, x: Float[Array, "B T D"], context: Context, in_context: Context, out_context: Context
+    ) -> Float[Array, "B T D"]:
+        """Returns the output of a layer that attends to the keys and values of an earlier one."""
+        spec = self.spec
+        assert spec.reads is not None
+        assert spec.fused is None
+        assert not spec.gated
+        q = self._projection("q_proj")(x, in_context)
+        if spec.qk_norm_heads:
+            (q,) = self._norms([q])
+        (q,) = self._rotated([self._heads(q, spec.num_heads, "heads")], context)
+        q = checkpoint_name(q, PRODUCT)
+        shared = context.shared[spec.reads]
+        return self._out(
+            self._attend(q, shared.k, shared.v, context, context.shared_cache.get(spec.reads)), out_context
+        )
+
+    def _out(self, out: Float[Array, "B T N H"], context: Context) -> Float[Array, "B T D"]:
+        return checkpoint_name(self._projection(self.spec.o_name)(out.reshape(*out.shape[:2], -1), context), PRODUCT)
+
+    def _projection(self, name: str) -> Linear:
+        return getattr(self, name)
 
     def _project(self, x: Float[Array, "B T D"], context: Context) -> tuple[Array, Array, Array, Array | None]:
         """Returns queries, keys and values of all heads ``[B, T, heads · H]``, and the gate."""
@@ -132,29 +168,32 @@ class SelfAttention(nnx.Module):
         n, k = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         return qkv[..., :n], qkv[..., n : n + k], qkv[..., n + k :]
 
-    def _rotated(self, q: Array, k: Array, context: Context) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"]]:
-        """Applies norms over the head dimension, the rotation and the temperature."""
+    def _rotated(self, heads: list[Array], context: Context) -> list[Float[Array, "B T _ H"]]:
+        """Applies norms over the head dimension, the rotation and the temperature to queries, and keys if given."""
         spec = self.spec
         if not spec.qk_norm_heads and not spec.qk_norm_last:
-            q, k = self._norms(q, k)
+            heads = self._norms(heads)
         if (rope := spec.rope) is not None:
-            sin_cos = context.sin_cos[rope]
-            q, k = rotate_heads(q, rope, *sin_cos), rotate_heads(k, rope, *sin_cos)
+            heads = [rotate_heads(one, rope, *context.sin_cos[rope]) for one in heads]
         if spec.qk_norm_last:
-            q, k = self._norms(q, k)
+            heads = self._norms(heads)
         if (heat := spec.temperature) is not None:
             steps = (context.positions + heat.offset) // heat.length
             factor = 1.0 + heat.beta * jnp.log1p(steps.astype(jnp.float32))
-            q = (q.astype(jnp.float32) * factor[:, :, None, None]).astype(q.dtype)
-        return q, k
+            q, *keys = heads
+            heads = [(q.astype(jnp.float32) * factor[:, :, None, None]).astype(q.dtype), *keys]
+        return heads
 
-    def _norms(self, q: Array, k: Array) -> tuple[Array, Array]:
+    def _norms(self, heads: list[Array]) -> list[Array]:
+        """Normalizes queries, and keys if given."""
         if self.spec.qk_norm is None:
-            return q, k
-        q_norm, k_norm = (getattr(self, name) for name in self.spec.norm_names)
-        return q_norm(q), k_norm(k)
+            return heads
+        return [getattr(self, name)(one) for name, one in zip(self.spec.norm_names, heads, strict=False)]
 
-    def _attend(self, q: Array, k: Array, v: Array, context: Context) -> Float[Array, "B T N H"]:
+    def _attend(
+        self, q: Array, k: Array, v: Array, context: Context, cache: KeyValues | None
+    ) -> Float[Array, "B T N H"]:
+        """Attends to ``k`` and ``v``, and to the cache of earlier tokens in one-token decoding."""
         spec = self.spec
         options = {
             "window": spec.window,
@@ -163,8 +202,8 @@ class SelfAttention(nnx.Module):
             "sinks": None if self.sinks is None else self.sinks[...],
             "chunk": spec.chunk,
         }
-        if context.cache is not None:
-            out = cached_attention(q, k, v, context.cache, context.positions, **options)
+        if cache is not None:
+            out = cached_attention(q, k, v, cache, context.positions, **options)
             return constrain(out, "replica", "unsplit_length", "heads", "head_dim")
         assert context.segment_ids is not None
         return attention(q, k, v, context.segment_ids, **options, backend=context.backend)

@@ -248,6 +248,9 @@ def rope(parameters: Mapping[str, Any], max_positions: int, head_dim: int, inter
         UserError: the ``rope_type`` is not supported.
     """
     partial = parameters.get("partial_rotary_factor") or 1.0
+    if parameters.get("rope_type") == "proportional":
+        factor = float(parameters.get("factor") or 1.0)
+        return Rope(float(parameters["rope_theta"]), "proportional", factor, share=float(partial))
     dims = None if partial == 1.0 else int(head_dim * partial)
     return replace(_scaled_rope(parameters, max_positions), dims=dims, interleaved=interleaved)
 
@@ -295,7 +298,8 @@ def _scaled_rope(parameters: Mapping[str, Any], max_positions: int) -> Rope:
             long_factors=tuple(map(float, parameters["long_factor"])),
         )
     raise UserError(
-        f"rope_type {kind!r} is not supported; supported are default, linear, llama3, yarn, longrope, dynamic"
+        f"rope_type {kind!r} is not supported; supported are default, linear, llama3, yarn, longrope, proportional, "
+        "dynamic"
     )
 
 
