@@ -53,8 +53,8 @@ def attach_adapters(model: Decoder, variant: LoRA, targets: str | list[str]) -> 
     """Attaches an adapter to each target module, in place, and returns the names of these modules.
 
     ``targets`` follows PEFT: a name matches a module whose dotted path is the name or ends with ``.name``, in all
-    decoder layers. ``"all-linear"`` means every linear layer except ``lm_head`` and routers; those of experts too, each
-    of which gets an adapter of its own.
+    decoder layers and outside of them. ``"all-linear"`` means every linear layer except ``lm_head`` and routers; those
+    of experts too, each of which gets an adapter of its own.
 
     Raises:
         UserError: a name matches no linear layer, or is the embeddings or ``lm_head``.
@@ -85,6 +85,6 @@ def attach_adapters(model: Decoder, variant: LoRA, targets: str | list[str]) -> 
 
 
 def _linear_modules(model: Decoder) -> Iterator[tuple[str, Linear]]:
-    for path, node in nnx.iter_graph(model.layers):
-        if isinstance(node, Linear):
-            yield ".".join(map(str, ("layers", *path))), node
+    for path, node in nnx.iter_graph(model):
+        if isinstance(node, Linear) and path[0] not in EMBEDDINGS:
+            yield ".".join(map(str, path)), node

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import jax
@@ -49,8 +50,9 @@ class DoRA(LoRA):
         fresh = super().initialize(abstract, layers, key, weight)
         for path, leaf in abstract.items():
             if path[-1] == "magnitude":
-                norms = jax.jit(jax.vmap(lambda matrix: _column_norms(matrix, None, 0.0)), out_shardings=leaf.sharding)
-                fresh[path] = norms(weight(path))
+                norms = partial(_column_norms, adapter=None, scale=0.0)
+                norms = jax.vmap(norms) if layers(path) else norms
+                fresh[path] = jax.jit(norms, out_shardings=leaf.sharding)(weight(path))
         return fresh
 
     def apply(self, x: Float[Array, "*B in"], layers: Sequence[Linear], context: Context) -> list[Array]:

@@ -70,7 +70,7 @@ class LoRA:
 
         Args:
             abstract: shapes, dtypes and shardings of all adapter parameters.
-            layers: returns the indices of the decoder layers in a stacked parameter.
+            layers: returns the indices of the decoder layers in a stacked parameter; none for another parameter.
             weight: returns the frozen weight ``[*stack, in, out]`` of the layer that a parameter belongs to.
         """
         chosen = {path: leaf for path, leaf in abstract.items() if path[-1] in ("lora_a", "lora_b")}
@@ -84,8 +84,10 @@ class LoRA:
         if path[-1] == "lora_b":
             return jnp.zeros(leaf.shape, leaf.dtype)
         bound = leaf.shape[-2] ** -0.5
-        name = "/".join(("layers", *path[2:]))
+        name = "/".join(("layers", *path[2:]) if layers else path)
         leaf_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
+        if not layers:
+            return jax.random.uniform(leaf_key, leaf.shape, leaf.dtype, -bound, bound)
         values = jax.random.uniform(leaf_key, (max(layers) + 1, *leaf.shape[1:]), leaf.dtype, -bound, bound)
         return values[np.asarray(layers)]
 

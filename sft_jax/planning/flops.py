@@ -9,7 +9,7 @@ from typing import Any
 from flax import nnx
 
 from sft_jax.models.layers import Projection
-from sft_jax.models.split import FROZEN, Split
+from sft_jax.models.split import EMBEDDINGS, FROZEN, Split
 from sft_jax.models.work import Work
 from sft_jax.tree import Path
 
@@ -61,7 +61,7 @@ class Product:
 class Sizes:
     """The matrix products of a network."""
 
-    products: tuple[Product, ...]  # of the decoder layers
+    products: tuple[Product, ...]  # of the decoder layers, and of their inputs
     head: Product
     mixers: tuple[tuple[int, Any], ...]  # number of layers, and their mixer module
 
@@ -70,12 +70,11 @@ class Sizes:
         """Reads them from the abstract network."""
         model = split.abstract()
         products, mixers = [], []
-        for path, node in nnx.iter_graph(model.layers):
-            name = ".".join(map(str, ("layers", *path)))
-            if isinstance(node, Projection):
-                products.append(_product(name, node, split))
+        for path, node in nnx.iter_graph(model):
+            if isinstance(node, Projection) and path[0] not in EMBEDDINGS:
+                products.append(_product(".".join(map(str, path)), node, split))
             elif hasattr(node, "mixing_flops"):
-                mixers.append((len(split.layers(("layers", *map(str, path)))), node))
+                mixers.append((len(split.layers(tuple(map(str, path)))), node))
         if model.lm_head is not None:
             head = _product("lm_head", model.lm_head, split)
         else:
