@@ -99,9 +99,9 @@ class SelfAttention(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"], context: Context) -> tuple[Float[Array, "B T D"], KeyValues | None]:
         """Returns the output, and the keys and values of these tokens; None if they are those of another layer."""
         spec = self.spec
-        in_context, out_context = context.split(2)
         if spec.reads is not None:
-            return self._read(x, context, in_context, out_context), None
+            return self._read(x, context), None
+        in_context, out_context = context.split(2)
         q, k, v, gate = self._project(x, in_context)
         if spec.qk_norm_heads:
             q, k = self._norms([q, k])
@@ -120,23 +120,20 @@ class SelfAttention(nnx.Module):
         """Returns the FLOPs of scores and their products with values, forward and backward."""
         return 6.0 * work.squares * self.spec.num_heads * self.spec.head_dim
 
-    def _read(
-        self, x: Float[Array, "B T D"], context: Context, in_context: Context, out_context: Context
-    ) -> Float[Array, "B T D"]:
+    def _read(self, x: Float[Array, "B T D"], context: Context) -> Float[Array, "B T D"]:
         """Returns the output of a layer that attends to the keys and values of an earlier one."""
         spec = self.spec
         assert spec.reads is not None
         assert spec.fused is None
         assert not spec.gated
+        in_context, out_context = context.split(2)
         q = self._projection("q_proj")(x, in_context)
         if spec.qk_norm_heads:
             (q,) = self._norms([q])
         (q,) = self._rotated([self._heads(q, spec.num_heads, "heads")], context)
         q = checkpoint_name(q, PRODUCT)
-        shared = context.shared[spec.reads]
-        return self._out(
-            self._attend(q, shared.k, shared.v, context, context.shared_cache.get(spec.reads)), out_context
-        )
+        shared, cache = context.shared[spec.reads], context.shared_cache.get(spec.reads)
+        return self._out(self._attend(q, shared.k, shared.v, context, cache), out_context)
 
     def _out(self, out: Float[Array, "B T N H"], context: Context) -> Float[Array, "B T D"]:
         return checkpoint_name(self._projection(self.spec.o_name)(out.reshape(*out.shape[:2], -1), context), PRODUCT)
