@@ -161,6 +161,7 @@ class Architecture:
         layouts: pairs of ``prefix`` and the name of ``lm_head`` in checkpoints that have other names.
         outside: prefixes of tensors that are not part of the decoder, such as those of a vision tower. They are not
             loaded, and exported as they are.
+        aliases: pairs of token ids, of which the first is read as the second, whose embedding gets no gradient.
         is_part: whether it is the decoder of a multimodal model, whose other parts are in ``outside``.
     """
 
@@ -184,6 +185,7 @@ class Architecture:
     tensors: tuple[tuple[str, str | tuple[str, ...]], ...] = field(default=())
     layouts: tuple[tuple[str, str], ...] = ()
     outside: tuple[str, ...] = ()
+    aliases: tuple[tuple[int, int], ...] = ()
     is_part: bool = False
 
     def __post_init__(self) -> None:

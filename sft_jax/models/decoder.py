@@ -15,13 +15,13 @@ from sft_jax.models.attention.backend import XLA, Backend
 from sft_jax.models.block import Block
 from sft_jax.models.context import Context
 from sft_jax.models.head import Head
-from sft_jax.models.layers import Embedding, Initializer, Linear, make_norm
+from sft_jax.models.layers import Embedding, Initializer, Linear, make_norm, without_gradient
 from sft_jax.models.per_layer import PerLayerInputs
 from sft_jax.models.quantized import in_dtype, matrix_of
 from sft_jax.models.remat import rematerialize
 from sft_jax.models.rope import sin_cos
 from sft_jax.models.stages import Stage, stages_of
-from sft_jax.typing import Array, Float, Int
+from sft_jax.typing import Array, Bool, Float, Int
 
 Cache = dict[str, dict[str, Any]]  # the cache of each mixer of each stack of layers, stacked along the layers
 
@@ -116,24 +116,36 @@ class Decoder(nnx.Module):
             if branch.publishes is not None
         }
 
+    def _without_aliases(self, inputs: Int[Array, "B T"]) -> tuple[Int[Array, "B T"], Bool[Array, "B T"] | None]:
+        """Returns the ids that are read instead, and which positions they are; None if the model has no aliases."""
+        aliases = self.arch.aliases
+        if not aliases:
+            return inputs, None
+        is_alias = jnp.isin(inputs, jnp.asarray([token for token, _ in aliases], inputs.dtype))
+        for token, read_as in aliases:
+            inputs = jnp.where(inputs == token, jnp.int32(read_as), inputs)
+        return inputs, is_alias
+
     def _inputs_of_layers(
-        self, inputs: Int[Array, "B T"], x: Array, context: Context
+        self, inputs: Int[Array, "B T"], is_alias: Array | None, x: Array, context: Context
     ) -> Float[Array, "L B T P"] | None:
         """Returns the inputs of each layer besides the hidden states; None if they have none."""
         if (module := self._per_layer) is None:
             return None
         if (key := context.dropout_key) is not None:
             context = replace(context, dropout_key=jax.random.fold_in(key, self.arch.num_layers))
-        compute = rematerialize(lambda x: module(inputs, x, context), self.remat, in_scan=False)
+        compute = rematerialize(lambda x: module(inputs, is_alias, x, context), self.remat, in_scan=False)
         return compute(x)
 
     def _run(
         self, inputs: Int[Array, "B T"], context: Context, cache: Cache | None = None, keep_cache: bool = False
     ) -> tuple[Float[Array, "B T D"], Cache]:
+        inputs, is_alias = self._without_aliases(inputs)
         x = self.embed_tokens(inputs, self.dtype, context.weight_stationary)
         if self.embed_positions is not None:
             x = x + self.embed_positions(context.positions, self.dtype, context.weight_stationary)
-        per_layer = self._inputs_of_layers(inputs, x, context)
+        per_layer = self._inputs_of_layers(inputs, is_alias, x, context)
+        x = without_gradient(x, is_alias)
         keys = context.dropout_key
         keys = None if keys is None else jax.random.split(keys, self.arch.num_layers)
         new: Cache = {}

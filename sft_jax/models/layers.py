@@ -19,7 +19,7 @@ from sft_jax.models.context import Context
 from sft_jax.models.projection import project
 from sft_jax.models.quantized import Matrix, Weight, embedding_lookup, gather_matrix, matrix_of
 from sft_jax.sharding import constrain
-from sft_jax.typing import Array, Float, Int
+from sft_jax.typing import Array, Bool, Float, Int
 
 
 class Initializer:
@@ -137,6 +137,11 @@ def linear(x: Float[Array, "*B in"], layers: Sequence[Linear], context: Context)
         out if layer.bias is None else out + broadcast_like(layer.bias[...], out)
         for out, layer in zip(outs, layers, strict=True)
     ]
+
+
+def without_gradient(x: Float[Array, "B T D"], positions: Bool[Array, "B T"] | None) -> Float[Array, "B T D"]:
+    """Returns ``x``, which gets no gradient at these positions; None for no position."""
+    return x if positions is None else jnp.where(positions[..., None], lax.stop_gradient(x), x)
 
 
 def broadcast_like(vector: Float[Array, "D"], x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:

@@ -10,11 +10,11 @@ from flax import nnx
 
 from sft_jax.models.architecture import Architecture, PerLayer
 from sft_jax.models.context import Context
-from sft_jax.models.layers import Embedding, Initializer, Linear, make_norm
+from sft_jax.models.layers import Embedding, Initializer, Linear, make_norm, without_gradient
 from sft_jax.models.mlp import ACTIVATIONS
 from sft_jax.models.remat import PRODUCT, checkpoint_name
 from sft_jax.sharding import constrain
-from sft_jax.typing import Array, Float, Int
+from sft_jax.typing import Array, Bool, Float, Int
 
 
 class PerLayerInputs(nnx.Module):
@@ -31,10 +31,13 @@ class PerLayerInputs(nnx.Module):
         self.per_layer_model_projection = Linear(arch.hidden_size, size, ("embed", "mlp"), make)
         self.per_layer_projection_norm = make_norm(spec.size, arch.norm, make)
 
-    def __call__(self, ids: Int[Array, "B T"], x: Float[Array, "B T D"], context: Context) -> Float[Array, "L B T P"]:
+    def __call__(
+        self, ids: Int[Array, "B T"], is_alias: Bool[Array, "B T"] | None, x: Float[Array, "B T D"], context: Context
+    ) -> Float[Array, "L B T P"]:
         """Returns the inputs of each layer."""
         sizes = (*ids.shape, self.num_layers, -1)
-        of_token = self.embed_tokens_per_layer(ids, x.dtype, context.weight_stationary).reshape(sizes)
+        of_token = self.embed_tokens_per_layer(ids, x.dtype, context.weight_stationary)
+        of_token = without_gradient(of_token, is_alias).reshape(sizes)
         projected = checkpoint_name(self.per_layer_model_projection(x, context), PRODUCT) * self.scale
         total = self.per_layer_projection_norm(projected.reshape(sizes)) + of_token
         total = (total.astype(jnp.float32) * 2**-0.5).astype(x.dtype)

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from families import MULTIMODAL, SHAPE
+from families import SHAPE
 from kit import CHATML, logits, make_tokenizer, one_device, run_config, run_model
 from peft import PeftModel
+from rows.multimodal import WHOLE
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
@@ -32,7 +33,7 @@ TEXT = SHAPE | {"model_type": "mistral", "vocab_size": 400, "head_dim": 8, "num_
 
 def make_base(folder, **changes):
     """A Mistral 3 of random weights, whose files have the names of older versions of transformers."""
-    settings = MULTIMODAL["mistral3"] | {"image_token_index": 399} | changes
+    settings = WHOLE["mistral3"] | {"image_token_index": 399} | changes
     config = transformers.AutoConfig.for_model("mistral3", text_config=TEXT, **settings)
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config).eval()

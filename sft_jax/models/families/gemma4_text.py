@@ -7,6 +7,9 @@ from sft_jax.errors import UserError
 from sft_jax.models.architecture import Architecture, Branch, Layer, Norm, PerLayer, Sublayer
 from sft_jax.models.attention.module import SelfAttentionSpec
 from sft_jax.models.families import standard
+from sft_jax.models.moe.beside_mlp import BesideMLPSpec
+from sft_jax.models.moe.experts import ExpertsSpec
+from sft_jax.models.moe.router import RouterSpec
 from sft_jax.models.per_layer import PerLayerSpec
 
 _PREFIX = "model."
@@ -38,7 +41,10 @@ def read(config: Any) -> Architecture:
         if size:
             spec = PerLayerSpec(size, mlp.activation)
             branches.append(Branch("_per_layer", spec, after="post_per_layer_input_norm"))
-        layers.append(Layer(tuple(Sublayer((branch,)) for branch in branches), norm, scalar="layer_scalar"))
+        sublayers = [Sublayer((branch,)) for branch in branches]
+        if config.enable_moe_block:
+            sublayers[1] = _with_experts(config, feed_forward, norm)
+        layers.append(Layer(tuple(sublayers), norm, scalar="layer_scalar"))
     return standard.architecture(
         config,
         tuple(layers),
@@ -47,6 +53,7 @@ def read(config: Any) -> Architecture:
         per_layer=PerLayer(config.vocab_size_per_layer_input, size) if size else None,
         logits_softcap=config.final_logit_softcapping,
         prefix=_PREFIX,
+        tensors=standard.experts_together(None),
         outside=tuple(
             f"{_PREFIX}layers.{i}.self_attn.{name}." for i in range(num_own, num_layers) for name in _NOT_READ
         ),
@@ -77,9 +84,19 @@ def _attention(config: Any, layer: int, norm: Norm, reads: str | None) -> SelfAt
     )
 
 
+def _with_experts(config: Any, mlp: Branch, norm: Norm) -> Sublayer:
+    """Returns the sum of the MLP and a mixture of experts, each with norms of its own, and a norm after the sum."""
+    experts = BesideMLPSpec(
+        RouterSpec(config.num_experts, config.top_k_experts),
+        ExpertsSpec(config.moe_intermediate_size, standard.activation(config)),
+        norm,
+        "pre_feedforward_layernorm_2",
+    )
+    mixture = Branch("_experts", experts, after="post_feedforward_layernorm_2")
+    return Sublayer((replace(mlp, after="post_feedforward_layernorm_1"), mixture), after=mlp.after)
+
+
 def _check(config: Any) -> None:
-    if config.enable_moe_block:
-        raise UserError("enable_moe_block is not supported for gemma4_text")
     if config.use_bidirectional_attention == "all":
         raise UserError("use_bidirectional_attention 'all' is not supported: text would not be causal")
     num_own = config.num_hidden_layers - config.num_kv_shared_layers

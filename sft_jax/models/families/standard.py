@@ -209,9 +209,14 @@ def expert_tensors(
     return pairs if stored is None else (*pairs, (branch, stored))
 
 
-def experts_together(branch: str = "mlp") -> tuple[tuple[str, str], ...]:
-    """Returns the names of experts that are stored in one tensor, for ``Architecture.tensors``."""
-    names = (f"{branch}.experts.gate_up_proj", f"{branch}.experts.down_proj")
+def experts_together(branch: str | None = "mlp") -> tuple[tuple[str, str], ...]:
+    """Returns the names of experts that are stored in one tensor, for ``Architecture.tensors``.
+
+    Args:
+        branch: the name of the mixture in the layer; None for experts of the layer itself.
+    """
+    start = "" if branch is None else f"{branch}."
+    names = (f"{start}experts.gate_up_proj", f"{start}experts.down_proj")
     return tuple((f"{name}.weight", name) for name in names)
 
 

@@ -15,6 +15,7 @@ from sft_jax.models.layers import Initializer, Linear
 from sft_jax.models.mlp import ACTIVATIONS
 from sft_jax.models.moe.dispatch import dispatch
 from sft_jax.models.moe.products import ExpertMatrix
+from sft_jax.models.moe.router import RouterSpec
 from sft_jax.typing import Array, Float, Int
 
 
@@ -85,13 +86,14 @@ class ExpertLinear(Linear):
 class Experts(nnx.Module):
     """The module of :class:`ExpertsSpec`."""
 
-    def __init__(self, spec: ExpertsSpec, num_experts: int, dim: int, make: Initializer, stack: tuple[int, ...]):
-        self.spec, self.num_experts = spec, num_experts
+    def __init__(self, spec: ExpertsSpec, router: RouterSpec, dim: int, make: Initializer, stack: tuple[int, ...]):
+        self.spec, self.num_experts = spec, (num_experts := router.num_experts)
         size, first_size = spec.intermediate_size, spec.parts * spec.intermediate_size
         first = ExpertLinear(spec, num_experts, dim, first_size, make, stack)
         first.parts = spec.parts
         setattr(self, spec.first, first)
         self.down_proj = ExpertLinear(spec, num_experts, size, dim, make, stack)
+        first.share = self.down_proj.share = router.num_experts_per_token / num_experts
         shapes = ((*stack, num_experts, first_size), (*stack, num_experts, dim))
         biases = [make.constant(0.0, shape, ("experts", "norm")) if spec.use_bias else None for shape in shapes]
         setattr(self, f"{spec.first}_bias", nnx.data(biases[0]))

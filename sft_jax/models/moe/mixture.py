@@ -64,9 +64,7 @@ class Mixture(nnx.Module):
             setattr(self, latent.before, Linear(dim, latent.dim, ("embed", "mlp"), make, stack, latent.bias))
             setattr(self, latent.after, Linear(latent.dim, dim, ("mlp", "embed"), make, stack, latent.bias))
         expert_dim = dim if latent is None else latent.dim
-        self.experts = Experts(spec.experts, spec.router.num_experts, expert_dim, make, stack)
-        for layer in (self.experts.first, self.experts.down_proj):
-            layer.share = spec.router.num_experts_per_token / spec.router.num_experts
+        self.experts = Experts(spec.experts, spec.router, expert_dim, make, stack)
         if spec.shared is not None:
             setattr(self, spec.shared_name, spec.shared.module(dim, make, stack))
         if spec.shared_gate is not None:
