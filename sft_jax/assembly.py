@@ -14,9 +14,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-import optax
 from jax.sharding import Mesh
 
 from sft_jax.config import Config, LoraConfig
@@ -39,10 +37,6 @@ from sft_jax.sharding import check_batch, check_heads, check_lengths, make_mesh
 from sft_jax.store.folder import RunDirectory
 from sft_jax.store.opened import OpenedRun, open_run
 from sft_jax.training.compilation import enable_compilation_cache
-from sft_jax.training.cross_entropy import Terms
-from sft_jax.training.losses import cross_entropy_loss
-from sft_jax.training.optimizer import make_schedule
-from sft_jax.training.step import TrainStep, make_train_step
 from sft_jax.training.weights import build
 from sft_jax.tree import Params, flatten, unflatten
 from sft_jax.tree import Path as LeafPath
@@ -202,37 +196,6 @@ def network_of(config: Config, arch: Architecture, mesh: Mesh, embeddings: bool,
         backend=backend,
         quantization=model.quantization,
         param_dtype=model.param_dtype,
-    )
-
-
-def step_of(
-    config: Config,
-    network: Split,
-    optimizer: optax.GradientTransformationExtraArgs,
-    total_steps: int,
-    shardings: Any,
-    num_sources: int,
-    num_microbatches: int,
-) -> TrainStep:
-    """Make the jitted train step of a config; see :func:`sft_jax.training.step.make_train_step`.
-
-    Args:
-        total_steps: length of the schedule.
-        shardings: shardings of the train state.
-        num_sources: number of sources whose losses are reported separately; 0 reports no separate losses.
-    """
-    training = config.training
-    key = jax.random.key(training.seed)
-    dropout = config.lora is not None and config.lora.dropout > 0
-    return make_train_step(
-        network,
-        optimizer,
-        make_schedule(config.optimizer, total_steps),
-        num_microbatches,
-        jax.random.fold_in(key, 1) if dropout else None,
-        shardings,
-        cross_entropy_loss(num_sources, Terms(training.label_smoothing, training.z_loss)),
-        jax.random.fold_in(key, 3),
     )
 
 

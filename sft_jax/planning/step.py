@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from sft_jax.assembly import check_mesh, network_of, step_of
+from sft_jax.assembly import check_mesh, network_of
 from sft_jax.config import Config
 from sft_jax.errors import UserError
 from sft_jax.hf.dequantized import open_weights
@@ -40,7 +40,7 @@ from sft_jax.training.compilation import SHARE, FitOption, fit_options, temp_byt
 from sft_jax.training.cross_entropy import chunk_size
 from sft_jax.training.optimizer import labels_of, make_optimizer
 from sft_jax.training.state import TrainState, abstract_state, state_shardings
-from sft_jax.training.step import TrainStep
+from sft_jax.training.step import TrainStep, step_of
 from sft_jax.typing import Batch
 
 _STEPS = 1000  # schedule length where it depends on the data; only a constant in the program

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from sft_jax import config_file as configs
-from sft_jax.assembly import Model, network_of, step_of
+from sft_jax.assembly import Model, network_of
 from sft_jax.data.batches.loader import Loader
 from sft_jax.data.batches.streaming import StreamLoader, stream
 from sft_jax.data.tokens.examples import Examples
@@ -25,7 +25,7 @@ from sft_jax.run.prepare import Inputs
 from sft_jax.store.checkpoint import Checkpoints, check_same_run
 from sft_jax.training.optimizer import labels_of, make_optimizer
 from sft_jax.training.state import TrainState, abstract_state, make_state, state_shardings
-from sft_jax.training.step import TrainStep
+from sft_jax.training.step import TrainStep, step_of
 from sft_jax.training.weights import load_weights
 
 

@@ -11,9 +11,12 @@ import optax
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from sft_jax.config import Config
 from sft_jax.models.compiler import compiler_options
 from sft_jax.models.split import Split
+from sft_jax.training.cross_entropy import Terms
 from sft_jax.training.losses import Loss, Sums, cross_entropy_loss
+from sft_jax.training.optimizer import make_schedule
 from sft_jax.training.rounding import apply_updates
 from sft_jax.training.state import TrainState
 from sft_jax.tree import Params
@@ -142,3 +145,34 @@ def make_eval_step(split: Split, loss: Loss) -> EvalStep:
 def _interleave(batch: Batch, num: int) -> Batch:
     """Reshapes ``[B, T]`` to ``[num, B / num, T]``; every device keeps its sequences."""
     return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(x.shape[0] // num, num, -1), 0, 1), batch)
+
+
+def step_of(
+    config: Config,
+    network: Split,
+    optimizer: optax.GradientTransformationExtraArgs,
+    total_steps: int,
+    shardings: Any,
+    num_sources: int,
+    num_microbatches: int,
+) -> TrainStep:
+    """Make the jitted train step of a config; see :func:`sft_jax.training.step.make_train_step`.
+
+    Args:
+        total_steps: length of the schedule.
+        shardings: shardings of the train state.
+        num_sources: number of sources whose losses are reported separately; 0 reports no separate losses.
+    """
+    training = config.training
+    key = jax.random.key(training.seed)
+    dropout = config.lora is not None and config.lora.dropout > 0
+    return make_train_step(
+        network,
+        optimizer,
+        make_schedule(config.optimizer, total_steps),
+        num_microbatches,
+        jax.random.fold_in(key, 1) if dropout else None,
+        shardings,
+        cross_entropy_loss(num_sources, Terms(training.label_smoothing, training.z_loss)),
+        jax.random.fold_in(key, 3),
+    )

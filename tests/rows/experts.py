@@ -4,6 +4,16 @@ from rows.sizes import EXPERTS, GRANITE, LOCAL_EXPERTS
 
 WINDOWS = ["sliding_attention", "full_attention", "sliding_attention"]
 
+LLAMA4 = LOCAL_EXPERTS | {
+    "num_experts_per_tok": 1,
+    "head_dim": 12,
+    "intermediate_size_mlp": 36,
+    "interleave_moe_layer_step": 2,
+    "attention_chunk_size": 16,
+    "floor_scale": 20,
+    "no_rope_layers": [1, 0, 1],
+}
+
 ROWS = {
     "mixtral": ("Mixtral", LOCAL_EXPERTS | {"head_dim": 10, "sliding_window": None}),
     "qwen2_moe": ("Qwen2Moe", EXPERTS | {"shared_expert_intermediate_size": 28}),
@@ -46,19 +56,7 @@ ROWS = {
         },
     ),
     "gpt_oss": ("GptOss", LOCAL_EXPERTS | {"head_dim": 12, "sliding_window": 9, "layer_types": WINDOWS}),
-    "llama4_text": (
-        "Llama4Text",
-        LOCAL_EXPERTS
-        | {
-            "num_experts_per_tok": 1,
-            "head_dim": 12,
-            "intermediate_size_mlp": 36,
-            "interleave_moe_layer_step": 2,
-            "attention_chunk_size": 16,
-            "floor_scale": 20,
-            "no_rope_layers": [1, 0, 1],
-        },
-    ),
+    "llama4_text": ("Llama4Text", LLAMA4),
     "deepseek_v3": (
         "DeepseekV3",
         EXPERTS

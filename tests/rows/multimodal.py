@@ -1,5 +1,6 @@
 """Rows of multimodal models, whose changes are those of the decoder."""
 
+from rows.experts import LLAMA4
 from rows.sizes import EXPERTS, GATED_DELTA
 
 SIGHT = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -27,6 +28,16 @@ WHOLE = {
         "audio_token_id": 128,
     },
 }
+WHOLE["llama4"] = {
+    "vision_config": SIGHT
+    | {
+        "intermediate_size": 16,
+        "vision_output_dim": 16,
+        "projector_input_dim": 16,
+        "projector_output_dim": 16,
+        "pixel_shuffle_ratio": 0.5,
+    },
+}
 WHOLE["qwen3_5_moe"] = WHOLE["qwen3_5"]
 ROWS = {
     "gemma3": (
@@ -51,6 +62,7 @@ ROWS = {
         "qwen3_5_moe",
         EXPERTS | GATED_DELTA | {"head_dim": 8, "shared_expert_intermediate_size": 28},
     ),
+    "llama4": ("llama4", LLAMA4),
     "gemma4": (
         "gemma4",
         {
