@@ -191,7 +191,7 @@ def test_documents_are_no_longer_than_sequences(tiny):
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_loads(recipe):
-    """It is a valid config of a known model, its batch divides over its chips, and its header has the plan's result."""
+    """It is a valid config of a known model, its batch divides over its chips, and its header has a plan's result, if any."""
     config = load(recipe)
     topology, result = plan_recipes.header(recipe)
     where = parse_topology(topology)
@@ -203,7 +203,7 @@ def test_a_recipe_loads(recipe):
     assert f"configs/recipes/{recipe.stem}.yaml --topology {topology}" in text
     rows = config.training.batch_size // config.training.num_microbatches
     assert rows % (where.num_devices // config.mesh.tensor) == 0
-    assert result.startswith("fits, peak "), result
+    assert result == plan_recipes.NOT_MEASURED or result.startswith("fits, peak "), result
 
 
 def test_the_table_of_plans_is_updated_row_by_row(tmp_path, monkeypatch):
