@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -204,11 +205,21 @@ def _config(run: OpenedRun, arch: Architecture, num_embeddings: int) -> dict[str
     return config
 
 
-def _merged(variant: Any, weight: np.ndarray, parameters: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Merge an adapter into ``weight [out, in]``, computed in float32 and rounded once."""
-    if not variant.changes(parameters):
+@dataclass
+class _Update:
+    """The adapter of a tensor: its parameters by name, and whether the tensor is stored as ``[…, out, in]``."""
+
+    transposed: bool
+    parameters: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+def _merged(variant: Any, weight: np.ndarray, update: _Update) -> np.ndarray:
+    """Merge an adapter into a tensor, computed in float32 and rounded once."""
+    if not variant.changes(update.parameters):
         return weight
-    return variant.merge(weight.swapaxes(-1, -2).astype(np.float32), parameters).swapaxes(-1, -2).astype(weight.dtype)
+    matrix = weight.swapaxes(-1, -2) if update.transposed else weight
+    merged = variant.merge(matrix.astype(np.float32), update.parameters).astype(weight.dtype)
+    return merged.swapaxes(-1, -2) if update.transposed else merged
 
 
 def _write_generation_config(run: OpenedRun, folder: Path) -> None:
@@ -252,15 +263,14 @@ def _all_devices() -> Mesh:
     return jax.make_mesh((jax.device_count(),), ("all",), axis_types=(AxisType.Auto,))
 
 
-def _updates(run: OpenedRun, split: Split) -> dict[str, dict[str, np.ndarray]]:
-    """The adapter's parameters by the name of the base tensor that they change."""
-    updates: dict[str, dict[str, np.ndarray]] = {}
+def _updates(run: OpenedRun, split: Split) -> dict[str, _Update]:
+    """The adapters by the name of the base tensor that they change."""
+    updates: dict[str, _Update] = {}
     adapter = {path: leaf for path, leaf in run.trained.items() if is_adapter(split.labels[path])}
     for path, leaf in restore_replicated(run, adapter).items():
         stored = split.stored[(*path[:-1], "weight")]
         for number, name in enumerate(stored.names):
             element = leaf[stored.index(number)]
-            updates.setdefault(name, {})[path[-1]] = (
-                element if path[-1] == "lora_a" else stored.columns(element, number)
-            )
+            parameters = updates.setdefault(name, _Update(stored.transposed)).parameters
+            parameters[path[-1]] = element if path[-1] == "lora_a" else stored.columns(element, number)
     return updates
