@@ -176,6 +176,7 @@ def figures(
         "part_bytes": sizes,
         "remat": compiled.remat,
         "attention": str(step.split.backend),
+        "experts": step.experts,
         "num_microbatches": compiled.num_microbatches,
         "rows_at_a_time": step.local_batch_size,
         "tokens_per_step": tokens,

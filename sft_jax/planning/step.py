@@ -22,6 +22,7 @@ from sft_jax.hf.dequantized import open_weights
 from sft_jax.hf.ties import architecture_of
 from sft_jax.hf.tokenizer import load_tokenizer
 from sft_jax.models.architecture import Architecture
+from sft_jax.models.moe.describe import describe_experts
 from sft_jax.models.split import Split
 from sft_jax.models.work import Work
 from sft_jax.planning.collectives import Collective, count_collectives
@@ -91,6 +92,14 @@ class AbstractStep:
     def local_tokens(self) -> int:
         """Tokens of a microbatch on one device."""
         return self.local_batch_size * self.config.data.max_length // self.mesh.shape["sequence"]
+
+    @property
+    def experts(self) -> str | None:
+        """How the experts are sharded; None without experts."""
+        training, arch = self.config.training, self.split.arch
+        tokens = (training.batch_size // training.num_microbatches, self.config.data.max_length, arch.hidden_size)
+        itemsize = jnp.dtype(self.config.model.dtype).itemsize
+        return describe_experts(self.split.abstract(), self.mesh, tokens, itemsize)
 
     def sizes(self) -> dict[str, int]:
         """Bytes per device of the step's inputs by kind, and of the gradients."""

@@ -20,6 +20,7 @@ def _heading(plan: dict[str, Any]) -> list[str]:
     return [
         f"{plan['topology']}: {plan['num_devices']} chips, mesh {mesh}; {plan['rows_at_a_time']} sequence(s) per "
         f"microbatch and batch shard, remat {plan['remat']}, attention {plan['attention']}",
+        *([f"experts: {plan['experts']}"] if plan.get("experts") else []),
     ]
 
 

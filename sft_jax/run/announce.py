@@ -18,6 +18,7 @@ from sft_jax.data.tokens.examples import Examples, Report
 from sft_jax.data.tokens.prepare import Prepared
 from sft_jax.evaluation.compare import Task
 from sft_jax.models.architecture import Architecture
+from sft_jax.models.moe.describe import describe_experts
 from sft_jax.models.split import Split
 from sft_jax.sharding import bytes_per_device
 from sft_jax.training.compilation import Compiled
@@ -184,6 +185,11 @@ class Announcer:
                 "devices",
             )
         self("compute", f"{config.model.dtype}, attention {split.backend}")
+        num = config.training.num_microbatches
+        tokens = (config.training.batch_size // (1 if num == "auto" else num), config.data.max_length)
+        shape, itemsize = (*tokens, split.arch.hidden_size), jnp.dtype(config.model.dtype).itemsize
+        if experts := describe_experts(split.abstract(), mesh, shape, itemsize):
+            self("experts", experts)
         precision: str | None = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
         if config.model.dtype == "float32" and jax.default_backend() != "cpu" and precision is None:
             self(

@@ -21,7 +21,7 @@ from sft_jax.models.quantized import QuantizedMatrix
 from sft_jax.sharding import current_mesh, partition_spec
 from sft_jax.typing import Array, Float, Int
 
-_WEIGHT = ("experts", "expert_in", "expert_out")
+WEIGHT_AXES = ("experts", "expert_in", "expert_out")
 _FEWEST_ROWS = 512  # computed at a time
 
 
@@ -51,9 +51,9 @@ def dispatch(
                          is_leaf=_is_axes)  # fmt: skip
     batch = ("replica", "unsplit_length") if context.weight_stationary else ("batch", "length")
     token_spec = PartitionSpec(*partition_spec(batch, tokens.shape[:2], mesh), None)
-    of_experts = _names(partition_spec(_WEIGHT, (num_experts, 1, 1), mesh)[0])
+    of_experts = names_of(partition_spec(WEIGHT_AXES, (num_experts, 1, 1), mesh)[0])
     exchanged = tuple(name for name in of_experts if name != "tensor")
-    sharded = _names(token_spec[0])
+    sharded = names_of(token_spec[0])
     moves = bool(exchanged) and (
         context.weight_stationary or moves_tokens(matrices, tokens.shape, tokens.dtype.itemsize, exchanged, mesh)
     )
@@ -88,6 +88,13 @@ def moves_tokens(matrices: Any, tokens: tuple[int, ...], itemsize: int, axes: tu
         itemsize: of a value of a token.
     """
     of_weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves([one.weight for one in matrices]))
+    return tokens_are_fewer_bytes(of_weights, tokens, itemsize, axes, mesh)
+
+
+def tokens_are_fewer_bytes(
+    of_weights: int, tokens: tuple[int, ...], itemsize: int, axes: tuple[str, ...], mesh: Any
+) -> bool:
+    """See :func:`moves_tokens`; ``of_weights`` are the bytes of the weights of a layer's experts."""
     others = math.prod(size for name, size in mesh.shape.items() if name not in (*axes, "tensor"))
     of_tokens = 2 * math.prod(tokens) * itemsize // others  # to the experts and back
     return of_tokens < of_weights // mesh.shape["tensor"]
@@ -96,13 +103,14 @@ def moves_tokens(matrices: Any, tokens: tuple[int, ...], itemsize: int, axes: tu
 def _gather(array: Array, spec: PartitionSpec, keep: tuple[str, ...]) -> Array:
     """All-gathers an array over the mesh axes that shard it, except ``keep``."""
     for dim, names in enumerate(spec):
-        gathered = tuple(name for name in _names(names) if name not in keep)
+        gathered = tuple(name for name in names_of(names) if name not in keep)
         if gathered:
             array = lax.all_gather(array, gathered, axis=dim, tiled=True)
     return array
 
 
-def _names(entry: Any) -> tuple[str, ...]:
+def names_of(entry: Any) -> tuple[str, ...]:
+    """Returns the mesh axes of an entry of a partition spec."""
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
@@ -110,9 +118,9 @@ def _axes(matrices: tuple[ExpertMatrix, ...]) -> Any:
     """Returns the logical axes of each array."""
 
     def of(matrix: ExpertMatrix) -> ExpertMatrix:
-        weight: Any = _WEIGHT
+        weight: Any = WEIGHT_AXES
         if isinstance(matrix.weight, QuantizedMatrix):
-            weight = QuantizedMatrix(dict.fromkeys(matrix.weight.arrays, _WEIGHT), matrix.weight.fmt)  # type: ignore[arg-type]
+            weight = QuantizedMatrix(dict.fromkeys(matrix.weight.arrays, WEIGHT_AXES), matrix.weight.fmt)  # type: ignore[arg-type]
         adapter: Any = (("experts", "adapter_expert_in", "rank"), ("experts", "rank", "adapter_expert_out"))
         return ExpertMatrix(
             weight,

@@ -1,0 +1,33 @@
+"""Describes how the experts of a model are sharded, for messages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from flax import nnx
+
+from sft_jax.models.moe.dispatch import WEIGHT_AXES, names_of, tokens_are_fewer_bytes
+from sft_jax.models.moe.experts import ExpertLinear
+from sft_jax.sharding import partition_spec
+
+
+def describe_experts(model: nnx.Module, mesh: Any, tokens: tuple[int, int, int], itemsize: int) -> str | None:
+    """Returns where the experts are, and what each layer gathers; None without experts or other devices.
+
+    Args:
+        model: may be abstract; the first layer with experts stands for all.
+        tokens: the shape ``[B, T, D]`` of a microbatch.
+        itemsize: of a value of a token.
+    """
+    found = [node for _, node in nnx.iter_graph(model) if isinstance(node, ExpertLinear)]
+    if not found or mesh.size == 1:
+        return None
+    num_experts = found[0].weight.shape[1]
+    axes = names_of(partition_spec(WEIGHT_AXES, (num_experts, 1, 1), mesh)[0])
+    leaves = jax.tree.leaves([one.stored_matrix() for one in found[:2]])
+    of_layer = sum(leaf.size // leaf.shape[0] * leaf.dtype.itemsize for leaf in leaves)
+    exchanged = tuple(name for name in axes if name != "tensor")
+    moves = bool(exchanged) and tokens_are_fewer_bytes(of_layer, tokens, itemsize, exchanged, mesh)
+    where = " × ".join(f"{name} {mesh.shape[name]}" for name in axes) or "no axis"
+    return f"{num_experts} over {where}, {'tokens' if moves else 'weights'} gathered"
