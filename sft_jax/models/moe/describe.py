@@ -25,7 +25,7 @@ def describe_experts(model: nnx.Module, mesh: Any, tokens: tuple[int, int, int],
         return None
     num_experts = found[0].weight.shape[1]
     axes = names_of(partition_spec(WEIGHT_AXES, (num_experts, 1, 1), mesh)[0])
-    leaves = jax.tree.leaves([one.stored_matrix() for one in found[:2]])
+    leaves = jax.tree.leaves([nnx.state(one)["weight"] for one in found[:2]])
     of_layer = sum(leaf.size // leaf.shape[0] * leaf.dtype.itemsize for leaf in leaves)
     exchanged = tuple(name for name in axes if name != "tensor")
     moves = bool(exchanged) and tokens_are_fewer_bytes(of_layer, tokens, itemsize, exchanged, mesh)
