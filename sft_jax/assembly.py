@@ -60,8 +60,9 @@ class Base:
 
     @property
     def dtype_of_embeddings(self) -> np.dtype | None:
-        """The dtype of the embeddings in its files."""
-        return None if self.reader is None else self.reader.dtype(self.arch.embeddings_tensor)
+        """The dtype of the embeddings in its files; None if they are not there, which loading refuses."""
+        name = self.arch.embeddings_tensor
+        return None if self.reader is None or name not in self.reader.names else self.reader.dtype(name)
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "router": None,
     "experts": ("tensor", "fsdp"),
     "expert_in": ("fsdp", "sequence"),  # without those that shard the experts
+    "expert_mlp": ("fsdp", "sequence"),  # the inputs of the second linear layer of an expert
     "expert_out": None,
     "vocab": "tensor",
     "head_vocab": ("fsdp", "sequence", "tensor"),  # where logits are computed; the model dimension is not sharded
@@ -51,6 +52,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "adapter_mlp": ("tensor", "fsdp", "sequence"),
     "adapter_router": None,
     "adapter_expert_in": ("fsdp", "sequence"),
+    "adapter_expert_mlp": ("fsdp", "sequence"),
     "adapter_expert_out": ("fsdp", "sequence"),
     "rank": None,
     "norm": None,

@@ -54,7 +54,7 @@ class Product:
     @property
     def is_last(self) -> bool:
         """Whether it is the last of a decoder layer, so that no gradient needs its output."""
-        return self.axes[0] == "mlp"
+        return self.axes[0] in ("mlp", "expert_mlp")
 
 
 @dataclass(frozen=True)

@@ -58,12 +58,12 @@ def test_model(tiny, chats, tmp_path):
     refused(run_config(tmp_path / "absent", chats, out), "model.path", "absent")
     refused(run_config("some/model", chats, out), "'some/model' is no local folder and could not be fetched")
     refused(run_config(tmp_path, chats, out), "has no config.json")
-    refused(run_config(broken("gpt", {"model_type": "gpt2"}), chats, out), "'gpt2' is not supported", "llama")
+    refused(run_config(broken("bloom", {"model_type": "bloom"}), chats, out), "'bloom' is not supported", "llama")
     refused(run_config(broken("mish", {"hidden_act": "mish"}), chats, out), "hidden_act 'mish'")
     refused(run_config(broken("quantized", {"quantization_config": {"bits": 4}}), chats, out), "quantized")
-    scaling = {"rope_type": "longrope", "factor": 4.0, "short_factor": [1.0] * 6, "long_factor": [2.0] * 6}
+    scaling = {"rope_type": "longrope", "factor": 4.0, "short_factor": [1.0] * 5, "long_factor": [2.0] * 6}
     longrope = broken("longrope", {"rope_scaling": scaling | {"original_max_position_embeddings": 64}})
-    refused(run_config(longrope, chats, out), "rope_type 'longrope' is not supported")
+    refused(run_config(longrope, chats, out), "short_factor has 5 values")
     name = "model.layers.1.mlp.up_proj.weight"
     refused(run_config(broken("missing", None, lambda t: t.pop(name)), chats, out), f"tensor {name} is missing")
     wrong = broken("wrong", None, lambda t: t.update({name: np.zeros((3, 3), np.float32)}))

@@ -200,7 +200,7 @@ def test_weights_are_not_gathered_for_a_token(tmp_path, quantization):
         state = jax.eval_shape(partial(generator._start, cache_length=32), *weights, ids, ids[:, 0], keys, numbers)
         program = generator._decode.lower(*weights, state, 4, keys, numbers).compile().as_text()
     largest = max(math.prod(shape) for _, shape in exchanged(program))
-    spec = arch.layers[0].mixer
+    spec = arch.attention_specs[0]
     smallest = 512 * spec.num_kv_heads * spec.head_dim // 2  # of the weights, what a device computes with
     assert largest <= 8 * 640 < smallest
 

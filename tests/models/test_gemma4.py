@@ -27,7 +27,6 @@ def test_keys_of_layers_that_share_are_left_out(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"enable_moe_block": True}, "enable_moe_block"),
         ({"use_bidirectional_attention": "all"}, "use_bidirectional_attention 'all'"),
         ({"num_kv_shared_layers": 6}, "num_kv_shared_layers 6 leaves no layer .* full_attention, sliding_attention"),
         ({"num_kv_shared_layers": 5}, "num_kv_shared_layers 5 leaves no layer .* full_attention"),

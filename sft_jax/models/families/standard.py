@@ -250,14 +250,18 @@ def rope(parameters: Mapping[str, Any], max_positions: int, head_dim: int, inter
         interleaved: see :class:`Rope`.
 
     Raises:
-        UserError: the ``rope_type`` is not supported.
+        UserError: the ``rope_type`` is not supported, or the factors of ``longrope`` are not one per pair of channels.
     """
     partial = parameters.get("partial_rotary_factor") or 1.0
     if parameters.get("rope_type") == "proportional":
         factor = float(parameters.get("factor") or 1.0)
         return Rope(float(parameters["rope_theta"]), "proportional", factor, share=float(partial))
     dims = None if partial == 1.0 else int(head_dim * partial)
-    return replace(_scaled_rope(parameters, max_positions), dims=dims, interleaved=interleaved)
+    scaled = replace(_scaled_rope(parameters, max_positions), dims=dims, interleaved=interleaved)
+    for key, factors in (("short_factor", scaled.factors), ("long_factor", scaled.long_factors)):
+        if factors and len(factors) != (dims or head_dim) // 2:
+            raise UserError(f"{key} has {len(factors)} values, but {dims or head_dim} channels are rotated in pairs")
+    return scaled
 
 
 def _scaled_rope(parameters: Mapping[str, Any], max_positions: int) -> Rope:

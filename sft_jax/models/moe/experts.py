@@ -76,9 +76,15 @@ class ExpertLinear(Linear):
     stack_axes = ("experts",)
 
     def __init__(
-        self, spec: ExpertsSpec, experts: int, in_dim: int, out_dim: int, make: Initializer, stack: tuple[int, ...]
+        self,
+        spec: ExpertsSpec,
+        experts: int,
+        sizes: tuple[int, int],
+        axis: str,
+        make: Initializer,
+        stack: tuple[int, ...],
     ):
-        super().__init__(in_dim, out_dim, ("expert_in", "expert_out"), make, (*stack, experts))
+        super().__init__(*sizes, (axis, "expert_out"), make, (*stack, experts))
         self.transposed = not spec.stored_in_out
         self.peft_swaps = spec.peft_swaps
 
@@ -89,10 +95,10 @@ class Experts(nnx.Module):
     def __init__(self, spec: ExpertsSpec, router: RouterSpec, dim: int, make: Initializer, stack: tuple[int, ...]):
         self.spec, self.num_experts = spec, (num_experts := router.num_experts)
         size, first_size = spec.intermediate_size, spec.parts * spec.intermediate_size
-        first = ExpertLinear(spec, num_experts, dim, first_size, make, stack)
+        first = ExpertLinear(spec, num_experts, (dim, first_size), "expert_in", make, stack)
         first.parts = spec.parts
         setattr(self, spec.first, first)
-        self.down_proj = ExpertLinear(spec, num_experts, size, dim, make, stack)
+        self.down_proj = ExpertLinear(spec, num_experts, (size, dim), "expert_mlp", make, stack)
         first.share = self.down_proj.share = router.num_experts_per_token / num_experts
         shapes = ((*stack, num_experts, first_size), (*stack, num_experts, dim))
         biases = [make.constant(0.0, shape, ("experts", "norm")) if spec.use_bias else None for shape in shapes]
