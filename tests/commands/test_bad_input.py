@@ -71,7 +71,7 @@ def test_model(tiny, chats, tmp_path):
     extra = broken("extra", None, lambda t: t.update({"model.extra.weight": np.zeros(3, np.float32)}))
     refused(run_config(extra, chats, out), "model.extra.weight has no place")
     integer = broken("integer", None, lambda t: t.update({name: t[name].astype(np.int32)}))
-    refused(run_config(integer, chats, out), name, "dtype I32")
+    refused(run_config(integer, chats, out), name, "dtype int32")
     damaged = broken("damaged")
     (damaged / "model.safetensors").write_bytes((damaged / "model.safetensors").read_bytes()[:5000])
     refused(run_config(damaged, chats, out), "damaged safetensors file")
