@@ -209,7 +209,8 @@ def test_grouped_projections():
         getattr(other, path).weight[...] = getattr(ours, path).weight[...]
     x = jax.random.normal(jax.random.key(1), (1, 10, 12))
     where = (np.ones((1, 10), np.int32), np.arange(10)[None])
-    np.testing.assert_allclose(run(other, x, *where)[0], run(ours, x, *where)[0], atol=1e-6)
+    # Products sum in another order, on outputs of order ten.
+    np.testing.assert_allclose(run(other, x, *where)[0], run(ours, x, *where)[0], atol=1e-5)
 
 
 def test_rematerialization():
