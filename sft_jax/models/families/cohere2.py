@@ -8,14 +8,13 @@ from sft_jax.models.families import standard
 
 def read(config: Any) -> Architecture:
     bias = bool(config.attention_bias)
-    rope = standard.rope(config.rope_parameters, config.max_position_embeddings, config.head_dim, interleaved=True)
-    attention = standard.attention(config, rope=rope, qkv_bias=bias, o_bias=bias)
+    attention = standard.attention(config, interleaved=True, qkv_bias=bias, o_bias=bias)
     return standard.decoder(
         config,
         attention,
         standard.mlp(config),
         Norm(config.layer_norm_eps, centered=True),
         standard.Order(before_mlp="input_layernorm", parallel=True),
-        lambda layer, window: None if window is None else rope,
+        lambda layer, window: None if window is None else attention.rope,
         logits_scale=config.logit_scale,
     )

@@ -1,6 +1,5 @@
 """DeepSeek-V3 and R1: latent attention, whose scale grows with the context that YaRN extends, and experts in groups."""
 
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -12,9 +11,7 @@ _LATENT_NORM = Norm(1e-6)  # whatever rms_norm_eps is
 
 
 def read(config: Any) -> Architecture:
-    mtp = f"model.layers.{config.num_hidden_layers}."  # the layer that predicts a further token
-    tensors = standard.expert_tensors()
-    return standard.decoder(config, attention(config), glm4_moe.mlps(config), tensors=tensors, outside=(mtp,))
+    return glm4_moe.decoder(config, attention(config))
 
 
 def attention(config: Any) -> LatentAttentionSpec:
@@ -43,6 +40,4 @@ def attention(config: Any) -> LatentAttentionSpec:
 def _yarn_scale(parameters: Any) -> float:
     """Returns the factor of queries and keys; other models apply it to the rotated channels only, through the rope."""
     by, kind = parameters.get("mscale_all_dim"), parameters.get("rope_type", "default")
-    if kind == "default" or not by or parameters["factor"] <= 1:
-        return 1.0
-    return 0.1 * by * math.log(parameters["factor"]) + 1.0
+    return 1.0 if kind == "default" or not by else standard.yarn_scale(parameters["factor"], by)

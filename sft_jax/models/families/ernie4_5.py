@@ -8,6 +8,5 @@ from sft_jax.models.families import standard
 
 def read(config: Any) -> Architecture:
     bias = bool(config.use_bias)
-    rope = standard.rope(config.rope_parameters, config.max_position_embeddings, config.head_dim, interleaved=True)
-    attention = standard.attention(config, rope=rope, qkv_bias=bias, o_bias=bias)
+    attention = standard.attention(config, interleaved=True, qkv_bias=bias, o_bias=bias)
     return standard.decoder(config, attention, standard.mlp(config, bias))

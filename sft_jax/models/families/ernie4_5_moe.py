@@ -1,6 +1,5 @@
 """ERNIE 4.5 MoE: ERNIE 4.5 with experts and shared experts from some layer on."""
 
-from dataclasses import replace
 from typing import Any
 
 from sft_jax.models.architecture import Architecture
@@ -15,8 +14,7 @@ TENSORS = (
 
 def read(config: Any) -> Architecture:
     bias = bool(config.use_bias)
-    attention = standard.attention(config, rope=None, qkv_bias=bias, o_bias=bias)
-    rope = standard.rope(config.rope_parameters, config.max_position_embeddings, attention.head_dim, interleaved=True)
+    attention = standard.attention(config, interleaved=True, qkv_bias=bias, o_bias=bias)
     router = RouterSpec(config.moe_num_experts, config.moe_k, correction="e_score_correction_bias", correction_dims=2)
     size, count = config.moe_intermediate_size, config.moe_num_shared_experts
     shared = standard.mlp(config, bias, intermediate_size=size * count) if count else None
@@ -24,4 +22,4 @@ def read(config: Any) -> Architecture:
     first, last, every = config.moe_layer_start_index, config.moe_layer_end_index, config.moe_layer_interval
     last = config.num_hidden_layers - 1 if last < 0 else last
     mlps = [experts if (i + 1) % every == 0 and first <= i <= last else dense for i in range(config.num_hidden_layers)]
-    return standard.decoder(config, replace(attention, rope=rope), mlps, tensors=TENSORS)
+    return standard.decoder(config, attention, mlps, tensors=TENSORS)

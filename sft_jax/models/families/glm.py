@@ -12,5 +12,4 @@ def read(config: Any) -> Architecture:
 
 def attention(config: Any) -> standard.SelfAttentionSpec:
     """Returns the attention of GLM-4."""
-    rope = standard.rope(config.rope_parameters, config.max_position_embeddings, config.head_dim, interleaved=True)
-    return standard.attention(config, rope=rope, qkv_bias=bool(config.attention_bias))
+    return standard.attention(config, interleaved=True, qkv_bias=bool(config.attention_bias))

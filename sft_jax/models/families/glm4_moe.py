@@ -10,6 +10,11 @@ from sft_jax.models.families.standard import RouterSpec
 def read(config: Any) -> Architecture:
     qk_norm = Norm(config.rms_norm_eps) if config.use_qk_norm else None
     attention = standard.attention(config, qk_norm=qk_norm, qkv_bias=bool(config.attention_bias))
+    return decoder(config, attention)
+
+
+def decoder(config: Any, attention: Any) -> Architecture:
+    """Returns the decoder of GLM-4.5 or DeepSeek-V3 with its attention."""
     mtp = f"model.layers.{config.num_hidden_layers}."  # the layer that predicts a further token
     return standard.decoder(config, attention, mlps(config), tensors=standard.expert_tensors(), outside=(mtp,))
 

@@ -10,7 +10,7 @@ from sft_jax.models.mlp import MLPSpec
 
 
 def read(config: Any) -> Architecture:
-    norm, activation = Norm(config.rms_norm_eps), hybrid.activation(config, "hidden_act")
+    norm, activation = Norm(config.rms_norm_eps), standard.activation(config, "hidden_act")
     order = standard.Order(mlp="shared_mlp", scale=config.residual_multiplier)
     mamba = hybrid.mamba2(config, norm, out_bias=bool(config.mamba_proj_bias))
     mixers = {"full_attention": ("self_attn", _attention(config)), "linear_attention": ("mamba", mamba)}

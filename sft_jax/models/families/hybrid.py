@@ -9,8 +9,7 @@ from typing import Any
 
 from sft_jax.errors import UserError
 from sft_jax.models.architecture import Layer, Norm
-from sft_jax.models.families.standard import PRE_NORM, Order
-from sft_jax.models.mlp import ACTIVATIONS
+from sft_jax.models.families.standard import PRE_NORM, Order, activation
 from sft_jax.models.recurrent.mamba2 import Mamba2Spec
 
 
@@ -41,18 +40,6 @@ def layers(
     """
     pairs = zip(by_type(config, mixers), mlps, strict=True)
     return tuple(replace(order, mixer=name).layer(spec, mlp, norm) for (name, spec), mlp in pairs)
-
-
-def activation(config: Any, key: str) -> str:
-    """Returns the name of an activation.
-
-    Raises:
-        UserError: it is not supported.
-    """
-    name = getattr(config, key)
-    if name not in ACTIVATIONS:
-        raise UserError(f"{key} {name!r} is not supported; supported are {', '.join(ACTIVATIONS)}")
-    return name
 
 
 def mamba2(config: Any, norm: Norm | None, **more: Any) -> Mamba2Spec:

@@ -14,10 +14,9 @@ ORDER = standard.Order(mlp="feed_forward")
 
 def read(config: Any) -> Architecture:
     norm, bias = Norm(config.rms_norm_eps), bool(config.attention_bias)
-    rope = standard.rope(config.rope_parameters, config.max_position_embeddings, config.head_dim, interleaved=True)
-    plain = standard.attention(config, rope=None, qkv_bias=bias, o_bias=bias)
+    rotated = standard.attention(config, interleaved=True, qkv_bias=bias, o_bias=bias)
     qk_norm = Norm(config.rms_norm_eps, has_weight=False) if config.use_qk_norm else None
-    rotated = replace(plain, rope=rope, qk_norm=qk_norm, qk_norm_last=True)
+    plain, rotated = replace(rotated, rope=None), replace(rotated, qk_norm=qk_norm, qk_norm_last=True)
     if config.attn_temperature_tuning:
         plain = replace(plain, temperature=Temperature(config.attn_scale, int(config.floor_scale), offset=1))
     experts, dense = _experts(config), standard.mlp(config, intermediate_size=config.intermediate_size_mlp)

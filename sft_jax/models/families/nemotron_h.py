@@ -46,7 +46,7 @@ def read(config: Any) -> Architecture:
 
 
 def _mlp(config: Any, size: int) -> MLPSpec:
-    return MLPSpec(size, hybrid.activation(config, "mlp_hidden_act"), bool(config.mlp_bias), gated=False)
+    return MLPSpec(size, standard.activation(config, "mlp_hidden_act"), bool(config.mlp_bias), gated=False)
 
 
 def _experts(config: Any) -> MixtureSpec:
@@ -55,7 +55,7 @@ def _experts(config: Any) -> MixtureSpec:
         latent = Latent(config.moe_latent_size, "fc1_latent_proj", "fc2_latent_proj", bool(config.mlp_bias))
     return MixtureSpec(
         glm4_moe.router(config),
-        ExpertsSpec(config.moe_intermediate_size, hybrid.activation(config, "mlp_hidden_act"), gated=False),
+        ExpertsSpec(config.moe_intermediate_size, standard.activation(config, "mlp_hidden_act"), gated=False),
         shared=_mlp(config, config.moe_shared_expert_intermediate_size),
         latent=latent,
     )
@@ -75,7 +75,7 @@ def _mamba(config: Any, norm: Norm) -> Mamba2Spec:
         conv_bias=bool(config.use_conv_bias),
         in_bias=bias,
         out_bias=bias,
-        activation=hybrid.activation(config, "mamba_hidden_act"),
+        activation=standard.activation(config, "mamba_hidden_act"),
         # As in transformers, which does not read time_step_limit.
         time_step_limit=(config.time_step_min, math.inf),
     )

@@ -137,8 +137,8 @@ def check_text(config: Any, *names: str) -> None:
         )
 
 
-def attention(config: Any, **more: Any) -> SelfAttentionSpec:
-    """Returns the attention spec; ``more`` are fields of :class:`SelfAttentionSpec`.
+def attention(config: Any, interleaved: bool = False, **more: Any) -> SelfAttentionSpec:
+    """Returns the attention spec; ``interleaved`` is that of the rope, ``more`` are fields of the spec.
 
     Raises:
         UserError: the key/value heads do not divide the heads, or the rotary embedding is not supported.
@@ -149,7 +149,7 @@ def attention(config: Any, **more: Any) -> SelfAttentionSpec:
         raise UserError(f"num_key_value_heads {num_kv_heads} does not divide {num_heads} heads")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
     if "rope" not in more:
-        more["rope"] = rope(config.rope_parameters, config.max_position_embeddings, head_dim)
+        more["rope"] = rope(config.rope_parameters, config.max_position_embeddings, head_dim, interleaved)
     return SelfAttentionSpec(num_heads, num_kv_heads, head_dim, **more)
 
 
@@ -181,7 +181,7 @@ def mlp(config: Any, bias: bool = False, **more: Any) -> MLPSpec:
         UserError: the activation is not supported.
     """
     size = more.pop("intermediate_size", None) or config.intermediate_size
-    return MLPSpec(size, activation(config), bias, **more)
+    return MLPSpec(size, activation(config, more=("xielu",)), bias, **more)
 
 
 def mixture(config: Any, router: RouterSpec, size: int, **more: Any) -> MixtureSpec:
@@ -220,16 +220,21 @@ def experts_together(branch: str | None = "mlp") -> tuple[tuple[str, str], ...]:
     return tuple((f"{name}.weight", name) for name in names)
 
 
-def activation(config: Any) -> str:
-    """Returns the name of the activation of the MLP.
+def activation(config: Any, *keys: str, more: tuple[str, ...] = ()) -> str:
+    """Returns the name of an activation, by default that of the MLP.
+
+    Args:
+        keys: of the config; the first one that has a value counts.
+        more: names that are supported besides :data:`~sft_jax.models.mlp.ACTIVATIONS`.
 
     Raises:
         UserError: it is not supported.
     """
-    keys = ("hidden_act", "hidden_activation", "activation_function")
-    name = next((one for key in keys if (one := getattr(config, key, None)) is not None), "silu")
-    if name not in (*ACTIVATIONS, "xielu"):
-        raise UserError(f"hidden_act {name!r} is not supported; supported are {', '.join(ACTIVATIONS)}, xielu")
+    keys = keys or ("hidden_act", "hidden_activation", "activation_function")
+    key = next((one for one in keys if getattr(config, one, None) is not None), None)
+    name, supported = "silu" if key is None else getattr(config, key), (*ACTIVATIONS, *more)
+    if name not in supported:
+        raise UserError(f"{key} {name!r} is not supported; supported are {', '.join(supported)}")
     return name
 
 
@@ -316,9 +321,12 @@ def _attention_factor(parameters: Mapping[str, Any], factor: float) -> float:
     """Returns the scale of queries and keys in YaRN, by default ``0.1 · ln(factor) + 1``."""
     if parameters.get("attention_factor") is not None:
         return float(parameters["attention_factor"])
-
-    def scale(by: float) -> float:
-        return 0.1 * by * math.log(factor) + 1.0 if factor > 1 else 1.0
-
     mscale_all_dim, mscale = parameters.get("mscale_all_dim"), parameters.get("mscale")
-    return scale(mscale) / scale(mscale_all_dim) if mscale and mscale_all_dim else scale(1.0)
+    if mscale and mscale_all_dim:
+        return yarn_scale(factor, mscale) / yarn_scale(factor, mscale_all_dim)
+    return yarn_scale(factor)
+
+
+def yarn_scale(factor: float, by: float = 1.0) -> float:
+    """Returns ``0.1 · by · ln(factor) + 1``, by which YaRN scales attention in a longer context."""
+    return 0.1 * by * math.log(factor) + 1.0 if factor > 1 else 1.0
