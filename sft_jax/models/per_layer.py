@@ -41,8 +41,7 @@ class PerLayerInputs(nnx.Module):
         projected = checkpoint_name(self.per_layer_model_projection(x, context), PRODUCT) * self.scale
         total = self.per_layer_projection_norm(projected.reshape(sizes)) + of_token
         total = (total.astype(jnp.float32) * 2**-0.5).astype(x.dtype)
-        batch = ("replica", "unsplit_length") if context.weight_stationary else ("batch", "length")
-        return constrain(jnp.moveaxis(total, 2, 0), "layers", *batch, "activation")
+        return constrain(jnp.moveaxis(total, 2, 0), "layers", *context.stream[:2], "activation")
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
 
 from sft_jax.models.quantized import Matrix, QuantizedMatrix, in_dtype
 from sft_jax.models.remat import ADAPTER, checkpoint_name
+from sft_jax.models.symbolic import instantiate, values_and_perturbed
 from sft_jax.typing import Array, Float
 
 
@@ -65,9 +65,7 @@ def project(
         return _forward(x, weights, adapters, scales, layer, merged)[0]
 
     def forward(*primals: Any) -> tuple[list[Array], Any]:
-        is_primal = lambda node: hasattr(node, "perturbed")  # noqa: E731
-        x, weights, adapters, layer = jax.tree.map(lambda leaf: leaf.value, primals, is_leaf=is_primal)
-        perturbed = jax.tree.map(lambda leaf: leaf.perturbed, primals, is_leaf=is_primal)
+        (x, weights, adapters, layer), perturbed = values_and_perturbed(primals)
         weights_need_grad = tuple(any(jax.tree.leaves(weight)) for weight in perturbed[1])
         needs_grad = _NeedsGrad(perturbed[0], weights_need_grad, any(jax.tree.leaves(perturbed[2])))
         out, x_a = _forward(x, weights, adapters, scales, layer, merged)
@@ -127,7 +125,7 @@ def _backward(
     layer: Array,
     merged: bool,
 ) -> tuple[Array | None, list[Array | None], list[Adapter | None]]:
-    d_out = [_instantiate(dy) for dy in d_out]
+    d_out = [instantiate(dy) for dy in d_out]
     d_weights = [
         _outer(x, dy).astype(weight.dtype) if needed else None
         for weight, dy, needed in zip(weights, d_out, needs_grad.weights, strict=True)
@@ -185,11 +183,3 @@ def _outer(x: Float[Array, "*B m"], y: Float[Array, "*B n"]) -> Float[Array, "m 
     """Returns ``Σ x ⊗ y`` over all positions in float32."""
     positions = tuple(range(x.ndim - 1))
     return lax.dot_general(x, y, ((positions, positions), ((), ())), preferred_element_type=jnp.float32)
-
-
-def _instantiate(cotangent: Any) -> Array:
-    """Returns the cotangent of an output as an array; a symbolic zero becomes zeros."""
-    if isinstance(cotangent, SymbolicZero):
-        aval: Any = cotangent.aval
-        return jnp.zeros(aval.shape, aval.dtype)
-    return cotangent

@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec
 
 from sft_jax.models.head import Head, capped
 from sft_jax.models.quantized import Matrix, in_dtype
+from sft_jax.models.symbolic import values_and_perturbed
 from sft_jax.sharding import axis_names, current_mesh, partition_spec
 from sft_jax.typing import Array, Bool, Float, Int
 
@@ -76,10 +77,9 @@ def masked_cross_entropy(
         return loss, tokens
 
     def forward(*primals: Any) -> tuple[tuple[Array, TokenLosses], Any]:
-        is_primal = lambda node: hasattr(node, "perturbed")  # noqa: E731
-        values = jax.tree.map(lambda leaf: leaf.value, primals, is_leaf=is_primal)
-        trained = any(leaf.perturbed for leaf in jax.tree.leaves(primals[1], is_leaf=is_primal))
-        loss, tokens, *gradients = _over_devices(values, head, terms, chunk, (primals[0].perturbed, trained))
+        values, perturbed = values_and_perturbed(primals)
+        trained = any(jax.tree.leaves(perturbed[1]))
+        loss, tokens, *gradients = _over_devices(values, head, terms, chunk, (perturbed[0], trained))
         return (loss, tokens), gradients
 
     def backward(gradients: Any, cotangents: Any) -> tuple[Array | None, Array | None, None, None]:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from sft_jax.models.moe.dispatch import WEIGHT_AXES, names_of, tokens_are_fewer_bytes
+from sft_jax.models.moe.dispatch import WEIGHT_AXES, moves_tokens, names_of
 from sft_jax.models.moe.experts import ExpertLinear
 from sft_jax.sharding import partition_spec
 
@@ -28,6 +28,6 @@ def describe_experts(model: nnx.Module, mesh: Any, tokens: tuple[int, int, int],
     leaves = jax.tree.leaves([nnx.state(one)["weight"] for one in found[:2]])
     of_layer = sum(leaf.size // leaf.shape[0] * leaf.dtype.itemsize for leaf in leaves)
     exchanged = tuple(name for name in axes if name != "tensor")
-    moves = bool(exchanged) and tokens_are_fewer_bytes(of_layer, tokens, itemsize, exchanged, mesh)
+    moves = bool(exchanged) and moves_tokens(of_layer, tokens, itemsize, exchanged, mesh)
     where = " × ".join(f"{name} {mesh.shape[name]}" for name in axes) or "no axis"
     return f"{num_experts} over {where}, {'tokens' if moves else 'weights'} gathered"

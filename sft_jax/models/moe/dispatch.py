@@ -51,13 +51,13 @@ def dispatch(
 
     specs = jax.tree.map(lambda axes, array: partition_spec(axes, array.shape, mesh), _axes(matrices), matrices,
                          is_leaf=_is_axes)  # fmt: skip
-    batch = ("replica", "unsplit_length") if context.weight_stationary else ("batch", "length")
-    token_spec = PartitionSpec(*partition_spec(batch, tokens.shape[:2], mesh), None)
+    token_spec = PartitionSpec(*partition_spec(context.stream[:2], tokens.shape[:2], mesh), None)
     of_experts = names_of(partition_spec(WEIGHT_AXES, (num_experts, 1, 1), mesh)[0])
     exchanged = tuple(name for name in of_experts if name != "tensor")
     sharded = names_of(token_spec[0])
+    of_weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves([one.weight for one in matrices]))
     moves = bool(exchanged) and (
-        context.weight_stationary or moves_tokens(matrices, tokens.shape, tokens.dtype.itemsize, exchanged, mesh)
+        context.weight_stationary or moves_tokens(of_weights, tokens.shape, tokens.dtype.itemsize, exchanged, mesh)
     )
     keep = of_experts if moves else tuple(name for name in of_experts if name == "tensor")
     gathered = tuple(name for name in exchanged if moves and name in sharded)
@@ -104,21 +104,14 @@ _all_gather.defvjp(lambda x, axes: (_all_gather(x, axes), None), lambda axes, _,
 _scatter_sums.defvjp(lambda x, axes: (_scatter_sums(x, axes), None), lambda axes, _, d_x: (_all_gather(d_x, axes),))
 
 
-def moves_tokens(matrices: Any, tokens: tuple[int, ...], itemsize: int, axes: tuple[str, ...], mesh: Any) -> bool:
+def moves_tokens(of_weights: int, tokens: tuple[int, ...], itemsize: int, axes: tuple[str, ...], mesh: Any) -> bool:
     """Whether gathering the tokens of the devices along ``axes`` moves fewer bytes than gathering the experts.
 
     Args:
+        of_weights: bytes of the weights of all experts of a layer.
         tokens: the shape of the tokens of all devices.
         itemsize: of a value of a token.
     """
-    of_weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves([one.weight for one in matrices]))
-    return tokens_are_fewer_bytes(of_weights, tokens, itemsize, axes, mesh)
-
-
-def tokens_are_fewer_bytes(
-    of_weights: int, tokens: tuple[int, ...], itemsize: int, axes: tuple[str, ...], mesh: Any
-) -> bool:
-    """See :func:`moves_tokens`; ``of_weights`` are the bytes of the weights of a layer's experts."""
     others = math.prod(size for name, size in mesh.shape.items() if name not in (*axes, "tensor"))
     of_tokens = 2 * math.prod(tokens) * itemsize // others  # to the experts and back
     return of_tokens < of_weights // mesh.shape["tensor"]

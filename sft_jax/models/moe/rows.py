@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from sft_jax.models.moe.products import ExpertMatrix, grouped
+from sft_jax.models.symbolic import instantiate, values_and_perturbed
 from sft_jax.typing import Array, Float, Int
 
 Compute = Callable[[Array, Any, Callable[[Array, ExpertMatrix], Array]], Array]
@@ -105,13 +106,10 @@ def _outputs(
 ) -> Float[Array, "r D"]:
     # Products leave rows of no group unspecified, and so are their gradients.
     x = jnp.where(exists[:, None], x, 0)
-    outs = rows.compute(x * weights[:, None] if rows.scale_inputs else x, matrices, _products(sizes, experts))
+    products = partial(grouped, sizes=sizes, experts=experts)
+    outs = rows.compute(x * weights[:, None] if rows.scale_inputs else x, matrices, products)
     outs = outs if rows.scale_inputs else outs * weights[:, None]
     return jnp.where(exists[:, None], outs, 0)
-
-
-def _products(sizes: Array, experts: Array) -> Callable[[Array, ExpertMatrix], Array]:
-    return partial(grouped, sizes=sizes, experts=experts)
 
 
 def _in_parts(rows: Rows, tokens: Array, weights: Array, matrices: Any, ordered: _Sorted) -> Float[Array, "n D"]:
@@ -125,10 +123,8 @@ def _in_parts(rows: Rows, tokens: Array, weights: Array, matrices: Any, ordered:
         return _loop(rows, ordered, body, jnp.zeros(tokens.shape, jnp.float32)).astype(tokens.dtype)
 
     def forward(*primals: Any) -> tuple[Array, Any]:
-        is_primal = lambda node: hasattr(node, "perturbed")  # noqa: E731
-        values = jax.tree.map(lambda leaf: leaf.value, primals, is_leaf=is_primal)
-        trained = jax.tree.map(lambda leaf: leaf.perturbed, primals[2], is_leaf=is_primal)
-        return run(*values), (values, tuple(jax.tree.leaves(trained)))
+        values, perturbed = values_and_perturbed(primals)
+        return run(*values), (values, tuple(jax.tree.leaves(perturbed[2])))
 
     def backward(residuals: Any, d_out: Any) -> tuple[Any, Any, Any, None]:
         (tokens, weights, matrices, ordered), trained = residuals
@@ -145,7 +141,7 @@ def _loop(rows: Rows, ordered: _Sorted, body: Callable[[Array, Any], Any], start
 def _backward(
     rows: Rows, tokens: Array, weights: Array, matrices: Any, ordered: _Sorted, trained: tuple[Any, ...], d_out: Any
 ) -> tuple[Array, Array, Any]:
-    d_out = jnp.zeros(tokens.shape, tokens.dtype) if not isinstance(d_out, jax.Array) else d_out
+    d_out = instantiate(d_out)
     leaves, tree = jax.tree.flatten(matrices)
     diff = [leaf for leaf, one in zip(leaves, trained, strict=True) if one]
 
