@@ -19,7 +19,8 @@ from sft_jax.models.attention.xla import xla_attention
 from sft_jax.sharding import MESH_AXES, make_mesh
 
 
-def dense_attention(q, k, v, segments, window=None, softcap=None):
+def dense_attention(q, k, v, segments, window=None, softcap=None, sinks=None):
+    """A sink is a score that no key has; the softmax counts it."""
     group = q.shape[2] // k.shape[2]
     k, v = jnp.repeat(k, group, 2), jnp.repeat(v, group, 2)
     t = jnp.arange(q.shape[1])
@@ -29,7 +30,11 @@ def dense_attention(q, k, v, segments, window=None, softcap=None):
     scores = jnp.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(q.shape[-1]).astype(np.float32)
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
-    return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(jnp.where(visible[:, None], scores, -jnp.inf), -1), v)
+    scores = jnp.where(visible[:, None], scores, -jnp.inf)
+    if sinks is not None:
+        column = jnp.broadcast_to(sinks[:, None, None], (*scores.shape[:3], 1))
+        scores = jnp.concatenate([scores, column], axis=-1)
+    return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores, -1)[..., : k.shape[1]], v)
 
 
 def random_inputs(rows, heads, kv_heads, head_dim):

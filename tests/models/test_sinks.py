@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_attention import ROWS, device, on_mesh, random_inputs
+from test_attention import ROWS, dense_attention, device, on_mesh, random_inputs
 
 from sft_jax.errors import UserError
 from sft_jax.models.attention.backend import Backend, attention, choose_backend
@@ -14,22 +14,6 @@ from sft_jax.models.attention.spec import AttentionSpec
 from sft_jax.models.attention.splash import splash_attention
 from sft_jax.models.attention.triton import triton_attention
 from sft_jax.models.attention.xla import xla_attention
-
-
-def dense_attention(q, k, v, segments, sinks, window=None, softcap=None):
-    """A sink is a score that no key has; the softmax counts it."""
-    group = q.shape[2] // k.shape[2]
-    k, v = jnp.repeat(k, group, 2), jnp.repeat(v, group, 2)
-    t = jnp.arange(q.shape[1])
-    visible = (t[:, None] >= t[None]) & (segments[:, :, None] == segments[:, None])
-    if window is not None:
-        visible &= t[:, None] - t[None] < window
-    scores = jnp.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(q.shape[-1]).astype(np.float32)
-    if softcap is not None:
-        scores = softcap * jnp.tanh(scores / softcap)
-    weights = jnp.where(visible[:, None], jnp.exp(scores), 0.0)
-    weights /= weights.sum(-1, keepdims=True) + jnp.exp(sinks)[:, None, None]
-    return jnp.einsum("bnts,bsnh->btnh", weights, v)
 
 
 def assert_alike(ours, q, k, v, segments, atol=5e-6, **options):

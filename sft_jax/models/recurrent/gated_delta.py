@@ -16,7 +16,9 @@ from sft_jax.models.layers import Initializer, Linear, linear
 from sft_jax.models.mlp import ACTIVATIONS
 from sft_jax.models.recurrent.conv import DepthwiseConv
 from sft_jax.models.recurrent.delta import gated_delta, gated_delta_step
+from sft_jax.models.recurrent.gated_norm import GatedNorm
 from sft_jax.models.recurrent.state import RecurrentState
+from sft_jax.models.recurrent.whole import whole_sequences
 from sft_jax.models.remat import PRODUCT, checkpoint_name
 from sft_jax.models.work import Work
 from sft_jax.sharding import constrain
@@ -83,7 +85,7 @@ class GatedDelta(nnx.Module):
         self.A_log = make.repeat(jnp.log(jnp.linspace(1.0, 16.0, spec.num_value_heads)), stack, ("heads",))
         steps = jnp.geomspace(1e-3, 1e-1, spec.num_value_heads)
         self.dt_bias = make.repeat(jnp.log(jnp.expm1(steps)), stack, ("heads",))
-        setattr(self, spec.norm, GatedRMSNorm(spec.value_dim, spec.norm_eps, make, stack))
+        setattr(self, spec.norm, GatedNorm(spec.value_dim, spec.norm_eps, make, stack))
         setattr(self, spec.output, Linear(sizes["v"], dim, ("heads", "embed"), make, stack))
 
     def __call__(self, x: Float[Array, "B T D"], context: Context) -> tuple[Float[Array, "B T D"], RecurrentState]:
@@ -96,7 +98,7 @@ class GatedDelta(nnx.Module):
         beta = self.spec.max_beta * jax.nn.sigmoid(parts["b"].astype(jnp.float32))
         steps = jax.nn.softplus(parts["a"].astype(jnp.float32) + self.dt_bias[...].astype(jnp.float32))
         log_decay = -jnp.exp(self.A_log[...].astype(jnp.float32)) * steps
-        beta, log_decay = (self._whole(one, context, "recurrent_heads") for one in (beta, log_decay))
+        beta, log_decay = (whole_sequences(one, context, "recurrent_heads") for one in (beta, log_decay))
         if context.cache is not None:
             q, k, v, log_decay, beta = (one[:, 0] for one in (q, k, v, log_decay, beta))
             out, memory = gated_delta_step(q, k, v, log_decay, beta, context.cache.memory)
@@ -136,7 +138,7 @@ class GatedDelta(nnx.Module):
         """Returns queries, keys and values after the convolution, and its last inputs."""
         spec = self.spec
         x = jnp.concatenate([parts[part] for part in _CONVOLVED], axis=-1)
-        x = self._whole(x, context, "heads")
+        x = whole_sequences(x, context, "heads")
         ends = list(accumulate(channels for _, channels in self.convolutions))[:-1]
         xs = jnp.split(x, ends, axis=-1)
         earlier = [None] * len(xs) if context.cache is None else jnp.split(context.cache.inputs, ends, axis=-1)
@@ -149,28 +151,10 @@ class GatedDelta(nnx.Module):
         ends = list(accumulate(spec.sizes[part] for part in _CONVOLVED))[:-1]
         heads = (spec.num_key_heads, spec.num_key_heads, spec.num_value_heads)
         q, k, v = (
-            self._whole(one.reshape(*one.shape[:2], num_heads, -1), context, "recurrent_heads", "head_dim")
+            whole_sequences(one.reshape(*one.shape[:2], num_heads, -1), context, "recurrent_heads", "head_dim")
             for one, num_heads in zip(jnp.split(jnp.concatenate(outs, axis=-1), ends, axis=-1), heads, strict=True)
         )
         return q, k, v, jnp.concatenate(inputs, axis=-1)
-
-    def _whole(self, x: Array, context: Context, *axes: str) -> Array:
-        """Keeps sequences whole on each device."""
-        return constrain(x, "replica" if context.cache is not None else "batch", "unsplit_length", *axes)
-
-
-class GatedRMSNorm(nnx.Module):
-    """An RMS norm over the head dimension, multiplied by ``silu(gate)``; computed in float32 and rounded once."""
-
-    def __init__(self, dim: int, eps: float, make: Initializer, stack: tuple[int, ...]):
-        self.eps = eps
-        self.weight = make.constant(1.0, (*stack, dim), ("norm",))
-
-    def __call__(self, x: Float[Array, "*B V"], gate: Float[Array, "*B V"]) -> Float[Array, "*B V"]:
-        wide = x.astype(jnp.float32)
-        wide = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        wide = wide * self.weight[...].astype(jnp.float32) * jax.nn.silu(gate.astype(jnp.float32))
-        return wide.astype(x.dtype)
 
 
 def _normalize(x: Float[Array, "*B K"]) -> Float[Array, "*B K"]:

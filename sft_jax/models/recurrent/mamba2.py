@@ -16,11 +16,12 @@ from sft_jax.models.context import Context
 from sft_jax.models.layers import Initializer, Linear
 from sft_jax.models.mlp import ACTIVATIONS
 from sft_jax.models.recurrent.conv import DepthwiseConv
+from sft_jax.models.recurrent.gated_norm import GatedNorm
 from sft_jax.models.recurrent.ssd import ssd, ssd_step
 from sft_jax.models.recurrent.state import RecurrentState
+from sft_jax.models.recurrent.whole import whole_sequences
 from sft_jax.models.remat import PRODUCT, checkpoint_name
 from sft_jax.models.work import Work
-from sft_jax.sharding import constrain
 from sft_jax.typing import Array, Float
 
 
@@ -84,8 +85,11 @@ class Mamba2(nnx.Module):
         self.dt_bias = make.repeat(jnp.log(jnp.expm1(steps)), stack, ("heads",))
         self.A_log = make.repeat(jnp.log(1.0 + (index % 16).astype(jnp.float32)), stack, ("heads",))
         self.D = make.constant(1.0, (*stack, spec.num_heads), ("heads",))
-        norm = None if spec.norm is None else GatedNorm(spec, spec.norm, make, stack)
-        self.norm: GatedNorm | None = nnx.data(norm)
+        self.norm: GatedNorm | None = nnx.data(
+            None
+            if spec.norm is None
+            else GatedNorm(spec.inner_size, spec.norm.eps, make, stack, spec.num_groups, spec.norm_before_gate)
+        )
 
     def __call__(self, x: Float[Array, "B T D"], context: Context) -> tuple[Float[Array, "B T D"], RecurrentState]:
         """Returns the output, and the state after the last token."""
@@ -112,7 +116,7 @@ class Mamba2(nnx.Module):
         starts = [0, *ends[:-1]]
         parts = [projected[..., start:end] for start, end in zip(starts, ends, strict=True)]
         return [
-            _whole(part if scale == 1.0 else part * scale, context)
+            whole_sequences(part if scale == 1.0 else part * scale, context, "recurrent_heads")
             for part, scale in zip(parts, self.spec.scales, strict=True)
         ]
 
@@ -141,28 +145,4 @@ class Mamba2(nnx.Module):
         return y * jax.nn.silu(gate.astype(jnp.float32)) if self.norm is None else self.norm(y, gate)
 
     def _heads(self, x: Float[Array, "B T NH"], num: int, context: Context) -> Float[Array, "B T N H"]:
-        return _whole(x.reshape(*x.shape[:2], num, -1), context, "head_dim")
-
-
-class GatedNorm(nnx.Module):
-    """The RMS norm of a group of channels, before or after the product with ``silu(gate)``, in float32."""
-
-    def __init__(self, spec: Mamba2Spec, norm: Norm, make: Initializer, stack: tuple[int, ...]):
-        self.norm, self.num_groups, self.before_gate = norm, spec.num_groups, spec.norm_before_gate
-        self.weight = make.constant(1.0, (*stack, spec.inner_size), ("norm",))
-
-    def __call__(self, y: Float[Array, "B T C"], gate: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
-        gate = jax.nn.silu(gate.astype(jnp.float32))
-        y = y.astype(jnp.float32)
-        return self._normalize(y) * gate if self.before_gate else self._normalize(y * gate)
-
-    def _normalize(self, y: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
-        groups = y.reshape(*y.shape[:-1], self.num_groups, -1)
-        groups = groups * jax.lax.rsqrt(jnp.mean(groups * groups, axis=-1, keepdims=True) + self.norm.eps)
-        return groups.reshape(y.shape) * self.weight[...].astype(jnp.float32)
-
-
-def _whole(x: Array, context: Context, *more: str) -> Array:
-    """Keeps sequences whole on each device, and distributes heads instead."""
-    batch = "batch" if context.cache is None else "replica"
-    return constrain(x, batch, "unsplit_length", "recurrent_heads", *more)
+        return whole_sequences(x.reshape(*x.shape[:2], num, -1), context, "recurrent_heads", "head_dim")

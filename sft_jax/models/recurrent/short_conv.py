@@ -12,8 +12,8 @@ from sft_jax.models.context import Context
 from sft_jax.models.layers import Initializer, Linear
 from sft_jax.models.recurrent.conv import DepthwiseConv
 from sft_jax.models.recurrent.state import RecurrentState
+from sft_jax.models.recurrent.whole import whole_sequences
 from sft_jax.models.remat import PRODUCT, checkpoint_name
-from sft_jax.sharding import constrain
 from sft_jax.typing import Array, Float
 
 
@@ -48,9 +48,7 @@ class ShortConv(nnx.Module):
         """Returns the output, and the state after the last token."""
         in_context, out_context = context.split(2)
         projected = checkpoint_name(self.in_proj(x, in_context), PRODUCT)
-        # Sequences are whole on each device, and channels are distributed instead.
-        axes = ("batch" if context.cache is None else "replica", "unsplit_length", "recurrent_heads")
-        b, c, x = (constrain(one, *axes) for one in jnp.split(projected, 3, axis=-1))
+        b, c, x = (whole_sequences(one, context, "recurrent_heads") for one in jnp.split(projected, 3, axis=-1))
         convolved, inputs = self.conv(b * x, context)
         out = checkpoint_name(self.out_proj(c * convolved, out_context), PRODUCT)
         return out, RecurrentState(inputs)
