@@ -147,6 +147,7 @@ class Architecture:
         family: ``model_type`` of ``config.json``.
         norm: the final norm.
         embedding_scale: multiplies embeddings; rounded to the compute dtype.
+        embedding_norm: a norm of embeddings, before the layers; None for none.
         lm_head_bias: whether ``lm_head`` has a bias.
         learned_positions: whether an embedding of its position is added to that of each token.
         per_layer: inputs of each layer besides the hidden states; None for none.
@@ -174,6 +175,7 @@ class Architecture:
     max_positions: int = 2048
     initializer_range: float = 0.02
     embedding_scale: float = 1.0
+    embedding_norm: Norm | None = None
     lm_head_bias: bool = False
     learned_positions: bool = False
     per_layer: PerLayer | None = None

@@ -47,6 +47,9 @@ class Decoder(nnx.Module):
         make = Initializer(key, arch.initializer_range)
         self.arch, self.dtype, self.remat, self.backend = arch, dtype, remat, backend
         self.embed_tokens = Embedding(arch.vocab_size, arch.hidden_size, make, arch.embedding_scale)
+        self.embedding_norm = nnx.data(
+            None if arch.embedding_norm is None else make_norm(arch.hidden_size, arch.embedding_norm, make)
+        )
         self.layers = _Layers(arch, make)
         self.norm = make_norm(arch.hidden_size, arch.norm, make)
         self.lm_head: Linear | None = nnx.data(
@@ -144,6 +147,8 @@ class Decoder(nnx.Module):
         x = self.embed_tokens(inputs, self.dtype, context.weight_stationary)
         if self.embed_positions is not None:
             x = x + self.embed_positions(context.positions, self.dtype, context.weight_stationary)
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x)
         per_layer = self._inputs_of_layers(inputs, is_alias, x, context)
         x = without_gradient(x, is_alias)
         keys = context.dropout_key

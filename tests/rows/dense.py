@@ -112,6 +112,7 @@ ROWS = {
     "seed_oss": ("SeedOss", {"head_dim": 10}),
     "ernie4_5": ("Ernie4_5", {"head_dim": 10, "tie_word_embeddings": True}),
     "arcee": ("Arcee", {"head_dim": 10}),
+    "nanochat": ("NanoChat", {"head_dim": 10}),
     "nemotron": ("Nemotron", {"head_dim": 12, "partial_rotary_factor": 0.5}),
     "helium": ("Helium", {"hidden_size": 48, "head_dim": 8}),
     "hunyuan_v1_dense": ("HunYuanDenseV1", {"head_dim": 10}),
