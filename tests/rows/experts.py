@@ -34,6 +34,23 @@ ROWS = {
             "use_qk_norm": True,
         },
     ),
+    "dots1": (
+        "Dots1",
+        EXPERTS
+        | {
+            "head_dim": 12,
+            "sliding_window": 9,
+            "max_window_layers": 2,
+            "n_routed_experts": 6,
+            "n_group": 3,
+            "topk_group": 2,
+            "n_shared_experts": 2,
+            "first_k_dense_replace": 1,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 1.5,
+            "attention_bias": True,
+        },
+    ),
     "ernie4_5_moe": (
         "Ernie4_5_Moe",
         EXPERTS | {"head_dim": 12, "moe_num_experts": 5, "moe_k": 2, "moe_num_shared_experts": 2},
