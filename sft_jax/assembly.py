@@ -181,10 +181,12 @@ def network_of(config: Config, arch: Architecture, mesh: Mesh, embeddings: bool,
         remat: the rematerialization policy.
 
     Raises:
-        UserError: an unsupported attention backend, a LoRA target module that matches nothing, or a layer that cannot
-            be quantized.
+        UserError: an unsupported attention backend, a LoRA target module that matches nothing, a layer that cannot be
+            quantized, or a loss of routers without routers.
     """
     model = config.model
+    if config.training.router_aux_loss and not arch.has_routers:
+        raise UserError(f"training.router_aux_loss: {model.path} has no experts; leave it at 0")
     length = math.gcd(*sequence_lengths(config.data))
     backend = choose_backend(model.attention, mesh, arch.attention_specs, model.dtype, length)
     return build(

@@ -205,6 +205,7 @@ class TrainingConfig:
     keep_every: int | None = None  # also keeps a checkpoint every N steps
     label_smoothing: float = 0.0  # probability mass of each target that is spread over the vocabulary
     z_loss: float = 0.0  # weight of the squared log of the softmax denominator; 1e-4 keeps logits from drifting
+    router_aux_loss: float = 0.0  # weight of the load-balancing loss of mixtures of experts, 0.001 to 0.01
     seed: int = 0  # random seed of shuffling, dropout and new adapters
     tensorboard: bool = True  # write TensorBoard event files
     wandb_project: str | None = None  # project of Weights & Biases
@@ -227,6 +228,7 @@ class TrainingConfig:
         _require(self.num_train_epochs > 0, "training.num_train_epochs", f"{self.num_train_epochs} is not positive")
         _require(0 <= self.label_smoothing < 1, "training.label_smoothing", f"{self.label_smoothing} is not in [0, 1)")
         _require(self.z_loss >= 0, "training.z_loss", f"{self.z_loss} is negative")
+        _require(self.router_aux_loss >= 0, "training.router_aux_loss", f"{self.router_aux_loss} is negative")
         _require(self.max_steps is None or self.max_steps >= 0, "training.max_steps", f"{self.max_steps} is negative")
         parts = self.num_microbatches
         _require(

@@ -46,6 +46,11 @@ NAMES: dict[str, tuple[str, str]] = {
     "save_steps": ("training.save_every", ""),
     "logging_steps": ("training.log_every", ""),
     "save_total_limit": ("training.keep_checkpoints", ""),
+    "router_aux_loss_coef": (
+        "training.router_aux_loss",
+        "a mean over layers; balanced experts have the number per token",
+    ),
+    "output_router_logits": ("training.router_aux_loss", "0 leaves the load-balancing loss out"),
     "report_to": ("training.tensorboard, training.wandb_project", ""),
     # Axolotl, LLaMA-Factory, Unsloth
     "base_model": ("model.path", ""),

@@ -3,13 +3,40 @@
 A row has the class of transformers, or the ``model_type`` of a multimodal model, and changes of ``SHAPE``.
 """
 
+import numpy as np
+import pytest
 import torch
 import transformers
 from rows import dense, experts, multimodal, recurrent
 from rows.multimodal import WHOLE
 from rows.sizes import SHAPE
 
+from sft_jax.tree import flatten
+
 FAMILIES = dense.ROWS | experts.ROWS | recurrent.ROWS | multimodal.ROWS
+
+
+def compare_gradients(split, grads, model, rel=1e-3):
+    """The norm of the gradient of each tensor of the decoder beside that of transformers."""
+    expected = {name: float(one.grad.norm()) for name, one in model.named_parameters() if one.grad is not None}
+    prefix, compared = split.arch.in_modules(split.arch.prefix), set()
+    for path, leaf in flatten(grads).items():
+        stored = split.stored[path]
+        found = {split.arch.in_modules(name): stored.tensor(leaf, i) for i, name in enumerate(stored.names)}
+        if path[0] == "layers" and not found.keys() <= expected.keys():  # transformers has all experts in one parameter
+            module = ".".join(path[2:])
+            found = {
+                f"{prefix}layers.{layer}.{module}": one for layer, one in zip(split.layers(path), leaf, strict=True)
+            }
+            found = {name if name in expected else name.removesuffix(".weight"): one for name, one in found.items()}
+        for name, gradient in found.items():
+            if name in expected:
+                assert float(np.linalg.norm(np.asarray(gradient))) == pytest.approx(expected[name], rel=rel), name
+                compared.add(name)
+    left = {name for name in expected.keys() - compared if not split.arch.is_part or name.startswith(prefix)}
+    if split.arch.family == "olmo_hybrid":  # modules with other names than in files, three convolutions in one
+        left = {name for name in left if not name.endswith(("layernorm.weight", "conv1d.weight"))}
+    assert not left
 
 
 def reference(name: str, folder, shard: str | None = None):

@@ -26,6 +26,7 @@ class Rope:
     truncate: bool = True
     attention_factor: float = 1.0  # multiplies sines and cosines
     dims: int | None = None  # the first channels of a head, which are rotated; None: all
+    backwards: bool = False  # whether heads are rotated by the negative angles
     interleaved: bool = False  # whether channels 2i and 2i + 1 form a pair, not i and i + dims/2
     share: float = 1.0  # proportional: the share of the pairs of channels that are rotated, the fastest ones
     factors: tuple[float, ...] = ()  # longrope: one divisor per frequency
@@ -217,16 +218,22 @@ class Architecture:
         return self.names_in_files("lm_head.weight")[0]
 
     def in_modules(self, name: str) -> str:
-        """Returns the name of the embeddings' or ``lm_head``'s tensor in the modules of transformers."""
-        if name == self.lm_head_tensor:
+        """Returns the name of a tensor of the embeddings or ``lm_head`` in the modules of transformers."""
+        module, _, parameter = name.rpartition(".")
+        if module == self.lm_head_tensor.rpartition(".")[0]:
             own = [theirs for ours, theirs in self.tensors if ours == "lm_head"]  # that of a layout comes first
-            return f"{own[-1] if own else 'lm_head'}.weight"
+            return f"{own[-1] if own else 'lm_head'}.{parameter}"
         prefix = self.prefix if self.module_prefix is None else self.module_prefix
         return prefix + name.removeprefix(self.prefix)
 
     @property
     def num_layers(self) -> int:
         return len(self.layers)
+
+    @property
+    def has_routers(self) -> bool:
+        """Whether a layer has experts."""
+        return any(hasattr(branch.spec, "router") for layer in self.layers for branch in layer.branches)
 
     @property
     def attention_specs(self) -> list[Any]:

@@ -33,6 +33,7 @@ class Context:
         per_layer: the inputs of this layer of :class:`~sft_jax.models.architecture.PerLayer`.
         shared: the keys and values that earlier layers published, by name.
         shared_cache: those of earlier tokens, during one-token decoding.
+        balances: where each router of the layer appends its load-balancing loss; None if nobody asks for it.
     """
 
     positions: Int[Array, "B T"]
@@ -46,6 +47,7 @@ class Context:
     per_layer: Float[Array, "B T P"] | None = None
     shared: Mapping[str, Any] = field(default_factory=dict)
     shared_cache: Mapping[str, Any] = field(default_factory=dict)
+    balances: list[Float[Array, ""]] | None = None
 
     def split(self, num: int) -> list[Context]:
         """Returns ``num`` copies, each with its own dropout key."""

@@ -77,6 +77,19 @@ class Decoder(nnx.Module):
         context = self._context(positions, segment_ids, self.backend, dropout_key=dropout_key)
         return self._run(inputs, context)[0]
 
+    def with_balance(
+        self,
+        inputs: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        dropout_key: Array | None = None,
+    ) -> tuple[Float[Array, "B T D"], Float[Array, ""]]:
+        """Returns the hidden states of :meth:`__call__` and the routers' load-balancing loss, a mean over layers."""
+        context = self._context(positions, segment_ids, self.backend, dropout_key=dropout_key)
+        hidden, _, balances = self._run(inputs, context, balance=True)
+        assert balances, "a model without experts has no router"
+        return hidden, jnp.mean(jnp.concatenate(balances))
+
     def prefill(
         self, inputs: Int[Array, "B T"], segment_ids: Int[Array, "B T"], positions: Int[Array, "B T"]
     ) -> tuple[Float[Array, "B T D"], Cache]:
@@ -85,7 +98,7 @@ class Decoder(nnx.Module):
         Uses the ``xla`` attention backend, because prompts have any length.
         """
         context = self._context(positions, segment_ids, replace(self.backend, name="xla"))
-        return self._run(inputs, context, keep_cache=True)
+        return self._run(inputs, context, keep_cache=True)[:2]
 
     def decode(
         self, inputs: Int[Array, "B 1"], positions: Int[Array, "B 1"], cache: Cache
@@ -100,7 +113,7 @@ class Decoder(nnx.Module):
         context = self._context(
             positions, None, self.backend, weight_stationary=True, shared_cache=self._shared_cache(cache)
         )
-        return self._run(inputs, context, cache, keep_cache=True)
+        return self._run(inputs, context, cache, keep_cache=True)[:2]
 
     def _context(self, positions: Array, segment_ids: Array | None, backend: Backend, **more: Any) -> Context:
         ropes = {spec.rope: spec.head_dim for spec in self.arch.attention_specs if spec.rope is not None}
@@ -141,8 +154,14 @@ class Decoder(nnx.Module):
         return compute(x)
 
     def _run(
-        self, inputs: Int[Array, "B T"], context: Context, cache: Cache | None = None, keep_cache: bool = False
-    ) -> tuple[Float[Array, "B T D"], Cache]:
+        self,
+        inputs: Int[Array, "B T"],
+        context: Context,
+        cache: Cache | None = None,
+        keep_cache: bool = False,
+        balance: bool = False,
+    ) -> tuple[Float[Array, "B T D"], Cache, list[Float[Array, "L"]]]:
+        """Returns hidden states, new cache entries and the routers' load-balancing losses, both if asked for."""
         inputs, is_alias = self._without_aliases(inputs)
         x = self.embed_tokens(inputs, self.dtype, context.weight_stationary)
         if self.embed_positions is not None:
@@ -154,15 +173,19 @@ class Decoder(nnx.Module):
         keys = context.dropout_key
         keys = None if keys is None else jax.random.split(keys, self.arch.num_layers)
         new: Cache = {}
+        balances: list[Array] = []
         for stage in stages_of(self.arch.layers):
-            x, published, stage_cache = self._stage(stage, x, context, keys, per_layer, cache, keep_cache)
+            x, published, stage_cache, stage_balances = self._stage(
+                stage, x, context, keys, per_layer, cache, keep_cache, balance
+            )
             context = replace(context, shared={**context.shared, **published})
             new |= stage_cache
+            balances += stage_balances
         x = self.norm(x)
         x = x if self.arch.logits_scale == 1.0 else x * self.arch.logits_scale
         if self.arch.lm_head_bias:
             x = jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)
-        return x, new
+        return x, new, balances
 
     def _stage(
         self,
@@ -173,13 +196,14 @@ class Decoder(nnx.Module):
         per_layer: Float[Array, "L B T P"] | None,
         cache: Cache | None,
         keep_cache: bool,
-    ) -> tuple[Float[Array, "B T D"], dict[str, Any], Cache]:
+        balance: bool,
+    ) -> tuple[Float[Array, "B T D"], dict[str, Any], Cache, list[Float[Array, "L"]]]:
         """Scans over the repeats of a period; each layer is rematerialized by itself.
 
         Keys and values that its layers publish for others are carried, so that only the last ones stay in memory.
 
         Returns:
-            The hidden states, what was published, and the cache entries of the layers.
+            The hidden states, what was published, the cache entries of the layers, and the losses of their routers.
         """
         names = [str(stage.first + offset) for offset in range(stage.period)]
         graphs, params = zip(*(nnx.split(getattr(self.layers, name)) for name in names), strict=True)
@@ -195,23 +219,30 @@ class Decoder(nnx.Module):
 
         def period(carry: tuple[Array, dict[str, Any]], scanned: Any) -> tuple[tuple[Array, dict[str, Any]], list[Any]]:
             x, published = carry
-            caches = []
+            outputs = []
             for graph, *inputs in zip(graphs, *scanned, strict=True):
 
                 def layer(x: Array, published: Any, inputs: list[Any], graph: Any = graph) -> tuple[Array, Any, Any]:
                     params, index, key, cache, own = inputs
                     shared = {**context.shared, **published}
+                    balances: list[Array] | None = [] if balance else None
                     layer_context = replace(
-                        context, layer=index, dropout_key=key, cache=cache, per_layer=own, shared=shared
+                        context,
+                        layer=index,
+                        dropout_key=key,
+                        cache=cache,
+                        per_layer=own,
+                        shared=shared,
+                        balances=balances,
                     )
                     block = nnx.merge(graph, params)
                     x, new = block(x, layer_context)
-                    return x, block.layer.published(new), new if keep_cache else None
+                    return x, block.layer.published(new), (new if keep_cache else None, balances or [])
 
-                x, more, new = rematerialize(layer, self.remat)(x, published, inputs)
+                x, more, output = rematerialize(layer, self.remat)(x, published, inputs)
                 published = {**published, **more}
-                caches.append(new)
-            return (x, published), caches
+                outputs.append(output)
+            return (x, published), outputs
 
         published = {
             branch.publishes: context.shared.get(branch.publishes) or branch.spec.no_entries(x)
@@ -220,8 +251,9 @@ class Decoder(nnx.Module):
             if branch.publishes is not None
         }
         scanned = (list(params), indices, stage_keys, stage_caches, stage_per_layer)
-        (x, published), caches = lax.scan(period, (x, published), scanned)
-        return x, published, dict(zip(names, caches, strict=True))
+        (x, published), outputs = lax.scan(period, (x, published), scanned)
+        caches, balances = zip(*outputs, strict=True)
+        return x, published, dict(zip(names, caches, strict=True)), [one for layer in balances for one in layer]
 
     def head(self) -> Head:
         """Returns the output projection: ``lm_head``, or the embeddings if the two are tied."""

@@ -74,7 +74,7 @@ def sin_cos(
         long = inverse_frequencies(replace(rope, factors=rope.long_factors), head_dim)
         frequencies = jnp.where(is_long[..., None], long, frequencies)
     angles = positions.astype(jnp.float32)[..., None] * frequencies
-    sin, cos = jnp.sin(angles), jnp.cos(angles)
+    sin, cos = jnp.sin(-angles if rope.backwards else angles), jnp.cos(angles)
     return (sin, cos) if rope.attention_factor == 1.0 else (rope.attention_factor * sin, rope.attention_factor * cos)
 
 

@@ -49,19 +49,27 @@ def _ratio(numerator: Any, denominator: Any) -> Any:
 
 
 def batch_loss(
-    model: Decoder, batch: Batch, dropout_key: Array | None = None, num_sources: int = 0, terms: Terms = PLAIN
+    model: Decoder,
+    batch: Batch,
+    dropout_key: Array | None = None,
+    num_sources: int = 0,
+    terms: Terms = PLAIN,
+    router_aux_loss: float = 0.0,
 ) -> Sums:
     """Computes the next-token cross-entropy of supervised tokens, weighted by the loss mask.
 
     Args:
         num_sources: number of data sources in ``batch.sources``; 0 for no sums per source.
         terms: terms besides the negative log-likelihood.
+        router_aux_loss: weight of the routers' load-balancing loss. It is computed over all tokens of the batch, and
+            counts as if each supervised token had it.
 
     Returns:
-        ``loss, weight``; ``targets, correct, entropy`` over supervised tokens, each counted once; and
-        ``source_loss, source_weight`` ``[S]``.
+        ``loss, weight``; ``router_aux_loss`` if it has a weight; ``targets, correct, entropy`` over supervised tokens,
+        each counted once; and ``source_loss, source_weight`` ``[S]``.
     """
-    hidden = model(batch.inputs, batch.segment_ids, batch.positions, dropout_key)
+    inputs = (batch.inputs, batch.segment_ids, batch.positions, dropout_key)
+    hidden, balance = model.with_balance(*inputs) if router_aux_loss else (model(*inputs), None)
     loss, tokens = masked_cross_entropy(hidden, model.head(), batch.targets, batch.loss_mask, terms)
     weights = batch.loss_mask.astype(jnp.float32)
     by_source = jnp.zeros((0, 2), jnp.float32)
@@ -69,9 +77,14 @@ def batch_loss(
         assert batch.sources is not None
         both = jnp.stack([tokens.loss, weights], axis=-1).reshape(-1, 2)
         by_source = jax.ops.segment_sum(both, batch.sources.reshape(-1), num_sources)
-    return {
+    weight = jnp.sum(weights)
+    of_routers = {}
+    if balance is not None:
+        of_routers["router_aux_loss"] = balance * weight
+        loss = loss + router_aux_loss * balance * weight
+    return of_routers | {
         "loss": loss,
-        "weight": jnp.sum(weights),
+        "weight": weight,
         "targets": jnp.sum(weights != 0, dtype=jnp.float32),
         "correct": jnp.sum(tokens.correct, dtype=jnp.float32),
         "entropy": jnp.sum(tokens.entropy),
@@ -80,15 +93,18 @@ def batch_loss(
     }
 
 
-def cross_entropy_loss(num_sources: int = 0, terms: Terms = PLAIN) -> Loss:
+def cross_entropy_loss(num_sources: int = 0, terms: Terms = PLAIN, router_aux_loss: float = 0.0) -> Loss:
     """Returns :func:`batch_loss` with its metrics."""
     zeros: dict[str, np.ndarray] = {}
     for names, shape in (("loss weight targets correct entropy", ()), ("source_loss source_weight", num_sources)):
         zeros |= {name: np.zeros(shape, np.float32) for name in names.split()}
+    of_routers = ["router_aux_loss"] if router_aux_loss else []
+    zeros |= {name: np.zeros((), np.float32) for name in of_routers}
     return Loss(
-        lambda model, batch, key: batch_loss(model, batch, key, num_sources, terms),
+        lambda model, batch, key: batch_loss(model, batch, key, num_sources, terms, router_aux_loss),
         zeros,
-        {
+        {name: (name, "weight") for name in of_routers}
+        | {
             "loss": ("loss", "weight"),
             "token_accuracy": ("correct", "targets"),
             "entropy": ("entropy", "targets"),

@@ -173,6 +173,6 @@ def step_of(
         num_microbatches,
         jax.random.fold_in(key, 1) if dropout else None,
         shardings,
-        cross_entropy_loss(num_sources, Terms(training.label_smoothing, training.z_loss)),
+        cross_entropy_loss(num_sources, Terms(training.label_smoothing, training.z_loss), training.router_aux_loss),
         jax.random.fold_in(key, 3),
     )

@@ -5,7 +5,8 @@ from typing import Any
 from sft_jax.models.architecture import Architecture, Norm
 from sft_jax.models.families import standard
 
-TENSORS = (("embed_tokens", "embed_in"), ("norm", "final_layer_norm"), ("lm_head", "embed_out"))
+TENSORS = (("embed_tokens", "embed_in"), ("norm", "final_layer_norm"), ("lm_head", "lm_head"))
+LAYOUTS = (("gpt_neox.", "embed_out"),)  # of files; transformers 5 names the module lm_head
 
 
 def read(config: Any) -> Architecture:
@@ -16,4 +17,4 @@ def read(config: Any) -> Architecture:
     mlp = standard.mlp(config, bias=True, gated=False, names=("dense_h_to_4h", "dense_4h_to_h"))
     norm = Norm(config.layer_norm_eps, centered=True, has_bias=True)
     order = standard.Order(parallel=bool(config.use_parallel_residual), mixer="attention")
-    return standard.decoder(config, attention, mlp, norm, order, prefix="gpt_neox.", tensors=TENSORS)
+    return standard.decoder(config, attention, mlp, norm, order, prefix="gpt_neox.", tensors=TENSORS, layouts=LAYOUTS)

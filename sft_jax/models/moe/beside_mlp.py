@@ -63,5 +63,5 @@ class ScaledRouter(nnx.Module):
     def __call__(self, tokens: Float[Array, "n D"], context: Context) -> tuple[Float[Array, "n k"], Int[Array, "n k"]]:
         tokens = self.norm(tokens)
         tokens = tokens * broadcast_like(self.scale[...], tokens) * jnp.asarray(tokens.shape[-1] ** -0.5, tokens.dtype)
-        weights, chosen = self.proj.choose(self.proj.logits(tokens, context))
+        weights, chosen = self.proj(tokens, context)
         return weights * self.per_expert_scale[...].astype(jnp.float32)[chosen], chosen

@@ -75,7 +75,7 @@ class Mixture(nnx.Module):
         shared_context, gate_context, before_context, after_context = context.split(4)
         router: Any = getattr(self, spec.router_name)
         tokens = x.reshape(-1, x.shape[-1])
-        weights, chosen = router.choose(router.logits(tokens, context))
+        weights, chosen = router(tokens, context)
         weights, chosen = (one.reshape(*x.shape[:2], -1) for one in (weights, chosen))
         inputs = x if spec.latent is None else getattr(self, spec.latent.before)(x, before_context)
         out = self.experts(inputs, chosen, weights, context, spec.scale_inputs)

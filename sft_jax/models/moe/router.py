@@ -11,6 +11,7 @@ from jax import lax
 
 from sft_jax.models.context import Context
 from sft_jax.models.layers import Initializer, Projection
+from sft_jax.models.moe.balance import load_balance
 from sft_jax.models.quantized import in_dtype
 from sft_jax.typing import Array, Float, Int
 
@@ -61,14 +62,29 @@ class Router(Projection):
             shape = (*stack, *[1] * (spec.correction_dims - 1), spec.num_experts)
             setattr(self, spec.correction, make.buffer(0.0, shape, ("norm",) * spec.correction_dims))
 
-    def logits(self, tokens: Float[Array, "n D"], context: Context) -> Float[Array, "n E"]:
+    def __call__(self, tokens: Float[Array, "n D"], context: Context) -> tuple[Float[Array, "n k"], Int[Array, "n k"]]:
+        """Returns the weights and the indices of the experts of each token."""
+        logits = self._logits(tokens, context)
+        weights, chosen = self._choose(logits)
+        if context.balances is not None:
+            assert context.segment_ids is not None
+            context.balances.append(load_balance(self._shares(logits), chosen, context.segment_ids.reshape(-1) > 0))
+        return weights, chosen
+
+    def _logits(self, tokens: Float[Array, "n D"], context: Context) -> Float[Array, "n E"]:
         """Returns the logits of all experts in float32."""
         weight = in_dtype(self.matrix(context), tokens.dtype)
         logits = jnp.dot(tokens, weight, preferred_element_type=jnp.float32)
         return logits if self.bias is None else logits + self.bias[...].astype(jnp.float32)
 
-    def choose(self, logits: Float[Array, "n E"]) -> tuple[Float[Array, "n k"], Int[Array, "n k"]]:
-        """Returns the weights and the indices of the chosen experts."""
+    def _shares(self, logits: Float[Array, "n E"]) -> Float[Array, "n E"]:
+        """Returns the scores of all experts, which sum to 1."""
+        if self.spec.scores != "sigmoid":
+            return jax.nn.softmax(logits)
+        scores = jax.nn.sigmoid(logits)
+        return scores / jnp.sum(scores, axis=-1, keepdims=True)
+
+    def _choose(self, logits: Float[Array, "n E"]) -> tuple[Float[Array, "n k"], Int[Array, "n k"]]:
         spec = self.spec
         if spec.scores == "sparsemixer":
             return _sparsemixer(logits, spec.jitter)
