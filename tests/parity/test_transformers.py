@@ -27,7 +27,18 @@ def file_tensors(params, stored):
     return tensors
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+# By default those with the most of their own; all of them where models or their families change.
+ALWAYS = (
+    *("llama3", "llama-biases", "qwen2-windows", "qwen3-tied", "gemma3_text", "gemma4_text-experts", "gemma4"),
+    *("phi", "phi3-longrope", "gpt2", "apertus", "mixtral", "gpt_oss", "deepseek_v3", "llama4_text", "qwen3_5_moe"),
+    *("qwen3_next", "granitemoehybrid-experts", "falcon_h1-norm-after-gate", "lfm2_moe"),
+)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.drill("sft_jax/models")) for name in FAMILIES],
+)
 def test_logits_and_bytes(name, tmp_path):
     model = reference(name, tmp_path / "theirs")
     ids = np.random.default_rng(0).integers(0, 131, (2, 150))
