@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -43,7 +43,7 @@ def merged(model: Model) -> Model:
     return _with_values(model, build(split.arch, split.mesh, None, "float32", remat="none", full=False), value)
 
 
-def rounded(model: Model, reader: TensorReader, prefix: str) -> Model:
+def rounded(model: Model, reader: TensorReader, names: Callable[[Path], Sequence[str]]) -> Model:
     """The same model with the values that its files can hold.
 
     Rounding to bfloat16 moves logits much more than an error of an export would. Compared with this model, an export in
@@ -51,14 +51,14 @@ def rounded(model: Model, reader: TensorReader, prefix: str) -> Model:
 
     Args:
         reader: the exported files; only their names and dtypes are used.
-        prefix: of the names in the files.
+        names: the names of a parameter's tensors in these files.
     """
     leaves = _leaves(model)
 
     def value(path: Path) -> np.ndarray:
         stored, result = model.split.stored[path], leaves[path]
-        for number, name in enumerate(stored.names):
-            if prefix + name in reader.names and (dtype := reader.dtype(prefix + name)).itemsize < 4:
+        for number, name in enumerate(names(path)):
+            if name in reader.names and (dtype := reader.dtype(name)).itemsize < 4:
                 result = result if result is not leaves[path] else result.copy()
                 index = stored.index(number)
                 result[index] = result[index].astype(dtype).astype(np.float32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from sft_jax.checking.result import FAILED, NOT_CHECKED, Result, failures, verdi
 from sft_jax.checking.written import merged, rounded
 from sft_jax.errors import CheckFailed, UserError
 from sft_jax.files.buckets import is_url
-from sft_jax.hf.peft import ADAPTER_FILE, PREFIX
+from sft_jax.hf.peft import ADAPTER_FILE, names_in_adapter
 from sft_jax.hf.reader import TensorReader
 from sft_jax.run.export import write_adapter
 from sft_jax.training.compilation import free_bytes
@@ -180,7 +181,9 @@ def _exported(found: Found, out: str, form: str) -> list[Result]:
         expected = logits(run, texts)
     merging = difference(expected, exact)
     if is_rounded:
-        run = rounded(run, reader, "" if is_merged else PREFIX)
+        split = run.split
+        names = partial(names_in_adapter, split)
+        run = rounded(run, reader, (lambda path: split.stored[path].names) if is_merged else names)
         expected = logits(run, texts)
     del run
     device = jax.devices("cpu")[0]

@@ -39,7 +39,9 @@ def test_every_family_has_a_row(tmp_path):
         found.add(read_architecture(tmp_path / name).family)
     assert found == families().keys()
     table = (Path(sft_jax.models.families.__file__).parent / "MODELS.md").read_text(encoding="utf-8")
-    assert set(re.findall(r"`(\w+)`", "\n".join(re.findall(r"^\| (`.*?) \|", table, re.M)))) == families().keys() | {"model_type"}
+    assert set(re.findall(r"`(\w+)`", "\n".join(re.findall(r"^\| (`.*?) \|", table, re.M)))) == families().keys() | {
+        "model_type"
+    }
 
 
 @EACH
