@@ -34,20 +34,13 @@ def dispatch(
     chosen: Int[Array, "B T k"],
     weights: Float[Array, "B T k"],
     num_experts: int,
-    scale_inputs: bool,
     context: Context,
 ) -> Float[Array, "B T D"]:
-    """Returns ``Σ weight · expert(token)`` over the chosen experts of each token. No token is dropped.
-
-    Args:
-        scale_inputs: compute ``Σ expert(weight · token)`` instead.
-    """
+    """Returns ``Σ weight · expert(token)`` over the chosen experts of each token. No token is dropped."""
     weights, mesh = weights.astype(tokens.dtype), current_mesh()
     if mesh is None:
-        rows = Rows(compute, scale_inputs, chosen.size)
-        flat = (one.reshape(-1, one.shape[-1]) for one in (tokens, weights, chosen))
-        x, w, c = flat
-        return through_experts(rows, x, w, matrices, c, 0, num_experts).reshape(tokens.shape)
+        x, w, c = (one.reshape(-1, one.shape[-1]) for one in (tokens, weights, chosen))
+        return through_experts(Rows(compute, None), x, w, matrices, c, 0, num_experts).reshape(tokens.shape)
 
     specs = jax.tree.map(lambda axes, array: partition_spec(axes, array.shape, mesh), _axes(matrices), matrices,
                          is_leaf=_is_axes)  # fmt: skip
@@ -73,8 +66,8 @@ def dispatch(
         count = num_experts // math.prod(mesh.shape[name] for name in keep)
         first = lax.axis_index(keep) * count if keep else 0
         average = c.size * count // num_experts
-        size = c.size if count == num_experts else min(c.size, max(_FEWEST_ROWS, -(-average // 2)))
-        out = through_experts(Rows(compute, scale_inputs, size), x, w, matrices, c, first, count)
+        size = None if count == num_experts else min(c.size, max(_FEWEST_ROWS, -(-average // 2)))
+        out = through_experts(Rows(compute, size), x, w, matrices, c, first, count)
         if gathered:
             out = _scatter_sums(out, gathered)
         rest = tuple(name for name in keep if name not in gathered)

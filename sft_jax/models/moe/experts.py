@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,6 +15,7 @@ from sft_jax.models.mlp import ACTIVATIONS
 from sft_jax.models.moe.dispatch import dispatch
 from sft_jax.models.moe.products import ExpertMatrix
 from sft_jax.models.moe.router import RouterSpec
+from sft_jax.models.moe.rows import Products
 from sft_jax.typing import Array, Float, Int
 
 
@@ -130,15 +130,19 @@ class Experts(nnx.Module):
         """
         spec = self.spec
 
-        def compute(x: Array, matrices: Any, products: Callable[[Array, ExpertMatrix], Array]) -> Array:
-            gate_up, down = matrices
-            return products(spec.gate(products(x, gate_up)), down)
+        def compute(x: Array, weights: Array, matrices: Any, products: Products) -> Array:
+            first, down = matrices
+            if scale_inputs:
+                return products(spec.gate(products(x * weights[:, None], first)), down)
+            # Weights before the last product, not after it: they multiply fewer values, and their gradient does not
+            # need its outputs.
+            return products(spec.gate(products(x, first)) * weights[:, None], down, weights)
 
         matrices = (
             self._matrix(self.first, getattr(self, f"{spec.first}_bias"), context),
             self._matrix(self.down_proj, self.down_proj_bias, context),
         )
-        return dispatch(compute, matrices, tokens, chosen, weights, self.num_experts, scale_inputs, context)
+        return dispatch(compute, matrices, tokens, chosen, weights, self.num_experts, context)
 
     def _matrix(self, layer: ExpertLinear, bias: nnx.Param | None, context: Context) -> ExpertMatrix:
         adapter: Any = layer.variant

@@ -18,39 +18,54 @@ from sft_jax.typing import Array, Float, Int
 
 
 def grouped_dot(
-    x: Float[Array, "m in"], weights: Float[Array, "E in out"], sizes: Int[Array, "E"]
+    x: Float[Array, "m in"], weights: Float[Array, "E in out"], sizes: Int[Array, "E"], transposed: bool = False
 ) -> Float[Array, "m out"]:
     """Multiplies the first ``sizes[0]`` rows by ``weights[0]``, the next ``sizes[1]`` by ``weights[1]``, and so on.
 
     Sums in float32 and returns the dtype of ``x``, which is that of ``weights``. Rows beyond all groups, and their
     gradients, are unspecified.
+
+    Args:
+        transposed: whether ``weights`` are ``[E, out, in]``.
     """
-    return lax.platform_dependent(x, weights, sizes, tpu=megablox_dot, default=blocked_dot)
+
+    def on_tpu(x: Array, weights: Array, sizes: Array) -> Array:
+        return megablox_dot(x, weights, sizes, transposed)
+
+    def elsewhere(x: Array, weights: Array, sizes: Array) -> Array:
+        return blocked_dot(x, weights, sizes, transposed)
+
+    return lax.platform_dependent(x, weights, sizes, tpu=on_tpu, default=elsewhere)
 
 
 # -- TPU --------------------------------------------------------------------------------------------------------------
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def megablox_dot(
-    x: Float[Array, "m in"], weights: Float[Array, "E in out"], sizes: Int[Array, "E"], interpret: bool = False
+    x: Float[Array, "m in"],
+    weights: Float[Array, "E in out"],
+    sizes: Int[Array, "E"],
+    transposed: bool = False,
+    interpret: bool = False,
 ) -> Float[Array, "m out"]:
     """:func:`grouped_dot` by the Pallas kernels of jax, which skip what belongs to no group."""
-    return _gmm(x, weights, sizes, interpret)
+    return _gmm(x, weights, sizes, transposed, interpret)
 
 
-def _megablox_forward(x: Array, weights: Array, sizes: Array, interpret: bool) -> tuple[Array, Any]:
-    return _gmm(x, weights, sizes, interpret), (x, weights, sizes)
+def _megablox_forward(x: Array, weights: Array, sizes: Array, transposed: bool, interpret: bool) -> tuple[Array, Any]:
+    return _gmm(x, weights, sizes, transposed, interpret), (x, weights, sizes)
 
 
-def _megablox_backward(interpret: bool, residuals: Any, d_out: Array) -> tuple[Array, Array, None]:
+def _megablox_backward(transposed: bool, interpret: bool, residuals: Any, d_out: Array) -> tuple[Array, Array, None]:
     x, weights, sizes = residuals
-    d_x = _gmm(d_out, weights, sizes, interpret, transposed=True)
-    (rows, x), (num, inputs, outputs) = _padded(x, weights), weights.shape
+    d_x = _gmm(d_out, weights, sizes, not transposed, interpret)
+    left, right = (d_out, x) if transposed else (x, d_out)
+    (rows, left), (num, inputs, outputs) = _padded(left, weights), weights.shape
     tiling = (rows, _tile(inputs, 1024), _tile(outputs, 768))
     with jax.numpy_dtype_promotion("standard"):  # the kernels mix dtypes
         d_weights = _kernels().tgmm(
-            x.T, _padded(d_out, weights)[1], sizes, weights.dtype, tiling, num_actual_groups=num,
+            left.T, _padded(right, weights)[1], sizes, weights.dtype, tiling, num_actual_groups=num,
             interpret=interpret,
         )  # fmt: skip
     is_used = (sizes > 0)[:, None, None]  # the kernel leaves the matrix of an empty group as it was in memory
@@ -60,7 +75,7 @@ def _megablox_backward(interpret: bool, residuals: Any, d_out: Array) -> tuple[A
 megablox_dot.defvjp(_megablox_forward, _megablox_backward)
 
 
-def _gmm(x: Array, weights: Array, sizes: Array, interpret: bool, transposed: bool = False) -> Array:
+def _gmm(x: Array, weights: Array, sizes: Array, transposed: bool, interpret: bool) -> Array:
     inputs, outputs = weights.shape[:0:-1] if transposed else weights.shape[1:]
     rows, padded = _padded(x, weights)
     tiling = (rows, _tile(inputs, 2048), _tile(outputs, 768))
@@ -126,13 +141,13 @@ class _Blocks(NamedTuple):
         return blocks.reshape(-1, blocks.shape[-1]).at[self.places].get(mode="clip")
 
 
-@jax.custom_vjp
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
 def blocked_dot(
-    x: Float[Array, "m in"], weights: Float[Array, "E in out"], sizes: Int[Array, "E"]
+    x: Float[Array, "m in"], weights: Float[Array, "E in out"], sizes: Int[Array, "E"], transposed: bool = False
 ) -> Float[Array, "m out"]:
     """:func:`grouped_dot` as a loop over blocks of rows; its cost depends on the groups, not on their number."""
     blocks = _Blocks.of(sizes, x.shape[0])
-    return blocks.gather(_multiply(blocks.scatter(x), weights, blocks, transposed=False))
+    return blocks.gather(_multiply(blocks.scatter(x), weights, blocks, transposed))
 
 
 def _multiply(
@@ -148,25 +163,27 @@ def _multiply(
     return lax.fori_loop(0, blocks.num, block, jnp.zeros((*rows.shape[:2], width), rows.dtype))
 
 
-def _forward(x: Array, weights: Array, sizes: Array) -> tuple[Array, tuple[Array, Array, Array]]:
-    return blocked_dot(x, weights, sizes), (x, weights, sizes)
+def _forward(x: Array, weights: Array, sizes: Array, transposed: bool) -> tuple[Array, tuple[Array, Array, Array]]:
+    return blocked_dot(x, weights, sizes, transposed), (x, weights, sizes)
 
 
-def _backward(residuals: tuple[Array, Array, Array], d_out: Array) -> tuple[Array, Array, None]:
+def _backward(transposed: bool, residuals: tuple[Array, Array, Array], d_out: Array) -> tuple[Array, Array, None]:
     x, weights, sizes = residuals
     blocks = _Blocks.of(sizes, x.shape[0])
     rows, d_rows = blocks.scatter(x), blocks.scatter(d_out)
+    factors = (d_rows, rows) if transposed else (rows, d_rows)
 
     def block(i: Array, total: Array) -> Array:
-        one, d_one = (lax.dynamic_index_in_dim(array, i, keepdims=False) for array in (rows, d_rows))
-        outer = lax.dot_general(one, d_one, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+        left, right = (lax.dynamic_index_in_dim(array, i, keepdims=False) for array in factors)
+        outer = lax.dot_general(left, right, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
         group = blocks.groups[i]
         old = lax.dynamic_index_in_dim(total, group, keepdims=False)
         return lax.dynamic_update_index_in_dim(total, old + outer, group, 0)
 
     # The compiler removes the loop if the weights are not trained.
     d_weights = lax.fori_loop(0, blocks.num, block, jnp.zeros(weights.shape, jnp.float32))
-    return blocks.gather(_multiply(d_rows, weights, blocks, transposed=True)), d_weights.astype(weights.dtype), None
+    d_x = blocks.gather(_multiply(d_rows, weights, blocks, not transposed))
+    return d_x, d_weights.astype(weights.dtype), None
 
 
 blocked_dot.defvjp(_forward, _backward)

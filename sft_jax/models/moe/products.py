@@ -36,23 +36,28 @@ class ExpertMatrix:
 
 
 def grouped(
-    x: Float[Array, "m in"], matrix: ExpertMatrix, sizes: Int[Array, "E"], experts: Int[Array, "m"]
+    x: Float[Array, "m in"],
+    matrix: ExpertMatrix,
+    weights: Float[Array, "m"] | None = None,
+    *,
+    sizes: Int[Array, "E"],
+    experts: Int[Array, "m"],
 ) -> Float[Array, "m out"]:
     """Multiplies groups of consecutive rows by the matrices of their experts; rows beyond all groups are unspecified.
 
     Args:
+        weights: multiply the biases; x has them already.
         sizes: the number of rows of each expert.
-        experts: the expert of each row.
+        experts: the expert of each row; out of bounds for those beyond all groups.
     """
 
-    def product(x: Array, weight: Array) -> Array:
-        return grouped_dot(x, weight, sizes)
-
-    out = checkpoint_name(product(x, in_layer_dtype(matrix.weight, x.dtype, matrix.layer)), PRODUCT)
+    out = grouped_dot(x, in_layer_dtype(matrix.weight, x.dtype, matrix.layer), sizes)
     if matrix.adapter is not None:
         a, b = (one.astype(x.dtype) for one in matrix.adapter)
-        x_a = checkpoint_name(product(x, a), ADAPTER) * jnp.asarray(matrix.scale, x.dtype)
-        out = out + product(x_a, b)
+        # The compiler keeps A with its few columns in the layout of the transpose.
+        x_a = checkpoint_name(grouped_dot(x, jnp.swapaxes(a, 1, 2), sizes, transposed=True), ADAPTER)
+        out = out + grouped_dot(x_a * jnp.asarray(matrix.scale, x.dtype), b, sizes)
     if matrix.bias is not None:
-        out = out + matrix.bias.astype(x.dtype).at[experts].get(mode="clip")
-    return out
+        bias = matrix.bias.astype(x.dtype).at[experts].get(mode="fill", fill_value=0)
+        out = out + (bias if weights is None else bias * weights[:, None])
+    return checkpoint_name(out, PRODUCT)
