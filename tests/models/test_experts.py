@@ -10,9 +10,9 @@ from sft_jax.adapters.lora import LoRA
 from sft_jax.models.attention.backend import XLA
 from sft_jax.models.context import Context
 from sft_jax.models.layers import Initializer
-from sft_jax.models.moe import dispatch
+from sft_jax.models.moe import blocks, dispatch, pallas
 from sft_jax.models.moe.experts import ExpertsSpec
-from sft_jax.models.moe.grouped import blocked_dot, megablox_dot
+from sft_jax.models.moe.grouped import adapted_dot, grouped_dot
 from sft_jax.models.moe.mixture import MixtureSpec
 from sft_jax.models.moe.router import RouterSpec
 from sft_jax.sharding import make_mesh, named_sharding
@@ -25,27 +25,42 @@ def normal(seed, *shape):
 
 
 @pytest.mark.parametrize("sizes", [[40, 0, 3, 77, 0], [0, 0, 0, 0, 0], [120, 0, 0, 0, 0], [1, 1, 1, 1, 1]])
-@pytest.mark.parametrize("product", ["blocks", "megablox"])
-def test_groups_are_multiplied_by_their_matrix(sizes, product):
-    inputs, outputs = (128, 128) if product == "megablox" else (12, 20)
-    x, weights = normal(0, 120, inputs), normal(1, 5, inputs, outputs)
-    d_out = normal(2, 120, outputs)
+@pytest.mark.parametrize(("module", "inputs", "outputs"), [(blocks, 12, 20), (pallas, 140, 130), (pallas, 72, 900)])
+def test_groups_are_multiplied_by_their_matrix(module, inputs, outputs, sizes, monkeypatch):
+    """The loop over blocks, and the kernels of TPUs with several tiles in each dimension, some of them cut off."""
+    monkeypatch.setattr(pallas, "_MOST_INPUTS", 100)
+    x, y, weights = normal(0, 300, inputs), normal(1, 300, outputs), normal(2, 5, inputs, outputs)
+    x_a, b, sized = normal(3, 300, 3), normal(4, 5, 3, outputs), jnp.asarray(sizes, jnp.int32)
     used, expert = sum(sizes), np.repeat(np.arange(5), sizes)
-
-    def dense(x, weights):
-        return jnp.einsum("mi,mio->mo", x[:used], weights[expert])
-
-    def grouped(x, weights):
-        sized = jnp.asarray(sizes, jnp.int32)
-        out = blocked_dot(x, weights, sized) if product == "blocks" else megablox_dot(x, weights, sized, interpret=True)
-        return out[:used]
-
-    for ours, theirs in zip(
-        jax.vjp(grouped, x, weights)[1](d_out[:used]), jax.vjp(dense, x, weights)[1](d_out[:used]), strict=True
+    options = {"interpret": True} if module is pallas else {}
+    product = jnp.einsum("mi,mio->mo", x[:used], weights[expert])
+    added = product + jnp.einsum("mi,mio->mo", x_a[:used], b[expert])
+    of_groups = [np.asarray(x[:used][expert == i]).T @ np.asarray(y[:used][expert == i]) for i in range(5)]
+    for ours, theirs in (
+        (module.dot(x, weights, sized, **options)[:used], product),
+        (module.dot(x, jnp.swapaxes(weights, 1, 2), sized, transposed=True, **options)[:used], product),
+        (module.dot(x, weights, sized, more=(x_a, b), **options)[:used], added),
+        (module.outer(x, y, sized, jnp.float32, **options), np.stack(of_groups)),
     ):
-        np.testing.assert_allclose(ours[:used] if ours.ndim == 2 else ours, theirs[: used or None][: len(ours)]
-                                   if ours.ndim == 3 else theirs[:used], atol=1e-4)  # fmt: skip
-    np.testing.assert_allclose(grouped(x, weights), dense(x, weights), atol=1e-4)
+        np.testing.assert_allclose(ours, theirs, atol=2e-4)
+
+
+@pytest.mark.parametrize("adapted", [True, False])
+def test_gradients_of_grouped_products(adapted):
+    sizes, expert = jnp.asarray([7, 0, 13], jnp.int32), np.repeat(np.arange(3), [7, 0, 13])
+    x, weights, a, b = normal(0, 20, 6), normal(1, 3, 6, 9), normal(2, 3, 6, 2), normal(3, 3, 2, 9)
+
+    def ours(x, weights, a, b):
+        return adapted_dot(x, weights, a, b, sizes, 0.5) if adapted else grouped_dot(x, weights, sizes)
+
+    def dense(x, weights, a, b):
+        merged = weights + 0.5 * a @ b if adapted else weights
+        return jnp.einsum("mi,mio->mo", x, merged[expert])
+
+    (out, back), (expected, expected_back) = (jax.vjp(one, x, weights, a, b) for one in (ours, dense))
+    np.testing.assert_allclose(out, expected, atol=1e-4)
+    for one, other in zip(back(normal(4, 20, 9)), expected_back(normal(4, 20, 9)), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)
 
 
 def make(adapted):

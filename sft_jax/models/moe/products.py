@@ -6,12 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from sft_jax.models.moe.grouped import grouped_dot
+from sft_jax.models.moe.grouped import adapted_dot, grouped_dot
 from sft_jax.models.projection import in_layer_dtype
 from sft_jax.models.quantized import Matrix
-from sft_jax.models.remat import ADAPTER, PRODUCT, checkpoint_name
+from sft_jax.models.remat import PRODUCT, checkpoint_name
 from sft_jax.typing import Array, Float, Int
 
 
@@ -51,12 +50,13 @@ def grouped(
         experts: the expert of each row; out of bounds for those beyond all groups.
     """
 
-    out = grouped_dot(x, in_layer_dtype(matrix.weight, x.dtype, matrix.layer), sizes)
-    if matrix.adapter is not None:
+    weight = in_layer_dtype(matrix.weight, x.dtype, matrix.layer)
+    out: Any
+    if matrix.adapter is None:
+        out = grouped_dot(x, weight, sizes)
+    else:
         a, b = (one.astype(x.dtype) for one in matrix.adapter)
-        # The compiler keeps A with its few columns in the layout of the transpose.
-        x_a = checkpoint_name(grouped_dot(x, jnp.swapaxes(a, 1, 2), sizes, transposed=True), ADAPTER)
-        out = out + grouped_dot(x_a * jnp.asarray(matrix.scale, x.dtype), b, sizes)
+        out = adapted_dot(x, weight, a, b, sizes, matrix.scale)
     if matrix.bias is not None:
         bias = matrix.bias.astype(x.dtype).at[experts].get(mode="fill", fill_value=0)
         out = out + (bias if weights is None else bias * weights[:, None])
