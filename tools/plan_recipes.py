@@ -2,10 +2,10 @@
 
     python tools/plan_recipes.py [--only WORD …] [--again]
 
-Rewrites the line ``# plan TOPOLOGY: …`` at the end of a recipe's header. The table in configs/PLANS.md has a few models
-and topologies with one sequence of 2,048 tokens per chip. Existing results are kept unless ``--again`` is given. Each
-plan runs in its own process. Model configs come from configs/architectures/; nothing is downloaded.
-"""
+
+
+
+
 
 from __future__ import annotations
 
@@ -69,7 +69,8 @@ def main() -> None:
                 changes = [f"training.batch_size={batch}", "training.num_microbatches=1"]
                 plan = run_plan(CONFIGS / "recipes" / f"{recipe}.yaml", topology, changes, options.timeout)
                 if plan is not None:
-                    write_table(rows | {(model, topology): as_row(model, topology, plan)})
+                    write_tables(rows | {(model, topology): as_row(model, topology, plan)})
+    write_tables(read_table())
 
 
 def recipes() -> list[Path]:
@@ -155,9 +156,15 @@ def read_table() -> dict[tuple[str, str], tuple[str, ...]]:
     return rows
 
 
-def write_table(rows: dict[tuple[str, str], tuple[str, ...]]) -> None:
-    lines = [f"| {' | '.join(cells)} |" for cells in (COLUMNS, ("---",) * len(COLUMNS), *rows.values())]
-    PLANS.write_text(_TEXT + "\n".join(lines) + "\n", encoding="utf-8")
+def write_tables(rows: dict[tuple[str, str], tuple[str, ...]]) -> None:
+    """Writes configs/PLANS.md: the rows of the first table, and the headers of all recipes."""
+    headers = [(f"[{recipe.stem}](recipes/{recipe.name})", *header(recipe)) for recipe in recipes()]
+    tables = (_table(COLUMNS, list(rows.values())), _table(("recipe", "topology", "plan"), headers))
+    PLANS.write_text(_TEXT + tables[0] + _RECIPES + tables[1], encoding="utf-8")
+
+
+def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (columns, ("---",) * len(columns), *rows))
 
 
 _TEXT = """# What fits where
@@ -169,6 +176,13 @@ of 2,048 tokens per chip and step, `remat: auto`, and weights and optimizer stat
 default; workspaces of cuDNN are not counted). "no faster than" is a roofline from published peak rates, with half of
 the tokens as targets and one document per sequence; it is not a measurement of speed. Compile times are CPU time of all
 cores and include the rematerialization policies that did not fit.
+
+"""
+
+_RECIPES = """
+## Recipes
+
+Each with its own batch on the hardware that it is written for; the same lines are in the headers of the recipes.
 
 """
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -217,8 +218,10 @@ def test_the_table_of_plans_is_updated_row_by_row(tmp_path, monkeypatch):
         "compile_cpu_seconds": 12.3,
     }  # fmt: skip
     key = ("Llama-3.1-8B LoRA", "v5e:4x4")
-    plan_recipes.write_table(empty | {key: plan_recipes.as_row(*key, found)})
+    plan_recipes.write_tables(empty | {key: plan_recipes.as_row(*key, found)})
     again = plan_recipes.read_table()
     assert again[key][:4] == (*key, "yes", "3,072")
     assert sum(row[2] == "not measured" for row in again.values()) == 24
     assert plan_recipes.as_line(found).startswith("fits, peak 3,072 of ")
+    recipes = re.findall(r"^\| \[([\w.-]+)\]", plan_recipes.PLANS.read_text(), re.MULTILINE)
+    assert recipes == [recipe.stem for recipe in plan_recipes.recipes()]
