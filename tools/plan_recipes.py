@@ -2,10 +2,11 @@
 
     python tools/plan_recipes.py [--only WORD …] [--again]
 
-
-
-
-
+Rewrites the line ``# plan TOPOLOGY: …`` at the end of a recipe's header. configs/PLANS.md has a table of a few models
+on several topologies, with one sequence of 2,048 tokens per chip, and a table of the headers. Existing results are kept
+unless ``--again`` is given. Each plan runs in its own process. Model configs come from configs/architectures/; nothing
+is downloaded.
+"""
 
 from __future__ import annotations
 
