@@ -13,7 +13,10 @@ from sft_jax import config_file as configs
 from sft_jax.config import Config
 from sft_jax.data.chat.template import ChatTemplates
 from sft_jax.distributed.processes import LONG_WAIT_SECONDS, broadcast
-from sft_jax.store.checkpoint import latest_step
+from sft_jax.errors import UserError
+from sft_jax.files.buckets import failures
+from sft_jax.run.announce import Announcer
+from sft_jax.store.checkpoint import DamagedError, latest_step
 from sft_jax.store.folder import RunDirectory
 from sft_jax.store.metrics import read_metrics
 
@@ -23,6 +26,27 @@ def last_step(folder: RunDirectory) -> int | None:
     step = latest_step(folder.checkpoints) if jax.process_index() == 0 else None
     answer = broadcast("the last step", "" if step is None else str(step))
     return int(answer) if answer else None
+
+
+def set_aside(folder: RunDirectory, error: DamagedError, say: Announcer) -> int | None:
+    """Move a damaged checkpoint out of the way; returns the step to resume from instead, None to begin anew.
+
+    Raises:
+        UserError: it cannot be moved.
+    """
+    if jax.process_index() == 0:
+        target = folder.checkpoints.parent / "damaged" / str(error.step)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if target.exists():
+                target.rmtree()
+            (folder.checkpoints / str(error.step)).rename(target)
+        except failures() as problem:
+            raise UserError(f"{folder}: {error}; move it away and run the same command again") from problem
+    step = last_step(folder)
+    way_on = "begins anew" if step is None else f"resumes at step {step}"
+    say("damage", f"{error}; it is now in {folder}/damaged/{error.step}, and the run {way_on}")
+    return step
 
 
 def with_date(config: Config, tokenizer: Any, run: Path, latest: int | None) -> Config:

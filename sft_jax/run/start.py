@@ -22,7 +22,7 @@ from sft_jax.hf.untrained import chat_tokens, untrained_tokens
 from sft_jax.models.attention.backend import check_backend
 from sft_jax.run.announce import Announcer
 from sft_jax.run.prepare import Inputs
-from sft_jax.store.checkpoint import Checkpoints, check_same_run
+from sft_jax.store.checkpoint import Checkpoints, DamagedError, check_same_run
 from sft_jax.training.optimizer import labels_of, make_optimizer
 from sft_jax.training.state import TrainState, abstract_state, make_state, state_shardings
 from sft_jax.training.step import TrainStep, step_of
@@ -70,6 +70,7 @@ def start(inputs: Inputs, say: Announcer) -> Session:
 
     Raises:
         UserError: weights that do not match, a run directory of another config, or one that not all processes share.
+        DamagedError: the latest checkpoint is not what was saved.
     """
     config, mesh, base = inputs.config, inputs.mesh, inputs.base
     network = partial(network_of, config, inputs.arch, mesh, inputs.trains_embeddings)
@@ -114,8 +115,12 @@ def start(inputs: Inputs, say: Announcer) -> Session:
 
     # -- state --------------------------------------------------------------------------------------------------------
     if inputs.latest is not None:
-        check_same_run(folder, checkpoints.run(inputs.latest), identity)
-        state, position = checkpoints.restore(inputs.latest, abstract_state(split.trainable, optimizer, mesh))
+        try:
+            check_same_run(folder, checkpoints.run(inputs.latest), identity)
+            state, position = checkpoints.restore(inputs.latest, abstract_state(split.trainable, optimizer, mesh))
+        except DamagedError:
+            checkpoints.close()
+            raise
         loader.set_state(position)
         say("resume", f"at step {inputs.latest} of {inputs.total_steps}")
     else:

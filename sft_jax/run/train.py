@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,9 @@ from sft_jax.run.due import tasks_of
 from sft_jax.run.finish import finish, stop_not_finite
 from sft_jax.run.prepare import Inputs, prepare
 from sft_jax.run.recorder import Callback, NotFinite, Recorder
+from sft_jax.run.resume import set_aside
 from sft_jax.run.start import Session, start
+from sft_jax.store.checkpoint import DamagedError
 from sft_jax.training.compilation import Steps, fit_options
 
 
@@ -33,7 +36,7 @@ def train(config: Config, devices: Sequence[Any] | None = None, callbacks: Seque
     """
     say = Announcer(jax.process_index() == 0)
     inputs = prepare(config, devices, say)
-    session = start(inputs, say)
+    inputs, session = _start(inputs, say)
     with jax.set_mesh(inputs.mesh), Preemption() as preemption:
         recorder = Recorder(inputs, session.first_step, preemption, callbacks)
         try:
@@ -46,6 +49,15 @@ def train(config: Config, devices: Sequence[Any] | None = None, callbacks: Seque
             if jax.process_index() == 0:
                 inputs.folder.push()
     return finish(inputs, session, recorder, say)
+
+
+def _start(inputs: Inputs, say: Announcer) -> tuple[Inputs, Session]:
+    """Start from the newest checkpoint that is whole; set damaged ones aside."""
+    while True:
+        try:
+            return inputs, start(inputs, say)
+        except DamagedError as error:
+            inputs = dataclasses.replace(inputs, latest=set_aside(inputs.folder, error, say))
 
 
 def loop(inputs: Inputs, session: Session, recorder: Recorder, preemption: Preemption, say: Announcer) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -12,8 +13,10 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers as managers
 from orbax.checkpoint.utils import checkpoint_steps
 
+from sft_jax import config_file as configs
 from sft_jax.errors import UserError
 from sft_jax.hf.reader import is_same_model
+from sft_jax.store.digests import array_digests, named, text_digest
 from sft_jax.training.state import TrainState
 from sft_jax.tree import Path as LeafPath
 from sft_jax.tree import flatten, unflatten
@@ -38,12 +41,34 @@ _FREE_KEYS = (
     "mesh.",
 )
 
+_UNREADABLE = (ValueError, OSError, KeyError, TypeError, IndexError, AttributeError, RuntimeError)
+
 _HANDLERS = {
     "params": ocp.StandardCheckpointHandler,
     "optimizer": ocp.StandardCheckpointHandler,
     "data": ocp.JsonCheckpointHandler,
     "run": ocp.JsonCheckpointHandler,
 }
+
+
+class DamagedError(Exception):
+    """The checkpoint of a step does not hold what was saved."""
+
+    def __init__(self, step: int, reason: str):
+        self.step = step
+        super().__init__(f"the checkpoint of step {step} is damaged: {reason}")
+
+
+@contextmanager
+def _reading(step: int) -> Iterator[None]:
+    """Turns what the checkpoint library raises for files that were changed or are missing into one error."""
+    try:
+        yield
+    except PermissionError:
+        raise
+    except _UNREADABLE as error:
+        reason = f"it cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:160]})"
+        raise DamagedError(step, reason) from error
 
 
 class Checkpoints:
@@ -106,9 +131,13 @@ class Checkpoints:
         if step in self.steps():
             return
         self._check_disk_space(step, state)
+        optimizer = _without_params(state)
+        digests = array_digests(named(state.params, "params") | named(optimizer, "optimizer"))
+        run = run | {"digests": digests | {"data": text_digest(data)}}
+        run["digests"]["run"] = text_digest(run)
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(state.params),  # type: ignore[call-arg]
-            optimizer=ocp.args.StandardSave(_without_params(state)),  # type: ignore[call-arg]
+            optimizer=ocp.args.StandardSave(optimizer),  # type: ignore[call-arg]
             data=ocp.args.JsonSave(data),  # type: ignore[call-arg]
             run=ocp.args.JsonSave(run),  # type: ignore[call-arg]
         )
@@ -130,23 +159,53 @@ class Checkpoints:
             )
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """Restore the state and data position of a step, in the shapes and shardings of ``abstract``."""
+        """Restore the state and data position of a step, in the shapes and shardings of ``abstract``.
+
+        Raises:
+            DamagedError: a value is not what was saved.
+        """
+        digests = self.run(step).get("digests")
         items = ocp.args.Composite(
             params=ocp.args.StandardRestore(abstract.params),  # type: ignore[call-arg]
             optimizer=ocp.args.StandardRestore(_without_params(abstract)),  # type: ignore[call-arg]
             data=ocp.args.JsonRestore(),
         )
-        restored = self._manager.restore(step, args=items)
-        return TrainState(params=restored["params"], **restored["optimizer"]), restored["data"]
+        with _reading(step):
+            restored = self._manager.restore(step, args=items)
+        params, optimizer, data = (restored[name] for name in ("params", "optimizer", "data"))
+        if digests is not None:
+            check_arrays(step, digests, named(params, "params") | named(optimizer, "optimizer"))
+            if digests["data"] != text_digest(data):
+                raise DamagedError(step, "the data position is not what was saved")
+        return TrainState(params=params, **optimizer), data
 
     def trained(self, step: int) -> dict[LeafPath, jax.ShapeDtypeStruct]:
-        """Shapes and dtypes of the trainable parameters of a step."""
-        leaves = flatten(dict(self._manager.item_metadata(step)["params"].tree))
+        """Shapes and dtypes of the trainable parameters of a step.
+
+        Raises:
+            DamagedError: a file cannot be read.
+        """
+        with _reading(step):  # not through the manager, which would read the metadata of the optimizer too
+            metadata = ocp.PyTreeCheckpointHandler().metadata(
+                epath.Path(self._manager.directory) / str(step) / "params"
+            )
+            leaves = flatten(dict(metadata.tree))
         return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
 
     def run(self, step: int) -> dict[str, Any]:
-        """The config and fingerprints that were saved with a step."""
-        return self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
+        """The config and fingerprints that were saved with a step, and the digests of all of it.
+
+        Raises:
+            DamagedError: it is not what was saved.
+        """
+        with _reading(step):
+            run = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
+        if "digests" in run:  # none in checkpoints of version 0.1
+            digests = dict(run["digests"])
+            saved = digests.pop("run", None)
+            if saved != text_digest(run | {"digests": digests}):
+                raise DamagedError(step, "the description of the run is not what was saved")
+        return run
 
     def wait(self) -> None:
         """Wait until all checkpoints are written."""
@@ -162,12 +221,26 @@ def _without_params(state: TrainState) -> dict[str, Any]:
     return {"step": state.step, "opt_state": state.opt_state, "halted": state.halted}
 
 
+def check_arrays(step: int, digests: Mapping[str, str], arrays: Mapping[str, jax.Array]) -> None:
+    """Compares arrays with the digests that were saved with them.
+
+    Raises:
+        DamagedError: names the first that differs.
+    """
+    for name, digest in array_digests(arrays).items():
+        if digests.get(name) != digest:
+            raise DamagedError(step, f"{name} is not what was saved")
+
+
 def restore_leaves(
     folder: epath.Path, step: int, abstract: Mapping[LeafPath, jax.ShapeDtypeStruct]
 ) -> dict[LeafPath, jax.Array]:
     """Restore some trainable parameters of a step in the dtypes and shardings of ``abstract``; reads no others.
 
     All processes that hold shards of these parameters must call this together.
+
+    Raises:
+        DamagedError: a file cannot be read.
     """
     if not abstract:
         return {}
@@ -175,7 +248,7 @@ def restore_leaves(
     arguments = ocp.args.PyTreeRestore(  # type: ignore[call-arg]
         item=tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True
     )
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    with _reading(step), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         return flatten(checkpointer.restore(folder / str(step) / "params", args=arguments))
 
 
@@ -197,23 +270,39 @@ def check_same_run(run: object, saved: dict[str, Any], current: dict[str, Any]) 
     Raises:
         UserError: names the first key that differs.
     """
-    before, now = ({".".join(path): v for path, v in flatten(one["config"]).items()} for one in (saved, current))
-    for key in sorted(before.keys() | now.keys()):
-        is_path = (
-            key in ("model.path", "model.revision") and saved["base"] != "random"
-        )  # the weights are compared below
-        if not key.startswith(_FREE_KEYS) and not is_path and before.get(key) != now.get(key):
-            hint = (
-                "; its learning rate schedule has a fixed number of steps: to train further, start a new run from its "
-                "export (lora.init_from or model.path)"
-                if key in ("training.max_steps", "training.num_train_epochs")
-                else ""
-            )
-            raise UserError(
-                f"{run}: holds a run with {key}={before.get(key)!r}, but the config has {now.get(key)!r}; "
-                f"restore the value, or use another training.output_dir{hint}"
-            )
+    if (changed := changed_key(saved, current["config"])) is not None:
+        key, before, now = changed
+        hint = (
+            "; its learning rate schedule has a fixed number of steps: to train further, start a new run from its "
+            "export (lora.init_from or model.path)"
+            if key in ("training.max_steps", "training.num_train_epochs")
+            else ""
+        )
+        raise UserError(
+            f"{run}: holds a run with {key}={before!r}, but the config has {now!r}; "
+            f"restore the value, or use another training.output_dir{hint}"
+        )
     for key, name in (("data", "training data"), ("base", "base model")):
         same = is_same_model(saved[key], current[key]) if key == "base" else saved[key] == current[key]
         if not same:
             raise UserError(f"{run}: the {name} has changed since this run began; use another training.output_dir")
+
+
+def changed_key(saved: dict[str, Any], config: dict[str, Any]) -> tuple[str, Any, Any] | None:
+    """Returns the first key that a config and that of a checkpoint differ in, and both values; None if there is none.
+
+    Keys that change no trained weights are not compared. A key that an earlier version did not have was at its default.
+
+    Args:
+        saved: what was saved with the checkpoint.
+    """
+    unused = ["training.output_dir=unused"]  # not compared, but required
+    before, now = (
+        {".".join(path): value for path, value in flatten(configs.to_dict(configs.from_dict(one, unused))).items()}
+        for one in (saved["config"], config)
+    )
+    for key in sorted(before.keys() | now.keys()):
+        is_path = key in ("model.path", "model.revision") and saved["base"] != "random"  # the weights are compared
+        if not key.startswith(_FREE_KEYS) and not is_path and before.get(key) != now.get(key):
+            return key, before.get(key), now.get(key)
+    return None

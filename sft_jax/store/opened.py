@@ -21,7 +21,7 @@ from sft_jax.hf.hub import absolute, find_model
 from sft_jax.hf.reader import Reader, is_same_model
 from sft_jax.hf.tokenizer import load_tokenizer
 from sft_jax.models.split import EMBEDDINGS
-from sft_jax.store.checkpoint import Checkpoints, restore_leaves
+from sft_jax.store.checkpoint import Checkpoints, DamagedError, changed_key, check_arrays, restore_leaves
 from sft_jax.store.folder import RunDirectory
 from sft_jax.tree import Path as LeafPath
 
@@ -40,6 +40,8 @@ class OpenedRun:
     tokenizer: Any
     stop_ids: list[int]  # stop token ids in the training data, the most frequent first
     vocab_size: int  # vocabulary size of the trained network, including added tokens
+    digests: Mapping[str, str] | None  # of the arrays of the checkpoint; None in those of version 0.1
+    other_steps: list[int]  # that have a checkpoint too
 
     def dtype(self, name: str) -> np.dtype:
         """The dtype of a tensor in the base model's files."""
@@ -54,8 +56,28 @@ class OpenedRun:
         return self.config.lora is not None and any(path[0] in EMBEDDINGS for path in self.trained)
 
     def restore(self, abstract: Mapping[LeafPath, jax.ShapeDtypeStruct]) -> dict[LeafPath, jax.Array]:
-        """Restore trained parameters in the dtypes and shardings of ``abstract``."""
-        return restore_leaves(self.folder.checkpoints, self.step, abstract)
+        """Restore trained parameters in the dtypes and shardings of ``abstract``.
+
+        Raises:
+            UserError: they are not what was saved.
+        """
+        as_saved = {path: one for path, one in abstract.items() if one.dtype == self.trained[path].dtype}
+        groups = [as_saved, *({path: one} for path, one in abstract.items() if path not in as_saved)]
+        restored: dict[LeafPath, jax.Array] = {}
+        for group in groups:  # values are compared as they were saved, and converted one array at a time
+            saved = {
+                path: jax.ShapeDtypeStruct(one.shape, self.trained[path].dtype, sharding=one.sharding)
+                for path, one in group.items()
+            }
+            try:
+                leaves = restore_leaves(self.folder.checkpoints, self.step, saved)
+                if self.digests is not None:
+                    arrays = {f"params/{'/'.join(path)}": leaf for path, leaf in leaves.items()}
+                    check_arrays(self.step, self.digests, arrays)
+            except DamagedError as error:
+                raise damaged(self.folder, error, self.other_steps) from error
+            restored |= {path: leaf.astype(group[path].dtype) for path, leaf in leaves.items()}
+        return {path: restored[path] for path in abstract}
 
 
 def open_run(name: str | Path | RunDirectory, step: int | None = None, base: str | None = None) -> OpenedRun:
@@ -67,7 +89,8 @@ def open_run(name: str | Path | RunDirectory, step: int | None = None, base: str
         base: the base model, if it has moved; its weights must be the same.
 
     Raises:
-        UserError: not a run directory, no (such) checkpoint, or the base model is missing or has changed.
+        UserError: not a run directory, no (such) checkpoint, or a damaged one; config.yaml was changed; the base model
+            is missing or has changed.
     """
     folder = name if isinstance(name, RunDirectory) else RunDirectory(str(name))
     if not folder.is_run():
@@ -81,7 +104,16 @@ def open_run(name: str | Path | RunDirectory, step: int | None = None, base: str
         if step is not None and step not in steps:
             raise UserError(f"{folder}: has no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
         step = steps[-1] if step is None else step
-        identity = checkpoints.run(step)
+        others = [one for one in steps if one != step]
+        try:
+            identity, trained = checkpoints.run(step), checkpoints.trained(step)
+        except DamagedError as error:
+            raise damaged(folder, error, others) from error
+        if (changed := changed_key(identity, configs.to_dict(config))) is not None:
+            key, before, now = changed
+            raise UserError(
+                f"{folder}/config.yaml: has {key}={now!r}, but the run was trained with {before!r}; restore the value"
+            )
         if base is not None:
             moved = dataclasses.replace(config.model, path=absolute(base), revision=None)
             config = dataclasses.replace(config, model=moved)
@@ -96,9 +128,15 @@ def open_run(name: str | Path | RunDirectory, step: int | None = None, base: str
                 f"{model}: is not the base model that {folder} was trained on: its weights differ; set the right base "
                 "model with --base"
             )
-        trained = checkpoints.trained(step)
     finally:
         checkpoints.close()
     tokenizer, _ = load_tokenizer(folder.local / "tokenizer")
     stops, size = identity["stop_ids"], identity["vocab_size"]
-    return OpenedRun(folder, config, step, trained, model, reader, fingerprint, tokenizer, stops, size)
+    digests = identity.get("digests")
+    return OpenedRun(folder, config, step, trained, model, reader, fingerprint, tokenizer, stops, size, digests, others)
+
+
+def damaged(folder: RunDirectory, error: DamagedError, others: list[int]) -> UserError:
+    """The error for a checkpoint that cannot be used, which names those that can be tried."""
+    way_out = f"use --step {others[-1]}" if others else "it has no other checkpoint"
+    return UserError(f"{folder}: {error}; {way_out}")

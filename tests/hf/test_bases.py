@@ -130,14 +130,20 @@ def test_fingerprints(tmp_path):
 
 
 def test_a_run_of_an_older_version_can_be_resumed():
-    """Its checkpoints have a fingerprint without a hash of the weights."""
-    one = {"config": {"model": {"path": "a"}}, "data": "d", "base": "0123"}
-    check_same_run("run", one, one | {"base": "0123:4567", "config": {"model": {"path": "b"}}})
+    """Its checkpoints have a fingerprint without a hash of the weights, and configs without newer keys."""
+    data = {"train": [{"path": "a.jsonl"}]}
+    older, newer = {"model": {"path": "a"}, "data": data}, {"model": {"path": "b"}, "data": data}
+    newer["training"] = {"output_dir": "runs/a", "router_aux_loss": 0.0}
+    one = {"config": older, "data": "d", "base": "0123"}
+    check_same_run("run", one, one | {"base": "0123:4567", "config": newer})
     with pytest.raises(UserError, match="the base model has changed"):
         check_same_run("run", one, one | {"base": "0124:4567"})
     random = one | {"base": "random"}
     with pytest.raises(UserError, match=r"holds a run with model\.path='a'"):
-        check_same_run("run", random, random | {"config": {"model": {"path": "b"}}})
+        check_same_run("run", random, random | {"config": newer})
+    newer["training"]["router_aux_loss"] = 0.1
+    with pytest.raises(UserError, match=r"holds a run with training\.router_aux_loss=0\.0, but the config has 0\.1"):
+        check_same_run("run", one, one | {"base": "0123:4567", "config": newer})
 
 
 @pytest.mark.parametrize(("noise", "lora"), [(0.0, True), (0.3, True), (1e-6, False), (0.3, False)])
