@@ -101,6 +101,8 @@ def prepare(config: Config, devices: Sequence[Any] | None, say: Announcer) -> In
         check_wandb(config.training.wandb_project)
     folder = RunDirectory(config.training.output_dir)
     folder.check()
+    if jax.process_index() == 0:
+        folder.check_free()
     latest = last_step(folder)
     say.mesh(mesh)
     enable_compilation_cache(mesh.devices.flat[0])

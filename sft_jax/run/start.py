@@ -22,7 +22,7 @@ from sft_jax.hf.untrained import chat_tokens, untrained_tokens
 from sft_jax.models.attention.backend import check_backend
 from sft_jax.run.announce import Announcer
 from sft_jax.run.prepare import Inputs
-from sft_jax.store.checkpoint import Checkpoints, DamagedError, check_same_run
+from sft_jax.store.checkpoint import Checkpoints, DamagedError, check_same_run, latest_step
 from sft_jax.training.optimizer import labels_of, make_optimizer
 from sft_jax.training.state import TrainState, abstract_state, make_state, state_shardings
 from sft_jax.training.step import TrainStep, step_of
@@ -69,7 +69,8 @@ def start(inputs: Inputs, say: Announcer) -> Session:
     """Load the weights, make the run directory, and resume from its latest checkpoint, if any.
 
     Raises:
-        UserError: weights that do not match, a run directory of another config, or one that not all processes share.
+        UserError: weights that do not match, a run directory of another config, one that not all processes share,
+            or one that is in use.
         DamagedError: the latest checkpoint is not what was saved.
     """
     config, mesh, base = inputs.config, inputs.mesh, inputs.base
@@ -134,6 +135,8 @@ def _create_directory(inputs: Inputs) -> None:
     folder = inputs.folder
     if jax.process_index() == 0:
         folder.create()
+        if latest_step(folder.checkpoints) != inputs.latest:
+            raise UserError(f"training.output_dir: another process trained in {folder} just now; run the command again")
         if inputs.latest is None:
             inputs.tokenizer.save_pretrained(folder.local / "tokenizer")
             configs.save(inputs.config, folder.local / "config.yaml")

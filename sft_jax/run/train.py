@@ -36,19 +36,22 @@ def train(config: Config, devices: Sequence[Any] | None = None, callbacks: Seque
     """
     say = Announcer(jax.process_index() == 0)
     inputs = prepare(config, devices, say)
-    inputs, session = _start(inputs, say)
-    with jax.set_mesh(inputs.mesh), Preemption() as preemption:
-        recorder = Recorder(inputs, session.first_step, preemption, callbacks)
-        try:
-            loop(inputs, session, recorder, preemption, say)
-        except NotFinite as error:
-            raise stop_not_finite(inputs, session, error) from None
-        finally:
-            session.checkpoints.close()
-            recorder.close()
-            if jax.process_index() == 0:
-                inputs.folder.push()
-    return finish(inputs, session, recorder, say)
+    try:
+        inputs, session = _start(inputs, say)
+        with jax.set_mesh(inputs.mesh), Preemption() as preemption:
+            recorder = Recorder(inputs, session.first_step, preemption, callbacks)
+            try:
+                loop(inputs, session, recorder, preemption, say)
+            except NotFinite as error:
+                raise stop_not_finite(inputs, session, error) from None
+            finally:
+                session.checkpoints.close()
+                recorder.close()
+                if jax.process_index() == 0:
+                    inputs.folder.push()
+        return finish(inputs, session, recorder, say)
+    finally:
+        inputs.folder.release()
 
 
 def _start(inputs: Inputs, say: Announcer) -> tuple[Inputs, Session]:

@@ -13,6 +13,7 @@ from etils import epath
 
 from sft_jax.errors import UserError
 from sft_jax.files.buckets import connect, failures, is_url, reason
+from sft_jax.files.lock import FolderLock
 
 
 class RunDirectory:
@@ -34,6 +35,7 @@ class RunDirectory:
         self._pushed: dict[Path, tuple[int, int]] = {}
         if not is_url(name):
             self.local = Path(name).expanduser()
+            self._lock = FolderLock(self.local)
             return
         self._fs, self._root = connect(self.name)
         self.local = Path(tempfile.mkdtemp(prefix="sft-jax-run-"))
@@ -63,15 +65,41 @@ class RunDirectory:
         """
         if self._fs is None:
             _probe(self.local)
-        empty = not self.local.is_dir() or not any(self.local.iterdir())
+        empty = not self.local.is_dir() or all(one.name == FolderLock.NAME for one in self.local.iterdir())
         if self._fs is not None and empty:
             empty = not self._fs.exists(self._root) or not self._fs.ls(self._root)
         if not empty and not ((self.local / "tokenizer").is_dir() or self.checkpoints.is_dir()):
             raise UserError(f"training.output_dir: {self} holds files that are not a run; use another directory")
 
+    def check_free(self) -> None:
+        """Check that no other process trains in the directory; in a bucket this is not seen.
+
+        Raises:
+            UserError: it is in use.
+        """
+        if self._fs is None:
+            self._refuse(self._lock.holder())
+
     def create(self) -> None:
-        """Create the local directory."""
+        """Create the local directory, and keep other processes from training in it until :meth:`release`.
+
+        Raises:
+            UserError: another process trains in it.
+        """
         self.local.mkdir(parents=True, exist_ok=True)
+        if self._fs is None:
+            self._refuse(self._lock.take())
+
+    def release(self) -> None:
+        """Let other processes train in the directory."""
+        if self._fs is None:
+            self._lock.release()
+
+    def _refuse(self, holder: str | None) -> None:
+        if holder is not None:
+            raise UserError(
+                f"training.output_dir: {self} is in use by {holder}; wait for it or stop it, or use another directory"
+            )
 
     def is_shared(self) -> bool:
         """Whether this process sees the files that process 0 wrote."""

@@ -2,7 +2,11 @@
 
 import dataclasses
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 from datetime import date
 from types import SimpleNamespace
 
@@ -130,3 +134,38 @@ def test_not_finite_stops_with_rows_and_a_saved_state(tiny, chats, tmp_path):
     assert losses(tmp_path / "run")[-1] is None  # written as null
     with pytest.raises(UserError, match=f"step {step}: "):  # resuming fails at the same step
         train(config, one_device())
+
+
+def test_two_runs_do_not_share_a_directory(tiny, chats, tmp_path):
+    """Neither while the other trains, nor while it starts; a process that was killed holds nothing."""
+    config = config_of(tiny, chats, tmp_path / "run", training__max_steps=2)
+    refused = []
+
+    def callback(kind, step, metrics):
+        if kind == "step" and step == 1:
+            with pytest.raises(UserError) as error:
+                train(config, one_device())
+            refused.append(str(error.value))
+
+    train(config, one_device(), callbacks=[callback])
+    assert len(refused) == 1
+    assert re.search(
+        rf"/run is in use by process {os.getpid()} on .*, since 20\d\d-.*; wait for it or stop it", refused[0]
+    )
+    assert train(config, one_device())["step"] == 2
+
+    code = (
+        "import sys, time; from pathlib import Path; from sft_jax.files.lock import FolderLock; "
+        "lock = FolderLock(Path(sys.argv[1])); print(lock.take(), flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path / "run"], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "None\n"
+        folder = RunDirectory(str(tmp_path / "run"))
+        with pytest.raises(UserError, match=f"in use by process {other.pid} on "):
+            folder.check_free()
+        with pytest.raises(UserError, match=f"in use by process {other.pid} on "):
+            folder.create()
+        other.kill()
+    folder.check_free()
+    folder.create()
+    folder.release()
