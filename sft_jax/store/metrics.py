@@ -115,11 +115,26 @@ def _finite(value: Any) -> Any:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read the rows of a ``metrics.jsonl``; skips an incomplete last line, which a killed run may leave."""
+    """Read the rows of a ``metrics.jsonl``.
+
+    An incomplete last line, which a killed run may leave, is skipped; so are damaged lines, which are named on stderr.
+    """
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]  # complete lines end with a newline
+    lines = path.read_bytes().split(b"\n")[:-1]  # complete lines end with a newline
+    rows, damaged = [], []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+        else:
+            damaged.append(number)
+    if damaged:
+        print(f"sft-jax: {path}: damaged line(s) left out: {', '.join(map(str, damaged[:10]))}", file=sys.stderr)
+    return rows
 
 
 class Progress:

@@ -15,6 +15,7 @@ from sft_jax.data.read.sources import open_sources
 from sft_jax.data.tokens import workers
 from sft_jax.data.tokens.examples import encode_sources
 from sft_jax.data.tokens.tokenise import tokenise
+from sft_jax.data.tokens.tokenised import FILES
 from sft_jax.errors import UserError
 
 
@@ -99,7 +100,13 @@ def test_what_a_result_depends_on(path, cache, tmp_path):
     assert kept() == 6
 
 
-def test_a_damaged_or_half_written_result_is_made_anew(path, cache):
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_damaged_or_half_written_result_is_made_anew(path, cache, capsys):
     encoder = Encoder(make_tokenizer())
     first, _ = tokenise(opened(path), encoder)
     tokenise(opened(path), encoder, cache=True)
@@ -108,10 +115,12 @@ def test_a_damaged_or_half_written_result_is_made_anew(path, cache):
         lambda: (folder / "ids.bin").write_bytes((folder / "ids.bin").read_bytes()[:-4]),
         lambda: (folder / "meta.json").unlink(),
         lambda: (folder / "meta.json").write_text("{"),
+        *(lambda name=name: flip(folder / name) for name in FILES),
     ):
         damage()
         again, origin = tokenise(opened(path), encoder, cache=True)
         assert not origin.cached
+        assert "the cached tokens are damaged and are made again" in capsys.readouterr().err
         same(first, again)
     assert [one.name for one in cache.iterdir()] == [folder.name]
 

@@ -14,6 +14,7 @@ from sft_jax.run.export import export
 from sft_jax.run.train import train
 from sft_jax.sharding import make_mesh
 from sft_jax.store.digests import array_digests
+from sft_jax.store.metrics import read_metrics
 
 
 @pytest.fixture(scope="module")
@@ -101,3 +102,10 @@ def test_digests(dtype):
     digests = {next(iter(array_digests({"x": one}).values())) for one in others}
     assert len(digests) == len(others)
     assert digest not in digests
+
+
+def test_a_damaged_line_of_metrics_costs_that_line(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": 2, "lo\x00s\n\xff\xfe\n[3]\n{"step": "4"}\n{"step": 5}\n{"step": 6')
+    assert read_metrics(path) == [{"step": 1}, {"step": 5}]
+    assert "damaged line(s) left out: 2, 3, 4, 5" in capsys.readouterr().err

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -32,7 +33,7 @@ from sft_jax.distributed import processes
 from sft_jax.errors import UserError
 from sft_jax.version import __version__
 
-_REVISION = 4  # of the encoding; increment it when the same rows give different ids or masks
+_REVISION = 5  # of the encoding and the files; increment it when the same rows give other ids, masks or files
 _ROWS_PER_WORKER = 20_000  # for fewer rows, starting another process takes longer than tokenizing
 _MAX_WORKERS = 32
 _STALE_SECONDS = 24 * 3600
@@ -111,11 +112,12 @@ def tokenise(
 
 
 def _read_cached(cached_at: Path | None) -> Tokenized | None:
-    """Read a result from the cache; deletes it if it is damaged."""
+    """Read a result from the cache; deletes it if it is not what was written, and says so."""
     if cached_at is None or not cached_at.is_dir():
         return None
-    cached = read_tokenized(cached_at)
+    cached = read_tokenized(cached_at, verify=True)
     if cached is None:
+        print(f"sft-jax: {cached_at}: the cached tokens are damaged and are made again", file=sys.stderr, flush=True)
         shutil.rmtree(cached_at, ignore_errors=True)
     return cached
 

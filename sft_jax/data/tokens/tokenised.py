@@ -134,13 +134,13 @@ class Writer:
         meta = {
             "sizes": self._sizes,
             "weights": self.weights,
-            "digest": " ".join(digest.hexdigest() for digest in self._digests.values()),
+            "digests": {name: digest.hexdigest() for name, digest in self._digests.items()},
             "num_rows": self.num_rows,
             "num_refused": self.num_refused,
             "refused": [[one.row, one.reason, one.line] for one in self.refused],
             "tally": {name: list(getattr(tally, name).items()) for name in _TALLIES},
         }
-        (self.folder / _META).write_text(json.dumps(meta), encoding="utf-8")
+        (self.folder / _META).write_text(json.dumps(meta | {"digest": _digest_of(meta)}), encoding="utf-8")
 
     def _refuse(self, one: RowErrorAt) -> None:
         self.num_refused += 1
@@ -175,17 +175,34 @@ def _read(folder: Path, name: str, start: int) -> np.ndarray:
     return np.fromfile(folder / f"{name}.bin", dtype, _COPY_SIZE, offset=start * dtype.itemsize)
 
 
-def read_tokenized(folder: Path) -> Tokenized | None:
-    """Read what a :class:`Writer` has written; None if the folder is incomplete."""
+def _digest_of(meta: dict[str, Any]) -> str:
+    """A digest of the metadata, which has the digests of the arrays."""
+    return hashlib.blake2b(json.dumps(meta, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def read_tokenized(folder: Path, verify: bool = False) -> Tokenized | None:
+    """Read what a :class:`Writer` has written; None if the folder is incomplete.
+
+    Args:
+        verify: return None also if a digest is not that of what was written.
+    """
     try:
         meta: dict[str, Any] = json.loads((folder / _META).read_text(encoding="utf-8"))
+        digest = meta.pop("digest")
+        if digest != _digest_of(meta):
+            return None
         arrays = {}
         for name, dtype in _ARRAYS.items():
             path, size = folder / f"{name}.bin", meta["sizes"][name]
             if path.stat().st_size != size * np.dtype(dtype).itemsize:
                 return None
+            if verify:
+                with path.open("rb") as file:
+                    found = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+                if found != meta["digests"][name]:
+                    return None
             arrays[name] = np.memmap(path, dtype, "r", shape=(size,)) if size else np.zeros(0, dtype)
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     tally = Tally(**{name: Counter(dict(map(tuple, pairs))) for name, pairs in meta["tally"].items()})
     return Tokenized(
@@ -195,5 +212,5 @@ def read_tokenized(folder: Path) -> Tokenized | None:
         num_refused=meta["num_refused"],
         refused=[RowErrorAt(*one) for one in meta["refused"]],
         tally=tally,
-        digest=f"{meta['digest']} {meta['weights']}",
+        digest=f"{' '.join(meta['digests'].values())} {meta['weights']}",
     )
