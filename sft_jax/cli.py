@@ -8,6 +8,7 @@ import sys
 from sft_jax import outside_faults
 from sft_jax.commands import check, evaluate, export, generate, inspect, plan, score, train
 from sft_jax.errors import (
+    BUG,
     USER_ERROR,
     CheckFailed,
     Preempted,
@@ -23,7 +24,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        0 on success, 1 if a check failed, 2 on a user error (one printed line), 75 if running it again resumes it.
+        0 on success, 1 if a check failed, 2 on a user error, 70 on any other error, 75 if running the command again
+        resumes it, 130 if it was interrupted. Each error is one line on stderr.
     """
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
@@ -38,11 +40,13 @@ def main(arguments: list[str] | None = None) -> int:
     except (UserError, CheckFailed, Preempted, Unreachable, KeyboardInterrupt) as error:
         print(f"sft-jax: {str(error) or 'interrupted'}", file=sys.stderr)
         return exit_code(error)
-    except Exception as error:
-        if (line := outside_faults.explain(error, options.name)) is None:
+    except BaseException as error:
+        is_panic = type(error).__name__ == "PanicException"  # of a library in Rust; not an Exception
+        if options.debug or not (isinstance(error, Exception) or is_panic):
             raise
-        print(f"sft-jax: {one_line(line)}", file=sys.stderr)
-        return USER_ERROR
+        line = outside_faults.explain(error, options.name)
+        print(f"sft-jax: {one_line(line or outside_faults.unknown(error))}", file=sys.stderr)
+        return BUG if line is None else USER_ERROR
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -53,4 +57,6 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND")
     for command in (train, inspect, plan, evaluate, generate, score, check, export):
         command.add(commands)
+    for one in commands.choices.values():
+        one.add_argument("--debug", action="store_true", help="show the traceback of an error that is not a user error")
     return parser

@@ -1,14 +1,15 @@
 """Exceptions of the library, and the exit codes of the command line."""
 
 USER_ERROR = 2  # the same command would fail again
+BUG = 70  # EX_SOFTWARE of sysexits.h: an error that the library does not know
 RETRY = 75  # EX_TEMPFAIL of sysexits.h: the same command resumes where this one stopped
 
 
 class UserError(ValueError):
     """An error in a config, a file or a row. The message is one line that names the cause and the fix.
 
-    The command line prints the message without a traceback and exits with :data:`USER_ERROR`. Any other exception is a
-    bug in this library and keeps its traceback.
+    The command line prints the message and exits with :data:`USER_ERROR`. Any other exception is a bug in this library:
+    its traceback is kept in a file, or shown with ``--debug``, and the exit code is :data:`BUG`.
     """
 
     def __init__(self, message: str):
@@ -37,7 +38,9 @@ def exit_code(error: BaseException) -> int:
         return USER_ERROR
     if isinstance(error, (Preempted, Unreachable)):
         return RETRY
-    return 130 if isinstance(error, KeyboardInterrupt) else 1
+    if isinstance(error, CheckFailed):
+        return 1
+    return 130 if isinstance(error, KeyboardInterrupt) else BUG
 
 
 def refuse_lfs_pointer(first: bytes, name: object) -> None:

@@ -1,6 +1,8 @@
-"""Messages for errors caused by the machine: a full disk, missing permissions, too little memory."""
+"""Messages for errors that are not in the user's files: a full disk, missing permissions, too little memory, a bug."""
 
 import errno
+import tempfile
+import traceback
 from collections.abc import Iterator
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -38,6 +40,21 @@ def explain(error: BaseException, command: str) -> str | None:
             advice = _MEMORY_ADVICE.get(command, "stop other programs on this machine")
             return f"out of memory: {advice} ({text[:120]})"
     return None
+
+
+def unknown(error: BaseException) -> str:
+    """A message for an error that no other message fits, with its place; its traceback is written to a file."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "sft_jax" in frame.filename] or frames
+    place = f" at {own[-1].filename.rpartition('/sft_jax/')[2]}:{own[-1].lineno}" if own else ""
+    text = "".join(traceback.format_exception(error))
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="sft-jax-error-", suffix=".txt", delete=False) as file:
+            file.write(text)
+        where = f"its traceback is in {file.name}"
+    except OSError:
+        where = "--debug shows its traceback"
+    return f"an error that sft-jax does not know{place}: {type(error).__name__}: {error}; {where}; please report it"
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

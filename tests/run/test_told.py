@@ -3,6 +3,7 @@
 import errno
 import json
 import re
+import tempfile
 from collections import namedtuple
 
 import numpy as np
@@ -11,7 +12,6 @@ import yaml
 from kit import losses, make_model, one_device, run_config, sft_jax, trained_leaves
 from safetensors.numpy import load_file, save_file
 
-from sft_jax import outside_faults
 from sft_jax.assembly import open_model
 from sft_jax.config_file import to_dict
 from sft_jax.errors import UserError
@@ -93,9 +93,26 @@ def test_errors_of_the_machine_name_a_fix(config, monkeypatch, error, command, w
     assert re.search(words, line), line
 
 
-def test_bugs_keep_their_traceback():
-    assert outside_faults.explain(ValueError("a bug"), "train") is None
-    assert outside_faults.explain(FileNotFoundError(errno.ENOENT, "No such file", "a"), "train") is None
+class PanicException(BaseException):
+    """Stands in for the exception of libraries in Rust."""
+
+
+@pytest.mark.parametrize("error", [ValueError("a\nbug"), PanicException("a\nbug"), FileNotFoundError(2, "a\nbug", "a")])
+def test_a_bug_is_one_line_and_a_file(config, monkeypatch, tmp_path, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("sft_jax.api.train", fail)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    done = sft_jax("train", config)
+    assert done.returncode == 70
+    (line,) = done.stderr.splitlines()
+    place = r"sft-jax: an error that sft-jax does not know at commands/train.py:\d+: "
+    assert re.match(rf"{place}{type(error).__name__}: .*a\\nbug.*; its traceback is in (\S+); please report it", line)
+    (file,) = tmp_path.glob("sft-jax-error-*.txt")
+    assert "in fail\n    raise error" in file.read_text()
+    with pytest.raises(type(error)):
+        sft_jax("train", config, "--debug")
 
 
 @pytest.mark.parametrize(("warmup", "steps"), [(0.9, 1), (0.6, 1), (0.4, 1)])
