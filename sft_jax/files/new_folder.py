@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -64,7 +65,15 @@ def _on_disk(out: Path) -> Iterator[Path]:
             partial.chmod(0o777 & ~_umask())  # only the owner can read temporary folders
             for file in partial.iterdir():
                 file.chmod(0o666 & ~_umask())
-            os.replace(partial, out)
+                _flush(file)
+            _flush(partial)
+            try:
+                os.replace(partial, out)
+            except OSError as error:
+                if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                    raise UserError(f"{out}: another process wrote it meanwhile; use another folder") from error
+                raise
+            _flush(out.parent)
     except BaseException:
         if is_main:
             shutil.rmtree(partial)
@@ -114,6 +123,15 @@ def _upload(files: list[Path], bucket: Any, root: str) -> None:
                     bar.update(file.stat().st_size)
             if not is_last:
                 gather("the end of the export", wait=LONG_WAIT_SECONDS)
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk: a power cut leaves no name without content."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _umask() -> int:
