@@ -277,7 +277,7 @@ def _find_run(
     split = build(arch, mesh, config.lora, dtype, "none", embeddings, full=False, quantization=quantization)
     leaves = flatten(split.trainable) | flatten(split.frozen)
     stops = list(dict.fromkeys([*run.stop_ids, *_with_eos(base.stop_ids, run.tokenizer)]))
-    method = "full fine-tuning" if config.lora is None else "LoRA"
+    method = "full fine-tuning" if config.lora is None else type(split.variant).__name__
     description = f"{directory} at step {run.step}, {method} of {config.model.path}, {dtype}"
     description += f", base in {quantization}" if quantization else ""
     trained = partial(run.restore, {path: leaves[path] for path in run.trained})

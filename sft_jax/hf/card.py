@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from sft_jax.adapters.attach import method as method_of
 from sft_jax.config import Config
 from sft_jax.version import __version__
 
@@ -37,7 +38,7 @@ def model_card(
     base_name = _public_name(base)
     data = ", ".join(f"`{_public_name(source.path)}`" for source in config.data.train)
     method = (
-        f"LoRA, rank {lora.rank}, alpha {lora.alpha:g}, on {_targets(lora.target_modules)}"
+        f"{method_of(lora.method).__name__}, rank {lora.rank}, alpha {lora.alpha:g}, on {_targets(lora.target_modules)}"
         if lora
         else "full fine-tuning"
     )

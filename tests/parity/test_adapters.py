@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from sft_jax.adapters.attach import methods
 from sft_jax.adapters.lora import LoRA
+from sft_jax.assembly import open_model
 from sft_jax.config import LoraConfig
 from sft_jax.hf.config import read_architecture
 from sft_jax.hf.reader import TensorReader
@@ -44,6 +45,13 @@ def run(tiny, chats, method, tmp_path_factory):
     train(run_config(tiny, chats, folder / "run", **settings_of(method)), one_device())
     export(folder / "run", folder / "adapter")
     return folder / "run"
+
+
+def test_it_is_called_by_its_name(run, method):
+    """In what commands say of a run, and on the model card."""
+    name = methods()[method].__name__
+    assert f"at step 4, {name} of" in open_model(str(run)).description
+    assert f"| method | {name}, rank" in (run.parent / "adapter" / "README.md").read_text()
 
 
 def settings_of(method):
