@@ -5,6 +5,7 @@ The only file that imports torch, and only when a reference is opened.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -99,7 +100,9 @@ def open_reference(base: Path, adapter: Path | None = None) -> Reference:
         size = num_embeddings(adapter, read_architecture(base))
         if size is not None and size != model.get_input_embeddings().weight.shape[0]:
             model.resize_token_embeddings(size, mean_resizing=False)
-        model = peft.PeftModel.from_pretrained(model, str(adapter))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*gradient_checkpointing. is deprecated", FutureWarning)  # PEFT's
+            model = peft.PeftModel.from_pretrained(model, str(adapter))
     except (ImportError, ValueError, OSError, KeyError, RuntimeError, TypeError) as error:
         raise NoReference(f"PEFT cannot open it: {_short(error)}") from error
     return Reference(f"PEFT {peft.__version__}", model.eval())

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+import warnings
 
 import families
 import ml_dtypes
@@ -212,7 +213,9 @@ def test_a_run_and_its_exports(lora_run, tmp_path):
         assert "FAILED" not in done.stdout
         assert "not checked" not in done.stdout
         assert ("rounding moved logits" in done.stdout) == (form == "merged")
-    assert statuses(checked(tmp_path / "adapter")) == dict.fromkeys([*NAMES, "adapter"], "ok")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert statuses(checked(tmp_path / "adapter")) == dict.fromkeys([*NAMES, "adapter"], "ok")
 
 
 def test_an_export_that_is_not_the_run(lora_run, tmp_path, monkeypatch):
