@@ -100,7 +100,8 @@ def start(inputs: Inputs, say: Announcer) -> Session:
         return step_of(config, network(remat), optimizer, inputs.total_steps, shardings, num_sources, num_microbatches)
 
     # -- run directory ------------------------------------------------------------------------------------------------
-    _create_directory(inputs)
+    if _create_directory(inputs):
+        say("restart", "an earlier start saved no checkpoint here; this one begins at step 0, and replaces its metrics")
     training = config.training
     folder = inputs.folder
     checkpoints = Checkpoints(folder.checkpoints, training.keep_checkpoints, training.keep_best, training.keep_every)
@@ -130,9 +131,14 @@ def start(inputs: Inputs, say: Announcer) -> Session:
     return Session(model.with_params({}), state, make_step, loader, checkpoints, identity, positions)
 
 
-def _create_directory(inputs: Inputs) -> None:
-    """Create the run directory with the resolved config and the tokenizer."""
+def _create_directory(inputs: Inputs) -> bool:
+    """Create the run directory with the resolved config and the tokenizer.
+
+    Returns:
+        Whether a run started here before and saved no checkpoint; other processes than 0 may not see that.
+    """
     folder = inputs.folder
+    began = inputs.latest is None and (folder.local / "config.yaml").is_file()
     if jax.process_index() == 0:
         folder.create()
         if latest_step(folder.checkpoints) != inputs.latest:
@@ -146,6 +152,7 @@ def _create_directory(inputs: Inputs) -> None:
         raise UserError(
             f"training.output_dir: {folder} is not the directory of process 0; use one that all hosts share"
         )
+    return began
 
 
 def _loader(inputs: Inputs) -> tuple[Loader | StreamLoader, str]:

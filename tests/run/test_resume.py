@@ -45,6 +45,17 @@ def test_killed_while_the_first_checkpoint_was_written(tiny, chats, tmp_path):
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 3]
 
 
+def test_a_run_that_was_killed_before_its_first_checkpoint_says_so(tiny, chats, tmp_path, capsys):
+    config = config_of(tiny, chats, tmp_path / "run", training__max_steps=1)
+    train(config, one_device())
+    assert "restart" not in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    train(config, one_device())
+    assert "restart  an earlier start saved no checkpoint here" in capsys.readouterr().err
+    train(config, one_device())
+    assert "restart" not in capsys.readouterr().err
+
+
 def test_a_resumed_run_keeps_the_best_checkpoint(tmp_path):
     """The losses of earlier checkpoints are read from disk."""
     state = TrainState(jnp.zeros((), jnp.int32), {"a": jnp.ones(2)}, {"moment": jnp.ones(2)}, jnp.zeros((), bool))
