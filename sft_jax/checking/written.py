@@ -11,6 +11,7 @@ from sft_jax.adapters.lora import LoRA
 from sft_jax.assembly import Model
 from sft_jax.hf.reader import TensorReader
 from sft_jax.models.split import Split, is_adapter
+from sft_jax.training.rounding import round_for_file
 from sft_jax.training.weights import build
 from sft_jax.tree import Path, flatten, unflatten
 
@@ -60,8 +61,8 @@ def rounded(model: Model, reader: TensorReader, names: Callable[[Path], Sequence
         for number, name in enumerate(names(path)):
             if name in reader.names and (dtype := reader.dtype(name)).itemsize < 4:
                 result = result if result is not leaves[path] else result.copy()
-                index = stored.index(number)
-                result[index] = result[index].astype(dtype).astype(np.float32)
+                tensor = stored.columns(result[(*stored.index(number), ...)], number)
+                tensor[...] = round_for_file(tensor, dtype, stored.names[number]).astype(np.float32)
         return result
 
     return _with_values(model, model.split, value)

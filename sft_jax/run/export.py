@@ -41,9 +41,11 @@ from sft_jax.hf.save import Tensor, TensorWriter
 from sft_jax.hf.tokenizer_files import write_tokenizer
 from sft_jax.models.architecture import Architecture
 from sft_jax.models.split import Split, is_adapter
+from sft_jax.models.tensors import Stored
 from sft_jax.sharding import make_mesh
 from sft_jax.store.metrics import read_metrics
 from sft_jax.store.opened import OpenedRun, open_run
+from sft_jax.training.rounding import round_for_file
 from sft_jax.training.weights import build
 from sft_jax.tree import Path as LeafPath
 
@@ -120,9 +122,11 @@ def _write_adapter(run: OpenedRun, split: Split, folder: Path) -> None:
     for path, leaf in leaves.items():
         stored = split.stored[path]
         for number, name in enumerate(stored.names):
-            is_base = not is_adapter(split.labels[path])
-            tensor = stored.as_in_file(leaf, number, run.dtype(name) if is_base else leaf.dtype)
-            tensors[split.arch.in_modules(name) if is_base else name] = tensor
+            if is_adapter(split.labels[path]):
+                tensors[name] = stored.as_in_file(leaf, number, leaf.dtype)
+            else:
+                tensor = _in_file(stored, leaf[stored.index(number)], number, run.dtype(name))
+                tensors[split.arch.in_modules(name)] = np.ascontiguousarray(tensor)
     path = run.config.model.path
     save_adapter(
         folder,
@@ -170,7 +174,7 @@ def _write_merged(run: OpenedRun, split: Split, folder: Path) -> None:
         for name in filter(writer.owns, sorted(untrained)):
             assert reader is not None
             if name in updates:
-                write(name, _merged(split.variant, reader.read(name), updates[name]))
+                write(name, _merged(split.variant, reader.read(name), updates[name], name))
             else:
                 for start, rows in chunks(reader, name):
                     write(name, rows, start)
@@ -179,7 +183,7 @@ def _write_merged(run: OpenedRun, split: Split, folder: Path) -> None:
             for i, element in enumerate(restore_elements(run, path, leaf, stored.stack)):
                 for number in range(i * stored.parts, (i + 1) * stored.parts):
                     if writer.owns(name := stored.names[number]):
-                        write(name, stored.part(jax.device_get(element), number).astype(run.dtype(name)))
+                        write(name, _in_file(stored, jax.device_get(element), number, run.dtype(name)))
     if jax.process_index() == 0:
         config = _config(run, arch, tensors[arch.embeddings_tensor].shape[0])
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -213,12 +217,18 @@ class _Update:
     parameters: dict[str, np.ndarray] = field(default_factory=dict)
 
 
-def _merged(variant: Any, weight: np.ndarray, update: _Update) -> np.ndarray:
+def _in_file(stored: Stored, element: np.ndarray, number: int, dtype: np.dtype) -> np.ndarray:
+    """Return a tensor of a trained base weight as in the files, from an element of its stack."""
+    tensor = round_for_file(stored.columns(element, number), dtype, stored.names[number])
+    return tensor.swapaxes(-1, -2) if stored.transposed else tensor
+
+
+def _merged(variant: Any, weight: np.ndarray, update: _Update, name: str) -> np.ndarray:
     """Merge an adapter into a tensor, computed in float32 and rounded once."""
     if not variant.changes(update.parameters):
         return weight
     matrix = weight.swapaxes(-1, -2) if update.transposed else weight
-    merged = variant.merge(matrix.astype(np.float32), update.parameters).astype(weight.dtype)
+    merged = round_for_file(variant.merge(matrix.astype(np.float32), update.parameters), weight.dtype, name)
     return merged.swapaxes(-1, -2) if update.transposed else merged
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from sft_jax.tree import Params
@@ -39,6 +40,25 @@ def round_with(x: Float[Array, "..."], words: Array) -> Float[Array, "..."]:
     bits = lax.bitcast_convert_type(x, jnp.uint32) + (words & jnp.uint32(0xFFFF))
     rounded = lax.bitcast_convert_type((bits >> jnp.uint32(16)).astype(jnp.uint16), jnp.bfloat16)
     return jnp.where(jnp.isnan(x), jnp.bfloat16(jnp.nan), rounded)
+
+
+def round_for_file(x: Array | np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """Rounds a tensor to the dtype of its file: float32 to bfloat16 stochastically, everything else to nearest.
+
+    A fully fine-tuned weight is its bfloat16 base and a change that is often smaller than half a step of bfloat16.
+    Rounding to nearest would take most of these changes back. The result is the same in every process and each time.
+
+    Args:
+        name: of the tensor; tensors of different names are rounded independently.
+    """
+    if dtype != jnp.bfloat16 or x.dtype != jnp.float32:
+        return np.asarray(x).astype(dtype)
+    return np.asarray(_round_for_file(np.asarray(x), np.uint32(zlib.crc32(name.encode()))))
+
+
+@jax.jit
+def _round_for_file(x: Array, number: Array) -> Array:
+    return stochastic_round(x, jax.random.fold_in(jax.random.key(0), number))
 
 
 def random_words(key: Array, shape: tuple[int, ...]) -> Array:

@@ -218,6 +218,17 @@ def test_a_run_and_its_exports(lora_run, tmp_path):
         assert statuses(checked(tmp_path / "adapter")) == dict.fromkeys([*NAMES, "adapter"], "ok")
 
 
+@pytest.mark.parametrize("changes", [{"lora__train_embeddings": True}, {"lora": None}], ids=["embeddings", "full"])
+def test_an_export_with_trained_weights_in_bfloat16(lora_run, chats, tmp_path, changes):
+    """What is rounded is rounded alike in the files and in the check."""
+    config = run_config(lora_run.parent / "base", chats, tmp_path / "run", training__max_steps=4, **changes)
+    train(config, one_device())
+    done = sft_jax("export", tmp_path / "run", tmp_path / "out", "--check")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "largest difference 0," in done.stdout
+    assert "rounding moved logits" in done.stdout
+
+
 def test_an_export_that_is_not_the_run(lora_run, tmp_path, monkeypatch):
     out = tmp_path / "out"
 

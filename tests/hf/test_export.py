@@ -11,10 +11,13 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from sft_jax.assembly import open_model
+from sft_jax.checking.written import merged
 from sft_jax.errors import UserError
 from sft_jax.hf.card import model_card
 from sft_jax.run.export import export
 from sft_jax.run.train import train
+from sft_jax.tree import flatten
 
 IDS = np.random.default_rng(0).integers(0, 380, (2, 60))
 
@@ -122,6 +125,31 @@ def test_each_tensor_keeps_its_dtype(chats, tmp_path):
         after = load_file(out / "model.safetensors")
         assert {name: x.dtype for name, x in after.items()} == {name: x.dtype for name, x in tensors.items()}
         assert all(after[name].tobytes() == tensors[name].tobytes() for name in tensors) == (steps == 0)
+
+
+@pytest.mark.parametrize("form", ["full", "merged"])
+def test_bfloat16_files_keep_small_changes(chats, tmp_path, form):
+    """Each weight moves by less than half a step of bfloat16; rounded to nearest, hardly any would."""
+    base = make_model(tmp_path / "base")
+    before = {name: x.astype(ml_dtypes.bfloat16) for name, x in load_file(base / "model.safetensors").items()}
+    save_file(before, base / "model.safetensors")
+    changes = {"optimizer__learning_rate": 1e-5, "training__max_steps": 4} | ({"lora": None} if form == "full" else {})
+    train(run_config(base, chats, tmp_path / "run", **changes), one_device())
+    export(tmp_path / "run", tmp_path / "out", "merged")
+    after = load_file(tmp_path / "out" / "model.safetensors")
+
+    run = merged(open_model(str(tmp_path / "run"), dtype="float32"))
+    moved = along = nearest = 0.0
+    for path, leaf in (flatten(run.params) | flatten(run.frozen)).items():
+        stored = run.split.stored[path]
+        for number, name in enumerate(stored.names):
+            exact, start = stored.tensor(np.asarray(leaf), number), before[name].astype(np.float32)
+            change = exact - start
+            moved += np.sum(change**2)
+            along += np.sum(change * (after[name].astype(np.float32) - start))
+            nearest += np.sum(change * (exact.astype(ml_dtypes.bfloat16).astype(np.float32) - start))
+    assert nearest < 0.6 * moved
+    assert along == pytest.approx(moved, rel=0.1)
 
 
 @pytest.mark.parametrize("full", [False, True])
