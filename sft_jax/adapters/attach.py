@@ -12,6 +12,7 @@ from flax import nnx
 
 from sft_jax import adapters
 from sft_jax.adapters.lora import LoRA
+from sft_jax.config import LoraConfig
 from sft_jax.errors import UserError
 from sft_jax.models.decoder import Decoder
 from sft_jax.models.layers import Linear
@@ -47,6 +48,11 @@ def method_from_peft(config: Mapping[str, Any]) -> str:
     """Returns the name of the method that an ``adapter_config.json`` describes."""
     matching = [name for name, cls in methods().items() if all(config.get(key) == on for key, on in cls.PEFT.items())]
     return max(matching, key=lambda name: len(methods()[name].PEFT))
+
+
+def described(lora: LoraConfig) -> str:
+    """Returns the method, rank and alpha of adapters, for people."""
+    return f"{method(lora.method).__name__}, rank {lora.rank}, alpha {lora.alpha:g}"
 
 
 def attach_adapters(model: Decoder, variant: LoRA, targets: str | list[str]) -> list[str]:

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from sft_jax.adapters.attach import method as method_of
+from sft_jax.adapters.attach import described
 from sft_jax.config import Config
 from sft_jax.version import __version__
 
@@ -37,11 +37,7 @@ def model_card(
     front["tags"] = "[sft, sft-jax, lora]" if lora else "[sft, sft-jax]"
     base_name = _public_name(base)
     data = ", ".join(f"`{_public_name(source.path)}`" for source in config.data.train)
-    method = (
-        f"{method_of(lora.method).__name__}, rank {lora.rank}, alpha {lora.alpha:g}, on {_targets(lora.target_modules)}"
-        if lora
-        else "full fine-tuning"
-    )
+    method = f"{described(lora)}, on {_targets(lora.target_modules)}" if lora else "full fine-tuning"
     if multimodal:
         method += ", of the text decoder only"
     if config.model.quantization:

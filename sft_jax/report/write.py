@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sft_jax.adapters import attach
+from sft_jax.adapters.attach import described
 from sft_jax.config import Config
 from sft_jax.data.chat.pieces import pieces
 from sft_jax.data.read.rows import RowError
@@ -56,11 +56,7 @@ def _write(path: Path, text: str) -> None:
 
 def _facts(config: Config, step: int) -> dict[str, str]:
     lora = config.lora
-    method = (
-        "full fine-tuning"
-        if lora is None
-        else f"{attach.method(lora.method).__name__}, rank {lora.rank}, alpha {lora.alpha:g}"
-    )
+    method = "full fine-tuning" if lora is None else described(lora)
     optimizer = config.optimizer
     return {
         "base model": config.model.path,

@@ -118,8 +118,10 @@ def start(inputs: Inputs, say: Announcer) -> Session:
     # -- state --------------------------------------------------------------------------------------------------------
     if inputs.latest is not None:
         try:
-            check_same_run(folder, checkpoints.run(inputs.latest), identity)
-            state, position = checkpoints.restore(inputs.latest, abstract_state(split.trainable, optimizer, mesh))
+            saved = checkpoints.run(inputs.latest)
+            check_same_run(folder, saved, identity)
+            abstract = abstract_state(split.trainable, optimizer, mesh)
+            state, position = checkpoints.restore(inputs.latest, abstract, saved.get("digests"))
         except DamagedError:
             checkpoints.close()
             raise

@@ -158,13 +158,17 @@ class Checkpoints:
                 + (f"it resumes from step {steps[-1]}" if steps else "it starts from the beginning")
             )
 
-    def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    def restore(
+        self, step: int, abstract: TrainState, digests: Mapping[str, str] | None
+    ) -> tuple[TrainState, dict[str, Any]]:
         """Restore the state and data position of a step, in the shapes and shardings of ``abstract``.
+
+        Args:
+            digests: those of :meth:`run`; None in checkpoints of version 0.1.
 
         Raises:
             DamagedError: a value is not what was saved.
         """
-        digests = self.run(step).get("digests")
         items = ocp.args.Composite(
             params=ocp.args.StandardRestore(abstract.params),  # type: ignore[call-arg]
             optimizer=ocp.args.StandardRestore(_without_params(abstract)),  # type: ignore[call-arg]

@@ -22,8 +22,10 @@ from sft_jax.hf.reader import Reader, is_same_model
 from sft_jax.hf.tokenizer import load_tokenizer
 from sft_jax.models.split import EMBEDDINGS
 from sft_jax.store.checkpoint import Checkpoints, DamagedError, changed_key, check_arrays, restore_leaves
+from sft_jax.store.digests import named
 from sft_jax.store.folder import RunDirectory
 from sft_jax.tree import Path as LeafPath
+from sft_jax.tree import unflatten
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,7 @@ class OpenedRun:
             try:
                 leaves = restore_leaves(self.folder.checkpoints, self.step, saved)
                 if self.digests is not None:
-                    arrays = {f"params/{'/'.join(path)}": leaf for path, leaf in leaves.items()}
-                    check_arrays(self.step, self.digests, arrays)
+                    check_arrays(self.step, self.digests, named(unflatten(leaves), "params"))
             except DamagedError as error:
                 raise damaged(self.folder, error, self.other_steps) from error
             restored |= {path: leaf.astype(group[path].dtype) for path, leaf in leaves.items()}

@@ -14,6 +14,7 @@ import numpy as np
 
 from sft_jax.data.chat.encoder import Encoded, Tally
 from sft_jax.data.read.rows import RowError
+from sft_jax.data.read.text_files import file_digest
 from sft_jax.errors import UserError
 
 _META = "meta.json"
@@ -196,11 +197,8 @@ def read_tokenized(folder: Path, verify: bool = False) -> Tokenized | None:
             path, size = folder / f"{name}.bin", meta["sizes"][name]
             if path.stat().st_size != size * np.dtype(dtype).itemsize:
                 return None
-            if verify:
-                with path.open("rb") as file:
-                    found = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-                if found != meta["digests"][name]:
-                    return None
+            if verify and file_digest(path) != meta["digests"][name]:
+                return None
             arrays[name] = np.memmap(path, dtype, "r", shape=(size,)) if size else np.zeros(0, dtype)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
