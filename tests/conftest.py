@@ -61,9 +61,16 @@ def chats(tmp_path_factory) -> Path:
     return write_chats(tmp_path_factory.mktemp("chats") / "chats.jsonl")
 
 
+@pytest.fixture(scope="session")
+def is_full(request: pytest.FixtureRequest) -> bool:
+    """Whether drills run at full size."""
+    return request.config.getoption("--full")
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--phases", action="store_true", help="print where the time goes, by file")
     parser.addoption("--phases-to", metavar="FILE.json", help="write where the time goes, by test, to a new file")
+    parser.addoption("--full", action="store_true", help="run drills at full size: 500 kills instead of 20")
     parser.addoption("--touched", metavar="COMMIT", help="run only drills of packages that changed since this commit")
 
 

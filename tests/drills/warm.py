@@ -1,0 +1,233 @@
+"""Commands in processes of their own that start within milliseconds, for drills that need hundreds of them.
+
+One process imports everything once, and forks for each command before jax has started a backend.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import json
+import os
+import pkgutil
+import resource
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """How a command ended.
+
+    Attributes:
+        code: its exit code, or minus the number of the signal that ended it.
+        cpu_seconds: processor time of it and of the children that it waited for.
+        added_bytes: the peak of its resident memory, less that of a command that does nothing.
+    """
+
+    code: int
+    out: str
+    err: str
+    cpu_seconds: float
+    added_bytes: int
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether it ended with a documented exit code, and if with an error, in one line without a traceback."""
+        if self.code == 0:
+            return "Traceback" not in self.err
+        last = self.err.strip().splitlines()[-1:]
+        return (
+            self.code in (1, 2, 75) and "Traceback" not in self.err and bool(last) and last[0].startswith("sft-jax: ")
+        )
+
+
+class Life:
+    """A command that runs."""
+
+    def __init__(self, warm: Warm, pid: int, folder: Path):
+        self._warm = warm
+        self._folder = folder
+        self.pid = pid
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        """Send a signal to the command and, as a terminal does, to the processes that it started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, number)
+
+    def is_running(self) -> bool:
+        self._warm.poll()
+        return self.pid not in self._warm.ended
+
+    def wait(self, timeout: float = 120) -> Ended:
+        """Wait for its end; a command that takes longer than ``timeout`` seconds is killed, which its code tells."""
+        deadline = time.monotonic() + timeout
+        while self.is_running():
+            if time.monotonic() > deadline:
+                self.kill()
+            self._warm.poll(0.05)
+        code, cpu, peak = self._warm.ended.pop(self.pid)
+        out, err = ((self._folder / name).read_text(errors="replace") for name in ("out", "err"))
+        return Ended(code, out, err, cpu, max(0, peak - self._warm.idle_bytes))
+
+
+class Warm:
+    """Starts commands.
+
+    Args:
+        environment: changes of the environment of all commands.
+    """
+
+    def __init__(self, **environment: str):
+        self._folder = tempfile.TemporaryDirectory(prefix="sft-jax-drill-")
+        self._server = subprocess.Popen(
+            [sys.executable, "-m", "warm"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            cwd=Path(__file__).parent,
+            env=os.environ | environment,
+        )
+        self._count = 0
+        self.ended: dict[int, tuple[int, float, int]] = {}
+        self._started: list[int] = []
+        self._unread = b""
+        self.idle_bytes = 0
+        self.run("--version")
+        self.idle_bytes = self.run("--version").added_bytes
+
+    def __enter__(self) -> Warm:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        assert self._server.stdin is not None
+        self._server.stdin.close()
+        self._server.wait(30)
+        self._folder.cleanup()
+
+    def start(
+        self,
+        *arguments: object,
+        cwd: Path | None = None,
+        limits: Mapping[str, int] | None = None,
+        environment: Mapping[str, str] | None = None,
+        before: str = "",
+    ) -> Life:
+        """Start a command.
+
+        Args:
+            arguments: of ``sft-jax``.
+            limits: limits of the process by their name in :mod:`resource`, such as ``{"RLIMIT_FSIZE": 4096}``.
+            environment: changes of its environment.
+            before: Python statements that run first.
+        """
+        folder = Path(self._folder.name, str(self._count))
+        folder.mkdir()
+        self._count += 1
+        order = {
+            "arguments": [*map(str, arguments)],
+            "cwd": str(cwd or folder),
+            "folder": str(folder),
+            "limits": dict(limits or {}),
+            "environment": dict(environment or {}),
+            "before": before,
+        }
+        assert self._server.stdin is not None
+        self._server.stdin.write(json.dumps(order).encode() + b"\n")
+        self._server.stdin.flush()
+        while not self._started:
+            self.poll(1)
+        return Life(self, self._started.pop(), folder)
+
+    def run(self, *arguments: object, timeout: float = 120, **options: Any) -> Ended:
+        """Run a command to its end; the options are those of :meth:`start`."""
+        return self.start(*arguments, **options).wait(timeout)
+
+    def poll(self, timeout: float = 0) -> None:
+        """Read what the server says, for at most ``timeout`` seconds."""
+        stdout = self._server.stdout
+        assert stdout is not None
+        while select.select([stdout], [], [], timeout)[0]:
+            content = os.read(stdout.fileno(), 65536)
+            assert content, f"the process that starts commands ended with {self._server.wait()}"
+            *lines, self._unread = (self._unread + content).split(b"\n")
+            for line in lines:
+                match json.loads(line):
+                    case {"started": pid}:
+                        self._started.append(pid)
+                    case {"ended": pid, "code": code, "cpu": cpu, "peak": peak}:
+                        self.ended[pid] = code, cpu, peak
+            timeout = 0
+
+
+def _import_everything() -> None:
+    import datasets
+    import pyarrow.parquet
+    import transformers.models.auto.tokenization_auto  # noqa: F401
+
+    import sft_jax
+
+    for module in pkgutil.walk_packages(sft_jax.__path__, "sft_jax."):
+        with contextlib.suppress(ImportError):  # what needs torch, or a GPU
+            importlib.import_module(module.name)
+    del datasets
+
+
+def _child(order: dict[str, Any]) -> None:
+    """Run a command in this process, which was forked for it, and end it as Python would."""
+    from sft_jax import __main__
+
+    os.setpgid(0, 0)
+    os.chdir(order["cwd"])
+    folder = Path(order["folder"])
+    with open(os.devnull) as nothing, (folder / "out").open("wb") as out, (folder / "err").open("wb") as err:
+        for number, file in enumerate((nothing, out, err)):
+            os.dup2(file.fileno(), number)
+    os.environ.update(order["environment"])
+    for name, limit in order["limits"].items():
+        resource.setrlimit(getattr(resource, name), (limit, limit))
+    sys.argv = ["sft-jax", *order["arguments"]]
+    exec(order["before"], {})
+    sys.exit(__main__.run())
+
+
+def _say(**what: int | float) -> None:
+    os.write(1, json.dumps(what).encode() + b"\n")
+
+
+def _serve() -> None:
+    from sft_jax.without_torch import leave_out_torch
+
+    leave_out_torch()
+    _import_everything()
+    unread = b""
+    is_open = True
+    running = 0
+    while is_open or running:
+        if is_open and select.select([0], [], [], 0.002)[0]:
+            content = os.read(0, 65536)
+            is_open = bool(content)
+            *lines, unread = (unread + content).split(b"\n")
+            for line in lines:
+                if not (pid := os.fork()):
+                    _child(json.loads(line))
+                running += 1
+                _say(started=pid)
+        elif not is_open:
+            time.sleep(0.002)
+        while running and (pid_status := os.wait4(-1, os.WNOHANG))[0]:
+            pid, status, usage = pid_status
+            running -= 1
+            cpu = usage.ru_utime + usage.ru_stime
+            _say(ended=pid, code=os.waitstatus_to_exitcode(status), cpu=cpu, peak=usage.ru_maxrss * 1024)
+
+
+if __name__ == "__main__":
+    _serve()
