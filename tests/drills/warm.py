@@ -126,7 +126,7 @@ class Warm:
             arguments: of ``sft-jax``.
             limits: limits of the process by their name in :mod:`resource`, such as ``{"RLIMIT_FSIZE": 4096}``.
             environment: changes of its environment.
-            before: Python statements that run first.
+            before: a function that runs first in the command's process, as ``module.function``; of this folder.
         """
         folder = Path(self._folder.name, str(self._count))
         folder.mkdir()
@@ -168,16 +168,13 @@ class Warm:
 
 
 def _import_everything() -> None:
-    import datasets
-    import pyarrow.parquet
-    import transformers.models.auto.tokenization_auto  # noqa: F401
-
     import sft_jax
 
+    for name in ("datasets", "pyarrow.parquet", "transformers.models.auto.tokenization_auto"):
+        importlib.import_module(name)
     for module in pkgutil.walk_packages(sft_jax.__path__, "sft_jax."):
         with contextlib.suppress(ImportError):  # what needs torch, or a GPU
             importlib.import_module(module.name)
-    del datasets
 
 
 def _child(order: dict[str, Any]) -> None:
@@ -194,7 +191,9 @@ def _child(order: dict[str, Any]) -> None:
     for name, limit in order["limits"].items():
         resource.setrlimit(getattr(resource, name), (limit, limit))
     sys.argv = ["sft-jax", *order["arguments"]]
-    exec(order["before"], {})
+    if before := order["before"]:
+        module, _, name = before.rpartition(".")
+        getattr(importlib.import_module(module), name)()
     sys.exit(__main__.run())
 
 
