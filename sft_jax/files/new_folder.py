@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import shutil
 import tempfile
@@ -17,8 +18,10 @@ from tqdm import tqdm
 from sft_jax.distributed.processes import LONG_WAIT_SECONDS, broadcast, gather, temporary_folders
 from sft_jax.errors import UserError
 from sft_jax.files.buckets import connect, failures, is_url, reason
+from sft_jax.files.lock import FolderLock
 
 _UNFINISHED = "export.unfinished"  # marks a folder in a bucket until the export is complete
+_PARTIAL = "partial-"  # in the names of temporary folders
 _LAST = ("config.json", "adapter_config.json")  # a folder without one of these is not a model
 
 
@@ -45,14 +48,13 @@ def num_bytes(name: str) -> int:
 
 @contextmanager
 def _on_disk(out: Path) -> Iterator[Path]:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: exists and is not an empty folder; use another one")
+    _refuse_existing(out)
     gather("the export")
     is_main = jax.process_index() == 0
     name = ""
+    lock = FolderLock(out.parent, f".{out.name}.lock")
     if is_main:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        name = tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent)
+        name = _begin(out, lock)
     partial = Path(broadcast("the folder of the export", name))
     if is_main:
         temporary_folders.add(partial)
@@ -76,10 +78,38 @@ def _on_disk(out: Path) -> Iterator[Path]:
             _flush(out.parent)
     except BaseException:
         if is_main:
-            shutil.rmtree(partial)
+            shutil.rmtree(partial, ignore_errors=True)
         raise
     finally:
         temporary_folders.discard(partial)
+        lock.release(remove=True)
+
+
+def _refuse_existing(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: exists and is not an empty folder; use another one")
+
+
+def _begin(out: Path, lock: FolderLock) -> str:
+    """Creates a temporary folder next to ``out``, and removes those of writers that are dead: they held the lock.
+
+    Raises:
+        UserError: another process writes ``out``, or the folder cannot be created.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if (holder := lock.take()) is not None:
+            raise UserError(f"{out}: is being written by {holder}; wait for it, or use another folder")
+        _refuse_existing(out)  # it may have been written since
+        for dead in out.parent.glob(f".{glob.escape(out.name)}.{_PARTIAL}*"):
+            shutil.rmtree(dead)
+        return tempfile.mkdtemp(prefix=f".{out.name}.{_PARTIAL}", dir=out.parent)
+    except UserError:
+        lock.release(remove=True)
+        raise
+    except OSError as error:
+        lock.release(remove=True)
+        raise UserError(f"{error.filename or out}: cannot be written: {error.strerror}; use another folder") from error
 
 
 @contextmanager

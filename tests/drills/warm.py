@@ -63,17 +63,17 @@ class Life:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, number)
 
-    def is_running(self) -> bool:
-        self._warm.poll()
+    def is_running(self, timeout: float = 0) -> bool:
+        """Whether it still runs after at most ``timeout`` seconds."""
+        self._warm.poll(timeout)
         return self.pid not in self._warm.ended
 
     def wait(self, timeout: float = 120) -> Ended:
         """Wait for its end; a command that takes longer than ``timeout`` seconds is killed, which its code tells."""
         deadline = time.monotonic() + timeout
-        while self.is_running():
+        while self.is_running(0.05):
             if time.monotonic() > deadline:
                 self.kill()
-            self._warm.poll(0.05)
         code, cpu, peak = self._warm.ended.pop(self.pid)
         out, err = ((self._folder / name).read_text(errors="replace") for name in ("out", "err"))
         return Ended(code, out, err, cpu, max(0, peak - self._warm.idle_bytes))
@@ -107,9 +107,7 @@ class Warm:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        assert self._server.stdin is not None
-        self._server.stdin.close()
-        self._server.wait(30)
+        self._server.communicate(timeout=30)
         self._folder.cleanup()
 
     def start(

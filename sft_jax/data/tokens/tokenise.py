@@ -1,7 +1,8 @@
 """Tokenizes a source, in one or several processes and on one or several hosts, and caches the result.
 
 The cache key is a hash of rows, template, tokenizer, options and package versions. A result is written to a temporary
-folder and renamed when complete, so interrupted runs leave no partial result and concurrent runs do not conflict.
+folder and renamed when complete, so interrupted runs leave no partial result. Of concurrent runs, one tokenizes and the
+others wait for it; several hosts tokenize a part each, whatever others do.
 """
 
 from __future__ import annotations
@@ -31,12 +32,13 @@ from sft_jax.data.tokens.tokenised import Tokenized, Writer, read_tokenized
 from sft_jax.data.tokens.workers import encode_in_processes, encode_into, options, tokenizer_digest
 from sft_jax.distributed import processes
 from sft_jax.errors import UserError
+from sft_jax.files.lock import FolderLock
 from sft_jax.version import __version__
 
 _REVISION = 5  # of the encoding and the files; increment it when the same rows give other ids, masks or files
 _ROWS_PER_WORKER = 20_000  # for fewer rows, starting another process takes longer than tokenizing
 _MAX_WORKERS = 32
-_STALE_SECONDS = 24 * 3600
+_POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -67,11 +69,29 @@ def tokenise(
     Raises:
         UserError: the tokenizer has no chat template or no EOS token, and the rows need one.
     """
-    began = time.perf_counter()
-    num_rows, is_alone = len(source), processes.count() == 1
+    is_alone = processes.count() == 1
     key = _key(source, encoder) if cache or not is_alone else ""
     cached_at = cache_folder() / "tokens" / key if cache else None
     cached = _read_cached(cached_at)
+    with _only_one(cached_at if is_alone and cached is None else None, source.name) as has_waited:
+        if has_waited:
+            cached = _read_cached(cached_at)
+        return _tokenise(source, encoder, num_workers, key, cached_at, cached, stop_at_refusal, progress)
+
+
+def _tokenise(
+    source: Source,
+    encoder: Encoder,
+    num_workers: int | None,
+    key: str,
+    cached_at: Path | None,
+    cached: Tokenized | None,
+    stop_at_refusal: bool,
+    progress: Callable[[int], object],
+) -> tuple[Tokenized, Origin]:
+    """See :func:`tokenise`; ``cached_at`` is the folder in the cache, ``cached`` what it holds."""
+    began = time.perf_counter()
+    num_rows, is_alone = len(source), processes.count() == 1
     local = local_row_range(key, cached is not None, num_rows, source.name)
     if cached is not None and local.is_cached:
         progress(num_rows)
@@ -123,23 +143,51 @@ def _read_cached(cached_at: Path | None) -> Tokenized | None:
 
 
 @contextmanager
+def _only_one(cached_at: Path | None, name: str) -> Iterator[bool]:
+    """Wait while another process tokenizes the same rows for the same cache, and remove what dead ones left there.
+
+    Yields whether it waited.
+    """
+    if cached_at is None:
+        yield False
+        return
+    with _writing_cache(cached_at):
+        cached_at.parent.mkdir(parents=True, exist_ok=True)
+        lock = FolderLock(cached_at.parent, f".{cached_at.name}.lock")
+        has_waited = False
+        while (holder := lock.take()) is not None:
+            if not has_waited:
+                print(f"sft-jax: {name}: is being tokenized by {holder}; waiting for its result", file=sys.stderr)
+            has_waited = True
+            time.sleep(_POLL_SECONDS)
+        for dead in cached_at.parent.glob(f".{cached_at.name}.partial-*"):
+            shutil.rmtree(dead)
+    try:
+        yield has_waited
+    finally:
+        lock.release(remove=True)
+
+
+@contextmanager
+def _writing_cache(cached_at: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{cached_at.parent}: the cache cannot be written ({error.strerror}); set another folder in "
+            "SFT_JAX_CACHE, or set data.cache=false"
+        ) from error
+
+
+@contextmanager
 def _partial(cached_at: Path | None) -> Iterator[Path]:
     """Create a temporary folder, in the same directory as ``cached_at`` so that it can be renamed atomically."""
     if cached_at is None:
         folder = scratch_folder()
     else:
-        try:
+        with _writing_cache(cached_at):
             cached_at.parent.mkdir(parents=True, exist_ok=True)
-            for old in cached_at.parent.glob(".partial-*"):
-                with contextlib.suppress(OSError):
-                    if time.time() - old.stat().st_mtime > _STALE_SECONDS:
-                        shutil.rmtree(old)
-            folder = Path(tempfile.mkdtemp(prefix=".partial-", dir=cached_at.parent))
-        except OSError as error:
-            raise UserError(
-                f"{cached_at.parent}: the cache cannot be written ({error.strerror}); set another folder in "
-                "SFT_JAX_CACHE, or set data.cache=false"
-            ) from error
+            folder = Path(tempfile.mkdtemp(prefix=f".{cached_at.name}.partial-", dir=cached_at.parent))
     try:
         yield folder
     except OSError as error:
