@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from sft_jax.config import Config, LoraConfig
 from sft_jax.data.batches.packing import sequence_lengths
 from sft_jax.errors import UserError
+from sft_jax.files.digests import Words
 from sft_jax.hf.config import compute_dtype, stop_ids
 from sft_jax.hf.dequantized import open_weights
 from sft_jax.hf.hub import find_model
@@ -28,6 +29,7 @@ from sft_jax.hf.peft import base_fingerprint, load_adapter, num_embeddings, read
 from sft_jax.hf.reader import Reader, is_other_weights
 from sft_jax.hf.ties import architecture_of
 from sft_jax.hf.tokenizer import load_tokenizer
+from sft_jax.hf.verify import check_tensors
 from sft_jax.inference.generator import Generator
 from sft_jax.models.architecture import Architecture
 from sft_jax.models.attention.backend import choose_backend
@@ -127,7 +129,7 @@ class Found:
     def load(self) -> Model:
         """Read the weights."""
         trained = self.trained()
-        frozen = _frozen(self.split, self.base, trained)
+        frozen = _frozen(self.split, self.base, trained, self.run.tensors if self.run is not None else {})
         params = unflatten({path: trained[path] for path in flatten(self.split.trainable)})
         return Model(self.description, self.split, params, frozen, self.tokenizer, self.stop_ids)
 
@@ -308,13 +310,19 @@ def _find_adapter(folder: Path, name: str | None, dtype: str | None, mesh: Mesh)
     return Found(description, base, split, tokenizer, stops, trained, adapter=folder)
 
 
-def _frozen(split: Split, base: Base, trained: dict[LeafPath, Array]) -> Params:
-    """Frozen parameters on the devices: from ``trained`` where present, otherwise from the files."""
+def _frozen(split: Split, base: Base, trained: dict[LeafPath, Array], expected: Mapping[str, str]) -> Params:
+    """Frozen parameters on the devices: from ``trained`` where present, otherwise from the files.
+
+    Args:
+        expected: the digests of the tensors that a run began with.
+    """
     leaves, base_leaves = flatten(split.frozen), split.base()
     loaded = {path: trained[path] for path in leaves if path in trained}
     missing = base_leaves.keys() - loaded.keys() - flatten(split.trainable).keys()
     if base.reader is not None:
-        loaded |= load_params(base.reader, base_leaves, split.stored, missing, split.arch, base.arch.vocab_size)
+        words: dict[str, Words] | None = {} if expected else None
+        loaded |= load_params(base.reader, base_leaves, split.stored, missing, split.arch, base.arch.vocab_size, words)
+        check_tensors(base.reader, expected, words or {})
     return unflatten({path: loaded[path] for path in leaves})
 
 

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from sft_jax.errors import UserError
+from sft_jax.files.digests import Words
 from sft_jax.hf.place import Made, Recipe, place
 from sft_jax.hf.reader import BUFFER_DTYPES, DTYPES, Reader
 from sft_jax.models.architecture import Architecture
@@ -53,6 +54,7 @@ def load_params(
     wanted: Collection[Path],
     arch: Architecture,
     old_vocab_size: int | None = None,
+    digests: dict[str, Words] | None = None,
 ) -> dict[Path, Array]:
     """Reads the ``wanted`` leaves in their dtype and sharding with :mod:`sft_jax.hf.place`.
 
@@ -66,6 +68,7 @@ def load_params(
     Args:
         stored: tensor names and layout of each leaf in the files.
         arch: says which further tensors the files may have.
+        digests: receives the digest of each tensor that is read.
 
     Raises:
         UserError: a tensor is missing, has another shape, or does not belong to the network.
@@ -75,7 +78,7 @@ def load_params(
     # The largest tensors first, while most memory is free for the buffers of resharding.
     for path in sorted(wanted, key=lambda path: (-math.prod(stored[path].shape(base[path].shape)), path)):
         leaf = base[path]
-        arrays = place(reader, stored[path].names, _recipe(reader, leaf, stored[path]))
+        arrays = place(reader, stored[path].names, _recipe(reader, leaf, stored[path]), digests)
         if isinstance(leaf, jax.ShapeDtypeStruct):
             loaded[path] = arrays[""]
         else:

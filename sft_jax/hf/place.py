@@ -18,6 +18,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from sft_jax.errors import UserError
+from sft_jax.files.digests import Words, words_of
 from sft_jax.hf.reader import Reader, chunks
 from sft_jax.typing import Array
 
@@ -58,35 +59,60 @@ class Recipe:
         return {name: weight.astype(array.dtype)}
 
 
-def place(reader: Reader, names: Iterable[str], recipe: Recipe) -> dict[str, Array]:
-    """Reads the tensors ``names``, in the order of stack and parts, into the arrays of a recipe."""
+def place(
+    reader: Reader, names: Iterable[str], recipe: Recipe, digests: dict[str, Words] | None = None
+) -> dict[str, Array]:
+    """Reads the tensors ``names``, in the order of stack and parts, into the arrays of a recipe.
+
+    Args:
+        digests: receives the digest of each tensor as it is in the files.
+    """
     arrays = dict(recipe.arrays)
     mesh = _mesh(arrays)
-    start, store = _programs(recipe)
+    start, store = _programs(recipe, digests is not None)
     result = start() if recipe.stack else {}
     for number, name in enumerate(names):
         rows = _read_sharded(reader, name, mesh)
         element, part = divmod(number, recipe.parts)
-        result = store(result, rows, _index(element, recipe.stack), np.int32(part)) if recipe.stack else store(rows)
+        at = (result, rows, _index(element, recipe.stack), np.int32(part)) if recipe.stack else (rows,)
+        result, words = store(*at)
+        if digests is not None:
+            digests[name] = words
         jax.block_until_ready(result)  # at most one tensor in flight
     return result
 
 
 @lru_cache(maxsize=256)
-def _programs(recipe: Recipe) -> tuple[Callable[[], dict[str, Array]], Callable[..., dict[str, Array]]]:
-    """Returns a function that creates empty stacks, and one that converts a tensor and stores it in them."""
+def _programs(
+    recipe: Recipe, with_digests: bool
+) -> tuple[Callable[[], dict[str, Array]], Callable[..., tuple[dict[str, Array], Words]]]:
+    """Returns a function that creates empty stacks, and one that converts a tensor and stores it in them.
+
+    The second also returns the digest of the tensor, or nothing without ``with_digests``.
+    """
     arrays = dict(recipe.arrays)
     shardings: Any = {name: leaf.sharding for name, leaf in arrays.items()}
+
+    def digest(rows: Array) -> Words:
+        return words_of(rows[: recipe.num_rows]) if with_digests else ()
+
+    def convert(rows: Array) -> tuple[dict[str, Array], Words]:
+        return recipe.convert(rows), digest(rows)
 
     def start() -> dict[str, Array]:
         return {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in arrays.items()}
 
-    def store(stacks: dict[str, Array], rows: Array, index: tuple[Array, ...], part: Array) -> dict[str, Array]:
-        return {name: _update(stacks[name], one, index, part) for name, one in recipe.convert(rows).items()}
+    def store(
+        stacks: dict[str, Array], rows: Array, index: tuple[Array, ...], part: Array
+    ) -> tuple[dict[str, Array], Words]:
+        stored = {name: _update(stacks[name], one, index, part) for name, one in recipe.convert(rows).items()}
+        return stored, digest(rows)
 
+    replicated = NamedSharding(_mesh(arrays), PartitionSpec())
+    out_shardings = (shardings, replicated)
     if recipe.stack:
-        return jax.jit(start, out_shardings=shardings), jax.jit(store, donate_argnums=0, out_shardings=shardings)
-    return start, jax.jit(recipe.convert, out_shardings=shardings)
+        return jax.jit(start, out_shardings=shardings), jax.jit(store, donate_argnums=0, out_shardings=out_shardings)
+    return start, jax.jit(convert, out_shardings=out_shardings)
 
 
 def _index(number: int, stack: tuple[int, ...]) -> tuple[np.int32, ...]:

@@ -12,6 +12,8 @@ import jax
 from sft_jax.assembly import Model, check_mesh, network_of, open_tuned
 from sft_jax.config import Config
 from sft_jax.evaluation.compare import Comparison, compare, prepare
+from sft_jax.files.digests import Words
+from sft_jax.hf.verify import check_tensors
 from sft_jax.models.attention.backend import check_backend
 from sft_jax.report import table
 from sft_jax.report.write import write_report
@@ -59,7 +61,10 @@ def evaluate(
     split = network_of(config, arch, mesh, run.trains_embeddings, remat="none")
     check_backend(split.backend, mesh, arch.attention_specs)
     say.model(config, split)
-    before, frozen = load_weights(split, run.reader, None, opened.arch.vocab_size, trained.training.seed)
+    read: dict[str, Words] = {}
+    before, frozen = load_weights(split, run.reader, None, opened.arch.vocab_size, trained.training.seed, digests=read)
+    if run.reader is not None:
+        check_tensors(run.reader, run.tensors, read)
     tuned = unflatten(run.restore(flatten(split.trainable)))
     stops = list(dict.fromkeys([*run.stop_ids, *opened.stop_ids]))
     model = Model(str(run.folder), split, tuned, frozen, run.tokenizer, stops)

@@ -36,9 +36,9 @@ from sft_jax.hf.config import (
 )
 from sft_jax.hf.hub import absolute, commit_of
 from sft_jax.hf.peft import save_adapter, targets
-from sft_jax.hf.reader import chunks
 from sft_jax.hf.save import Tensor, TensorWriter
 from sft_jax.hf.tokenizer_files import write_tokenizer
+from sft_jax.hf.verify import read_verified, verified_chunks
 from sft_jax.models.architecture import Architecture
 from sft_jax.models.split import Split, is_adapter
 from sft_jax.models.tensors import Stored
@@ -174,9 +174,10 @@ def _write_merged(run: OpenedRun, split: Split, folder: Path) -> None:
         for name in filter(writer.owns, sorted(untrained)):
             assert reader is not None
             if name in updates:
-                write(name, _merged(split.variant, reader.read(name), updates[name], name))
+                weight = read_verified(reader, name, run.tensors)
+                write(name, _merged(split.variant, weight, updates[name], name))
             else:
-                for start, rows in chunks(reader, name):
+                for start, rows in verified_chunks(reader, name, run.tensors):
                     write(name, rows, start)
         for path, leaf in trained.items():
             stored = split.stored[path]

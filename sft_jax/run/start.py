@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -14,11 +15,13 @@ from sft_jax.assembly import Model, network_of
 from sft_jax.data.batches.loader import Loader
 from sft_jax.data.batches.streaming import StreamLoader, stream
 from sft_jax.data.tokens.examples import Examples
-from sft_jax.distributed.processes import LONG_WAIT_SECONDS, gather
+from sft_jax.distributed.processes import LONG_WAIT_SECONDS, broadcast, gather
 from sft_jax.errors import UserError
+from sft_jax.files.digests import Words, folder_digests, texts
 from sft_jax.hf.hub import commit_of
 from sft_jax.hf.load import outside_tensors
 from sft_jax.hf.untrained import chat_tokens, untrained_tokens
+from sft_jax.hf.verify import check_tensors
 from sft_jax.models.attention.backend import check_backend
 from sft_jax.run.announce import Announcer
 from sft_jax.run.prepare import Inputs
@@ -85,7 +88,8 @@ def start(inputs: Inputs, say: Announcer) -> Session:
     say.optimizer(config.optimizer, split, base.dtype_of_embeddings)
     old_size, seed = base.arch.vocab_size, config.training.seed
     part = "all" if inputs.latest is None else "frozen"
-    params, frozen = load_weights(split, base.reader, config.lora, old_size, seed, part)
+    read: dict[str, Words] = {}
+    params, frozen = load_weights(split, base.reader, config.lora, old_size, seed, part, digests=read)
     model = Model(str(inputs.folder), split, params, frozen, inputs.tokenizer, inputs.stop_ids)
     if base.reader is not None and config.lora is not None and not inputs.trains_embeddings:
         tokens = chat_tokens(inputs.tokenizer, inputs.data.examples.stop_ids)
@@ -111,6 +115,7 @@ def start(inputs: Inputs, say: Announcer) -> Session:
         "data": data,
         "base": base.reader.fingerprint() if base.reader else "random",
         "commit": commit_of(base.folder),
+        "tensors": texts(read),
         "stop_ids": list(inputs.data.examples.stop_ids),
         "vocab_size": inputs.arch.vocab_size,
     }
@@ -120,6 +125,10 @@ def start(inputs: Inputs, say: Announcer) -> Session:
         try:
             saved = checkpoints.run(inputs.latest)
             check_same_run(folder, saved, identity)
+            if base.reader is not None:
+                check_tensors(base.reader, saved.get("tensors", {}), read)
+                identity["tensors"] |= saved.get("tensors", {})  # trained weights are not read from the base again
+            tokenizer = _tokenizer_files(inputs, saved.get("tokenizer"), say)
             abstract = abstract_state(split.trainable, optimizer, mesh)
             state, position = checkpoints.restore(inputs.latest, abstract, saved.get("digests"))
         except DamagedError:
@@ -129,6 +138,8 @@ def start(inputs: Inputs, say: Announcer) -> Session:
         say("resume", f"at step {inputs.latest} of {inputs.total_steps}")
     else:
         state = make_state(params, optimizer, mesh)
+        tokenizer = _tokenizer_files(inputs, None, say)
+    identity["tokenizer"] = tokenizer
     positions = {int(state.step): loader.get_state()}
     return Session(model.with_params({}), state, make_step, loader, checkpoints, identity, positions)
 
@@ -155,6 +166,22 @@ def _create_directory(inputs: Inputs) -> bool:
             f"training.output_dir: {folder} is not the directory of process 0; use one that all hosts share"
         )
     return began
+
+
+def _tokenizer_files(inputs: Inputs, saved: dict[str, str] | None, say: Announcer) -> dict[str, str]:
+    """The digests of the tokenizer's files in the run directory; writes the files again if they differ from ``saved``.
+
+    They are for whoever uses the run; the run itself uses the tokenizer of its base model.
+    """
+    folder = inputs.folder.local / "tokenizer"
+    digests = ""
+    if jax.process_index() == 0:
+        if saved is not None and folder_digests(folder) != saved:
+            inputs.tokenizer.save_pretrained(folder)
+            inputs.folder.push()
+            say("damage", f"{inputs.folder}/tokenizer was not what the run had written; it is written again")
+        digests = json.dumps(folder_digests(folder))
+    return json.loads(broadcast("the tokenizer's files", digests))
 
 
 def _loader(inputs: Inputs) -> tuple[Loader | StreamLoader, str]:

@@ -15,8 +15,8 @@ from orbax.checkpoint.utils import checkpoint_steps
 
 from sft_jax import config_file as configs
 from sft_jax.errors import UserError
+from sft_jax.files.digests import array_digests, named, text_digest
 from sft_jax.hf.reader import is_same_model
-from sft_jax.store.digests import array_digests, named, text_digest
 from sft_jax.training.state import TrainState
 from sft_jax.tree import Path as LeafPath
 from sft_jax.tree import flatten, unflatten

@@ -15,6 +15,7 @@ import numpy as np
 from sft_jax import config_file as configs
 from sft_jax.config import Config
 from sft_jax.errors import UserError
+from sft_jax.files.digests import folder_digests, named
 from sft_jax.hf.config import file_dtype, read_config
 from sft_jax.hf.dequantized import open_weights
 from sft_jax.hf.hub import absolute, find_model
@@ -22,7 +23,6 @@ from sft_jax.hf.reader import Reader, is_same_model
 from sft_jax.hf.tokenizer import load_tokenizer
 from sft_jax.models.split import EMBEDDINGS
 from sft_jax.store.checkpoint import Checkpoints, DamagedError, changed_key, check_arrays, restore_leaves
-from sft_jax.store.digests import named
 from sft_jax.store.folder import RunDirectory
 from sft_jax.tree import Path as LeafPath
 from sft_jax.tree import unflatten
@@ -43,6 +43,7 @@ class OpenedRun:
     stop_ids: list[int]  # stop token ids in the training data, the most frequent first
     vocab_size: int  # vocabulary size of the trained network, including added tokens
     digests: Mapping[str, str] | None  # of the arrays of the checkpoint; None in those of version 0.1
+    tensors: Mapping[str, str]  # digests of the tensors of the base that the run began with; none in version 0.1
     other_steps: list[int]  # that have a checkpoint too
 
     def dtype(self, name: str) -> np.dtype:
@@ -131,10 +132,26 @@ def open_run(name: str | Path | RunDirectory, step: int | None = None, base: str
             )
     finally:
         checkpoints.close()
+    _check_tokenizer(folder, identity.get("tokenizer"))
     tokenizer, _ = load_tokenizer(folder.local / "tokenizer")
     stops, size = identity["stop_ids"], identity["vocab_size"]
-    digests = identity.get("digests")
-    return OpenedRun(folder, config, step, trained, model, reader, fingerprint, tokenizer, stops, size, digests, others)
+    digests, tensors = identity.get("digests"), identity.get("tensors", {})
+    return OpenedRun(
+        folder, config, step, trained, model, reader, fingerprint, tokenizer, stops, size, digests, tensors, others
+    )
+
+
+def _check_tokenizer(folder: RunDirectory, saved: Mapping[str, str] | None) -> None:
+    """Checks that the tokenizer's files are what the run wrote; runs of version 0.1 do not say."""
+    if saved is None:
+        return
+    found = folder_digests(folder.local / "tokenizer")
+    for name in sorted(saved.keys() | found.keys()):
+        if saved.get(name) != found.get(name):
+            raise UserError(
+                f"{folder}/tokenizer/{name}: is not what the run wrote; restore it, or run sft-jax train with "
+                "the config of the run, which writes it again"
+            )
 
 
 def damaged(folder: RunDirectory, error: DamagedError, others: list[int]) -> UserError:

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from sft_jax.adapters.attach import attach_adapters, method
 from sft_jax.adapters.lora import LoRA
 from sft_jax.config import LoraConfig
+from sft_jax.files.digests import Words
 from sft_jax.hf.load import load_params
 from sft_jax.hf.peft import load_adapter
 from sft_jax.hf.reader import Reader
@@ -75,6 +76,7 @@ def load_weights(
     seed: int = 0,
     part: str = "all",
     frozen: Params | None = None,
+    digests: dict[str, Words] | None = None,
 ) -> tuple[Params, Params]:
     """Loads or initializes trainable and frozen parameters, sharded on the mesh.
 
@@ -86,6 +88,7 @@ def load_weights(
         part: ``all``, ``frozen`` (before a checkpoint restores the trainable ones) or ``trainable``. Tensors of the
             other part are checked but not read.
         frozen: the frozen parameters, if they are already loaded and ``part`` is ``trainable``.
+        digests: receives the digest of each tensor that is read from ``reader``.
 
     Raises:
         UserError: a tensor is missing, unexpected or has the wrong shape, or the adapter does not fit.
@@ -95,7 +98,7 @@ def load_weights(
     paths = {"all": base.keys(), "frozen": base.keys() - trained, "trainable": trained}[part]
     key = jax.random.key(seed)
     if reader is not None:
-        loaded = load_params(reader, base, split.stored, paths, split.arch, old_vocab_size)
+        loaded = load_params(reader, base, split.stored, paths, split.arch, old_vocab_size, digests)
     else:
         assert not split.quantized, "random weights are trained"
         leaves = trainable | flatten(split.frozen)

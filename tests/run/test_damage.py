@@ -10,10 +10,10 @@ from kit import config_of, one_device, trained_leaves
 
 from sft_jax import config_file as configs
 from sft_jax.errors import UserError
+from sft_jax.files.digests import array_digests
 from sft_jax.run.export import export
 from sft_jax.run.train import train
 from sft_jax.sharding import make_mesh
-from sft_jax.store.digests import array_digests
 from sft_jax.store.metrics import read_metrics
 
 

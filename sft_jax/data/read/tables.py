@@ -12,8 +12,9 @@ import numpy as np
 
 from sft_jax.data.read.encodings import check_first_bytes
 from sft_jax.data.read.rows import RowError
-from sft_jax.data.read.text_files import JsonLines, decompressed, file_digest, open_csv, open_json
+from sft_jax.data.read.text_files import JsonLines, decompressed, open_csv, open_json
 from sft_jax.errors import UserError
+from sft_jax.files.digests import file_digest
 
 _COMPRESSED = (".gz", ".zst")
 

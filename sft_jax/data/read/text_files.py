@@ -8,7 +8,6 @@ tool.
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 import shutil
 import sys
@@ -22,6 +21,7 @@ from sft_jax.data.read.encodings import not_utf8
 from sft_jax.data.read.folders import scratch_folder
 from sft_jax.data.read.rows import RowError
 from sft_jax.errors import UserError
+from sft_jax.files.digests import file_digest
 
 _CHUNK = 1 << 24  # bytes read at a time
 
@@ -169,12 +169,3 @@ def _utf8(path: Path, name: str) -> str:
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise UserError(f"{name}:{line}: {not_utf8(data)}") from error
-
-
-def file_digest(path: Path) -> str:
-    """Return a hash of a file's bytes."""
-    digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -14,8 +14,8 @@ import numpy as np
 
 from sft_jax.data.chat.encoder import Encoded, Tally
 from sft_jax.data.read.rows import RowError
-from sft_jax.data.read.text_files import file_digest
 from sft_jax.errors import UserError
+from sft_jax.files.digests import file_digest
 
 _META = "meta.json"
 _ARRAYS = {"ids": np.int32, "codes": np.uint8, "lengths": np.int32, "rows": np.int64, "targets": np.int32}
