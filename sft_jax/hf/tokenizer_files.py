@@ -13,7 +13,7 @@ from typing import Any
 
 from sft_jax.hf.tokenizer import load_tokenizer
 
-_FILES = (
+FILES = (  # of a tokenizer and of a processor
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "vocab.txt", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
     "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json",
@@ -32,7 +32,7 @@ def write_tokenizer(tokenizer: Any, base: Path, folder: Path) -> None:
         base: the folder of the base model.
     """
     original, _ = load_tokenizer(base)
-    for name in _FILES:
+    for name in FILES:
         if (base / name).is_file():
             shutil.copyfile(base / name, folder / name)
     if (base / _MORE_TEMPLATES).is_dir():

@@ -1,14 +1,38 @@
-"""Compares the tensors of a base model with those that a run began with."""
+"""Compares the files and tensors of a base model with those that a run began with."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import numpy as np
 
 from sft_jax.errors import UserError
-from sft_jax.files.digests import Words, texts, words_of_rows
+from sft_jax.files.digests import Words, file_digest, texts, words_of_rows
 from sft_jax.hf.reader import Reader, chunks
+from sft_jax.hf.tokenizer_files import FILES
+
+_FILES = ("config.json", "generation_config.json", *FILES)
+
+
+def file_digests(folder: Path) -> dict[str, str]:
+    """Returns the digests of the files of a base model that runs and exports read, other than weights."""
+    return {name: file_digest(folder / name) for name in _FILES if (folder / name).is_file()}
+
+
+def check_files(folder: Path, expected: Mapping[str, str]) -> None:
+    """Compares the files of a base model, other than weights, with those that a run began with.
+
+    Args:
+        expected: from :func:`file_digests`; empty for runs of version 0.1.
+
+    Raises:
+        UserError: names the first file that differs.
+    """
+    found = file_digests(folder) if expected else {}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise UserError(f"{folder / name}: is not what the run began with; restore it, or begin another run")
 
 
 def check_tensors(reader: Reader, expected: Mapping[str, str], words: Mapping[str, Words]) -> None:

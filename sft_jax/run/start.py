@@ -21,7 +21,7 @@ from sft_jax.files.digests import Words, folder_digests, texts
 from sft_jax.hf.hub import commit_of
 from sft_jax.hf.load import outside_tensors
 from sft_jax.hf.untrained import chat_tokens, untrained_tokens
-from sft_jax.hf.verify import check_tensors
+from sft_jax.hf.verify import check_files, check_tensors, file_digests
 from sft_jax.models.attention.backend import check_backend
 from sft_jax.run.announce import Announcer
 from sft_jax.run.prepare import Inputs
@@ -104,7 +104,7 @@ def start(inputs: Inputs, say: Announcer) -> Session:
         return step_of(config, network(remat), optimizer, inputs.total_steps, shardings, num_sources, num_microbatches)
 
     # -- run directory ------------------------------------------------------------------------------------------------
-    if _create_directory(inputs):
+    if _create_directory(inputs, say):
         say("restart", "an earlier start saved no checkpoint here; this one begins at step 0, and replaces its metrics")
     training = config.training
     folder = inputs.folder
@@ -115,6 +115,7 @@ def start(inputs: Inputs, say: Announcer) -> Session:
         "data": data,
         "base": base.reader.fingerprint() if base.reader else "random",
         "commit": commit_of(base.folder),
+        "files": file_digests(base.folder),
         "tensors": texts(read),
         "stop_ids": list(inputs.data.examples.stop_ids),
         "vocab_size": inputs.arch.vocab_size,
@@ -125,6 +126,7 @@ def start(inputs: Inputs, say: Announcer) -> Session:
         try:
             saved = checkpoints.run(inputs.latest)
             check_same_run(folder, saved, identity)
+            check_files(base.folder, saved.get("files", {}))
             if base.reader is not None:
                 check_tensors(base.reader, saved.get("tensors", {}), read)
                 identity["tensors"] |= saved.get("tensors", {})  # trained weights are not read from the base again
@@ -144,7 +146,7 @@ def start(inputs: Inputs, say: Announcer) -> Session:
     return Session(model.with_params({}), state, make_step, loader, checkpoints, identity, positions)
 
 
-def _create_directory(inputs: Inputs) -> bool:
+def _create_directory(inputs: Inputs, say: Announcer) -> bool:
     """Create the run directory with the resolved config and the tokenizer.
 
     Returns:
@@ -159,6 +161,9 @@ def _create_directory(inputs: Inputs) -> bool:
         if inputs.latest is None:
             inputs.tokenizer.save_pretrained(folder.local / "tokenizer")
             configs.save(inputs.config, folder.local / "config.yaml")
+        elif not (folder.local / "config.yaml").is_file():
+            configs.save(inputs.config, folder.local / "config.yaml")
+            say("damage", f"{folder}/config.yaml was gone; it is written again")
         folder.push()
     gather("the run directory", wait=LONG_WAIT_SECONDS)
     if not folder.is_shared():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import jax
@@ -62,13 +64,22 @@ class DamagedError(Exception):
 @contextmanager
 def _reading(step: int) -> Iterator[None]:
     """Turns what the checkpoint library raises for files that were changed or are missing into one error."""
+    hook = sys.unraisablehook
+    sys.unraisablehook = partial(_without_late_reads, hook)
     try:
         yield
+        sys.unraisablehook = hook  # after an error it stays, since other reads may end much later
     except PermissionError:
         raise
     except _UNREADABLE as error:
         reason = f"it cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:160]})"
         raise DamagedError(step, reason) from error
+
+
+def _without_late_reads(hook: Any, unraisable: Any) -> None:
+    """Leaves out what the storage library prints for reads that end after another read has failed."""
+    if not (unraisable.exc_type is RuntimeError and str(unraisable.exc_value) == "Event loop is closed"):
+        hook(unraisable)
 
 
 class Checkpoints:

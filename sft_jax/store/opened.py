@@ -21,6 +21,7 @@ from sft_jax.hf.dequantized import open_weights
 from sft_jax.hf.hub import absolute, find_model
 from sft_jax.hf.reader import Reader, is_same_model
 from sft_jax.hf.tokenizer import load_tokenizer
+from sft_jax.hf.verify import check_files
 from sft_jax.models.split import EMBEDDINGS
 from sft_jax.store.checkpoint import Checkpoints, DamagedError, changed_key, check_arrays, restore_leaves
 from sft_jax.store.folder import RunDirectory
@@ -123,6 +124,7 @@ def open_run(name: str | Path | RunDirectory, step: int | None = None, base: str
         model = find_model(
             config.model.path, revision, "--base" if base else f"{folder}: model.path (--base if it moved)"
         )
+        check_files(model, identity.get("files", {}))
         reader = open_weights(model) if config.model.init == "pretrained" else None
         fingerprint = None if reader is None else reader.fingerprint()
         if fingerprint is not None and not is_same_model(identity["base"], fingerprint):
