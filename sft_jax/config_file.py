@@ -105,12 +105,16 @@ def to_dict(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def save(config: Config, path: Path) -> None:
-    """Write the resolved config as YAML; :func:`load` reads it back to an equal object."""
+def to_yaml(config: Config) -> str:
+    """The resolved config as YAML; :func:`load` reads it back to an equal object."""
     from omegaconf import OmegaConf
 
-    written = OmegaConf.create(_escaped(to_dict(config)))  # quotes strings that YAML would read as numbers
-    path.write_text(OmegaConf.to_yaml(written), encoding="utf-8")
+    return OmegaConf.to_yaml(OmegaConf.create(_escaped(to_dict(config))))  # quotes strings that look like numbers
+
+
+def save(config: Config, path: Path) -> None:
+    """Write the resolved config as YAML; see :func:`to_yaml`."""
+    path.write_text(to_yaml(config), encoding="utf-8")
 
 
 def _escaped(value: Any) -> Any:

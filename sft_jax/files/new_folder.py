@@ -18,6 +18,7 @@ from tqdm import tqdm
 from sft_jax.distributed.processes import LONG_WAIT_SECONDS, broadcast, gather, temporary_folders
 from sft_jax.errors import UserError
 from sft_jax.files.buckets import connect, failures, is_url, reason
+from sft_jax.files.flush import flush
 from sft_jax.files.lock import FolderLock
 
 _UNFINISHED = "export.unfinished"  # marks a folder in a bucket until the export is complete
@@ -67,15 +68,15 @@ def _on_disk(out: Path) -> Iterator[Path]:
             partial.chmod(0o777 & ~_umask())  # only the owner can read temporary folders
             for file in partial.iterdir():
                 file.chmod(0o666 & ~_umask())
-                _flush(file)
-            _flush(partial)
+                flush(file)
+            flush(partial)
             try:
                 os.replace(partial, out)
             except OSError as error:
                 if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                     raise UserError(f"{out}: another process wrote it meanwhile; use another folder") from error
                 raise
-            _flush(out.parent)
+            flush(out.parent)
     except BaseException:
         if is_main:
             shutil.rmtree(partial, ignore_errors=True)
@@ -153,15 +154,6 @@ def _upload(files: list[Path], bucket: Any, root: str) -> None:
                     bar.update(file.stat().st_size)
             if not is_last:
                 gather("the end of the export", wait=LONG_WAIT_SECONDS)
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk: a power cut leaves no name without content."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _umask() -> int:

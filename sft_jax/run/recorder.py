@@ -121,6 +121,11 @@ class Recorder:
                 self.stop_requested = True
                 self._preemption.request()
 
+    def flush_to_disk(self) -> None:
+        """Write the metrics of all dispatched steps, and wait until they are on the disk."""
+        self.flush()
+        self._writer.flush()
+
     def restart_clock(self) -> None:
         """Exclude the time since the last step from the time of the next one."""
         self._since = time.perf_counter()

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from sft_jax.data.tokens.examples import Examples
 from sft_jax.distributed.processes import LONG_WAIT_SECONDS, broadcast, gather
 from sft_jax.errors import UserError
 from sft_jax.files.digests import Words, folder_digests, texts
+from sft_jax.files.flush import flush_all, write_whole
 from sft_jax.hf.hub import commit_of
 from sft_jax.hf.load import outside_tensors
 from sft_jax.hf.untrained import chat_tokens, untrained_tokens
@@ -160,10 +162,11 @@ def _create_directory(inputs: Inputs, say: Announcer) -> bool:
             raise UserError(f"training.output_dir: another process trained in {folder} just now; run the command again")
         if inputs.latest is None:
             inputs.tokenizer.save_pretrained(folder.local / "tokenizer")
-            configs.save(inputs.config, folder.local / "config.yaml")
-        elif not (folder.local / "config.yaml").is_file():
-            configs.save(inputs.config, folder.local / "config.yaml")
-            say("damage", f"{folder}/config.yaml was gone; it is written again")
+            flush_all(folder.local / "tokenizer")
+        if inputs.latest is None or not _has_config(folder.local):
+            write_whole(folder.local / "config.yaml", configs.to_yaml(inputs.config))
+            if inputs.latest is not None:
+                say("damage", f"{folder}/config.yaml was damaged or gone; it is written again")
         folder.push()
     gather("the run directory", wait=LONG_WAIT_SECONDS)
     if not folder.is_shared():
@@ -171,6 +174,14 @@ def _create_directory(inputs: Inputs, say: Announcer) -> bool:
             f"training.output_dir: {folder} is not the directory of process 0; use one that all hosts share"
         )
     return began
+
+
+def _has_config(run: Path) -> bool:
+    try:
+        configs.load(run / "config.yaml")
+    except UserError:
+        return False
+    return True
 
 
 def _tokenizer_files(inputs: Inputs, saved: dict[str, str] | None, say: Announcer) -> dict[str, str]:

@@ -96,7 +96,7 @@ def loop(inputs: Inputs, session: Session, recorder: Recorder, preemption: Preem
         stopping = preemption.reached(step) and step < total
         due = [task for task in tasks if task.is_due(step, total, stopping)]
         if due:
-            recorder.flush()
+            recorder.flush_to_disk()
             for task in due:
                 task.do(step)
             if jax.process_index() == 0:

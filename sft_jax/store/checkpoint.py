@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from orbax.checkpoint.utils import checkpoint_steps
 from sft_jax import config_file as configs
 from sft_jax.errors import UserError
 from sft_jax.files.digests import array_digests, named, text_digest
+from sft_jax.files.flush import flush_all
 from sft_jax.hf.reader import is_same_model
 from sft_jax.training.state import TrainState
 from sft_jax.tree import Path as LeafPath
@@ -76,6 +78,12 @@ def _reading(step: int) -> Iterator[None]:
         raise DamagedError(step, reason) from error
 
 
+def _flush_unnamed(folder: epath.Path) -> None:
+    """Wait until a checkpoint that is written, but has not got its name yet, is on the disk; called by orbax."""
+    for unnamed in () if "://" in str(folder) else Path(folder).glob("*.orbax-checkpoint-tmp*"):
+        flush_all(unnamed)
+
+
 def _without_late_reads(hook: Any, unraisable: Any) -> None:
     """Leaves out what the storage library prints for reads that end after another read has failed."""
     if not (unraisable.exc_type is RuntimeError and str(unraisable.exc_value) == "Event loop is closed"):
@@ -113,6 +121,7 @@ class Checkpoints:
             best_fn=(lambda metrics: metrics["eval_loss"]) if keep_best else None,
             best_mode="min",
             create=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=partial(_flush_unnamed, folder)),
         )
         handlers = {name: handler() for name, handler in _HANDLERS.items()}
         self._manager = ocp.CheckpointManager(folder, options=options, item_handlers=handlers)

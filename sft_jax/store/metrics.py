@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from sft_jax.errors import UserError
+from sft_jax.files.flush import write_whole
 from sft_jax.tree import flatten
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -52,9 +54,7 @@ class MetricsWriter:
             return
         path = folder / "metrics.jsonl"
         kept = [row for row in read_metrics(path) if row["step"] <= keep_until]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        partial.replace(path)
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = path.open("a", encoding="utf-8")
         if tensorboard:
             from tensorboardX import SummaryWriter
@@ -100,6 +100,11 @@ class MetricsWriter:
             for i, sample in enumerate(samples):
                 text = f"{sample['prompt']}\n\n---\n\n{sample['text']}\n\n*{sample['finish_reason']}*"
                 self._tensorboard.add_text(f"samples/{i}", text, step)
+
+    def flush(self) -> None:
+        """Wait until the rows are on the disk."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Flush and close everything."""
