@@ -1,15 +1,30 @@
 """Entry point of ``sft-jax`` and ``python -m sft_jax``."""
 
 import sys
+import threading
+import warnings
 
 from sft_jax.cli import main
+from sft_jax.errors import one_line
 from sft_jax.without_torch import leave_out_torch
 
 
 def run() -> int:
     """Run a command in a process of its own; :func:`sft_jax.cli.main` also runs inside other programs."""
     leave_out_torch()
+    if "--debug" not in sys.argv:
+        # What Python prints, with tracebacks, of objects that are removed while a command ends with an error.
+        sys.unraisablehook = lambda _: None
+        threading.excepthook = _one_line_of_a_thread
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     return main()
+
+
+def _one_line_of_a_thread(error: threading.ExceptHookArgs) -> None:
+    if error.exc_type is not SystemExit:
+        name = error.thread.name if error.thread is not None else "a thread"
+        text = one_line(f"{error.exc_type.__name__}: {error.exc_value}")
+        print(f"sft-jax: {name} ended with {text}; --debug shows its traceback", file=sys.stderr)
 
 
 if __name__ == "__main__":

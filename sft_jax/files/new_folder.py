@@ -20,6 +20,7 @@ from sft_jax.errors import UserError
 from sft_jax.files.buckets import connect, failures, is_url, reason
 from sft_jax.files.flush import flush
 from sft_jax.files.lock import FolderLock
+from sft_jax.outside_faults import naming
 
 _UNFINISHED = "export.unfinished"  # marks a folder in a bucket until the export is complete
 _PARTIAL = "partial-"  # in the names of temporary folders
@@ -37,7 +38,7 @@ def new_folder(name: str) -> Iterator[Path]:
     Raises:
         UserError: ``name`` is not empty, not visible to all processes, or not writable.
     """
-    with _in_bucket(name.rstrip("/")) if is_url(name) else _on_disk(Path(name)) as folder:
+    with naming(name), _in_bucket(name.rstrip("/")) if is_url(name) else _on_disk(Path(name)) as folder:
         yield folder
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,9 +59,10 @@ class TensorWriter:
         self._tensors = tensors
         self._files: dict[str, tuple[Any, int]] = {}  # file and offset of each tensor of this process
         self._open = []
-        for i, (file, names) in enumerate(zip(files, shards, strict=True)):
-            if i % num_processes == process:
-                self._begin(folder / file, names)
+        with self._closing_on_error():
+            for i, (file, names) in enumerate(zip(files, shards, strict=True)):
+                if i % num_processes == process:
+                    self._begin(folder / file, names)
         if len(shards) > 1 and process == 0:
             weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in sorted(names)}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -89,11 +91,27 @@ class TensorWriter:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is not None:
+            return self._close_after_error()
+        with self._closing_on_error():
+            for file in self._open:
+                file.flush()
+                os.fsync(file.fileno())
+                file.close()
+
+    @contextmanager
+    def _closing_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._close_after_error()
+            raise
+
+    def _close_after_error(self) -> None:
+        """Closes all files; what cannot be written any more, to a full disk, is given up with them."""
         for file in self._open:
-            with file:
-                if error is None:
-                    file.flush()
-                    os.fsync(file.fileno())
+            with suppress(OSError):
+                file.close()
 
     def _begin(self, path: Path, names: list[str]) -> None:
         """Writes a file's header and extends the file to its final size."""

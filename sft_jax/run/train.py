@@ -11,6 +11,7 @@ import jax
 from sft_jax.config import Config
 from sft_jax.distributed.preemption import Preemption
 from sft_jax.errors import Preempted, Stopped
+from sft_jax.outside_faults import naming
 from sft_jax.run.announce import Announcer
 from sft_jax.run.due import tasks_of
 from sft_jax.run.finish import finish, stop_not_finite
@@ -37,8 +38,9 @@ def train(config: Config, devices: Sequence[Any] | None = None, callbacks: Seque
     say = Announcer(jax.process_index() == 0)
     inputs = prepare(config, devices, say)
     try:
-        inputs, session = _start(inputs, say)
-        with jax.set_mesh(inputs.mesh), Preemption() as preemption:
+        with naming(inputs.folder):
+            inputs, session = _start(inputs, say)
+        with naming(inputs.folder), jax.set_mesh(inputs.mesh), Preemption() as preemption:
             recorder = Recorder(inputs, session.first_step, preemption, callbacks)
             try:
                 loop(inputs, session, recorder, preemption, say)

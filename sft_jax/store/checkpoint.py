@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +66,8 @@ class DamagedError(Exception):
 @contextmanager
 def _reading(step: int) -> Iterator[None]:
     """Turns what the checkpoint library raises for files that were changed or are missing into one error."""
-    hook = sys.unraisablehook
-    sys.unraisablehook = partial(_without_late_reads, hook)
     try:
         yield
-        sys.unraisablehook = hook  # after an error it stays, since other reads may end much later
     except PermissionError:
         raise
     except _UNREADABLE as error:
@@ -84,10 +81,10 @@ def _flush_unnamed(folder: epath.Path) -> None:
         flush_all(unnamed)
 
 
-def _without_late_reads(hook: Any, unraisable: Any) -> None:
-    """Leaves out what the storage library prints for reads that end after another read has failed."""
-    if not (unraisable.exc_type is RuntimeError and str(unraisable.exc_value) == "Event loop is closed"):
-        hook(unraisable)
+@cache
+def _leave_out_repeated_errors() -> None:
+    """Keeps orbax from also logging, with tracebacks, the errors that it raises."""
+    logging.getLogger("absl").addFilter(lambda one: not ("orbax" in one.pathname and one.exc_info))
 
 
 class Checkpoints:
@@ -103,6 +100,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: epath.Path, keep: int = 2, keep_best: int = 0, keep_every: int | None = None):
+        _leave_out_repeated_errors()
         policies: list[managers.PreservationPolicy] = [managers.LatestN(keep)]
         if keep_best:
             policies.append(

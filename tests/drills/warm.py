@@ -175,16 +175,20 @@ def _import_everything() -> None:
             importlib.import_module(module.name)
 
 
-def _child(order: dict[str, Any]) -> None:
-    """Run a command in this process, which was forked for it, and end it as Python would."""
+def _child(order: dict[str, Any], writers: list[int]) -> None:
+    """Run a command in this process, which was forked for it, and end it as Python would.
+
+    Args:
+        writers: the pipes for its output and errors.
+    """
     from sft_jax import __main__
 
     os.setpgid(0, 0)
     os.chdir(order["cwd"])
-    folder = Path(order["folder"])
-    with open(os.devnull) as nothing, (folder / "out").open("wb") as out, (folder / "err").open("wb") as err:
-        for number, file in enumerate((nothing, out, err)):
-            os.dup2(file.fileno(), number)
+    with open(os.devnull) as nothing:
+        os.dup2(nothing.fileno(), 0)
+    os.dup2(writers[0], 1)
+    os.dup2(writers[1], 2)
     os.environ.update(order["environment"])
     for name, limit in order["limits"].items():
         resource.setrlimit(getattr(resource, name), (limit, limit))
@@ -199,6 +203,32 @@ def _say(**what: int | float) -> None:
     os.write(1, json.dumps(what).encode() + b"\n")
 
 
+@dataclasses.dataclass
+class _Pipe:
+    """What a command writes; a file would fall under the limits of its process."""
+
+    reader: int
+    file: Path
+
+    def read(self) -> None:
+        with self.file.open("ab") as file, contextlib.suppress(BlockingIOError):
+            while content := os.read(self.reader, 65536):
+                file.write(content)
+
+
+def _fork(order: dict[str, Any], pipes: dict[int, list[_Pipe]]) -> None:
+    ends = [os.pipe() for _ in range(2)]
+    if not (pid := os.fork()):
+        _child(order, [writer for _, writer in ends])
+    for reader, writer in ends:
+        os.close(writer)
+        os.set_blocking(reader, False)
+    pipes[pid] = [
+        _Pipe(reader, Path(order["folder"], name)) for (reader, _), name in zip(ends, ("out", "err"), strict=True)
+    ]
+    _say(started=pid)
+
+
 def _serve() -> None:
     from sft_jax.without_torch import leave_out_torch
 
@@ -206,22 +236,23 @@ def _serve() -> None:
     _import_everything()
     unread = b""
     is_open = True
-    running = 0
-    while is_open or running:
-        if is_open and select.select([0], [], [], 0.002)[0]:
+    pipes: dict[int, list[_Pipe]] = {}
+    while is_open or pipes:
+        readers = [pipe.reader for both in pipes.values() for pipe in both]
+        ready = select.select([0] * is_open + readers, [], [], 0.002)[0]
+        if 0 in ready:
             content = os.read(0, 65536)
             is_open = bool(content)
             *lines, unread = (unread + content).split(b"\n")
             for line in lines:
-                if not (pid := os.fork()):
-                    _child(json.loads(line))
-                running += 1
-                _say(started=pid)
-        elif not is_open:
-            time.sleep(0.002)
-        while running and (pid_status := os.wait4(-1, os.WNOHANG))[0]:
-            pid, status, usage = pid_status
-            running -= 1
+                _fork(json.loads(line), pipes)
+        for pipe in [one for both in pipes.values() for one in both if one.reader in ready]:
+            pipe.read()
+        while pipes and (ended := os.wait4(-1, os.WNOHANG))[0]:
+            pid, status, usage = ended
+            for pipe in pipes.pop(pid):
+                pipe.read()
+                os.close(pipe.reader)
             cpu = usage.ru_utime + usage.ru_stime
             _say(ended=pid, code=os.waitstatus_to_exitcode(status), cpu=cpu, peak=usage.ru_maxrss * 1024)
 

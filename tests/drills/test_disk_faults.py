@@ -1,0 +1,176 @@
+"""A full disk, missing permissions, limits of a process, wherever a command writes: one line, and nothing is lost."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from faults import small_disk
+from kit import child_environment, config_of, make_model, trained_leaves, write_chats
+from warm import Ended, Warm
+
+from sft_jax import config_file as configs
+
+STEPS = 6
+KIB = 1024
+
+
+@pytest.fixture(scope="module")
+def warm():
+    with Warm(**child_environment(PYTHONWARNINGS="")) as warm:
+        yield warm
+
+
+@pytest.fixture(scope="module")
+def whole(warm, tmp_path_factory):
+    """A folder with a base model, data and a run with checkpoints of the steps 4 and 6."""
+    folder = tmp_path_factory.mktemp("whole")
+    make_model(folder / "base")
+    write_chats(folder / "chats.jsonl")
+    keys = {"training__max_steps": STEPS, "training__save_every": 2}
+    configs.save(config_of("base", "chats.jsonl", "run", **keys), folder / "config.yaml")
+    ended = warm.run("train", "config.yaml", cwd=folder, environment={"SFT_JAX_CACHE": "cache"})
+    assert ended.code == 0, ended.err
+    return folder
+
+
+def commands(out: str) -> dict[str, list[str]]:
+    """Each command that writes, into the folder ``out``."""
+    return {
+        "train": ["train", "config.yaml", f"training.output_dir={out}/run"],
+        "train with TensorBoard": [
+            "train", "config.yaml", f"training.output_dir={out}/run", "training.tensorboard=true",
+        ],
+        "merged": ["export", "run", f"{out}/model", "--format", "merged"],
+        "adapter": ["export", "run", f"{out}/model", "--format", "adapter"],
+    }  # fmt: skip
+
+
+class Faults:
+    """Runs commands under faults, and counts how they ended."""
+
+    def __init__(self, warm: Warm, whole: Path, folder: Path):
+        self.warm, self.whole, self.folder = warm, whole, folder
+        self.outcomes: Counter[str] = Counter()
+        self.number = 0
+
+    def fresh(self) -> Path:
+        self.number += 1
+        here = self.folder / str(self.number)
+        shutil.copytree(self.whole, here)
+        return here
+
+    def run(self, here: Path, command: list[str], what: str, **options) -> Ended:
+        environment = {"SFT_JAX_CACHE": "cache"} | options.pop("environment", {})
+        ended = self.warm.run(*command, cwd=here, environment=environment, before="faults.obey_permissions", **options)
+        said = ended.err.strip().splitlines()[-1:]
+        assert ended.is_clean, f"{what}: {ended.code}\n{ended.err}"
+        self.outcomes["went on" if ended.code == 0 else f"code {ended.code}"] += 1
+        print(f"{what}: {ended.code} {said if ended.code else ''}")
+        return ended
+
+    def and_again(self, here: Path, command: list[str], what: str, out: Path) -> None:
+        """Without the fault, the same command ends as it would have."""
+        shutil.rmtree(out / "model", ignore_errors=True)
+        ended = self.warm.run(*command, cwd=here, environment={"SFT_JAX_CACHE": "cache"})
+        assert ended.code == 0, f"{what}: {ended.err}"
+        if command[0] == "train":
+            leaves = [trained_leaves(one, STEPS) for one in (self.whole / "run", out / "run")]
+            assert all(np.array_equal(leaves[0][path], leaves[1][path]) for path in leaves[0]), what
+        left = [one.name for one in out.iterdir() if one.name not in ("run", "model")]
+        assert not left, f"{what}: {left}"
+        shutil.rmtree(here)
+
+
+@pytest.mark.drill("sft_jax")
+@pytest.mark.parametrize("name", commands(""))
+def test_full_disk(name, warm, whole, tmp_path, is_full):
+    faults = Faults(warm, whole, tmp_path)
+    sizes = [4, 16, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768] if is_full else [16, 256]
+    for size in sizes:
+        here, what = faults.fresh(), f"{name} on {size} KiB"
+        command = commands("disk")[name]
+        with small_disk(here / "disk", size * KIB) as is_small:
+            limits = {} if is_small else {"RLIMIT_FSIZE": size * KIB}
+            faults.run(here, command, what, limits=limits)
+            shutil.copytree(here / "disk", here / "larger")
+        faults.and_again(here, commands("larger")[name], what, here / "larger")
+    print(f"{name}, full disk: {dict(faults.outcomes)}")
+
+
+@pytest.mark.drill("sft_jax")
+@pytest.mark.parametrize("name", commands(""))
+def test_limits_of_the_process(name, warm, whole, tmp_path, is_full):
+    faults = Faults(warm, whole, tmp_path)
+    limits = [("RLIMIT_FSIZE", size * KIB) for size in (0, 1, 16, 64, 256)]
+    limits += [("RLIMIT_NOFILE", count) for count in (16, 32, 48, 64, 96, 128)]
+    for key, limit in limits if is_full else limits[2::4]:
+        here, what = faults.fresh(), f"{name} with {key} {limit}"
+        (here / "out").mkdir()
+        command = commands("out")[name]
+        faults.run(here, command, what, limits={key: limit})
+        faults.and_again(here, command, what, here / "out")
+    print(f"{name}, limits: {dict(faults.outcomes)}")
+
+
+PLACES = {
+    "output folder": "out", "run": "out/run", "checkpoints": "out/run/checkpoints", "report": "out/run/report",
+    "token cache": "cache", "cached tokens": "cache/tokens", "base": "base", "data": "chats.jsonl",
+    "config": "config.yaml", "temporary folder": "tmp", "weights": "base/model.safetensors", "the run": "run",
+    "the run's checkpoints": "run/checkpoints", "the run's tokenizer": "run/tokenizer",
+}  # fmt: skip
+
+
+@pytest.mark.drill("sft_jax")
+@pytest.mark.parametrize("name", commands(""))
+def test_permissions(name, warm, whole, tmp_path, is_full):
+    faults = Faults(warm, whole, tmp_path)
+    cases = [(place, mode) for place in PLACES for mode in (0o555, 0o000)]
+    for place, mode in cases if is_full else cases[::9]:
+        here, what = faults.fresh(), f"{name} with {place} of mode {mode:o}"
+        (here / "tmp").mkdir()
+        (here / "out").mkdir()
+        if PLACES[place].startswith("out/run"):
+            shutil.copytree(here / "run", here / "out" / "run")
+            shutil.rmtree(here / "out" / "run" / "checkpoints" / "6")
+        if "cache" in place or name.startswith("train"):
+            shutil.rmtree(here / "cache" / "tokens")
+            (here / "cache" / "tokens").mkdir()
+        path = here / PLACES[place]
+        before = path.stat().st_mode
+        path.chmod(mode)
+        command = commands("out")[name]
+        try:
+            faults.run(here, command, what, environment={"TMPDIR": str(here / "tmp")})
+        finally:
+            path.chmod(before)
+        faults.and_again(here, command, what, here / "out")
+    print(f"{name}, permissions: {dict(faults.outcomes)}")
+
+
+@pytest.mark.drill("sft_jax")
+@pytest.mark.parametrize("name", commands(""))
+def test_files_in_place_of_folders(name, warm, whole, tmp_path, is_full):
+    faults = Faults(warm, whole, tmp_path)
+    places = (
+        "out",
+        "out/run",
+        "out/model",
+        "out/run/checkpoints",
+        "out/run/report",
+        "out/run/tokenizer",
+        "cache",
+        "tmp",
+    )
+    for place in places if is_full else places[1::4]:
+        here, what = faults.fresh(), f"{name} with a file at {place}"
+        shutil.rmtree(here / "cache")
+        (here / place).parent.mkdir(parents=True, exist_ok=True)
+        (here / place).write_text("a file")
+        faults.run(here, commands("out")[name], what, environment={"TMPDIR": str(here / "tmp")})
+        assert (here / place).read_text() == "a file", what
+        shutil.rmtree(here)
+    print(f"{name}, files in place of folders: {dict(faults.outcomes)}")
