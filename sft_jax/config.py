@@ -170,10 +170,18 @@ class OptimizerConfig:
     b2: float = 0.999  # Adam's beta2
     eps: float = 1.0e-8  # Adam's epsilon
     moments: str = "float32"  # Adam's moments: float32 | bfloat16 | factored (second moment by rows and columns)
+    spike_guard: str | None = None  # at a spike of the gradient norm: skip the update, or stop the run; null: neither
+    spike_factor: float = 10.0  # a spike: a gradient norm of more than this times its running average
 
     def __post_init__(self) -> None:
         _one_of(self.name, "optimizer.name", ("adamw",))
         _one_of(self.moments, "optimizer.moments", ("float32", "bfloat16", "factored"))
+        _require(
+            self.spike_guard in (None, "skip", "stop"),
+            "optimizer.spike_guard",
+            f"{self.spike_guard!r} is not one of skip, stop, null",
+        )
+        _require(self.spike_factor > 1, "optimizer.spike_factor", f"{self.spike_factor} is not above 1")
         _one_of(self.schedule, "optimizer.schedule", ("constant", "linear", "cosine", "wsd"))
         _require(self.learning_rate >= 0, "optimizer.learning_rate", f"{self.learning_rate} is negative")
         _require(0 <= self.warmup_ratio < 1, "optimizer.warmup_ratio", f"{self.warmup_ratio} is not in [0, 1)")

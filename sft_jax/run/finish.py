@@ -16,7 +16,7 @@ from sft_jax.report.loss import plot_loss
 from sft_jax.report.write import write_report
 from sft_jax.run.announce import Announcer
 from sft_jax.run.prepare import Inputs
-from sft_jax.run.recorder import NotFinite, Recorder
+from sft_jax.run.recorder import Halted, Recorder
 from sft_jax.run.start import Session
 from sft_jax.store.metrics import read_metrics
 from sft_jax.training.weights import load_weights
@@ -50,8 +50,8 @@ def finish(inputs: Inputs, session: Session, recorder: Recorder, say: Announcer)
     return recorder.last
 
 
-def stop_not_finite(inputs: Inputs, session: Session, error: NotFinite) -> UserError:
-    """Handle a non-finite loss or gradient: save the state before it, list the rows of the batch, return the error."""
+def stop_halted(inputs: Inputs, session: Session, error: Halted) -> UserError:
+    """Handle a halted run: save the state before the step, list the rows of the batch, and return the error."""
     step, values, folder = error.step, error.values, inputs.folder
     session.state = dataclasses.replace(session.state, halted=jnp.zeros_like(session.state.halted))
     session.save(step - 1)
@@ -60,7 +60,7 @@ def stop_not_finite(inputs: Inputs, session: Session, error: NotFinite) -> UserE
     if inputs.plan is not None:
         examples = inputs.data.examples
         rows = [examples.describe(int(i)) for row in inputs.plan.rows_of(step - 1) for i in row]
-    name = f"report/not_finite_step_{step}.json"
+    name = f"report/{error.reason}_step_{step}.json"
     if jax.process_index() == 0:
         path = folder.local / name
         path.parent.mkdir(exist_ok=True)
@@ -70,7 +70,9 @@ def stop_not_finite(inputs: Inputs, session: Session, error: NotFinite) -> UserE
     if rows is not None:
         more = f" and {len(rows) - 4} more" if len(rows) > 4 else ""
         batch = f"{', '.join(rows[:4])}{more} (all in {folder}/{name})"
+    is_spike = error.reason == "spike"
+    way_out = "; optimizer.spike_guard=skip resumes there without this update" if is_spike else ""
     return UserError(
-        f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; the batch contains {batch}; the "
-        f"previous state is saved as step {step - 1}"
+        f"step {step}: {'spike: ' if is_spike else ''}loss {values['loss']}, gradient norm {values['grad_norm']}; the "
+        f"batch contains {batch}; the previous state is saved as step {step - 1}{way_out}"
     )

@@ -11,6 +11,7 @@ import numpy as np
 
 from sft_jax import config_file as configs
 from sft_jax.distributed.preemption import Preemption
+from sft_jax.run.alarms import Alarms
 from sft_jax.run.prepare import Inputs
 from sft_jax.store.metrics import MetricsWriter, Progress
 from sft_jax.typing import Array
@@ -18,11 +19,11 @@ from sft_jax.typing import Array
 Callback = Callable[[str, int, dict[str, Any]], object]  # kind of event, step, metrics; "stop" ends the run
 
 
-class NotFinite(Exception):
-    """A loss or gradient is not finite."""
+class Halted(Exception):
+    """A loss or gradient is not finite, or a gradient is a spike at which the run stops."""
 
-    def __init__(self, step: int, values: dict[str, Any]):
-        self.step, self.values = step, values
+    def __init__(self, step: int, values: dict[str, Any], reason: str):
+        self.step, self.values, self.reason = step, values, reason
 
 
 class Recorder:
@@ -38,6 +39,8 @@ class Recorder:
         self.last: dict[str, Any] = {"step": first_step}
         self.stop_requested = False
         self._total, self._every = inputs.total_steps, training.log_every
+        self._stops_at_spikes = inputs.config.optimizer.spike_guard == "stop"
+        self._alarms = Alarms()
         self._groups = inputs.data.examples.groups
         self._callbacks = callbacks if is_main else ()
         self._preemption = preemption
@@ -60,7 +63,7 @@ class Recorder:
             num_tokens: number of tokens in the batch, including padding.
 
         Raises:
-            NotFinite: the loss or gradient of the previous step is not finite.
+            Halted: the previous step changed nothing, and no later one will.
         """
         self.flush()
         self._pending = (step, metrics, num_tokens)
@@ -69,7 +72,7 @@ class Recorder:
         """Wait for the dispatched step and write its metrics.
 
         Raises:
-            NotFinite: its loss or gradient is not finite.
+            Halted: the step changed nothing, and no later one will.
         """
         if self._pending is None:
             return
@@ -77,10 +80,10 @@ class Recorder:
         fetched = jax.device_get(metrics)
         by_source = source_losses(self._groups, fetched)
         values = {key: value.item() for key, value in fetched.items() if value.ndim == 0}
-        finite, now = values.pop("finite"), time.perf_counter()
+        finite, is_spike, now = values.pop("finite"), values.pop("spike", False), time.perf_counter()
         row = {
             "step": step,
-            **{key: int(value) if key.endswith("_tokens") else value for key, value in values.items()},
+            **{key: int(value) if key.endswith(("_tokens", "_steps")) else value for key, value in values.items()},
             "slot_tokens": num_tokens,
             "real_tokens_per_second": values["real_tokens"] / (now - self._since),
             "step_seconds": now - self._since,
@@ -88,12 +91,16 @@ class Recorder:
         if by_source:
             row["source_loss"] = by_source
         self.last.update(row)
-        if step % self._every == 0 or step == self._total or not finite:
+        if step % self._every == 0 or step == self._total or not finite or is_spike:
             self._writer.write(row)
         self._progress.update(step, row["loss"], row["real_tokens_per_second"])
         self._since = now
+        for text in self._alarms.of(row, is_spike):
+            self.say(step, text)
         if not finite:
-            raise NotFinite(step, values)
+            raise Halted(step, values, "not_finite")
+        if is_spike and self._stops_at_spikes:
+            raise Halted(step, values, "spike")
         self.notify("step", step, row)
 
     def evaluated(self, step: int, row: dict[str, Any]) -> None:

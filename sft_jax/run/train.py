@@ -14,9 +14,9 @@ from sft_jax.errors import Preempted, Stopped
 from sft_jax.outside_faults import naming
 from sft_jax.run.announce import Announcer
 from sft_jax.run.due import tasks_of
-from sft_jax.run.finish import finish, stop_not_finite
+from sft_jax.run.finish import finish, stop_halted
 from sft_jax.run.prepare import Inputs, prepare
-from sft_jax.run.recorder import Callback, NotFinite, Recorder
+from sft_jax.run.recorder import Callback, Halted, Recorder
 from sft_jax.run.resume import set_aside
 from sft_jax.run.start import Session, start
 from sft_jax.store.checkpoint import DamagedError
@@ -44,8 +44,8 @@ def train(config: Config, devices: Sequence[Any] | None = None, callbacks: Seque
             recorder = Recorder(inputs, session.first_step, preemption, callbacks)
             try:
                 loop(inputs, session, recorder, preemption, say)
-            except NotFinite as error:
-                raise stop_not_finite(inputs, session, error) from None
+            except Halted as error:
+                raise stop_halted(inputs, session, error) from None
             finally:
                 session.checkpoints.close()
                 recorder.close()
@@ -70,7 +70,7 @@ def loop(inputs: Inputs, session: Session, recorder: Recorder, preemption: Preem
 
     Raises:
         Preempted: the run was asked to stop; the state is saved.
-        NotFinite: a loss or gradient is not finite.
+        Halted: a loss or gradient is not finite.
     """
     config, mesh, total, first = inputs.config, inputs.mesh, inputs.total_steps, session.first_step
     tasks = tasks_of(inputs, session, recorder)

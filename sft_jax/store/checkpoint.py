@@ -324,6 +324,8 @@ def changed_key(saved: dict[str, Any], config: dict[str, Any]) -> tuple[str, Any
         for one in (saved["config"], config)
     )
     for key in sorted(before.keys() | now.keys()):
+        if key == "optimizer.spike_guard" and before.get(key) and now.get(key):
+            continue  # a run that stopped at a spike resumes without it
         is_path = key in ("model.path", "model.revision") and saved["base"] != "random"  # the weights are compared
         if not key.startswith(_FREE_KEYS) and not is_path and before.get(key) != now.get(key):
             return key, before.get(key), now.get(key)

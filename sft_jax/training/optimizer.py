@@ -14,6 +14,7 @@ from sft_jax.config import OptimizerConfig
 from sft_jax.errors import UserError
 from sft_jax.models.split import FROZEN, LABELS
 from sft_jax.training.moments import scale_by_factored_adam, scale_by_rounded_adam
+from sft_jax.training.spikes import guard_spikes
 from sft_jax.tree import Params, Path, flatten, unflatten
 from sft_jax.typing import Array
 
@@ -105,7 +106,8 @@ def make_optimizer(
         with _OPTAX_PROMOTION():
             return by_label.update(_in_float32(updates), state, _in_float32(params), **extra)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    optimizer = optax.GradientTransformationExtraArgs(init, update)
+    return optimizer if config.spike_guard is None else guard_spikes(optimizer, config.spike_factor)
 
 
 def _moments(config: OptimizerConfig, seed: int) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:

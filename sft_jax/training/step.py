@@ -18,6 +18,7 @@ from sft_jax.training.cross_entropy import Terms
 from sft_jax.training.losses import Loss, Sums, cross_entropy_loss
 from sft_jax.training.optimizer import make_schedule
 from sft_jax.training.rounding import apply_updates
+from sft_jax.training.spikes import GuardState
 from sft_jax.training.state import TrainState
 from sft_jax.tree import Params
 from sft_jax.typing import Array, Batch
@@ -37,6 +38,7 @@ def make_train_step(
     out_shardings: Any = None,
     loss: Loss | None = None,
     rounding_key: Array | None = None,
+    stops_at_spikes: bool = False,
 ) -> TrainStep:
     """Returns the jitted ``step(state, frozen, batch) -> (state, metrics)``, which donates the state's buffers.
 
@@ -53,10 +55,12 @@ def make_train_step(
         out_shardings: shardings of the new state; gradients have those of the weights.
         loss: the loss; by default the cross-entropy of supervised tokens.
         rounding_key: for bfloat16 weights; each step has its own key.
+        stops_at_spikes: whether a spike halts the state; see :mod:`sft_jax.training.spikes`.
 
     Returns:
         A function whose metrics are those of the loss, ``grad_norm, learning_rate, target_tokens, real_tokens, finite``
-        and ``source_weight``, the weight of each source.
+        and ``source_weight``, the weight of each source. With a guard, also ``spike`` and ``skipped_steps``, the number
+        of spikes so far.
     """
     loss = loss or cross_entropy_loss()
     total = _accumulated_gradients(split, loss, num_microbatches, out_shardings)
@@ -75,6 +79,11 @@ def make_train_step(
 
         finite = jnp.isfinite(loss_metrics["loss"]) & jnp.isfinite(grad_norm)
         halted = state.halted | ~finite
+        guard: dict[str, Array] = {}
+        if isinstance(opt_state, GuardState):
+            guard = {"skipped_steps": opt_state.skipped, "spike": opt_state.skipped > state.opt_state.skipped}
+            if stops_at_spikes:
+                halted |= guard["spike"]
         apply = ~halted & (weight > 0)
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(apply, new, old), (params, opt_state), (state.params, state.opt_state)
@@ -87,6 +96,7 @@ def make_train_step(
             "real_tokens": jnp.sum(batch.segment_ids > 0, dtype=jnp.float32),
             "finite": finite,
             "source_weight": sums["source_weight"],
+            **guard,
         }
         return TrainState(step=step, params=params, opt_state=opt_state, halted=halted), metrics
 
@@ -175,4 +185,5 @@ def step_of(
         shardings,
         cross_entropy_loss(num_sources, Terms(training.label_smoothing, training.z_loss), training.router_aux_loss),
         jax.random.fold_in(key, 3),
+        stops_at_spikes=config.optimizer.spike_guard == "stop",
     )
