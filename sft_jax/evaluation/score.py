@@ -49,7 +49,7 @@ def score(
         stop_token: ends a plain response; default: the tokenizer's EOS token.
 
     Raises:
-        UserError: a row without these keys, or one that is longer than the context.
+        UserError: a row without these keys, or one that is longer than the context; logits are not finite.
     """
     chat = Encoder(model.tokenizer, "last_assistant", stop_token)
     scores, encoded = [], []
@@ -73,6 +73,11 @@ def score(
     for number, (i, j, response) in enumerate(scores):
         supervised = examples[number][1][1:] > 0
         log_probs = tokens.log_prob[tokens.starts[number] : tokens.starts[number + 1]][supervised]
+        if np.isnan(log_probs).any():
+            raise UserError(
+                f"{name} row {i}, response {j}: the model's logits are not finite (NaN or infinite), so there is no "
+                "score; its weights are damaged, or too large for their dtype (try --dtype float32)"
+            )
         result.append(Score(i, j, float(log_probs.sum(dtype=np.float64)), len(log_probs), response))
     return result
 

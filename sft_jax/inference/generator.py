@@ -48,6 +48,7 @@ class _State:
     done: Bool[Array, "B"]
     tokens: Int[Array, "B S"]  # sampled tokens in order, including stop tokens
     num_tokens: Int[Array, ""]
+    finite: Bool[Array, "B"]  # whether all logits that were sampled from are numbers
 
 
 class Generator:
@@ -75,6 +76,7 @@ class Generator:
                 done=state.done | jnp.isin(token, stops),
                 tokens=state.tokens.at[:, state.num_tokens].set(token),
                 num_tokens=state.num_tokens + 1,
+                finite=state.finite & (state.done | jnp.isfinite(jnp.max(logits, axis=-1))),
             )
 
         def start(
@@ -92,6 +94,7 @@ class Generator:
                 done=lengths == 0,  # padding of the batch
                 tokens=jnp.zeros((ids.shape[0], cache_length), jnp.int32),
                 num_tokens=jnp.zeros((), jnp.int32),
+                finite=jnp.ones(lengths.shape, bool),
             )
             return draw(model.logits(last)[:, 0], state, keys, sampling)
 
@@ -130,7 +133,7 @@ class Generator:
             progress: called with the number of prompts finished since the last call.
 
         Raises:
-            UserError: a prompt is empty, or leaves no room for an answer in the context.
+            UserError: a prompt is empty, or leaves no room for an answer in the context; logits are not finite.
         """
         sampling = sampling or Sampling()
         for i, prompt in enumerate(prompts):
@@ -144,8 +147,9 @@ class Generator:
             state, limit, keys = self._begin(trainable, frozen, batch, members, size, max_new_tokens, sampling)
             with jax.set_mesh(self._mesh):
                 state = self._decode(trainable, frozen, state, jnp.int32(limit), keys, sampling.numbers)
-            tokens = fetch(state.tokens)[:, :limit]
+            tokens, finite = fetch((state.tokens[:, :limit], state.finite))
             for row, i in enumerate(members):
+                _check_finite(finite[row], f"prompt {i + 1}")
                 room = min(limit, self._max_positions - len(prompts[i]))
                 answers[i] = self._answer(tokens[row, :room].tolist())
             progress(len(members))
@@ -172,6 +176,7 @@ class Generator:
                 with jax.set_mesh(self._mesh):
                     state = self._decode(trainable, frozen, state, jnp.int32(step + 1), keys, sampling.numbers)
             token = int(state.token[0])
+            _check_finite(state.finite[0], "the prompt")
             yield token
             if token in self._stop_ids:
                 return
@@ -215,6 +220,14 @@ class Generator:
             if token in self._stop_ids:
                 return Generated(tokens[:i], stopped=True)
         return Generated(tokens, stopped=False)
+
+
+def _check_finite(finite: Array | np.ndarray, name: str) -> None:
+    if not finite:
+        raise UserError(
+            f"{name}: the model's logits are not finite (NaN or infinite), so there is no answer; its weights are "
+            "damaged, or too large for their dtype (try --dtype float32)"
+        )
 
 
 def _bucket(size: int, smallest: int = _SMALLEST_BUCKET) -> int:

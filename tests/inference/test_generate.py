@@ -1,5 +1,6 @@
 """Generation: the cache computes what training computes, drawing follows the settings, every kind of model opens."""
 
+import dataclasses
 import math
 from functools import partial
 
@@ -12,6 +13,7 @@ from kit import exchanged, load_model, logits, make_model, one_device
 from sft_jax.assembly import open_model
 from sft_jax.config import LoraConfig
 from sft_jax.errors import UserError
+from sft_jax.evaluation.score import score
 from sft_jax.hf.config import read_architecture
 from sft_jax.hf.reader import TensorReader
 from sft_jax.inference.generator import Generator
@@ -235,3 +237,14 @@ def test_the_context_ends(opened):
         ids_of(opened, [[5, 6], (list(range(4, 380)) * 2)[:512]])
     with pytest.raises(UserError, match="prompt 1 is empty"):
         ids_of(opened, [[]])
+
+
+def test_logits_that_are_not_finite_are_no_answer(opened):
+    params, frozen = jax.tree.map(lambda leaf: leaf * jnp.nan, (opened.params, opened.frozen))
+    with pytest.raises(UserError, match=r"prompt 1: the model's logits are not finite .* try --dtype float32"):
+        opened.generator(params, frozen, [[5, 6, 7]], 4)
+    with pytest.raises(UserError, match="the prompt: the model's logits are not finite"):
+        list(opened.generator.stream(params, frozen, [5, 6, 7], 4))
+    broken = dataclasses.replace(opened, params=params, frozen=frozen)
+    with pytest.raises(UserError, match=r"rows row 0, response 0: the model's logits are not finite"):
+        score(broken, [{"prompt": "a river", "responses": ["a bridge"]}])
