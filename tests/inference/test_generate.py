@@ -241,7 +241,7 @@ def test_the_context_ends(opened):
 
 def test_logits_that_are_not_finite_are_no_answer(opened):
     params, frozen = jax.tree.map(lambda leaf: leaf * jnp.nan, (opened.params, opened.frozen))
-    with pytest.raises(UserError, match=r"prompt 1: the model's logits are not finite .* try --dtype float32"):
+    with pytest.raises(UserError, match=r"prompt 1: the model's logits are not finite .*try --dtype float32"):
         opened.generator(params, frozen, [[5, 6, 7]], 4)
     with pytest.raises(UserError, match="the prompt: the model's logits are not finite"):
         list(opened.generator.stream(params, frozen, [5, 6, 7], 4))
