@@ -99,6 +99,7 @@ def loop(inputs: Inputs, session: Session, recorder: Recorder, preemption: Preem
         due = [task for task in tasks if task.is_due(step, total, stopping)]
         if due:
             recorder.flush_to_disk()
+            inputs.folder.check_held()
             for task in due:
                 task.do(step)
             if jax.process_index() == 0:

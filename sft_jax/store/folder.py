@@ -13,6 +13,7 @@ from etils import epath
 
 from sft_jax.errors import UserError
 from sft_jax.files.buckets import connect, failures, is_url, reason
+from sft_jax.files.lease import Lease
 from sft_jax.files.lock import FolderLock
 
 
@@ -38,6 +39,7 @@ class RunDirectory:
             self._lock = FolderLock(self.local)
             return
         self._fs, self._root = connect(self.name)
+        self._lease = Lease(self._fs, self._root, self.name)
         self.local = Path(tempfile.mkdtemp(prefix="sft-jax-run-"))
         weakref.finalize(self, shutil.rmtree, self.local, ignore_errors=True)
         try:
@@ -67,18 +69,30 @@ class RunDirectory:
             _probe(self.local)
         empty = not self.local.is_dir() or all(one.name == FolderLock.NAME for one in self.local.iterdir())
         if self._fs is not None and empty:
-            empty = not self._fs.exists(self._root) or not self._fs.ls(self._root)
+            names = self._fs.ls(self._root, detail=False) if self._fs.exists(self._root) else []
+            empty = all(name.endswith(f"/{Lease.NAME}") for name in names)
         if not empty and not ((self.local / "tokenizer").is_dir() or self.checkpoints.is_dir()):
             raise UserError(f"training.output_dir: {self} holds files that are not a run; use another directory")
 
     def check_free(self) -> None:
-        """Check that no other process trains in the directory; in a bucket this is not seen.
+        """Check that no other process trains in the directory; in a bucket, this may wait for its heartbeat.
 
         Raises:
-            UserError: it is in use.
+            UserError: it is in use, or cannot be read.
         """
-        if self._fs is None:
-            self._refuse(self._lock.holder())
+        try:
+            self._refuse(self._lock.holder() if self._fs is None else self._lease.holder())
+        except failures() as error:
+            raise UserError(f"{self}: cannot be read: {reason(error)}") from error
+
+    def check_held(self) -> None:
+        """Check, in a bucket, that no other process has begun to train in the directory.
+
+        Raises:
+            UserError: one has, because this one was silent for long.
+        """
+        if self._fs is not None:
+            self._lease.check()
 
     def create(self) -> None:
         """Create the local directory, and keep other processes from training in it until :meth:`release`.
@@ -87,13 +101,14 @@ class RunDirectory:
             UserError: another process trains in it.
         """
         self.local.mkdir(parents=True, exist_ok=True)
-        if self._fs is None:
-            self._refuse(self._lock.take())
+        self._refuse(self._lock.take() if self._fs is None else self._lease.take())
 
     def release(self) -> None:
         """Let other processes train in the directory."""
         if self._fs is None:
             self._lock.release()
+        else:
+            self._lease.release()
 
     def _refuse(self, holder: str | None) -> None:
         if holder is not None:
@@ -140,7 +155,7 @@ class RunDirectory:
             return
         for path in self._fs.find(self._root):
             name = path.removeprefix(self._root).lstrip("/")
-            if name.startswith("checkpoints/"):
+            if name.startswith("checkpoints/") or name == Lease.NAME:
                 continue
             file = self.local / name
             file.parent.mkdir(parents=True, exist_ok=True)

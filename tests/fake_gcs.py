@@ -5,16 +5,42 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import random
+import socket
 import sys
 import threading
+import time
+from collections import Counter
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
+
+
+@dataclass(frozen=True)
+class Faults:
+    """How often a bucket misbehaves.
+
+    Attributes:
+        errors: fraction of requests that are answered with 503 or 429.
+        cuts: fraction of requests whose connection is closed before they are answered, or in the middle.
+        delay: seconds that a request takes at most.
+        stale: seconds for which a listing may lack new objects and have removed ones.
+    """
+
+    errors: float = 0.0
+    cuts: float = 0.0
+    delay: float = 0.0
+    stale: float = 0.0
 
 
 class Bucket:
     """Objects by name, served on a loopback port while the ``with`` block runs."""
 
-    def __init__(self) -> None:
+    def __init__(self, faults: Faults | None = None, seed: int = 0) -> None:
+        self.faults = faults or Faults()
+        self.random = random.Random(seed)
+        self.injected: Counter[str] = Counter()
+        self.listed: tuple[float, dict[str, tuple[bytes, int]]] = (0.0, {})
         self.objects: dict[str, tuple[bytes, int]] = {}  # contents and generation
         self.lock = threading.Lock()
         self.generation = 1
@@ -66,6 +92,24 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         pass
+
+    def parse_request(self) -> bool:
+        """Reads a request's head, and lets the bucket misbehave."""
+        if not super().parse_request():
+            return False
+        faults, draw = self.store.faults, self.store.random.random
+        time.sleep(faults.delay * draw())
+        if draw() < faults.cuts:
+            self.store.injected["cut"] += 1
+            self.rfile.read(int(self.headers.get("Content-Length") or 0) // 2)
+            self.connection.shutdown(socket.SHUT_RDWR)
+            return False
+        if draw() < faults.errors:
+            self.store.injected["error"] += 1
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            self._json({"error": {"code": 503, "message": "try again"}}, 503 if draw() < 0.8 else 429)
+            return False
+        return True
 
     def _answer(self, code: int, body: bytes = b"", headers: dict[str, str] | None = None) -> None:
         self.send_response(code)
@@ -129,7 +173,13 @@ class _Handler(BaseHTTPRequestHandler):
         prefix, delimiter = query.get("prefix", ""), query.get("delimiter")
         items, prefixes = [], set()
         with self.store.lock:
-            for name in sorted(self.store.objects):
+            since, objects = self.store.listed
+            if time.monotonic() - since > self.store.faults.stale:
+                objects = dict(self.store.objects)
+                self.store.listed = (time.monotonic(), objects)
+            for name in sorted(objects):
+                if name not in self.store.objects:
+                    continue
                 if not name.startswith(prefix) or name < query.get("startOffset", ""):
                     continue
                 if "endOffset" in query and name >= query["endOffset"]:
