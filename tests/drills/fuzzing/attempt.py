@@ -18,7 +18,7 @@ MOST_BYTES = 4096  # of an input: what is wrong with a file fits into less
 
 Function = Callable[[bytes], object]
 Targets = dict[str, tuple[Function, Sequence[bytes]]]
-# What files are made of and bytes alone rarely become: extreme numbers, wrong kinds, brackets that nest, other encodings.
+# What bytes alone rarely become: extreme numbers, wrong kinds, brackets that nest, other encodings.
 _WORDS = [b"null", b"true", b"[]", b"{}", b'""', b"NaN", b"Infinity", b"-Infinity", b"1e999", b"-1", b"0", b"0.5"]
 _WORDS += [str(10**n).encode() for n in (9, 18, 30)] + [str(2**n).encode() for n in (31, 32, 63, 64)]
 _WORDS += [b"[" * 300, b'{"a":' * 300, b"\\ud800", b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", b"\n", b",", b":", b'"']

@@ -3,8 +3,8 @@
     pip install -e '.[fuzz]'
     python tests/drills/fuzzing/run.py chat_template --seconds 300
 
-A target is an entry of the dict ``TARGETS`` of a file in this folder: a function of bytes, and seeds. atheris changes the
-seeds, guided by the branches of ``sft_jax`` that an input reaches. Without a target the names of all are printed.
+A target is an entry of the dict ``TARGETS`` of a file in this folder: a function of bytes, and seeds. atheris changes
+the seeds, guided by the branches of ``sft_jax`` that an input reaches. Without a target, all names are printed.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -20,6 +21,8 @@ import time
 from pathlib import Path
 
 from attempt import MOST_BYTES, Targets, attempt
+
+from sft_jax.without_torch import leave_out_torch
 
 _FOLDER = Path(__file__).parent
 _MOST_MB = 6144  # memory of the process: imports and the fuzzer's corpus need a part of it
@@ -74,7 +77,8 @@ def _watch(options: argparse.Namespace, folder: Path) -> int:
     if code:
         crashes = [path.read_bytes() for name in ("crash-*", "oom-*") for path in folder.glob(name)]
         data = crashes[0] if crashes else (folder / "now").read_bytes() if (folder / "now").exists() else b""
-        last = said.strip().splitlines()[-1:] or [""]
+        raised = re.search(r"Uncaught Python exception[^\n]*\n(.*?)\n(?:INFO|==)", said, re.DOTALL)
+        last = [" ".join(raised[1].split())] if raised else said.strip().splitlines()[-1:] or [""]
         findings.append({"kind": f"ended with {code}", "place": "", "message": last[0][:300], "data": repr(data)})
     inputs = re.findall(r"^#(\d+)", said, re.MULTILINE) + re.findall(r"Done (\d+) runs", said)
     coverage = re.findall(r"cov: (\d+)", said)
@@ -91,6 +95,8 @@ def _fuzz(name: str, seconds: int, inputs: int, folder: Path) -> None:
     """Fuzz until the time is over; does not return. A finding is written down at once, and fuzzing goes on."""
     import atheris  # type: ignore[import-not-found]
 
+    leave_out_torch()
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     with atheris.instrument_imports(include=["sft_jax"], enable_loader_override=False):
         function, seeds = targets()[name]
     corpus, known = folder / "corpus", set()
