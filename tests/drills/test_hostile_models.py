@@ -27,7 +27,7 @@ ROOMS = {"config": config, "weights": weights, "tokenizers": tokenizers, "files"
 SECONDS = 10.0  # more processor time than a good folder takes
 BYTES = 2**30  # more memory than a good folder takes, and than the folder's size
 ADDRESSES = 16 * 2**30  # the machine is not to suffer from what takes too much
-SAMPLE = 48  # one in so many variants is drilled when the drill is not at full size
+SAMPLE = 96  # one in so many variants is drilled when the drill is not at full size
 
 
 class Bench:
