@@ -28,6 +28,7 @@ def render(source):
         ("{{ (['x' * 999999] * 999999)|join }}", "repeats texts or lists more than 1,000,000 times"),
         ("{{ 'x' * 9999 }}{{ 'x' * 9999 }}", "repeats texts"),
         ("{{ 1" + " + 1" * 900 + " }}", "nests more than 300 expressions"),
+        ("{% for i in [1] %}" * 40 + "{% endfor %}" * 40, "nests more than 300 expressions, or 30 loops"),
         ("x" * (2**20 + 1), "has 1,048,577 characters"),
         (3, "is no text but '3'"),
     ],
@@ -60,7 +61,7 @@ def test_time(monkeypatch):
     ("source", "words"),
     [
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
-        ("{% for i in [1] %}" * 30 + "{% endfor %}" * 30, "nested"),
+        ("{% for i in [1] %}" * 24 + "{% endfor %}" * 24, "nested"),
         ("{{ " + "(" * 3000, "recursion"),
         ("{% set x = 'x' * 100000 %}{% for i in range(20) %}{{ x }}{% endfor %}", "writes 2,000,000 characters for a"),
         ("{% for i in range('1000000000'|int) %}{% endfor %}", "Range too big"),

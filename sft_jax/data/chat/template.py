@@ -157,9 +157,10 @@ class ChatTemplate:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise RowError(f"the chat template fails: {reason}") from error
         if len(texts[0]) > FREE_CHARACTERS:
-            read = len(json.dumps([messages, tools, kwargs], default=str))
-            if len(texts[0]) > FREE_CHARACTERS + MOST_GROWTH * read:
-                raise RowError(f"the chat template writes {len(texts[0]):,} characters for a conversation of {read:,}")
+            read, written = len(json.dumps([messages, tools, kwargs], default=str)), len(texts[0])
+            if written > FREE_CHARACTERS + MOST_GROWTH * read:
+                texts.clear()  # an error keeps what this function holds, and each row has one
+                raise RowError(f"the chat template writes {written:,} characters for a conversation of {read:,}")
         return texts[0], sorted(marks[0]) if marks else []
 
 

@@ -23,6 +23,7 @@ SECONDS = 5.0  # processor time for rendering one conversation
 MOST_BYTES = 2**28  # memory that rendering one conversation may add
 MOST_SOURCE = 2**20  # characters of a template
 MOST_DEPTH = 300  # of expressions inside each other
+_LOOP = 10  # a loop counts as so many: Python compiles at most twenty inside each other, and Jinja takes seconds to try
 LARGEST_NUMBER = 10**6  # in the source of a template, and of the product of all by which it multiplies
 MOST_GROWTH = 10  # characters that a template may write for each character of a conversation,
 FREE_CHARACTERS = 10**6  # beyond these
@@ -44,7 +45,15 @@ def parse(source: str) -> jinja2.nodes.Template:
     Raises:
         jinja2.TemplateSyntaxError, RecursionError: rendering raises it as well, and says more.
     """
-    return jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(GENERATION.sub("", source))
+    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
+    # What walks the tree would compute filters of constants, and `'1000000000'|int` makes any constant a large one.
+    environment.filters = dict.fromkeys(environment.filters, _computed_later)
+    return environment.parse(GENERATION.sub("", source))
+
+
+@jinja2.pass_context
+def _computed_later(context: object, value: object) -> object:
+    raise AssertionError("a tree is not rendered")
 
 
 def check_source(source: object) -> None:
@@ -72,9 +81,10 @@ def check_source(source: object) -> None:
     waiting: list[tuple[jinja2.nodes.Node, int]] = [(parsed, 0)]
     while waiting:
         node, depth = waiting.pop()
-        waiting += [(child, depth + 1) for child in node.iter_child_nodes()]
+        inside = depth + (_LOOP if isinstance(node, jinja2.nodes.For) else 1)
+        waiting += [(child, inside) for child in node.iter_child_nodes()]
         if depth > MOST_DEPTH:
-            raise refused(f"nests more than {MOST_DEPTH} expressions")
+            raise refused(f"nests more than {MOST_DEPTH} expressions, or {MOST_DEPTH // _LOOP} loops")
         if isinstance(node, jinja2.nodes.Pow):
             raise refused("computes powers (**)")
         if isinstance(node, jinja2.nodes.Const) and _is_large(node.value):

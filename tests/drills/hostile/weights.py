@@ -133,7 +133,8 @@ def _headers(file: str, name: str, command: str) -> Iterator[Variant]:
             "none": [],
             "object": {"a": 1},
         }.items():
-            yield one(f"{key} {what}", change(lambda old, k=key, v=wrong: old | {name: old[name] | {k: v}}))
+            make = change(lambda old, k=key, v=wrong: old | {name: old[name] | {k: v}})
+            yield Variant(f"{command} {file} {key} {what}", make, command, (name,))
     yield one("no dtype", change(lambda old: old | {name: {"shape": [], "data_offsets": [0, 0]}}), name)
     yield one("entry null", change(lambda old: old | {name: None}), name)
     yield one("overlap", change(lambda old: old | {"copy": old[name]}))
