@@ -29,6 +29,7 @@ from sft_jax.hf.peft import base_fingerprint, load_adapter, num_embeddings, read
 from sft_jax.hf.reader import Reader, is_other_weights
 from sft_jax.hf.ties import architecture_of
 from sft_jax.hf.tokenizer import load_tokenizer
+from sft_jax.hf.tokenizer_checks import check_ids
 from sft_jax.hf.verify import check_tensors
 from sft_jax.inference.generator import Generator
 from sft_jax.models.architecture import Architecture
@@ -254,6 +255,7 @@ def find(
         raise UserError(f"{name}: this folder holds neither a run, nor a Hugging Face model, nor a PEFT adapter")
     model = open_base(name, asked_by="model")
     tokenizer, _ = load_tokenizer(model.folder)
+    check_ids(tokenizer, model.arch.vocab_size)
     dtype = dtype or compute_dtype(model.folder)
     split = build(model.arch, mesh, None, dtype, remat="none", full=False)
     description = f"{name}, {model.arch.family}, {dtype}"
@@ -301,6 +303,7 @@ def _find_adapter(folder: Path, name: str | None, dtype: str | None, mesh: Mesh)
     check_heads(arch.attention_specs, mesh)
     has_tokenizer = (folder / "tokenizer.json").is_file()
     tokenizer, _ = load_tokenizer(folder if has_tokenizer else base.folder)
+    check_ids(tokenizer, arch.vocab_size)
     dtype = dtype or compute_dtype(base.folder)
     lora = LoraConfig(method=config.method, rank=config.rank, alpha=config.alpha, target_modules=config.target_modules)
     split = build(arch, mesh, lora, dtype, remat="none", full=False)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from sft_jax.errors import UserError
+from sft_jax.files.foreign import reading, reason
+from sft_jax.files.json_object import read_object
 from sft_jax.hf.block_formats import BlockFormat, block_format
+from sft_jax.hf.config_values import LARGEST_SIZE, check_values
 from sft_jax.models.architecture import Architecture
 from sft_jax.models.families import check_family, read_family
 
+# What a family raises on values of a wrong kind, which are too many to check one by one.
+_WRONG_VALUE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+MOST_STOP_IDS = 1_000
 _OF_TEXT = ("bos_", "eos_", "pad_", "sep_", "decoder_start_")  # tokens that a text may have
 
 
@@ -20,16 +25,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: missing or not a JSON object.
     """
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return config
+    return read_object(folder / "config.json")
 
 
 def text_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -90,18 +86,21 @@ def read_architecture(folder: Path) -> Architecture:
     try:
         check_family(raw.get("model_type"))
         block_format(raw)
-        return read_family(_transformers_config(folder))
+        check_values(raw)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-
-
-def _transformers_config(folder: Path) -> Any:
     from transformers import AutoConfig
 
+    with reading(str(path)):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, TypeError, KeyError, OSError) as error:
-        raise UserError(" ".join(str(error).split())) from error
+        return read_family(config)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except _WRONG_VALUE as error:
+        raise UserError(
+            f"{path}: cannot be read as a {raw['model_type']}: {reason(error)}; compare it with that of the original"
+        ) from error
 
 
 def compute_dtype(folder: Path) -> str:
@@ -113,13 +112,25 @@ def stop_ids(folder: Path) -> list[int]:
     """Reads the stop token ids (``eos_token_id``) of ``generation_config.json`` or ``config.json``; may be empty.
 
     A multimodal model may have them in ``text_config``, which counts where no other place has them.
+
+    Raises:
+        UserError: a file is not a JSON object, or has something else than ids there.
     """
     for name in ("generation_config.json", "config.json"):
         path = folder / name
         if path.is_file():
-            config = json.loads(path.read_text(encoding="utf-8"))
+            config = read_object(path)
             for one in (config, text_config(config)):
-                ids = one.get("eos_token_id")
-                if ids is not None:
-                    return ids if isinstance(ids, list) else [ids]
+                if (ids := one.get("eos_token_id")) is not None:
+                    return _ids(ids, path)
     return []
+
+
+def _ids(value: Any, path: Path) -> list[int]:
+    ids = value if isinstance(value, list) else [value]
+    if len(ids) > MOST_STOP_IDS or not all(type(one) is int and 0 <= one <= LARGEST_SIZE for one in ids):
+        raise UserError(
+            f"{path}: eos_token_id {str(value)[:60]} is neither a token id nor a list of at most {MOST_STOP_IDS}; set "
+            "the id of the token that ends an answer"
+        )
+    return ids

@@ -14,10 +14,12 @@ import fsspec
 from sft_jax import builtin
 from sft_jax.errors import UserError
 from sft_jax.files.buckets import is_url, reason
+from sft_jax.files.json_object import read_bytes
 
 # Only these files are downloaded: no pickle (.bin, .pt) and no code (.py).
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "LICENSE*"]
 _NOT = ["consolidated*"]  # a second copy of the weights under other names
+_LONGEST_URL = 4096  # bytes
 _POINTER = "weights.url"  # file with the URL of the weights, in a folder without weights
 
 
@@ -84,7 +86,12 @@ def commit_of(folder: Path) -> str | None:
 def weights_of(folder: Path) -> Path | str:
     """Returns the location of the safetensors of a folder from :func:`find_model`: the folder itself, or a URL."""
     pointer = folder / _POINTER
-    return pointer.read_text(encoding="utf-8") if pointer.is_file() else folder
+    if not pointer.is_file():
+        return folder
+    try:
+        return read_bytes(pointer, _LONGEST_URL).decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{pointer}: is no URL of weights: {error}") from error
 
 
 def _folder_of(path: str, asked_by: str) -> Path | None:

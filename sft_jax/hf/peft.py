@@ -12,13 +12,14 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from sft_jax.adapters.attach import method_from_peft, method_name, methods
 from sft_jax.adapters.lora import LoRA
 from sft_jax.errors import UserError
-from sft_jax.hf.reader import TensorReader
+from sft_jax.files.json_object import read_object
+from sft_jax.hf.place import check_finite
+from sft_jax.hf.reader import DTYPES, TensorReader
 from sft_jax.models.architecture import Architecture
 from sft_jax.models.layers import Linear
 from sft_jax.models.moe.experts import ExpertLinear
@@ -30,6 +31,8 @@ from sft_jax.typing import Array
 
 ADAPTER_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of tensor names in an adapter's file
+MOST_RANK = 65_536
+LARGEST_ALPHA = 1_000_000
 _FINGERPRINT = "base_fingerprint"  # metadata key in the safetensors file
 
 _MERGE = "; merge it into its base with PEFT (merge_and_unload) and use the merged model"
@@ -74,31 +77,28 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         UserError: not LoRA, a PEFT setting that is not supported, or a missing key.
     """
     path = folder / "adapter_config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from error
+    config = read_object(path)
     if config.get("peft_type") != "LORA":
         raise UserError(f"{path}: peft_type {config.get('peft_type')!r} is not LORA")
     known = set().union(*(one.PEFT for one in methods().values()))
+    for key in known:
+        if not isinstance(config.get(key), bool | None):
+            raise UserError(f"{path}: {key}={config[key]!r} is neither true nor false")
     for key, off in _UNSUPPORTED.items():
         if key in known:
             continue
         if config.get(key, off) not in (off, None):
             raise UserError(f"{path}: {key}={config[key]!r} is not supported{_MERGE}")
-    if (init := config.get("init_lora_weights")) not in _INITS:
+    if isinstance(init := config.get("init_lora_weights"), (list, dict)) or init not in _INITS:
         raise UserError(
             f"{path}: init_lora_weights={init!r} has changed the base model as well, which is not supported{_MERGE}"
         )
+    _check_types(path, config)
     parameters = config.get("target_parameters") or []
     for key in ("r", "lora_alpha", "base_model_name_or_path", *(() if parameters else ("target_modules",))):
         if not config.get(key):
             raise UserError(f"{path}: {key} is missing")
     targets = config.get("target_modules") or []
-    if not isinstance(targets, list):
-        raise UserError(
-            f"{path}: target_modules={targets!r} is not supported; it must be a list of module names{_MERGE}"
-        )
     return AdapterConfig(
         base=config["base_model_name_or_path"],
         revision=config.get("revision"),
@@ -109,13 +109,28 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     )
 
 
+def _check_types(path: Path, config: dict[str, Any]) -> None:
+    """Checks the kinds and bounds of the values that are used; a missing key is another error."""
+    for key, most in (("r", MOST_RANK), ("lora_alpha", LARGEST_ALPHA)):
+        value = config.get(key) or 1
+        kinds = int if key == "r" else (int, float)
+        if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value <= most:
+            raise UserError(f"{path}: {key}={str(value)[:40]} is not a positive number of at most {most:,}")
+    for key in ("base_model_name_or_path", "revision"):
+        if not isinstance(value := config.get(key) or "", str) or "\0" in value:
+            raise UserError(f"{path}: {key}={str(value)[:40]!r} is not a name")
+    for key in ("target_modules", "target_parameters"):
+        names = config.get(key) or []
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise UserError(
+                f"{path}: {key}={str(names)[:80]!r} is not supported; it must be a list of module names{_MERGE}"
+            )
+
+
 def base_fingerprint(folder: Path) -> str | None:
     """Reads the base model's fingerprint (:meth:`TensorReader.fingerprint`); None in files of other libraries."""
-    try:
-        with safe_open(folder / ADAPTER_FILE, "np") as file:
-            return (file.metadata() or {}).get(_FINGERPRINT)
-    except (OSError, SafetensorError):
-        return None  # reading the tensors raises a better error
+    found = TensorReader(folder, ADAPTER_FILE).metadata.get(_FINGERPRINT)
+    return found if isinstance(found, str) and re.fullmatch("[0-9a-f]+:[0-9a-f]+", found) else None
 
 
 def num_embeddings(folder: Path, arch: Architecture) -> int | None:
@@ -186,7 +201,11 @@ def _load(reader: TensorReader, names: list[str], leaf: jax.ShapeDtypeStruct, st
             raise UserError(
                 f"{reader.folder}: tensor {name} is made for another model: {reader.shape(name)}, this one has {shape}"
             )
+        if reader.dtype(name) not in [np.dtype(dtype) for dtype in DTYPES.values()]:
+            raise UserError(f"{reader.folder}: tensor {name} has dtype {reader.dtype(name)}, which no adapter has")
     tensors = [reader.read(name) for name in names]
+    for name, tensor in zip(names, tensors, strict=True):
+        check_finite(reader, name, tensor)
     stacked = np.stack([stored.element(tensor, leaf.shape[len(stored.stack) :]) for tensor in tensors])
     whole = stacked.reshape(leaf.shape).astype(leaf.dtype)
     return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: whole[index])

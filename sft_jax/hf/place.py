@@ -146,7 +146,7 @@ def _read_to_device(reader: Reader, name: str, first: int, last: int, size: int,
     buffer = None
     for start, rows in chunks(reader, name, first, last):
         rows = _narrow(rows)
-        _check_finite(reader, name, rows)
+        check_finite(reader, name, rows)
         chunk = jax.device_put(rows, device)
         if len(rows) == size:  # a single chunk
             return chunk
@@ -157,14 +157,15 @@ def _read_to_device(reader: Reader, name: str, first: int, last: int, size: int,
     return _zeros((size, *rest), _narrow(np.empty(0, dtype)).dtype, device) if buffer is None else buffer
 
 
-def _check_finite(reader: Reader, name: str, rows: np.ndarray) -> None:
+def check_finite(reader: Reader, name: str, rows: np.ndarray) -> None:
     """Checks the exponent bits, which are all ones in NaN and infinity.
 
     Raises:
         UserError: a weight is not finite; otherwise every loss would be NaN, and the data would be blamed.
     """
     bits = np.dtype(f"u{rows.itemsize}")
-    exponent = {2: 0x7C00 if rows.dtype == np.float16 else 0x7F80, 4: 0x7F800000}[rows.itemsize]
+    of_kind = {2: 0x7C00 if rows.dtype == np.float16 else 0x7F80, 4: 0x7F800000, 8: 0x7FF0000000000000}
+    exponent = of_kind[rows.itemsize]
     magnitude = np.bitwise_and(rows.view(bits), bits.type(np.iinfo(bits).max >> 1))
     if magnitude.size and magnitude.max() >= exponent:
         raise UserError(

@@ -16,16 +16,21 @@ import ml_dtypes
 import numpy as np
 
 from sft_jax.errors import UserError, refuse_lfs_pointer
+from sft_jax.files.json_object import check_size, parse_object
 
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64}
 # Dtypes of buffers outside of the decoder, such as the positions of image patches, which are copied.
 BUFFER_DTYPES = {"I64": np.int64, "I32": np.int32, "I16": np.int16, "BOOL": np.bool_}
 _CODES = ("F8_E4M3", "U8")  # dtypes of one byte that only quantized checkpoints have
+_ITEM_BYTES = {code: np.dtype(dtype).itemsize for code, dtype in (DTYPES | BUFFER_DTYPES).items()} | dict.fromkeys(
+    _CODES, 1
+)
 CHUNK_BYTES = 64 * 2**20
 _SAMPLED = 256  # bytes at the start and in the middle of a tensor that the fingerprint hashes
+_MOST_DIMS = 8
 _BARE = "embed_tokens.weight"  # name of the embeddings in a checkpoint without prefix
 _FIRST = 64  # bytes that are enough to recognize a git-lfs pointer
-_MAX_HEADER = 100 * 2**20  # limit of the safetensors library
+MOST_HEADER_BYTES = 32 * 2**20  # of a header or an index: 200,000 tensors; once parsed they are twenty times as large
 
 
 def is_same_model(one: str, other: str) -> bool:
@@ -85,6 +90,9 @@ class TensorReader:
     Args:
         folder: a local folder or an fsspec URL such as ``gs://bucket/model``.
 
+    Attributes:
+        metadata: what the headers say besides tensors.
+
     Raises:
         UserError: no safetensors, a damaged file, or an index that names a missing file.
     """
@@ -96,18 +104,19 @@ class TensorReader:
         if self._fs.isfile(self._path(single)):
             files = [single]
         elif self._fs.isfile(self._path(index)):
-            try:
-                files = sorted(set(json.loads(self._fs.cat_file(self._path(index)))["weight_map"].values()))
-            except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError) as error:
-                raise UserError(f"{folder}/{index}: not a valid safetensors index: {error!r}") from error
+            files = self._shards(index)
         else:
             files = self._without_index(single, index)
+        self.metadata: dict[str, Any] = {}
         self._entries: dict[str, _Entry] = {}
         self._open: dict[str, Any] = {}
         for name in files:
             if not self._fs.isfile(self._path(name)):
                 raise UserError(f"{folder}/{name}: named in {index} but missing")
-            self._entries |= self._header(name)
+            entries = self._header(name)
+            if twice := min(self._entries.keys() & entries, default=None):
+                raise UserError(f"{folder}: tensor {twice} is both in {self._entries[twice].file} and in {name}")
+            self._entries |= entries
         if _BARE in self._entries:  # saved from the model without lm_head: the names lack the prefix "model."
             self._entries = {
                 name if name.startswith("lm_head.") else f"model.{name}": entry for name, entry in self._entries.items()
@@ -180,6 +189,19 @@ class TensorReader:
             sampled.update(data)
         return f"{kind}:{sampled.hexdigest()[:16]}"
 
+    def _shards(self, index: str) -> list[str]:
+        """Reads the file names in an index."""
+        where = f"{self.folder}/{index}"
+        check_size(self._fs.size(self._path(index)), where, MOST_HEADER_BYTES)
+        files = parse_object(self._fs.cat_file(self._path(index)), where).get("weight_map")
+        if not isinstance(files, dict) or not files:
+            raise UserError(f"{where}: not a valid safetensors index: it has no weight_map from tensors to files")
+        for name in files.values():
+            # A name is that of a file beside the index: a path could lead to any file of this machine.
+            if not isinstance(name, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", name):
+                raise UserError(f"{where}: names the file {str(name)[:80]!r}, which is no safetensors file beside it")
+        return sorted(set(files.values()))
+
     def _without_index(self, single: str, index: str) -> list[str]:
         """Finds shards by their file names."""
         names = [path.rpartition("/")[2] for path in self._fs.ls(self._root, detail=False)]
@@ -227,24 +249,32 @@ class TensorReader:
         refuse_lfs_pointer(first, f"{self.folder}/{name}")
         length = int.from_bytes(first[:8], "little")
         file.seek(8)
-        if not 0 < length <= min(_MAX_HEADER, size - 8):
-            raise damaged(f"a header of {length} bytes in a file of {size}")
-        try:
-            described = json.loads(file.read(length))
-            described.pop("__metadata__", None)
-            entries = {}
-            for tensor, one in described.items():
-                start, stop = (8 + length + at for at in one["data_offsets"])
-                entries[tensor] = _Entry(name, one["dtype"], tuple(one["shape"]), start, stop)
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise damaged(repr(error)) from error
-        for tensor, entry in entries.items():
-            numbers = (*entry.shape, entry.start, entry.stop)
-            if not all(isinstance(number, int) and number >= 0 for number in numbers) or entry.stop > size:
+        if not 0 < length <= min(MOST_HEADER_BYTES, size - 8):
+            raise damaged(f"a header of {length} bytes in a file of {size}, and at most {MOST_HEADER_BYTES} are read")
+        described = parse_object(file.read(length), f"{self.folder}/{name}: damaged safetensors file")
+        if isinstance(metadata := described.pop("__metadata__", None), dict):
+            self.metadata |= metadata
+        entries = {}
+        for tensor, one in described.items():
+            match one:
+                case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [start, stop]}:
+                    numbers = (*shape, start, stop)
+                case _:
+                    raise damaged(f"tensor {tensor} lacks its dtype, shape or data_offsets")
+            if not all(type(number) is int and 0 <= number < 2**48 for number in numbers) or 8 + length + stop > size:
                 raise damaged(f"tensor {tensor} lies outside of the file")
-            sizes = DTYPES | BUFFER_DTYPES | dict.fromkeys(_CODES, np.uint8)
-            if entry.dtype in sizes:
-                expected = math.prod(entry.shape) * np.dtype(sizes[entry.dtype]).itemsize
-                if entry.stop - entry.start != expected:
-                    raise damaged(f"tensor {tensor} has {entry.stop - entry.start} bytes, its shape needs {expected}")
+            if len(shape) > _MOST_DIMS:
+                raise damaged(f"tensor {tensor} has {len(shape)} dimensions, and at most {_MOST_DIMS} are read")
+            if dtype in _ITEM_BYTES:
+                expected = math.prod(shape) * _ITEM_BYTES[dtype]
+                if stop - start != expected:
+                    raise damaged(f"tensor {tensor} has {stop - start} bytes, its shape needs {expected}")
+            entries[tensor] = _Entry(name, dtype, tuple(shape), 8 + length + start, 8 + length + stop)
+        end, previous = 8 + length, "the header"
+        for tensor, entry in sorted(entries.items(), key=lambda one: (one[1].start, one[1].stop)):
+            if entry.start != end:  # as in the safetensors library; what overlaps could fill any memory
+                raise damaged(f"tensor {tensor} does not begin where {previous} ends")
+            end, previous = entry.stop, f"tensor {tensor}"
+        if end != size:
+            raise damaged(f"{size - end} bytes after its last tensor")
         return entries

@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from sft_jax.config import RESERVED_TEMPLATE_KWARGS
-from sft_jax.errors import UserError, refuse_lfs_pointer
+from sft_jax.errors import UserError
+from sft_jax.files.foreign import reading
+from sft_jax.files.json_object import read_bytes, read_object
+from sft_jax.hf.tokenizer_checks import check_files, check_template, try_out
 
 
 def load_tokenizer(
@@ -37,16 +40,14 @@ def load_tokenizer(
             f"{folder}: has only a SentencePiece tokenizer.model, whose conversion is not exact; "
             "add the tokenizer.json of the same model"
         )
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        if (folder / name).is_file():
-            with (folder / name).open("rb") as file:
-                refuse_lfs_pointer(file.read(64), folder / name)
-    try:
+    check_files(folder)
+    unusable = f"{folder}: no usable tokenizer"
+    with reading(unusable):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (ValueError, OSError, KeyError) as error:
-        raise UserError(f"{folder}: no usable tokenizer: {' '.join(str(error).split())[:200]}") from error
     if not tokenizer.is_fast:
         raise UserError(f"{folder}: only a slow tokenizer; add its tokenizer.json")
+    with reading(f"{unusable}: it fails on a first text"):
+        try_out(tokenizer)
     num_added = tokenizer.add_tokens([*added_tokens], special_tokens=True)
     if not tokenizer.chat_template:
         tokenizer.chat_template = _template_of_processor(folder)
@@ -54,7 +55,11 @@ def load_tokenizer(
         path = Path(chat_template).expanduser()
         if not path.is_file():
             raise UserError(f"data.chat_template: no such file {chat_template}")
-        tokenizer.chat_template = path.read_text(encoding="utf-8")
+        try:
+            tokenizer.chat_template = read_bytes(path).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"data.chat_template: {path} is not UTF-8: {error}") from error
+    check_template(tokenizer.chat_template, folder)
     if template_kwargs:
         template = tokenizer.chat_template
         if isinstance(template, dict):
@@ -70,7 +75,7 @@ def _template_of_processor(folder: Path) -> str | None:
     """Returns the chat template of a multimodal model whose tokenizer has none; older ones have it in these files."""
     for name in ("chat_template.json", "processor_config.json"):
         if (folder / name).is_file():
-            template = json.loads((folder / name).read_text(encoding="utf-8")).get("chat_template")
+            template = read_object(folder / name).get("chat_template")
             if template:
                 return template
     return None

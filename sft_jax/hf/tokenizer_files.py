@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sft_jax.files.json_object import read_object
 from sft_jax.hf.tokenizer import load_tokenizer
 
 FILES = (  # of a tokenizer and of a processor
@@ -74,5 +75,5 @@ def _with_tokens(config: dict[str, Any], added: Mapping[int, Any], names: list[s
 def _change(path: Path, change: Any) -> None:
     """Applies ``change`` to the JSON object in a file, if the file exists."""
     if path.is_file():
-        old = json.loads(path.read_text(encoding="utf-8"))
+        old = read_object(path)
         path.write_text(json.dumps(change(old), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

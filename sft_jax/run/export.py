@@ -24,6 +24,7 @@ from sft_jax.adapters.lora import LoRA
 from sft_jax.assembly import open_tuned
 from sft_jax.errors import UserError
 from sft_jax.files.buckets import is_url
+from sft_jax.files.json_object import read_object
 from sft_jax.files.new_folder import new_folder, num_bytes
 from sft_jax.hf.card import model_card
 from sft_jax.hf.config import (
@@ -236,7 +237,7 @@ def _merged(variant: Any, weight: np.ndarray, update: _Update, name: str) -> np.
 def _write_generation_config(run: OpenedRun, folder: Path) -> None:
     """Write the generation config of the base model, with the trained stop tokens first in ``eos_token_id``."""
     path = run.base / "generation_config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    config = read_object(path) if path.is_file() else {}
     ids = list(dict.fromkeys([*run.stop_ids, *stop_ids(run.base)]))
     config["eos_token_id"] = ids[0] if len(ids) == 1 else ids
     (folder / "generation_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

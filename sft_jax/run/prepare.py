@@ -21,6 +21,7 @@ from sft_jax.evaluation.compare import prepare as prepare_task
 from sft_jax.hf.config import media_tokens, read_config
 from sft_jax.hf.hub import absolute
 from sft_jax.hf.tokenizer import load_tokenizer
+from sft_jax.hf.tokenizer_checks import check_ids
 from sft_jax.models.architecture import Architecture
 from sft_jax.run.announce import Announcer
 from sft_jax.run.resume import last_step, with_date
@@ -113,6 +114,7 @@ def prepare(config: Config, devices: Sequence[Any] | None, say: Announcer) -> In
     tokenizer, num_added = load_tokenizer(
         base.folder, config.data.chat_template, config.data.added_tokens, config.data.template_kwargs
     )
+    check_ids(tokenizer, base.arch.vocab_size)
     _check_added_tokens(config, base, tokenizer)
     config = with_date(config, tokenizer, folder.local, latest)
 

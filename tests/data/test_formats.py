@@ -311,7 +311,7 @@ def test_templates_that_fail_or_pry(template, words):
 
 
 def test_a_template_without_an_end(monkeypatch):
-    monkeypatch.setattr("sft_jax.data.chat.template.SECONDS", 0.3)
+    monkeypatch.setattr("sft_jax.data.chat.template_limits.SECONDS", 0.3)
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     try:

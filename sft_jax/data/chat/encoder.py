@@ -18,10 +18,12 @@ import numpy as np
 from sft_jax.data.chat.encoded import Encoded, Tally
 from sft_jax.data.chat.segments import SegmentEncoder
 from sft_jax.data.chat.stops import StopTokens
-from sft_jax.data.chat.template import ChatTemplates, enforce_time_limit
+from sft_jax.data.chat.template import ChatTemplates
+from sft_jax.data.chat.template_limits import enforce_limits
 from sft_jax.data.chat.turns import Rendered, TurnFinder
 from sft_jax.data.read.rows import Conversation, Document, Message, Row, RowError, Tokens
 from sft_jax.errors import UserError
+from sft_jax.files.foreign import reading
 
 STRADDLING = "tokens across the boundary of prompt and answer, masked out"
 JOINED = "tokens across the boundary of prompt and answer, supervised because only spaces precede the boundary"
@@ -93,7 +95,7 @@ class Encoder:
             UserError: the tokenizer has no chat template or no EOS token, and the rows need one.
         """
         prepared: list[tuple[Row, list[Rendered], dict[int, float], set[str]] | RowError] = []
-        with enforce_time_limit():
+        with enforce_limits():
             for row in rows:
                 try:
                     if isinstance(row, RowError):
@@ -111,8 +113,9 @@ class Encoder:
         valid = [one for one in prepared if not isinstance(one, RowError)]
         documents = [text.text for row, texts, *_ in valid if isinstance(row, Document) for text in texts]
         chats = [text.text for row, texts, *_ in valid if isinstance(row, Conversation) for text in texts]
-        document_encodings = iter(self.tokenizer.backend_tokenizer.encode_batch(documents, add_special_tokens=True))
-        chat_encodings = iter(self._segments(chats) if self._segments is not None else [])
+        with reading("tokenizer.json: the tokenizer fails on a text"):
+            document_encodings = iter(self.tokenizer.backend_tokenizer.encode_batch(documents, add_special_tokens=True))
+            chat_encodings = iter(self._segments(chats) if self._segments is not None else [])
         results: list[list[Encoded] | RowError] = []
         for one in prepared:
             if isinstance(one, RowError):
@@ -316,7 +319,7 @@ def prompt_ids(tokenizer: Any, messages: list[Message], today: str | None = None
     if templates is None:
         raise UserError("the model has no chat template; use plain text (--raw), or add a chat_template.jinja")
     try:
-        with enforce_time_limit():
+        with enforce_limits():
             text, _ = templates.choose(has_tools=False).render(messages, prompt=True)
     except RowError as error:
         raise UserError(str(error)) from error

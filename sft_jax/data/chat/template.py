@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-import signal
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
@@ -18,13 +17,20 @@ import jinja2.meta
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from sft_jax.config import RESERVED_TEMPLATE_KWARGS
+from sft_jax.data.chat.template_limits import (
+    FREE_CHARACTERS,
+    GENERATION,
+    MOST_GROWTH,
+    OutOfBounds,
+    check_source,
+    limited,
+    parse,
+)
 from sft_jax.data.read.rows import Message, RowError
 from sft_jax.errors import UserError
 
 _rendering = threading.Lock()  # a compiled template stores the generation spans of the text that it is rendering
-SECONDS = 10.0  # time limit for rendering one conversation
 Span = tuple[int, int]
-_GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
 
 
 @dataclass(frozen=True)
@@ -51,9 +57,9 @@ class ChatTemplate:
     @cached_property
     def reads(self) -> frozenset[str]:
         """The names of the variables that the template reads."""
-        with suppress(jinja2.TemplateSyntaxError):
-            parsed = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_GENERATION.sub("", self.source))
-            return frozenset(jinja2.meta.find_undeclared_variables(parsed))
+        check_source(self.source)
+        with suppress(jinja2.TemplateSyntaxError, RecursionError):  # rendering says what is wrong
+            return frozenset(jinja2.meta.find_undeclared_variables(parse(self.source)))
         return frozenset(re.findall(r"[A-Za-z_]\w*", self.source))
 
     def check_kwargs(self, kwargs: Mapping[str, Any]) -> None:
@@ -69,7 +75,7 @@ class ChatTemplate:
     @cached_property
     def is_marked(self) -> bool:
         """Whether the template marks assistant turns with ``{% generation %}`` blocks."""
-        return _GENERATION.search(self.source) is not None
+        return GENERATION.search(self.source) is not None
 
     @cached_property
     def generation_prompt(self) -> str:
@@ -84,6 +90,7 @@ class ChatTemplate:
     @cached_property
     def _dated(self) -> str:
         """The source with a ``strftime_now`` macro for ``today``; transformers does not accept a function."""
+        check_source(self.source)
         if self.today is None or not self.uses_date:
             return self.source
         date = datetime.fromisoformat(self.today)
@@ -111,27 +118,28 @@ class ChatTemplate:
 
         Raises:
             RowError: the template rejects the messages, or fails.
-            UserError: rendering exceeds the time limit.
+            UserError: rendering exceeds a limit of :mod:`~sft_jax.data.chat.template_limits`.
         """
         if not messages:
             raise RowError("the conversation has no messages")
+        source = self._dated
         render: Any = render_jinja_template  # its type annotations are too narrow
         try:
-            with _rendering, _time_limit(SECONDS):
+            with _rendering, limited():
                 texts, marks = render(
                     [messages],
                     tools=tools,
-                    chat_template=self._dated,
+                    chat_template=source,
                     return_assistant_tokens_mask=self.is_marked,
                     add_generation_prompt=prompt,
                     **self.special_tokens,
                     **(kwargs or {}),
                 )
             texts[0].encode()  # nested values, such as tool call arguments, may contain lone surrogates
-        except TimeoutError as error:
+        except OutOfBounds as error:
             raise UserError(
-                f"the chat template does not finish within {SECONDS:g} seconds for a conversation of {len(messages)} "
-                "messages; set data.chat_template to another one"
+                f"the chat template {error} for a conversation of {len(messages)} messages; set data.chat_template to "
+                "another one"
             ) from error
         except UnicodeEncodeError as error:
             raise RowError("the conversation contains a lone surrogate, which is not valid text") from error
@@ -142,11 +150,17 @@ class ChatTemplate:
             LookupError,
             MemoryError,
             RecursionError,
+            SyntaxError,  # of the program that Jinja writes, where loops nest too deeply
             TypeError,
             ValueError,
         ) as error:  # the exceptions that a row or a template can cause
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise RowError(f"the chat template fails: {reason}") from error
+        if len(texts[0]) > FREE_CHARACTERS:
+            read, written = len(json.dumps([messages, tools, kwargs], default=str)), len(texts[0])
+            if written > FREE_CHARACTERS + MOST_GROWTH * read:
+                texts.clear()  # an error keeps what this function holds, and each row has one
+                raise RowError(f"the chat template writes {written:,} characters for a conversation of {read:,}")
         return texts[0], sorted(marks[0]) if marks else []
 
 
@@ -194,42 +208,3 @@ class ChatTemplates:
                 "a Jinja file"
             )
         return self.all[name]
-
-
-@contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError after ``seconds`` inside :func:`enforce_time_limit`; elsewhere there is no time limit."""
-    if not _armed or not _is_main_thread():
-        yield
-        return
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-
-
-_armed: list[bool] = []
-
-
-def _is_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()
-
-
-@contextmanager
-def enforce_time_limit() -> Iterator[None]:
-    """Enable the time limit of rendering; has an effect in the main thread of a process only."""
-    if _armed or not _is_main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: object) -> None:
-        raise TimeoutError
-
-    before = signal.signal(signal.SIGALRM, stop)
-    _armed.append(True)
-    try:
-        yield
-    finally:
-        _armed.pop()
-        signal.signal(signal.SIGALRM, before)

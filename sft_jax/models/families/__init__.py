@@ -10,6 +10,7 @@ from typing import Any
 
 from sft_jax.errors import UserError
 from sft_jax.models.architecture import Architecture
+from sft_jax.models.families.values import check_architecture
 
 
 @cache
@@ -24,9 +25,11 @@ def read_family(config: Any) -> Architecture:
     """Returns the architecture of a transformers config.
 
     Raises:
-        UserError: the family, or a setting of it, is not supported.
+        UserError: the family, or a setting of it, is not supported, or a value is of a wrong type or out of bounds.
     """
-    return families()[config.model_type].read(config)
+    arch = families()[config.model_type].read(config)
+    check_architecture(arch)
+    return arch
 
 
 def as_in_files(arch: Architecture, shape: Callable[[str], tuple[int, ...] | None]) -> Architecture:
@@ -45,5 +48,5 @@ def check_family(name: object) -> None:
     Raises:
         UserError: it is not; the message names the supported families.
     """
-    if name not in families():
+    if not isinstance(name, str) or name not in families():
         raise UserError(f"model family {name!r} is not supported; supported are {', '.join(families())}")

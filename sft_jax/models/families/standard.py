@@ -257,64 +257,82 @@ def rope(parameters: Mapping[str, Any], max_positions: int, head_dim: int, inter
     Raises:
         UserError: the ``rope_type`` is not supported, or the factors of ``longrope`` are not one per pair of channels.
     """
-    partial = parameters.get("partial_rotary_factor") or 1.0
+    partial = _number(parameters, "partial_rotary_factor", 1.0)
     if parameters.get("rope_type") == "proportional":
-        factor = float(parameters.get("factor") or 1.0)
-        return Rope(float(parameters["rope_theta"]), "proportional", factor, share=float(partial))
+        factor = _number(parameters, "factor", 1.0)
+        return Rope(_number(parameters, "rope_theta"), "proportional", factor, share=partial)
     dims = None if partial == 1.0 else int(head_dim * partial)
+    if (rotated := head_dim if dims is None else dims) % 2 or rotated > head_dim:
+        raise UserError(f"head_dim {head_dim}: {rotated} of its channels are rotated, which are not pairs of them")
     scaled = replace(_scaled_rope(parameters, max_positions), dims=dims, interleaved=interleaved)
     for key, factors in (("short_factor", scaled.factors), ("long_factor", scaled.long_factors)):
-        if factors and len(factors) != (dims or head_dim) // 2:
-            raise UserError(f"{key} has {len(factors)} values, but {dims or head_dim} channels are rotated in pairs")
+        if factors and len(factors) != rotated // 2:
+            raise UserError(f"{key} has {len(factors)} values, but {rotated} channels are rotated in pairs")
     return scaled
 
 
 def _scaled_rope(parameters: Mapping[str, Any], max_positions: int) -> Rope:
     kind = parameters.get("rope_type", "default")
-    theta = float(parameters["rope_theta"])
+    theta = _number(parameters, "rope_theta")
     if kind in ("default", "dynamic"):  # dynamic equals default within the context, and no sequence is longer
         return Rope(theta)
     if kind == "linear":
-        return Rope(theta, kind, factor=float(parameters["factor"]))
+        return Rope(theta, kind, factor=_number(parameters, "factor"))
     if kind == "llama3":
         return Rope(
             theta,
             kind,
-            factor=float(parameters["factor"]),
-            low_freq_factor=float(parameters["low_freq_factor"]),
-            high_freq_factor=float(parameters["high_freq_factor"]),
-            original_max_position_embeddings=int(parameters["original_max_position_embeddings"]),
+            factor=_number(parameters, "factor"),
+            low_freq_factor=_number(parameters, "low_freq_factor"),
+            high_freq_factor=_number(parameters, "high_freq_factor"),
+            original_max_position_embeddings=int(_number(parameters, "original_max_position_embeddings")),
         )
     if kind == "yarn":
-        factor = float(parameters["factor"])
+        factor = _number(parameters, "factor")
         return Rope(
             theta,
             kind,
             factor=factor,
-            original_max_position_embeddings=int(parameters.get("original_max_position_embeddings") or max_positions),
-            beta_fast=float(parameters.get("beta_fast") or 32.0),
-            beta_slow=float(parameters.get("beta_slow") or 1.0),
+            original_max_position_embeddings=int(
+                _number(parameters, "original_max_position_embeddings", max_positions)
+            ),
+            beta_fast=_number(parameters, "beta_fast", 32.0),
+            beta_slow=_number(parameters, "beta_slow", 1.0),
             truncate=bool(parameters.get("truncate", True)),
             attention_factor=_attention_factor(parameters, factor),
         )
     if kind == "longrope":
-        original = int(parameters["original_max_position_embeddings"])
-        factor = float(parameters.get("factor") or max_positions / original)
-        scale = parameters.get("attention_factor")
-        if scale is None:
-            scale = 1.0 if factor <= 1.0 else math.sqrt(1.0 + math.log(factor) / math.log(original))
+        original = int(_number(parameters, "original_max_position_embeddings"))
+        factor = _number(parameters, "factor", max_positions / original)
+        usual = 1.0 if factor <= 1.0 else math.sqrt(1.0 + math.log(factor) / math.log(original))
+        scale = _number(parameters, "attention_factor", usual)
         return Rope(
             theta,
             kind,
             original_max_position_embeddings=original,
-            attention_factor=float(scale),
-            factors=tuple(map(float, parameters["short_factor"])),
-            long_factors=tuple(map(float, parameters["long_factor"])),
+            attention_factor=scale,
+            factors=_numbers(parameters, "short_factor"),
+            long_factors=_numbers(parameters, "long_factor"),
         )
     raise UserError(
         f"rope_type {kind!r} is not supported; supported are default, linear, llama3, yarn, longrope, proportional, "
         "dynamic"
     )
+
+
+def _number(parameters: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    """Returns a positive number; the default where it is missing or zero."""
+    value = parameters.get(key) or default
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1e30:
+        raise UserError(f"rope_parameters.{key} {str(value)[:40]} is not a positive number")
+    return float(value)
+
+
+def _numbers(parameters: Mapping[str, Any], key: str) -> tuple[float, ...]:
+    values = parameters.get(key)
+    if not isinstance(values, list):
+        raise UserError(f"rope_parameters.{key} is not a list of numbers")
+    return tuple(_number({key: value}, key) for value in values)
 
 
 def _attention_factor(parameters: Mapping[str, Any], factor: float) -> float:
