@@ -21,12 +21,12 @@ from typing import Any, BinaryIO, Protocol
 
 import pyarrow as pa
 
-from sft_jax.data.read.limits import ARROW_BYTES, ARROW_SECONDS, ROW_BYTES, ROW_VALUES
+from sft_jax.data.read.limits import ARROW_BYTES, ARROW_ROWS, ARROW_SECONDS, EXPANSION, ROW_BYTES, ROW_VALUES
 from sft_jax.files.orphans import end_with_parent
 
 _BYTES_PER_SECOND = 10_000_000
 _BATCH = 1000  # rows of a reply
-_REPLY_BYTES = 1 << 26
+_REPLY_BYTES = 1 << 24
 _REPLY_VALUES = 1 << 22
 _WINDOW = 1 << 28  # bytes of decoded batches that are kept
 # What Arrow and datasets raise for damaged files. Other exceptions end the process, which is reported as well.
@@ -59,7 +59,7 @@ class ParquetRows:
 
         self._file = pq.ParquetFile(path, memory_map=True)
         metadata = self._file.metadata
-        sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+        self._sizes = sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
         if min(sizes, default=0) < 0:
             raise ValueError("a row group has a negative number of rows")
         *self._starts, self.num_rows = accumulate(sizes, initial=0)
@@ -74,7 +74,9 @@ class ParquetRows:
         if group != self._group or (row < self._next and self._kept[0][0] > row):
             self._group, self._next = group, self._starts[group]
             self._kept.clear()
-            self._batches = self._file.iter_batches(_BATCH, row_groups=[group], use_threads=False)
+            size = self._file.metadata.row_group(group).total_byte_size // max(1, self._sizes[group])
+            num_rows = max(1, min(_BATCH, _REPLY_BYTES // max(1, size)))
+            self._batches = self._file.iter_batches(num_rows, row_groups=[group], use_threads=False)
         while self._next <= row:
             batch = next(self._batches, None)
             if batch is None:
@@ -166,7 +168,7 @@ def read(rows: Rows, row: int, num_rows: int) -> tuple[dict[str, Any], bytes]:
     """
     num_rows = min(num_rows, _BATCH)
     first, batch = rows.batch(row, num_rows)
-    batch = batch.slice(row - first, num_rows)
+    batch = _decoded(batch.slice(row - first, num_rows))
     while batch.num_rows > 1 and _is_large(batch, _REPLY_BYTES, _REPLY_VALUES):
         batch = batch.slice(0, batch.num_rows // 2)
     reply: dict[str, Any] = {"rows": batch.num_rows, "bad": {}}
@@ -185,6 +187,22 @@ def read(rows: Rows, row: int, num_rows: int) -> tuple[dict[str, Any], bytes]:
                 reply["bad"][i] = f"cannot be read: {' '.join(str(error).split())[:80]}"
     joined = pa.Table.from_batches(good, batch.schema).combine_chunks().to_batches() if good else []
     return reply, _validated(joined[0]) if joined else _as_stream(batch.slice(0, 0))
+
+
+def _decoded(batch: Any) -> Any:
+    """Decode dictionaries and runs, whose rows are small here but not as objects."""
+    import pyarrow.compute as pc
+
+    columns = []
+    for column in batch.columns:
+        if pa.types.is_dictionary(column.type):
+            column.validate(full=True)
+            column = column.dictionary_decode()
+        elif pa.types.is_run_end_encoded(column.type):
+            column.validate(full=True)
+            column = pc.call_function("run_end_decode", [column])
+        columns.append(column)
+    return pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
 
 
 def _validated(batch: Any) -> bytes:
@@ -259,7 +277,12 @@ class Server:
     def _answered(self, request: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
         key = json.dumps([request["kind"], request["path"], request["options"]])
         if key not in self._opened:
-            self._opened[key] = open_rows(request["kind"], request["path"], request["options"])
+            opened = open_rows(request["kind"], request["path"], request["options"])
+            if request["kind"] != "hub" and opened.num_rows > max(ARROW_ROWS, EXPANSION * request["size"]):
+                raise ValueError(
+                    f"it says that it has {opened.num_rows:,} rows, but has only {request['size']:,} bytes"
+                )
+            self._opened[key] = opened
         rows = self._opened[key]
         match request["what"]:
             case "open":

@@ -26,13 +26,14 @@ def arrow_rows(table: Any) -> Iterator[dict[str, Any] | RowError]:
                 return RowError(f"column {name!r} cannot be read: {' '.join(str(error).split())[:80]}")
         return row
 
+    faults = (ValueError, OverflowError, pa.ArrowException)  # of values that Python cannot hold, such as a year 40000
     try:
         rows = table.to_pylist()
-    except (UnicodeDecodeError, pa.ArrowInvalid):
+    except faults:
         for i in range(table.num_rows):
             try:
                 yield from map(read, table.slice(i, 1).to_pylist())
-            except (UnicodeDecodeError, pa.ArrowInvalid) as error:
+            except faults as error:
                 yield RowError(f"cannot be read: {' '.join(str(error).split())[:80]}")
         return
     yield from map(read, rows)

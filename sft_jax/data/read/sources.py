@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -93,7 +94,7 @@ def open_sources(sources: Sequence[SourceConfig]) -> list[Source]:
 
 def prepare_to_open(sources: Sequence[SourceConfig]) -> None:
     """Start what :func:`open_sources` will need, so that it need not wait for it."""
-    if any(kind_of(one.path) in (".parquet", ".arrow") or Path(one.path).is_dir() for one in sources):
+    if any(kind_of(one.path) in (".parquet", ".arrow") or os.path.isdir(one.path) for one in sources):
         start_reader()
 
 
