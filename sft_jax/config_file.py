@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import io
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 from sft_jax.config import Config
 from sft_jax.config_names import suggest_key
+from sft_jax.config_yaml import BYTES, check_yaml
 from sft_jax.errors import UserError
 
 _SOURCES = ("data.train", "data.eval", "evaluation.documents")  # lists; an override may give one path
@@ -29,13 +31,19 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     """
     import yaml
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such config file")
     try:
-        values = OmegaConf.load(path)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        with path.open(encoding="utf-8") as file:
+            text = file.read(BYTES + 1)
+        check_yaml(text, str(path))
+        values = OmegaConf.load(io.StringIO(text))
+    except UserError:
+        raise
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid YAML: {_one_line(error)}") from error
     if not OmegaConf.is_dict(values):
         raise UserError(
@@ -95,8 +103,11 @@ def _parse_value(override: str, text: str) -> Any:
     from omegaconf import OmegaConf
 
     try:
+        check_yaml(f"value: {text}", f"override {override[:80]!r}")
         return OmegaConf.to_container(OmegaConf.create(f"value: {text}"))["value"]  # type: ignore[index,call-overload]
-    except yaml.YAMLError as error:
+    except UserError:
+        raise
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"override {override!r}: not valid YAML: {_one_line(error)}") from error
 
 

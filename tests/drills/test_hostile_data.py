@@ -70,6 +70,7 @@ class Drill:
         self.largest = max(self.largest, (ended.added_bytes >> 20, name))
         if (problem := complaint(ended, size)) is not None:
             self.fallen.append(f"{name}: {problem}")
+            print(self.fallen[-1], flush=True)
 
     def config(self, path: Path | str) -> Path:
         """A config whose data are at a path."""

@@ -31,12 +31,12 @@ from sft_jax.data.tokens.tokenised import Tokenized, Writer, read_tokenized
 from sft_jax.data.tokens.workers import encode_in_processes, encode_into, options, tokenizer_digest
 from sft_jax.distributed import processes
 from sft_jax.errors import UserError
+from sft_jax.files.temporary import temporary_folder
 from sft_jax.version import __version__
 
 _REVISION = 5  # of the encoding and the files; increment it when the same rows give other ids, masks or files
 _ROWS_PER_WORKER = 20_000  # for fewer rows, starting another process takes longer than tokenizing
 _MAX_WORKERS = 32
-_STALE_SECONDS = 24 * 3600
 
 
 @dataclass(frozen=True)
@@ -125,16 +125,13 @@ def _read_cached(cached_at: Path | None) -> Tokenized | None:
 @contextmanager
 def _partial(cached_at: Path | None) -> Iterator[Path]:
     """Create a temporary folder, in the same directory as ``cached_at`` so that it can be renamed atomically."""
+    lock = None
     if cached_at is None:
         folder = scratch_folder()
     else:
         try:
             cached_at.parent.mkdir(parents=True, exist_ok=True)
-            for old in cached_at.parent.glob(".partial-*"):
-                with contextlib.suppress(OSError):
-                    if time.time() - old.stat().st_mtime > _STALE_SECONDS:
-                        shutil.rmtree(old)
-            folder = Path(tempfile.mkdtemp(prefix=".partial-", dir=cached_at.parent))
+            folder, lock = temporary_folder(cached_at.parent, ".partial-")
         except OSError as error:
             raise UserError(
                 f"{cached_at.parent}: the cache cannot be written ({error.strerror}); set another folder in "
@@ -147,6 +144,8 @@ def _partial(cached_at: Path | None) -> Iterator[Path]:
     finally:
         if cached_at is not None and folder.is_dir():
             shutil.rmtree(folder, ignore_errors=True)  # memory-mapped files stay readable until they are unmapped
+        if lock is not None:
+            lock.release()
 
 
 def _key(source: Source, encoder: Encoder) -> str:
