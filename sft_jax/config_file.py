@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import io
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -86,8 +87,23 @@ def _merged(values: Any, overrides: list[str], name: str) -> Config:
         if missing:
             raise UserError(f"{name}: {missing[0]} is required and not set")
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
+    except OverflowError as error:  # an integer for a key that is a float; it says no key
+        raise UserError(f"{name}: {_too_large(values) or 'a number'} is too large") from error
     except (OmegaConfBaseException, TypeError) as error:
         raise UserError(f"{name}: {_explain(error)}") from error
+
+
+def _too_large(values: Any) -> str | None:
+    """The key of the first integer that no float can hold."""
+    from omegaconf import OmegaConf
+
+    def find(value: Any, key: str) -> str | None:
+        if isinstance(value, int) and abs(value) > sys.float_info.max:
+            return key
+        pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        return next((found for name, one in pairs if (found := find(one, f"{key}.{name}" if key else str(name)))), None)
+
+    return find(OmegaConf.to_container(values), "")
 
 
 def _check_lora(overrides: list[str]) -> None:
