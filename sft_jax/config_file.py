@@ -76,7 +76,7 @@ def _merged(values: Any, overrides: list[str], name: str) -> Config:
         _check_lora(overrides)
         for override in overrides:
             key, equals, value = override.partition("=")
-            if not equals or not key:
+            if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
                 raise UserError(f"override {override!r}: write key=value, such as optimizer.learning_rate=2e-5")
             parsed = _parse_value(override, value)
             if key in _SOURCES and isinstance(parsed, str):
@@ -89,7 +89,7 @@ def _merged(values: Any, overrides: list[str], name: str) -> Config:
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except OverflowError as error:  # an integer for a key that is a float; it says no key
         raise UserError(f"{name}: {_too_large(values) or 'a number'} is too large") from error
-    except (OmegaConfBaseException, TypeError) as error:
+    except (OmegaConfBaseException, TypeError, LookupError) as error:
         raise UserError(f"{name}: {_explain(error)}") from error
 
 

@@ -26,6 +26,8 @@ def refused(tmp_path, text, *overrides):
     [
         ("training.max_steps=1000000000000000000", "training.max_steps: 1,000,000,000,000,000,000 is more than"),
         ("training.max_steps=2000000", "training.max_steps: 2,000,000 is more than 1,000,000; set data.streaming"),
+        ("[a=r", "override '[a=r': write key=value"),
+        ("a..b=r", "override 'a..b=r': write key=value"),
         ("training.seed=-1", "training.seed: -1 is negative"),
         ("training.batch_size=1000000000000", "training.batch_size: 1,000,000,000,000 is more than 1,048,576"),
         ("data.max_length=1000000000", "data.max_length: 1,000,000,000 is more than 4,194,304"),

@@ -23,7 +23,10 @@ _CALL = {"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'
 _ROWS = [
     {"messages": [{"role": "user", "content": "Tea?"}, {"role": "assistant", "content": "Yes.", "weight": 1}]},
     {
-        "messages": [{"role": "user", "content": [{"type": "text", "text": "1+1?"}]}, {"role": "assistant", "tool_calls": [_CALL]}],
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "1+1?"}]},
+            {"role": "assistant", "tool_calls": [_CALL]},
+        ],
         "tools": [{"type": "function", "function": {"name": "add", "parameters": {}}}],
         "chat_template_kwargs": {"enable_thinking": False},
     },
