@@ -140,7 +140,7 @@ def texts() -> Iterator[tuple[str, bytes]]:
             {"messages": [{"role": "u" * (4 * MB), "content": "a"}, {"role": "assistant", "content": "b"}]}
         ).encode(),
         "long key": json.dumps({"k" * (4 * MB): "a"}).encode(),
-        "long rows": (json.dumps({"text": "a b " * (MB // 8)}).encode() + b"\n") * 40,
+        "long rows": (json.dumps({"text": "a b " * (MB // 8)}).encode() + b"\n") * 12,
         "two thousand messages": json.dumps({"messages": GOOD[0]["messages"] * 1000}).encode(),
         "many empty messages": json.dumps({"messages": [{}] * 200_000}).encode(),
         "many short messages": json.dumps(

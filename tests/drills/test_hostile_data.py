@@ -22,7 +22,6 @@ _CPU_SECONDS = 10.0
 _BYTES = 1 << 30  # of memory, beyond the size of the file
 _MOST_BYTES = 6 << 30  # at which a command is stopped, for the sake of the machine
 _NUM_MUTATIONS = 60  # of each seed, at full size
-_SAMPLE = 10  # one input of this many runs without --full
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +48,15 @@ class Drill:
 
     def __init__(self, warm: Warm, tiny: Path, folder: Path, is_full: bool):
         self._warm, self._tiny, self._folder = warm, tiny, folder
-        self._step = 1 if is_full else _SAMPLE
+        self._is_full, self._step = is_full, 1
         self._count = 0
         self.codes: Counter[int] = Counter()
         self.fallen: list[str] = []
         self.slowest, self.largest = (0.0, ""), (0, "")
+
+    def sample(self, step: int) -> None:
+        """Run one input of ``step``, unless at full size."""
+        self._step = 1 if self._is_full else step
 
     def is_next(self) -> bool:
         """Whether the next input belongs to the sample."""
@@ -117,23 +120,28 @@ def drill(warm, tiny, tmp_path, is_full):
 @pytest.mark.drill("sft_jax/data", "sft_jax/config_file.py", "sft_jax/config.py")
 class TestHostileData:
     def test_text(self, drill):
+        drill.sample(12)
         drill.files(hostile_text.texts())
         drill.check()
 
     def test_wrong_values(self, drill):
+        drill.sample(50)
         drill.files(hostile_text.wrong_values(), "data.on_bad_row=skip")
         drill.files(hostile_text.single_values())
         drill.check()
 
     def test_archives(self, drill):
+        drill.sample(5)
         drill.files(hostile_text.archives())
         drill.check()
 
     def test_arrow(self, drill):
+        drill.sample(7)
         drill.files(hostile_arrow.built())
         drill.check()
 
     def test_mutations(self, drill):
+        drill.sample(90)
         num = _NUM_MUTATIONS
         seeds = hostile_arrow.seeds() | {"a.jsonl": hostile_text.LINES, "a.csv": hostile_text.TABLE}
         for name, content in seeds.items():
@@ -141,6 +149,7 @@ class TestHostileData:
         drill.check()
 
     def test_places(self, drill, tmp_path):
+        drill.sample(8)
         for n, (name, build) in enumerate(hostile_places.places().items()):
             if drill.is_next():
                 (tmp_path / str(n)).mkdir()
@@ -148,6 +157,7 @@ class TestHostileData:
         drill.check()
 
     def test_configs(self, drill, tiny, chats, tmp_path):
+        drill.sample(110)
         paths = str(tiny), str(chats), str(tmp_path)
         good = tmp_path / "good.yaml"
         good.write_bytes(hostile_configs.filled(b"{good}", *paths))
@@ -163,6 +173,7 @@ class TestHostileData:
 
     def test_train(self, drill, tmp_path):
         """Training reads what inspection reads; a few files of each kind."""
+        drill.sample(6)
         some = [*hostile_text.texts()][::16] + [*hostile_arrow.built()][::8] + [*hostile_text.archives()][::8]
         for name, content in some:
             if drill.is_next():
