@@ -15,6 +15,7 @@ from sft_jax.data.tokens.examples import Examples
 from sft_jax.errors import UserError
 
 WINDOW = 8192  # examples that are sorted by length and packed together
+_MIN_PER_EPOCH = 1e-3  # examples; fewer make a plan of some steps go through epochs almost without end
 _MAX_ITEMS = 200_000_000  # examples of a plan, which is held in memory
 MAX_BUCKETS = 5  # sequence lengths of a run without packing; the step is compiled for each of them
 SIMILAR_STEPS = 32  # without packing, examples are sorted by length within this many steps
@@ -112,7 +113,7 @@ def plan_of(data: DataConfig, training: TrainingConfig, examples: Examples) -> P
     if any(weight != 1.0 for weight in examples.weights):
         repeats = np.asarray(examples.weights)[examples.source]
     per_epoch = float(len(examples) if repeats is None else repeats.sum())
-    if per_epoch < 1:
+    if training.max_steps is not None and per_epoch < _MIN_PER_EPOCH:
         raise UserError(
             f"data.train: {len(examples):,} examples with their weights are {per_epoch:.3g} examples per epoch; "
             "increase data.*.weight"
