@@ -120,28 +120,28 @@ def drill(warm, tiny, tmp_path, is_full):
 @pytest.mark.drill("sft_jax/data", "sft_jax/config_file.py", "sft_jax/config.py")
 class TestHostileData:
     def test_text(self, drill):
-        drill.sample(12)
+        drill.sample(16)
         drill.files(hostile_text.texts())
         drill.check()
 
     def test_wrong_values(self, drill):
-        drill.sample(50)
+        drill.sample(80)
         drill.files(hostile_text.wrong_values(), "data.on_bad_row=skip")
         drill.files(hostile_text.single_values())
         drill.check()
 
     def test_archives(self, drill):
-        drill.sample(5)
+        drill.sample(7)
         drill.files(hostile_text.archives())
         drill.check()
 
     def test_arrow(self, drill):
-        drill.sample(7)
+        drill.sample(9)
         drill.files(hostile_arrow.built())
         drill.check()
 
     def test_mutations(self, drill):
-        drill.sample(90)
+        drill.sample(120)
         num = _NUM_MUTATIONS
         seeds = hostile_arrow.seeds() | {"a.jsonl": hostile_text.LINES, "a.csv": hostile_text.TABLE}
         for name, content in seeds.items():
@@ -149,7 +149,7 @@ class TestHostileData:
         drill.check()
 
     def test_places(self, drill, tmp_path):
-        drill.sample(8)
+        drill.sample(10)
         for n, (name, build) in enumerate(hostile_places.places().items()):
             if drill.is_next():
                 (tmp_path / str(n)).mkdir()
@@ -157,7 +157,7 @@ class TestHostileData:
         drill.check()
 
     def test_configs(self, drill, tiny, chats, tmp_path):
-        drill.sample(110)
+        drill.sample(160)
         paths = str(tiny), str(chats), str(tmp_path)
         good = tmp_path / "good.yaml"
         good.write_bytes(hostile_configs.filled(b"{good}", *paths))

@@ -108,8 +108,10 @@ class Warm:
 
     def __exit__(self, *exception: object) -> None:
         assert self._server.stdin is not None
+        assert self._server.stdout is not None
         self._server.stdin.close()
         self._server.wait(30)
+        self._server.stdout.close()
         self._folder.cleanup()
 
     def start(

@@ -18,8 +18,13 @@ def scratch_folder() -> Path:
     """Create a temporary directory; it is deleted when the process exits, or by a later one if this one is killed."""
     if not _root:
         _root.append(temporary_folder(Path(tempfile.gettempdir()), "sft-jax-rows-"))
-        atexit.register(shutil.rmtree, _root[0][0], ignore_errors=True)
+        atexit.register(_remove, *_root[0])
     return Path(tempfile.mkdtemp(dir=_root[0][0]))
+
+
+def _remove(folder: Path, lock: FolderLock) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    lock.release()
 
 
 def cache_folder() -> Path:
