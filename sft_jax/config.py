@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+from sft_jax.config_limits import check_limits
 from sft_jax.errors import UserError
 
 
@@ -306,6 +307,7 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
+        check_limits(self)
         _require(
             len(self.data.train) > 0, "data.train", "names no source; give at least one, such as [{path: a.jsonl}]"
         )

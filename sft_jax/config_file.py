@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import io
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sft_jax.config import Config
 from sft_jax.config_names import suggest_key
+from sft_jax.config_yaml import BYTES, check_yaml
 from sft_jax.errors import UserError
 
 _SOURCES = ("data.train", "data.eval", "evaluation.documents")  # lists; an override may give one path
@@ -29,13 +32,19 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     """
     import yaml
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such config file")
     try:
-        values = OmegaConf.load(path)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        with path.open(encoding="utf-8") as file:
+            text = file.read(BYTES + 1)
+        check_yaml(text, str(path))
+        values = OmegaConf.load(io.StringIO(text))
+    except UserError:
+        raise
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid YAML: {_one_line(error)}") from error
     if not OmegaConf.is_dict(values):
         raise UserError(
@@ -67,7 +76,7 @@ def _merged(values: Any, overrides: list[str], name: str) -> Config:
         _check_lora(overrides)
         for override in overrides:
             key, equals, value = override.partition("=")
-            if not equals or not key:
+            if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
                 raise UserError(f"override {override!r}: write key=value, such as optimizer.learning_rate=2e-5")
             parsed = _parse_value(override, value)
             if key in _SOURCES and isinstance(parsed, str):
@@ -78,8 +87,23 @@ def _merged(values: Any, overrides: list[str], name: str) -> Config:
         if missing:
             raise UserError(f"{name}: {missing[0]} is required and not set")
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
-    except (OmegaConfBaseException, TypeError) as error:
+    except OverflowError as error:  # an integer for a key that is a float; it says no key
+        raise UserError(f"{name}: {_too_large(values) or 'a number'} is too large") from error
+    except (OmegaConfBaseException, TypeError, LookupError) as error:
         raise UserError(f"{name}: {_explain(error)}") from error
+
+
+def _too_large(values: Any) -> str | None:
+    """The key of the first integer that no float can hold."""
+    from omegaconf import OmegaConf
+
+    def find(value: Any, key: str) -> str | None:
+        if isinstance(value, int) and abs(value) > sys.float_info.max:
+            return key
+        pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        return next((found for name, one in pairs if (found := find(one, f"{key}.{name}" if key else str(name)))), None)
+
+    return find(OmegaConf.to_container(values), "")
 
 
 def _check_lora(overrides: list[str]) -> None:
@@ -95,8 +119,11 @@ def _parse_value(override: str, text: str) -> Any:
     from omegaconf import OmegaConf
 
     try:
+        check_yaml(f"value: {text}", f"override {override[:80]!r}")
         return OmegaConf.to_container(OmegaConf.create(f"value: {text}"))["value"]  # type: ignore[index,call-overload]
-    except yaml.YAMLError as error:
+    except UserError:
+        raise
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"override {override!r}: not valid YAML: {_one_line(error)}") from error
 
 

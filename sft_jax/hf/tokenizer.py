@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -53,7 +54,7 @@ def load_tokenizer(
         tokenizer.chat_template = _template_of_processor(folder)
     if chat_template is not None:
         path = Path(chat_template).expanduser()
-        if not path.is_file():
+        if not os.path.isfile(path):  # unlike Path.is_file, also for names that are too long
             raise UserError(f"data.chat_template: no such file {chat_template}")
         try:
             tokenizer.chat_template = read_bytes(path).decode("utf-8")

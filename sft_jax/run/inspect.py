@@ -13,6 +13,7 @@ import numpy as np
 from sft_jax.config import Config
 from sft_jax.data.batches.summary import summarize
 from sft_jax.data.chat.pieces import pieces
+from sft_jax.data.read.sources import prepare_to_open
 from sft_jax.data.tokens.prepare import Prepared, check_data, read_data
 from sft_jax.errors import UserError
 from sft_jax.evaluation.compare import prepare
@@ -37,6 +38,7 @@ def inspect(
     Raises:
         UserError: the error that ``train`` raises for these data, after printing the summary.
     """
+    prepare_to_open([*config.data.train, *config.data.eval])
     folder = find_model(config.model.path, config.model.revision, weights=False)
     arch = read_architecture(folder)
     tokenizer, _ = load_tokenizer(

@@ -14,6 +14,7 @@ from sft_jax.assembly import Base, check_mesh, open_base
 from sft_jax.config import Config
 from sft_jax.data.batches.packing import Plan, plan_of
 from sft_jax.data.batches.streaming import first_rows
+from sft_jax.data.read.sources import prepare_to_open
 from sft_jax.data.tokens.prepare import Prepared, prepare_data
 from sft_jax.errors import UserError
 from sft_jax.evaluation.compare import Task
@@ -97,6 +98,7 @@ def prepare(config: Config, devices: Sequence[Any] | None, say: Announcer) -> In
         UserError: anything wrong with config, model, data or run directory.
     """
     # -- devices and run directory ------------------------------------------------------------------------------------
+    prepare_to_open([*config.data.train, *config.data.eval])
     mesh = check_mesh(config, devices)
     if jax.process_index() == 0:
         check_wandb(config.training.wandb_project)

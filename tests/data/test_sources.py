@@ -8,6 +8,8 @@ import pytest
 from kit import conversations, write_jsonl
 
 from sft_jax.config import SourceConfig
+from sft_jax.data.read import arrow_files
+from sft_jax.data.read.arrow_process import open_rows, read
 from sft_jax.data.read.sources import open_sources
 from sft_jax.errors import UserError
 
@@ -88,20 +90,26 @@ def test_what_is_not_there(tmp_path):
 
 
 def test_a_configuration_of_a_dataset_on_the_hub(monkeypatch):
-    """Against a stand-in of the one call that is made."""
+    """Against a stand-in of the one call that the reader makes, and of the reader."""
     asked = []
 
     def load_dataset(*given, **options):
         asked.append((given, options))
         return datasets.Dataset.from_list([{"question": "2+2?", "answer": "4"}])
 
+    def ask(request):
+        opened = open_rows(request["kind"], request["path"], request["options"])
+        if request["what"] == "open":
+            return {"rows": opened.num_rows, "columns": opened.columns, "digest": opened.digest}, b""
+        return (lambda reply, stream: (json.loads(json.dumps(reply)), stream))(*read(opened, request["row"], 10))
+
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(arrow_files._reader, "ask", ask)
     named = rows("openai/gsm8k", name="main", split="test")
     assert [(name, kind, len(data)) for name, kind, _, data in named] == [
         ("openai/gsm8k[main, test]", "question-answer", 1)
     ]
     assert rows("some/dataset")[0][0] == "some/dataset[train]"
-    assert asked == [
-        (("openai/gsm8k", "main"), {"split": "test", "revision": None}),
-        (("some/dataset", None), {"split": "train", "revision": None}),
-    ]
+    first = (("openai/gsm8k", "main"), {"split": "test", "revision": None})
+    assert asked[0] == first
+    assert asked[-1] == (("some/dataset", None), {"split": "train", "revision": None})

@@ -12,8 +12,11 @@ import numpy as np
 
 from sft_jax.config import DataConfig, TrainingConfig
 from sft_jax.data.tokens.examples import Examples
+from sft_jax.errors import UserError
 
 WINDOW = 8192  # examples that are sorted by length and packed together
+_MIN_PER_EPOCH = 1e-3  # examples; fewer make a plan of some steps go through epochs almost without end
+_MAX_ITEMS = 200_000_000  # examples of a plan, which is held in memory
 MAX_BUCKETS = 5  # sequence lengths of a run without packing; the step is compiled for each of them
 SIMILAR_STEPS = 32  # without packing, examples are sorted by length within this many steps
 
@@ -109,6 +112,19 @@ def plan_of(data: DataConfig, training: TrainingConfig, examples: Examples) -> P
     repeats = None
     if any(weight != 1.0 for weight in examples.weights):
         repeats = np.asarray(examples.weights)[examples.source]
+    per_epoch = float(len(examples) if repeats is None else repeats.sum())
+    if training.max_steps is not None and per_epoch < _MIN_PER_EPOCH:
+        raise UserError(
+            f"data.train: {len(examples):,} examples with their weights are {per_epoch:.3g} examples per epoch; "
+            "increase data.*.weight"
+        )
+    total = per_epoch * (1 if training.max_steps is not None else max(1.0, training.num_train_epochs))
+    if total > _MAX_ITEMS:
+        key = "data.*.weight" if per_epoch > _MAX_ITEMS else "training.num_train_epochs"
+        raise UserError(
+            f"{key}: {total:.3g} examples, with their repetitions, are more than {_MAX_ITEMS:,} in a plan; use "
+            "fewer, or data.streaming=true"
+        )
     return plan_run(
         examples.num_tokens,
         data.max_length,

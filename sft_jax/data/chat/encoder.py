@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from sft_jax.data.chat.encoded import Encoded, Tally
-from sft_jax.data.chat.segments import SegmentEncoder
+from sft_jax.data.chat.segments import SegmentEncoder, refuse_long
 from sft_jax.data.chat.stops import StopTokens
 from sft_jax.data.chat.template import ChatTemplates
 from sft_jax.data.chat.template_limits import enforce_limits
 from sft_jax.data.chat.turns import Rendered, TurnFinder
-from sft_jax.data.read.rows import Conversation, Document, Message, Row, RowError, Tokens
+from sft_jax.data.read.rows import Conversation, Document, Message, Row, RowError, Tokens, utf8_size
 from sft_jax.errors import UserError
 from sft_jax.files.foreign import reading
 
@@ -101,7 +101,9 @@ class Encoder:
                     if isinstance(row, RowError):
                         raise row
                     weights = self._weights(row) if isinstance(row, Conversation) else {}
+                    refuse_long(row.num_bytes)
                     texts, unread = self._render(row, weights)
+                    refuse_long(max((utf8_size(text.text) for text in texts), default=0))
                     if len(texts) > 1 and self.train_on == "all":
                         raise RowError(
                             "the template rewrites earlier turns, so no single text contains all of them, and "
@@ -158,7 +160,7 @@ class Encoder:
 
     def _weights(self, row: Conversation) -> dict[int, float]:
         """Return the loss weight of each supervised message, by the number of the message."""
-        answers = [i for i, message in enumerate(row.messages) if message["role"] == "assistant"]
+        answers = {i for i, message in enumerate(row.messages) if message["role"] == "assistant"}
         weights = {}
         for i, weight in enumerate(row.weights):
             if i in answers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import dataclass
@@ -71,7 +72,8 @@ def find_omitted(
     marks = {part: f"Zq{n}qZ" for n, part in enumerate(parts)}
     try:
         text = render(*_changed(messages, tools, marks))
-        missing = [part for part in parts if marks[part] not in text]
+        found = set(re.findall(r"(?=(Zq\d+qZ))", text))
+        missing = [part for part in parts if marks[part] not in found]
     except RowError:
         missing = parts
     if not missing:
@@ -84,9 +86,13 @@ def find_omitted(
         except RowError:
             return False  # a template that fails because of a marker reads the part
 
-    if is_unused(missing):
-        return missing
-    return [part for part in missing if is_unused([part])]
+    def unused(some: list[Part]) -> list[Part]:
+        if is_unused(some):
+            return some
+        half = len(some) // 2
+        return [*unused(some[:half]), *unused(some[half:])] if half else []
+
+    return unused(missing)
 
 
 def _changed(messages: list[Message], tools: Tools, marks: dict[Part, str]) -> tuple[list[Message], Tools]:

@@ -12,9 +12,14 @@ import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Protocol
 
+from sft_jax.data.read.limits import TEXT_BYTES
+from sft_jax.data.read.rows import RowError
+
 _MAX_CACHED_TOKENS = 1 << 22  # of all cached segments
+_LONG = 1 << 19  # characters of texts that are not split, and of those that are checked at a time, to save memory
 _NUM_CHECKED = 64  # texts that are also tokenized as a whole, to verify that both ways agree
 # Tokenizer components whose output does not depend on the position of a segment.
 _POSITION_FREE = {"Split", "ByteLevel", "Digits", "Punctuation", "Whitespace", "WhitespaceSplit", "Sequence", None}
@@ -107,7 +112,7 @@ class SegmentEncoder:
 
     def __call__(self, texts: Sequence[str]) -> Sequence[TokenizedText]:
         """Tokenize each text."""
-        if self._pattern is None:
+        if self._pattern is None or any(len(text) > _LONG for text in texts):
             return self._backend.encode_batch(texts, add_special_tokens=False)
         cache = self._cache
         split = [[part for part in self._pattern.split(text) if part] for text in texts]
@@ -119,7 +124,8 @@ class SegmentEncoder:
             joined.append(Joined(segments, list(map(len, parts))))
         self._update_cache(encoded)
         if self._num_checked < _NUM_CHECKED:
-            checked = range(min(_NUM_CHECKED - self._num_checked, len(texts)))
+            sizes = accumulate(map(len, texts))
+            checked = [i for i, size in enumerate(sizes) if i < _NUM_CHECKED - self._num_checked and size <= _LONG]
             self._num_checked += len(checked)
             whole = self._backend.encode_batch([texts[i] for i in checked], add_special_tokens=False)
             if any(whole[i].ids != joined[i].ids for i in checked):
@@ -141,6 +147,19 @@ class SegmentEncoder:
                 self._cache[part] = Segment(encoding.ids, [start for start, _ in offsets], [end for _, end in offsets])
                 self._num_tokens += len(offsets)
             self._seen.add(key)
+
+
+def refuse_long(num_bytes: int) -> None:
+    """Refuse a text before it is tokenized: offsets and other records of each token need up to 340 times its memory.
+
+    Raises:
+        RowError: it is longer than the limit.
+    """
+    if num_bytes > TEXT_BYTES:
+        raise RowError(
+            f"has a text of {num_bytes / 2**20:.1f} MB, more than {TEXT_BYTES / 2**20:.1f} MB; split it, or leave such "
+            "rows out with data.on_bad_row: skip"
+        )
 
 
 def _is_position_free(backend: Any) -> bool:

@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from sft_jax.data.chat.forms import adapt_to_template
+from sft_jax.data.chat.local import find_local
 from sft_jax.data.chat.seen import Tools, find_omitted, list_parts
 from sft_jax.data.chat.template import ChatTemplate, ChatTemplates, Span
 from sft_jax.data.chat.thoughts import openings, reasoning_of
 from sft_jax.data.chat.verify import verify_turns
 from sft_jax.data.read.rows import Conversation, Message, RowError
 
+_MAX_RENDERED = 1_000_000  # messages that are rendered for one conversation; takes about ten seconds
 _MIN_PROMPT = 4  # characters that are enough to recognize the end of a generation prompt
 
 
@@ -68,14 +70,17 @@ class TurnFinder:
         template = self._templates.choose(bool(conversation.tools))
         template.check_kwargs(conversation.template_kwargs)
         conversation = adapt_to_template(template, conversation)
-        prefixes = _Prefixes(template, conversation, self._special)
+        prefixes = Prefixes(template, conversation, self._special)
         texts: list[Rendered] = []
         unread = {f"chat_template_kwargs.{name}" for name in conversation.template_kwargs.keys() - template.reads}
         read: set[str] = set()
         remaining, size = list(supervised), len(conversation.messages)
         while remaining:
             text, marks = prefixes.text(size, remaining)
-            turns = {i: span for i in remaining if (span := prefixes.turn(i, text, marks, size)) is not None}
+            spans = find_local(prefixes, remaining, text, size)
+            if spans is None:
+                spans = {i: span for i in remaining if (span := prefixes.whole(i, text, size)) is not None}
+            turns = prefixes.marked(spans, text, marks, size)
             if turns:
                 contents, is_complete = verify_turns(
                     template, text, conversation.messages[:size], turns, prefixes.notes
@@ -94,7 +99,7 @@ class TurnFinder:
         return texts[::-1], unread - read
 
 
-class _Prefixes:
+class Prefixes:
     """Renders prefixes of one conversation, each once."""
 
     def __init__(self, template: ChatTemplate, conversation: Conversation, special: re.Pattern[str]):
@@ -104,10 +109,26 @@ class _Prefixes:
         self._texts: dict[int, tuple[str, list[Span]]] = {}
         self._answers: dict[int, tuple[str, int]] = {}
         self._built: set[int] = set()
+        self._num_rendered = 0  # messages
         self.notes: Counter[str] = Counter()
 
     def _render(self, messages: list[Message], tools: Tools, prompt: bool = False) -> tuple[str, list[Span]]:
+        self._num_rendered += len(messages)
+        if self._num_rendered > _MAX_RENDERED:
+            raise RowError(
+                f"has {len(self._messages):,} messages, too many for a template that rewrites or omits earlier ones; "
+                "split the conversation"
+            )
         return self._template.render(messages, tools, prompt, self._kwargs)
+
+    def window(self, numbers: Sequence[int], prompt: bool = False) -> str:
+        """Render some of the messages, by their numbers."""
+        return self._render([self._messages[i] for i in numbers], self._tools, prompt)[0]
+
+    @property
+    def roles(self) -> list[str]:
+        """The roles of all messages."""
+        return [message["role"] for message in self._messages]
 
     def rendered(self, size: int) -> tuple[str, list[Span]]:
         """Render the first ``size`` messages; also returns the template's ``{% generation %}`` spans."""
@@ -120,18 +141,21 @@ class _Prefixes:
         text, marks = self.rendered(size)
         return (self._answer(size - 1)[0], marks) if size - 1 in supervised else (text, marks)
 
-    def turn(self, i: int, text: str, marks: list[Span], size: int) -> Span | None:
+    def whole(self, i: int, text: str, size: int) -> Span | None:
         """Locate message ``i`` in the ``text`` of ``size`` messages; None if its context differs at inference."""
         prefix, begin = self._answer(i)
         end = len(text) if i + 1 == size else self._end_in(text, prefix)
-        if end is None:
-            return None
-        if self._template.is_marked:
-            begin, end = self._marked(i, marks, size)
-            prompt = self._template.generation_prompt
-            if prompt and text.startswith(prompt, begin):
-                self.notes["supervised turns that include the turn header, because {% generation %} does"] += 1
-        return begin, end
+        return None if end is None else (begin, end)
+
+    def marked(self, spans: dict[int, Span], text: str, marks: list[Span], size: int) -> dict[int, Span]:
+        """Replace the spans of messages by those of the template's ``{% generation %}`` blocks, if it has any."""
+        if not self._template.is_marked or not spans:
+            return spans
+        of_answers = self._by_answer(marks, size)
+        prompt = self._template.generation_prompt
+        if num := sum(text.startswith(prompt, of_answers[i][0]) for i in spans if prompt):
+            self.notes["supervised turns that include the turn header, because {% generation %} does"] += num
+        return {i: of_answers[i] for i in spans}
 
     def check_omitted(self, size: int, last: int) -> tuple[set[str], set[str]]:
         """Return the names of optional parts that the text of ``size`` messages omits, and of those that it contains.
@@ -242,8 +266,8 @@ class _Prefixes:
             length = length // 2 if length > _MIN_PROMPT else 0
         return None
 
-    def _marked(self, i: int, marks: list[Span], size: int) -> Span:
-        """Return the ``{% generation %}`` span of message ``i``."""
+    def _by_answer(self, marks: list[Span], size: int) -> dict[int, Span]:
+        """Return the ``{% generation %}`` span of each answer among the first ``size`` messages."""
         answers = [j for j, message in enumerate(self._messages[:size]) if message["role"] == "assistant"]
         marks = [mark for mark in marks if mark[1] > mark[0]]
         if len(marks) > len(answers):  # join adjacent spans
@@ -256,7 +280,7 @@ class _Prefixes:
             marks = joined
         if len(marks) != len(answers):
             raise RowError(f"the template renders {len(marks)} {{% generation %}} blocks for {len(answers)} answers")
-        return marks[answers.index(i)]
+        return dict(zip(answers, marks, strict=True))
 
     def _end_in(self, text: str, prefix: str) -> int | None:
         """Return where ``prefix`` ends in ``text``, or None if ``text`` does not start with it.

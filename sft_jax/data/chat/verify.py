@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections import Counter
 
 from sft_jax.data.chat.template import ChatTemplate, Span
@@ -28,6 +29,7 @@ def verify_turns(
     """
     contents: list[tuple[str, Span]] = []
     spans = sorted(turns.values())
+    begins = [begin for begin, _ in spans]
     at, is_complete = 0, True
     for i, message in enumerate(messages):
         content = message.get("content", "").strip()
@@ -44,7 +46,8 @@ def verify_turns(
         content = _split_content(message)[-1].strip()
         if not content:
             continue
-        limit = next((begin for begin, _ in spans if begin >= at), len(text))
+        after = bisect_left(begins, at)
+        limit = begins[after] if after < len(begins) else len(text)
         position = text.find(content, at, limit)
         if position >= 0:
             contents.append((message["role"], (position, position + len(content))))

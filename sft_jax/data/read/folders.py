@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
-_root: list[tempfile.TemporaryDirectory] = []
+from sft_jax.files.lock import FolderLock
+from sft_jax.files.temporary import temporary_folder
+
+_root: list[tuple[Path, FolderLock]] = []
 
 
 def scratch_folder() -> Path:
-    """Create a temporary directory, which is deleted when the process exits."""
+    """Create a temporary directory; it is deleted when the process exits, or by a later one if this one is killed."""
     if not _root:
-        _root.append(tempfile.TemporaryDirectory(prefix="sft-jax-"))
-    return Path(tempfile.mkdtemp(dir=_root[0].name))
+        _root.append(temporary_folder(Path(tempfile.gettempdir()), "sft-jax-rows-"))
+        atexit.register(_remove, *_root[0])
+    return Path(tempfile.mkdtemp(dir=_root[0][0]))
+
+
+def _remove(folder: Path, lock: FolderLock) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    lock.release()
 
 
 def cache_folder() -> Path:

@@ -45,6 +45,11 @@ class Conversation:
     unread: frozenset[str] = frozenset()
 
     @property
+    def num_bytes(self) -> int:
+        """The size of all contents as UTF-8."""
+        return sum(utf8_size(message.get("content", "")) for message in self.messages)
+
+    @property
     def last_exchange(self) -> tuple[str, str] | None:
         """The last answer and the user message before it, as plain text; None if there is no answer."""
         return next(reversed(self._exchanges()), None)
@@ -75,6 +80,11 @@ class Document:
     unread: frozenset[str] = frozenset()
 
     @property
+    def num_bytes(self) -> int:
+        """The size of prompt and completion as UTF-8."""
+        return utf8_size(self.prompt) + utf8_size(self.completion)
+
+    @property
     def last_exchange(self) -> tuple[str, str] | None:
         """Prompt and completion; None if there is no prompt."""
         return (self.prompt.strip(), self.completion.strip()) if self.prompt else None
@@ -93,6 +103,11 @@ class Tokens:
     unread: frozenset[str] = frozenset()
 
     @property
+    def num_bytes(self) -> int:
+        """The number of tokens, as a measure of the memory that encoding needs."""
+        return len(self.ids)
+
+    @property
     def last_exchange(self) -> None:
         """None, because a tokenized row has no separate question."""
         return None
@@ -108,3 +123,8 @@ Row = Conversation | Document | Tokens
 def shown(value: Any) -> str:
     """Format a value for an error message: its type and its first 40 characters."""
     return "null" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
+
+
+def utf8_size(text: str) -> int:
+    """Return the size of a text as UTF-8; quickly for ASCII."""
+    return len(text) if text.isascii() else len(text.encode(errors="surrogatepass"))

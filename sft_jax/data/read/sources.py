@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,10 +13,11 @@ from typing import Any
 
 from sft_jax import builtin
 from sft_jax.config import SourceConfig
+from sft_jax.data.read.arrow_files import ArrowTable, start_reader
 from sft_jax.data.read.folders import scratch_folder
 from sft_jax.data.read.formats import COLUMNS, FORMATS, detect, is_message, missing_column, parse, suggestion
 from sft_jax.data.read.rows import Row, RowError
-from sft_jax.data.read.tables import Dataset, Table, kind_of, open_file
+from sft_jax.data.read.tables import Table, kind_of, open_file
 from sft_jax.errors import UserError
 from sft_jax.files.buckets import is_url
 
@@ -90,9 +92,15 @@ def open_sources(sources: Sequence[SourceConfig]) -> list[Source]:
     return opened
 
 
+def prepare_to_open(sources: Sequence[SourceConfig]) -> None:
+    """Start what :func:`open_sources` will need, so that it need not wait for it."""
+    if any(kind_of(one.path) in (".parquet", ".arrow") or os.path.isdir(one.path) for one in sources):
+        start_reader()
+
+
 def _open(source: SourceConfig) -> _Opened:
     tables, passed_over = _find(source)
-    if not any(isinstance(table, Dataset) for _, table in tables):
+    if not any(isinstance(table, ArrowTable) and table.is_dataset for _, table in tables):
         for key in ("name", "split", "revision"):
             if getattr(source, key) != getattr(SourceConfig(source.path), key) and not (
                 key == "split" and passed_over is not None
@@ -105,6 +113,15 @@ def _open(source: SourceConfig) -> _Opened:
 
 
 def _find(source: SourceConfig) -> _Opened:
+    if not source.path or "\0" in source.path:
+        raise UserError(f"data.*.path: {source.path!r} is not the name of a file")
+    try:
+        return _find_files(source)
+    except OSError as error:  # such as a name that is too long
+        raise UserError(f"data: {source.path[:200]}: {error.strerror or error}") from error
+
+
+def _find_files(source: SourceConfig) -> _Opened:
     if source.path.startswith(builtin.PREFIX):
         return [(source.path, open_file(builtin.locate(source.path, "data"), source.path))], None
     if is_url(source.path):
@@ -114,7 +131,7 @@ def _find(source: SourceConfig) -> _Opened:
         return [(source.path, open_file(path, source.path))], None
     if path.is_dir():
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-            return [(source.path, Dataset(_load_saved(path, source)))], None
+            return [(source.path, ArrowTable(path, source.path, "saved", {"split": source.split}))], None
         files = _data_files(path)
         if not files:
             raise UserError(f"data: folder {source.path} has no {', '.join(_KINDS)} file")
@@ -125,7 +142,7 @@ def _find(source: SourceConfig) -> _Opened:
         return [(file, open_file(Path(file), file)) for file in files], None
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source.path) and kind_of(path.name) not in _KINDS:
         configuration = "" if source.name is None else f"{source.name}, "
-        return [(f"{source.path}[{configuration}{source.split}]", Dataset(_read_hub(source)))], None
+        return [(f"{source.path}[{configuration}{source.split}]", _open_hub(source))], None
     raise UserError(f"data: {source.path!r} matches no file, folder or glob, and is not a Hugging Face dataset id")
 
 
@@ -196,51 +213,15 @@ def _open_remote(source: SourceConfig) -> _Opened:
         raise UserError(f"data: {source.path} cannot be read: {' '.join(str(error).split())[:200]}") from error
 
 
-def _load_saved(path: Path, source: SourceConfig) -> Any:
-    import datasets
-
+def _open_hub(source: SourceConfig) -> Table:
+    options = {"split": source.split, "name": source.name, "revision": source.revision}
+    details = f"(name {source.name or 'null'}, split {source.split})"
     try:
-        loaded = datasets.load_from_disk(str(path))
-    except (ValueError, OSError, KeyError) as error:
-        raise UserError(f"{path}: cannot be read as a saved dataset: {' '.join(str(error).split())[:200]}") from error
-    if isinstance(loaded, datasets.DatasetDict):
-        if source.split not in loaded:
-            raise UserError(f"{path}: has no split {source.split!r}; there are {', '.join(map(str, loaded))}")
-        return loaded[source.split]
-    return loaded
-
-
-def _read_hub(source: SourceConfig) -> Any:
-    import datasets
-    from datasets.exceptions import DatasetsError
-    from huggingface_hub.errors import HfHubHTTPError
-
-    with _quiet_datasets():
-        try:
-            return datasets.load_dataset(source.path, source.name, split=source.split, revision=source.revision)
-        except (DatasetsError, HfHubHTTPError, OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            details = f"(name {source.name or 'null'}, split {source.split})"
-            raise UserError(
-                f"data: {source.path!r} {details} is not a local file and could not be fetched: {reason}"
-            ) from error
-
-
-class _quiet_datasets:
-    """Disables progress bars and logging of ``datasets``; errors are reported as :class:`UserError`."""
-
-    def __enter__(self) -> None:
-        import datasets
-
-        self._verbosity = datasets.logging.get_verbosity()
-        datasets.disable_progress_bars()
-        datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-
-    def __exit__(self, *exc: object) -> None:
-        import datasets
-
-        datasets.logging.set_verbosity(self._verbosity)
-        datasets.enable_progress_bars()
+        return ArrowTable(source.path, repr(source.path), "hub", options)
+    except UserError as error:
+        raise UserError(
+            f"data: {source.path!r} {details} is not a local file and could not be fetched: {error}"
+        ) from error
 
 
 def _renamed(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from sft_jax.data.tokens.workers import encode_in_processes, encode_into, option
 from sft_jax.distributed import processes
 from sft_jax.errors import UserError
 from sft_jax.files.lock import FolderLock
+from sft_jax.files.temporary import temporary_folder
 from sft_jax.version import __version__
 
 _REVISION = 5  # of the encoding and the files; increment it when the same rows give other ids, masks or files
@@ -125,6 +126,7 @@ def _tokenise(
         assert written is not None
         if cached_at is not None and written.num_rows == num_rows:
             with contextlib.suppress(FileExistsError, OSError):  # another run was faster; the contents are the same
+                (folder / FolderLock.NAME).unlink(missing_ok=True)
                 os.rename(folder, cached_at)
             written = read_tokenized(cached_at) or written  # unmaps the files of the temporary folder
     assert written is not None
@@ -144,7 +146,7 @@ def _read_cached(cached_at: Path | None) -> Tokenized | None:
 
 @contextmanager
 def _only_one(cached_at: Path | None, name: str) -> Iterator[bool]:
-    """Wait while another process tokenizes the same rows for the same cache, and remove what dead ones left there.
+    """Wait while another process tokenizes the same rows for the same cache.
 
     Yields whether it waited.
     """
@@ -160,8 +162,6 @@ def _only_one(cached_at: Path | None, name: str) -> Iterator[bool]:
                 print(f"sft-jax: {name}: is being tokenized by {holder}; waiting for its result", file=sys.stderr)
             has_waited = True
             time.sleep(_POLL_SECONDS)
-        for dead in cached_at.parent.glob(f".{cached_at.name}.partial-*"):
-            shutil.rmtree(dead)
     try:
         yield has_waited
     finally:
@@ -182,12 +182,13 @@ def _writing_cache(cached_at: Path) -> Iterator[None]:
 @contextmanager
 def _partial(cached_at: Path | None) -> Iterator[Path]:
     """Create a temporary folder, in the same directory as ``cached_at`` so that it can be renamed atomically."""
+    lock = None
     if cached_at is None:
         folder = scratch_folder()
     else:
         with _writing_cache(cached_at):
             cached_at.parent.mkdir(parents=True, exist_ok=True)
-            folder = Path(tempfile.mkdtemp(prefix=f".{cached_at.name}.partial-", dir=cached_at.parent))
+            folder, lock = temporary_folder(cached_at.parent, ".partial-")
     try:
         yield folder
     except OSError as error:
@@ -195,6 +196,8 @@ def _partial(cached_at: Path | None) -> Iterator[Path]:
     finally:
         if cached_at is not None and folder.is_dir():
             shutil.rmtree(folder, ignore_errors=True)  # memory-mapped files stay readable until they are unmapped
+        if lock is not None:
+            lock.release()
 
 
 def _key(source: Source, encoder: Encoder) -> str:

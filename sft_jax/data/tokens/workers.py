@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,13 @@ import transformers
 
 from sft_jax.data.chat.encoder import Encoder
 from sft_jax.data.read.folders import scratch_folder
+from sft_jax.data.read.limits import BATCH_BYTES
+from sft_jax.data.read.rows import Row, RowError
 from sft_jax.data.read.sources import Source
 from sft_jax.data.read.tables import open_file
 from sft_jax.data.tokens.tokenised import Writer
 from sft_jax.errors import UserError
+from sft_jax.files.orphans import end_with_parent
 
 _BATCH = 1000  # rows that are encoded at a time
 
@@ -48,14 +51,28 @@ def encode_into(
     before = encoder.tally
     encoder.tally = writer.tally
     try:
-        for first in range(start, stop, _BATCH):
-            rows = list(source.read(first, min(first + _BATCH, stop), encoder.keep_reasoning))
-            writer.add(encoder.encode(rows), first)
+        for rows in _batches(source, start, stop, encoder.keep_reasoning):
+            writer.add(encoder.encode(rows), start + writer.num_rows)
             progress(len(rows))
             if stop_at_refusal and writer.num_refused:
                 break
     finally:
         encoder.tally = before
+
+
+def _batches(source: Source, start: int, stop: int, keep_reasoning: bool) -> Iterator[list[Row | RowError]]:
+    """Yield rows ``start … stop``; as many at a time as are quick to encode together and fit in memory."""
+    for first in range(start, stop, _BATCH):
+        rows, size = list[Row | RowError](), 0
+        for row in source.read(first, min(first + _BATCH, stop), keep_reasoning):
+            more = 0 if isinstance(row, RowError) else row.num_bytes
+            if rows and size + more > BATCH_BYTES:
+                yield rows
+                rows, size = [], 0
+            rows.append(row)
+            size += more
+        if rows:
+            yield rows
 
 
 def encode_in_processes(
@@ -74,7 +91,7 @@ def encode_in_processes(
         UserError: a worker ended with a user error.
     """
     path = getattr(source.table, "path", None)
-    if path is None:  # write a dataset to a file
+    if path is None:  # write a data set to a file
         path = scratch_folder() / "rows.parquet"
         source.table.write(path)  # type: ignore[attr-defined]
     with tempfile.TemporaryDirectory(dir=writer.folder) as name:
@@ -101,12 +118,12 @@ def encode_in_processes(
             }
             (work / f"job{i}.json").write_text(json.dumps(job), encoding="utf-8")
             parts.append(part)
-        _run_all([work / f"job{i}.json" for i in range(num_workers)], progress)
+        _run_all([work / f"job{i}.json" for i in range(num_workers)], source.name, progress)
         for part in parts:
             writer.add_part(part)
 
 
-def _run_all(jobs: list[Path], progress: Callable[[int], object]) -> None:
+def _run_all(jobs: list[Path], name: str, progress: Callable[[int], object]) -> None:
     """Run a worker for each job, report their progress, and stop all of them on return."""
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
     command = [sys.executable, "-m", "sft_jax.data.tokens.workers"]
@@ -140,6 +157,11 @@ def _run_all(jobs: list[Path], progress: Callable[[int], object]) -> None:
         for worker, error in zip(workers, errors, strict=True):
             if worker.wait() == 2:
                 raise UserError(error.strip().splitlines()[-1])
+            if worker.returncode < 0:
+                raise UserError(
+                    f"{name}: a process that tokenizes was ended by signal {-worker.returncode}, perhaps for lack of "
+                    "memory; set fewer data.num_workers"
+                )
             if worker.returncode:
                 raise RuntimeError(f"a tokenization worker ended with exit code {worker.returncode}:\n{error}")
     finally:
@@ -198,6 +220,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     try:
         _work(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
     except UserError as error:
