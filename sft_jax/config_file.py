@@ -18,6 +18,7 @@ from sft_jax.config import Config
 from sft_jax.config_names import suggest_key
 from sft_jax.config_yaml import BYTES, check_yaml
 from sft_jax.errors import UserError
+from sft_jax.redaction import has_secret, secret_names
 
 _SOURCES = ("data.train", "data.eval", "evaluation.documents")  # lists; an override may give one path
 
@@ -82,15 +83,49 @@ def _merged(values: Any, overrides: list[str], name: str) -> Config:
             if key in _SOURCES and isinstance(parsed, str):
                 parsed = [{"path": parsed}]
             OmegaConf.update(values, key, parsed, merge=True)
+        values = OmegaConf.create(_with_references(OmegaConf.to_container(values, resolve=False)))
         merged = OmegaConf.merge(OmegaConf.structured(Config), values)
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
             raise UserError(f"{name}: {missing[0]} is required and not set")
-        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+        config = OmegaConf.to_object(merged)
+        assert isinstance(config, Config)
+        _check_secrets(to_dict(config), name)
+        return config
     except OverflowError as error:  # an integer for a key that is a float; it says no key
         raise UserError(f"{name}: {_too_large(values) or 'a number'} is too large") from error
     except (OmegaConfBaseException, TypeError, LookupError) as error:
         raise UserError(f"{name}: {_explain(error)}") from error
+
+
+def _with_references(value: Any) -> Any:
+    """Keep references to secret environment variables as they are: the config is written to files."""
+    if isinstance(value, dict):
+        return {key: _with_references(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_with_references(one) for one in value]
+    return _escaped(value) if isinstance(value, str) and secret_names(value) else value
+
+
+def _check_secrets(values: dict[str, Any], name: str, prefix: str = "") -> None:
+    """Refuse secrets that are written out, and references to secrets where they are not replaced.
+
+    Raises:
+        UserError: names the key.
+    """
+    for key, value in values.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, dict):
+            _check_secrets(value, name, f"{path}.")
+        elif isinstance(value, (list, tuple)):
+            _check_secrets({f"{key}.{i}": one for i, one in enumerate(value)}, name, prefix)
+        elif isinstance(value, str) and has_secret(value):
+            raise UserError(
+                f"{name}: {path} holds a token or password, which would be written to the run directory; put it into "
+                "an environment variable, and write ${oc.env:NAME_TOKEN} in its place"
+            )
+        elif isinstance(value, str) and secret_names(value) and key != "path":
+            raise UserError(f"{name}: {path} refers to a secret, which only the path of a data source may")
 
 
 def _too_large(values: Any) -> str | None:

@@ -1,5 +1,7 @@
 """Exceptions of the library, and the exit codes of the command line."""
 
+from sft_jax.redaction import without_secrets
+
 USER_ERROR = 2  # the same command would fail again
 BUG = 70  # EX_SOFTWARE of sysexits.h: an error that the library does not know
 RETRY = 75  # EX_TEMPFAIL of sysexits.h: the same command resumes where this one stopped
@@ -57,5 +59,5 @@ def refuse_lfs_pointer(first: bytes, name: object) -> None:
 
 
 def one_line(text: str) -> str:
-    """Return ``text`` as one line, with unprintable characters written as escapes."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    """Return ``text`` as one line, with unprintable characters written as escapes, and without secrets."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in without_secrets(text))

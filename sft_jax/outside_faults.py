@@ -8,6 +8,8 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from sft_jax.redaction import without_secrets
+
 _NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS}
 _TOO_MANY_FILES = {errno.EMFILE, errno.ENFILE}
 _OTHER = {
@@ -90,7 +92,7 @@ def unknown(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if "sft_jax" in frame.filename] or frames
     place = f" at {own[-1].filename.rpartition('/sft_jax/')[2]}:{own[-1].lineno}" if own else ""
-    text = "".join(traceback.format_exception(error))
+    text = without_secrets("".join(traceback.format_exception(error)))
     try:
         with tempfile.NamedTemporaryFile("w", prefix="sft-jax-error-", suffix=".txt", delete=False) as file:
             file.write(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import glob
 import json
 import os
@@ -20,6 +21,7 @@ from sft_jax.data.read.rows import Row, RowError
 from sft_jax.data.read.tables import Table, kind_of, open_file
 from sft_jax.errors import UserError
 from sft_jax.files.buckets import is_url
+from sft_jax.redaction import with_secrets, without_secrets
 
 _KINDS = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
 _METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
@@ -78,8 +80,9 @@ def open_sources(sources: Sequence[SourceConfig]) -> list[Source]:
     """
     opened = []
     for source in sources:
-        tables, passed_over = _open(source)
+        tables, passed_over = _open(_with_secrets(source))
         for name, table in tables:
+            name = without_secrets(name)
             if len(table) == 0:
                 raise UserError(f"{name}: has no rows")
             opened.append(
@@ -90,6 +93,14 @@ def open_sources(sources: Sequence[SourceConfig]) -> list[Source]:
             )  # fmt: skip
             passed_over = None
     return opened
+
+
+def _with_secrets(source: SourceConfig) -> SourceConfig:
+    """Replace the environment variables of a path that hold secrets by their values."""
+    try:
+        return dataclasses.replace(source, path=with_secrets(source.path))
+    except KeyError as error:
+        raise UserError(f"data: {source.path}: the environment variable {error} is not set") from error
 
 
 def prepare_to_open(sources: Sequence[SourceConfig]) -> None:
