@@ -104,7 +104,9 @@ def _with_references(value: Any) -> Any:
         return {key: _with_references(one) for key, one in value.items()}
     if isinstance(value, list):
         return [_with_references(one) for one in value]
-    return _escaped(value) if isinstance(value, str) and secret_names(value) else value
+    if not isinstance(value, str) or not secret_names(value):
+        return value
+    return re.sub(r"(?<!\\)(?=\$\{oc\.env:)", r"\\", value)
 
 
 def _check_secrets(values: dict[str, Any], name: str, prefix: str = "") -> None:
