@@ -191,7 +191,8 @@ def network_of(config: Config, arch: Architecture, mesh: Mesh, embeddings: bool,
     if config.training.router_aux_loss and not arch.has_routers:
         raise UserError(f"training.router_aux_loss: {model.path} has no experts; leave it at 0")
     length = math.gcd(*sequence_lengths(config.data))
-    backend = choose_backend(model.attention, mesh, arch.attention_specs, model.dtype, length)
+    deterministic = config.training.deterministic
+    backend = choose_backend(model.attention, mesh, arch.attention_specs, model.dtype, length, deterministic)
     return build(
         arch,
         mesh,

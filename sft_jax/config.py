@@ -216,6 +216,7 @@ class TrainingConfig:
     z_loss: float = 0.0  # weight of the squared log of the softmax denominator; 1e-4 keeps logits from drifting
     router_aux_loss: float = 0.0  # weight of the load-balancing loss of mixtures of experts, 0.001 to 0.01
     seed: int = 0  # random seed of shuffling, dropout and new adapters
+    deterministic: bool = False  # GPUs compute the same bits each time, more slowly; TPUs and CPUs always do
     tensorboard: bool = True  # write TensorBoard event files
     wandb_project: str | None = None  # project of Weights & Biases
 

@@ -1,4 +1,4 @@
-"""Compiler options for TPUs: how matrix products all-gather sharded weights."""
+"""Compiler options: for TPUs, how matrix products all-gather sharded weights; for GPUs, repeatable results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ _NO_COLLECTIVE_MATMUL = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "10000
 _COLLECTIVE_MATMUL_OF_GRADIENTS = {"xla_tpu_enable_windowed_einsum_for_all_gather": "false"}
 
 
-def compiler_options(split: Split, gradients: bool = True) -> dict[str, str]:
+# No sums in an order that depends on timing, and no kernels chosen by timing them. TPUs and CPUs have neither.
+_DETERMINISTIC = {"xla_gpu_deterministic_ops": "true"}
+
+
+def compiler_options(split: Split, gradients: bool = True, deterministic: bool = False) -> dict[str, str]:
     """Returns ``compiler_options`` for ``jax.jit`` of a program of this model on the devices of its parameters.
 
     By default the TPU compiler runs a product with a weight sharded over N devices as a collective matmul of N steps:
@@ -25,11 +29,12 @@ def compiler_options(split: Split, gradients: bool = True) -> dict[str, str]:
 
     Args:
         gradients: whether the program computes gradients.
-
-    Returns:
-        The options; empty for other platforms.
+        deterministic: whether the same program and inputs give the same bits on GPUs too.
     """
-    if split.mesh.devices.flat[0].platform != "tpu":
+    platform = split.mesh.devices.flat[0].platform
+    if platform == "gpu" and deterministic:
+        return _DETERMINISTIC
+    if platform != "tpu":
         return {}
     trains_layers = any(path[0] == "layers" and not is_adapter(split.labels[path]) for path in flatten(split.trainable))
     products = _COLLECTIVE_MATMUL_OF_GRADIENTS if gradients and trains_layers else _NO_COLLECTIVE_MATMUL

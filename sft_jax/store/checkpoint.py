@@ -36,6 +36,7 @@ _FREE_KEYS = (
     "training.keep_checkpoints",
     "training.keep_best",
     "training.keep_every",
+    "training.deterministic",
     "training.tensorboard",
     "training.wandb_project",
     "data.eval",

@@ -39,6 +39,7 @@ def make_train_step(
     loss: Loss | None = None,
     rounding_key: Array | None = None,
     stops_at_spikes: bool = False,
+    deterministic: bool = False,
 ) -> TrainStep:
     """Returns the jitted ``step(state, frozen, batch) -> (state, metrics)``, which donates the state's buffers.
 
@@ -55,6 +56,7 @@ def make_train_step(
         out_shardings: shardings of the new state; gradients have those of the weights.
         loss: the loss; by default the cross-entropy of supervised tokens.
         rounding_key: for bfloat16 weights; each step has its own key.
+        deterministic: whether GPUs compute the same bits each time.
         stops_at_spikes: whether a spike halts the state; see :mod:`sft_jax.training.spikes`.
 
     Returns:
@@ -101,7 +103,7 @@ def make_train_step(
         return TrainState(step=step, params=params, opt_state=opt_state, halted=halted), metrics
 
     shardings = None if out_shardings is None else (out_shardings, None)
-    options = compiler_options(split)
+    options = compiler_options(split, deterministic=deterministic)
     return jax.jit(train_step, donate_argnums=0, out_shardings=shardings, compiler_options=options)
 
 
@@ -186,4 +188,5 @@ def step_of(
         cross_entropy_loss(num_sources, Terms(training.label_smoothing, training.z_loss), training.router_aux_loss),
         jax.random.fold_in(key, 3),
         stops_at_spikes=config.optimizer.spike_guard == "stop",
+        deterministic=training.deterministic,
     )

@@ -60,7 +60,9 @@ def any_length_backend(device: Any) -> Backend:
     return XLA if device.platform == "cpu" else XLA_ACCELERATOR
 
 
-def choose_backend(requested: str, mesh: Mesh, specs: Sequence[AttentionSpec], dtype: str, length: int) -> Backend:
+def choose_backend(
+    requested: str, mesh: Mesh, specs: Sequence[AttentionSpec], dtype: str, length: int, deterministic: bool = False
+) -> Backend:
     """Returns the fastest backend that supports every attention layer of a model on these devices.
 
     Args:
@@ -69,6 +71,7 @@ def choose_backend(requested: str, mesh: Mesh, specs: Sequence[AttentionSpec], d
         specs: the specs of the attention layers.
         dtype: dtype of queries, keys and values.
         length: the sequence length; for several lengths, their greatest common divisor.
+        deterministic: leaves out backends whose result depends on timing.
 
     Raises:
         UserError: the requested backend is not supported here; the message has the reason.
@@ -79,6 +82,8 @@ def choose_backend(requested: str, mesh: Mesh, specs: Sequence[AttentionSpec], d
         name: next((reason for request in requests if (reason := unsupported_reason(request))), None)
         for name, (unsupported_reason, _) in _BACKENDS.items()
     }
+    if deterministic and reasons["cudnn"] is None:
+        reasons["cudnn"] = "adds gradients in any order, which training.deterministic excludes"
     if requested != "auto" and reasons[requested]:
         supported = ", ".join(name for name in NAMES if not reasons[name])
         raise UserError(f"model.attention: {requested} {reasons[requested]}; use one of auto, {supported}")
