@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+from functools import cache
 from typing import Any
 
 import fsspec
@@ -21,12 +23,19 @@ def connect(url: str) -> tuple[Any, str]:
     Raises:
         UserError: an unknown URL protocol, or one whose package is not installed.
     """
+    _leave_out_repeated_errors()
     try:
         return fsspec.url_to_fs(url)
     except ImportError as error:
         raise UserError(f"{url}: {one_line(str(error))}") from error
     except ValueError as error:
         raise UserError(f"{url}: unknown URL protocol: {error}") from error
+
+
+@cache
+def _leave_out_repeated_errors() -> None:
+    """Keeps the package of Google's buckets from also logging, with tracebacks, the errors that it raises."""
+    logging.getLogger("gcsfs").addFilter(lambda one: not one.exc_info)
 
 
 def failures() -> tuple[type[Exception], ...]:

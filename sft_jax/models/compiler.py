@@ -15,10 +15,10 @@ _COLLECTIVE_MATMUL_OF_GRADIENTS = {"xla_tpu_enable_windowed_einsum_for_all_gathe
 
 
 # No sums in an order that depends on timing, and no kernels chosen by timing them. TPUs and CPUs have neither.
-_DETERMINISTIC = {"xla_gpu_deterministic_ops": "true"}
+_DETERMINISTIC: dict[str, str | bool] = {"xla_gpu_deterministic_ops": True}
 
 
-def compiler_options(split: Split, gradients: bool = True, deterministic: bool = False) -> dict[str, str]:
+def compiler_options(split: Split, gradients: bool = True, deterministic: bool = False) -> dict[str, str | bool]:
     """Returns ``compiler_options`` for ``jax.jit`` of a program of this model on the devices of its parameters.
 
     By default the TPU compiler runs a product with a weight sharded over N devices as a collective matmul of N steps:
@@ -33,9 +33,9 @@ def compiler_options(split: Split, gradients: bool = True, deterministic: bool =
     """
     platform = split.mesh.devices.flat[0].platform
     if platform == "gpu" and deterministic:
-        return _DETERMINISTIC
+        return dict(_DETERMINISTIC)
     if platform != "tpu":
         return {}
     trains_layers = any(path[0] == "layers" and not is_adapter(split.labels[path]) for path in flatten(split.trainable))
     products = _COLLECTIVE_MATMUL_OF_GRADIENTS if gradients and trains_layers else _NO_COLLECTIVE_MATMUL
-    return _ONE_PRODUCT_PER_GATHER | products
+    return {**_ONE_PRODUCT_PER_GATHER, **products}
