@@ -3,6 +3,7 @@
 import atexit
 import os
 import shutil
+import socket
 import sys
 import tempfile
 from importlib.metadata import version
@@ -33,6 +34,21 @@ import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_network():
+    """Refuse connections to other machines."""
+    connect = socket.socket.connect
+
+    def to_loopback(self, address):
+        host = address[0] if isinstance(address, tuple) else ""
+        assert host in ("", "127.0.0.1", "localhost", "::1"), f"a test connects to {address}"
+        return connect(self, address)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", to_loopback)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,7 @@ from sft_jax.errors import UserError
 from sft_jax.files.buckets import connect, failures, is_url, reason
 from sft_jax.files.flush import flush
 from sft_jax.files.lock import FolderLock
+from sft_jax.files.temporary import remove_temporary, temporary_folder
 from sft_jax.outside_faults import naming
 
 _UNFINISHED = "export.unfinished"  # marks a folder in a bucket until the export is complete
@@ -129,19 +130,19 @@ def _in_bucket(url: str) -> Iterator[Path]:
     except failures() as error:
         raise UserError(f"{url}: cannot be written: {reason(error)}") from error
     gather("the export")
-    folder = Path(tempfile.mkdtemp(prefix="sft-jax-export-"))
+    folder, lock = temporary_folder(Path(tempfile.gettempdir()), "sft-jax-export-")
     temporary_folders.add(folder)
     try:
         yield folder
         try:
-            _upload(sorted(folder.iterdir()), bucket, root)
+            _upload(sorted(one for one in folder.iterdir() if one.name != FolderLock.NAME), bucket, root)
             if is_main:
                 bucket.rm_file(marker)
         except failures() as error:
             raise UserError(f"{url}: cannot be written: {reason(error)}; run the same command to retry") from error
     finally:
         temporary_folders.discard(folder)
-        shutil.rmtree(folder)
+        remove_temporary(folder, lock)
 
 
 def _upload(files: list[Path], bucket: Any, root: str) -> None:

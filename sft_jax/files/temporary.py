@@ -30,6 +30,12 @@ def temporary_folder(parent: Path, prefix: str) -> tuple[Path, FolderLock]:
     return folder, lock
 
 
+def remove_temporary(folder: Path, lock: FolderLock) -> None:
+    """Remove what :func:`temporary_folder` has created."""
+    shutil.rmtree(folder, ignore_errors=True)
+    lock.release()
+
+
 def _remove_dead(parent: Path, prefix: str) -> None:
     for folder in parent.glob(f"{prefix}*"):
         with contextlib.suppress(OSError):  # it is another user's, or another process removes it

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import re
-import shutil
 import tempfile
 from fnmatch import fnmatch
 from pathlib import Path
@@ -15,6 +14,7 @@ from sft_jax import builtin
 from sft_jax.errors import UserError
 from sft_jax.files.buckets import is_url, reason
 from sft_jax.files.json_object import read_bytes
+from sft_jax.files.temporary import remove_temporary, temporary_folder
 
 # Only these files are downloaded: no pickle (.bin, .pt) and no code (.py).
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "LICENSE*"]
@@ -112,8 +112,8 @@ def _folder_of(path: str, asked_by: str) -> Path | None:
 
 def _from_url(url: str, asked_by: str) -> Path:
     """Downloads the small files of a model in a bucket to a temporary folder, which is removed at exit."""
-    folder = Path(tempfile.mkdtemp(prefix="sft-jax-model-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    folder, lock = temporary_folder(Path(tempfile.gettempdir()), "sft-jax-model-")
+    atexit.register(remove_temporary, folder, lock)
     try:
         files, root = fsspec.url_to_fs(url.rstrip("/"))
         paths = {path.rpartition("/")[2]: path for path in files.find(root, maxdepth=1)}

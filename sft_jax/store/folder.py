@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 import tempfile
 import weakref
@@ -15,6 +14,7 @@ from sft_jax.errors import UserError
 from sft_jax.files.buckets import connect, failures, is_url, reason
 from sft_jax.files.lease import Lease
 from sft_jax.files.lock import FolderLock
+from sft_jax.files.temporary import remove_temporary, temporary_folder
 
 
 class RunDirectory:
@@ -40,8 +40,8 @@ class RunDirectory:
             return
         self._fs, self._root = connect(self.name)
         self._lease = Lease(self._fs, self._root, self.name)
-        self.local = Path(tempfile.mkdtemp(prefix="sft-jax-run-"))
-        weakref.finalize(self, shutil.rmtree, self.local, ignore_errors=True)
+        self.local, self._local_lock = temporary_folder(Path(tempfile.gettempdir()), "sft-jax-run-")
+        weakref.finalize(self, remove_temporary, self.local, self._local_lock)
         try:
             self._pull()
         except failures() as error:
@@ -134,7 +134,7 @@ class RunDirectory:
         if self._fs is None:
             return
         for file in sorted(self.local.rglob("*")):
-            if not file.is_file():
+            if not file.is_file() or file.name == FolderLock.NAME:
                 continue
             version = (file.stat().st_mtime_ns, file.stat().st_size)
             if self._pushed.get(file) == version:

@@ -95,25 +95,3 @@ def test_a_bucket_that_is_down_is_one_line(tiny, chats, tmp_path):
     assert ended.code == 2
     assert "gs://bucket/runs/a: cannot be read" in ended.err
     print(ended.err)
-
-
-@pytest.mark.drill("sft_jax/files", "sft_jax/store", "sft_jax/run")
-@pytest.mark.parametrize("command", ["train", "export"])
-@pytest.mark.parametrize("place", ["disk", "bucket"])
-def test_of_two_at_once_one_wins(command, place, tiny, chats, tmp_path, is_full):
-    config = tmp_path / "config.yaml"
-    keys = {"training__max_steps": 60, "training__save_every": 20}
-    configs.save(config_of(tiny, chats, tmp_path / "run", **keys), config)
-    with Bucket() as bucket, Warm(**child_environment(**bucket.environment())) as warm:
-        assert warm.run("train", config, "training.max_steps=4").code == 0
-        lines = []
-        for number in range(10 if is_full else 2):
-            target = f"{tmp_path if place == 'disk' else 'gs://bucket'}/{number}"
-            arguments = ["train", config, f"training.output_dir={target}"]
-            if command == "export":
-                arguments = ["export", tmp_path / "run", target]
-            ended = [life.wait(200) for life in [warm.start(*arguments) for _ in range(2)]]
-            assert all(one.is_clean for one in ended), [one.err for one in ended]
-            assert sorted(one.code for one in ended) == [0, 2], [one.err for one in ended]
-            lines.append(next(one.err.strip().splitlines()[-1] for one in ended if one.code))
-    print(f"{command}, {place}: {len(lines)} times one of two; the other says, for example: {lines[0]}")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import atexit
 import os
-import shutil
 import tempfile
 from pathlib import Path
 
 from sft_jax.files.lock import FolderLock
-from sft_jax.files.temporary import temporary_folder
+from sft_jax.files.temporary import remove_temporary, temporary_folder
 
 _root: list[tuple[Path, FolderLock]] = []
 
@@ -18,13 +17,8 @@ def scratch_folder() -> Path:
     """Create a temporary directory; it is deleted when the process exits, or by a later one if this one is killed."""
     if not _root:
         _root.append(temporary_folder(Path(tempfile.gettempdir()), "sft-jax-rows-"))
-        atexit.register(_remove, *_root[0])
+        atexit.register(remove_temporary, *_root[0])
     return Path(tempfile.mkdtemp(dir=_root[0][0]))
-
-
-def _remove(folder: Path, lock: FolderLock) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    lock.release()
 
 
 def cache_folder() -> Path:
