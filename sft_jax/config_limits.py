@@ -16,7 +16,7 @@ _LIMITS: dict[str, float] = {
     "data.max_length": 2**22,
     "data.num_workers": 1024,
     "data.*.weight": 10_000,
-    "optimizer.learning_rate": 1e6,
+    "optimizer.learning_rate": 1e38,  # of float32
     "training.num_train_epochs": 100_000,
     "training.batch_size": 2**20,
     "training.seed": 2**32 - 1,

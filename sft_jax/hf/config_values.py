@@ -27,7 +27,8 @@ def check_values(config: dict[str, Any], start: str = "") -> None:
         start: of the names of keys in messages.
 
     Raises:
-        UserError: one is no whole number, negative, or larger than any model's; a number is not finite.
+        UserError: one is larger than any model's; one that every model has is no positive whole number; a number is not
+            finite. All other values are checked where a family has read them.
     """
     for key, value in config.items():
         name = start + key
@@ -41,7 +42,8 @@ def check_values(config: dict[str, Any], start: str = "") -> None:
 
 def _check_size(name: str, key: str, value: float) -> None:
     most = MOST_LAYERS if _LAYERS.search(key) else MOST_EXPERTS if _EXPERTS.search(key) else LARGEST_SIZE
-    least = int(key in _NEVER_ZERO)
-    if not isinstance(value, int) or not least <= value <= most:
-        shown = str(value) if abs(value) < 10**20 else "with more than 20 digits"
-        raise UserError(f"{name} {shown} is not a whole number from {least} to {most:,}")
+    shown = str(value) if abs(value) < 10**20 else "with more than 20 digits"
+    if key in _NEVER_ZERO and not (isinstance(value, int) and 1 <= value <= most):
+        raise UserError(f"{name} {shown} is not a whole number from 1 to {most:,}")
+    if value > most:
+        raise UserError(f"{name} {shown} is more than {most:,}")

@@ -92,7 +92,7 @@ def _watch(options: argparse.Namespace, folder: Path) -> int:
 
 
 def _fuzz(name: str, seconds: int, inputs: int, folder: Path) -> None:
-    """Fuzz until the time is over; does not return. A finding is written down at once, and fuzzing goes on."""
+    """Fuzz until the time is over; does not return. A finding is written at once, and fuzzing continues."""
     import atheris  # type: ignore[import-not-found]
 
     leave_out_torch()
