@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -37,9 +38,10 @@ def whole(warm, tmp_path_factory):
     return folder
 
 
-def commands(out: str) -> dict[str, list[str]]:
+def commands(out: str, is_full: bool = True) -> dict[str, list[str]]:
     """Each command that writes, into the folder ``out``."""
-    return {
+    names = None if is_full else ("train", "merged")
+    every = {
         "train": ["train", "config.yaml", f"training.output_dir={out}/run"],
         "train with TensorBoard": [
             "train", "config.yaml", f"training.output_dir={out}/run", "training.tensorboard=true",
@@ -47,6 +49,7 @@ def commands(out: str) -> dict[str, list[str]]:
         "merged": ["export", "run", f"{out}/model", "--format", "merged"],
         "adapter": ["export", "run", f"{out}/model", "--format", "adapter"],
     }  # fmt: skip
+    return {name: command for name, command in every.items() if names is None or name in names}
 
 
 class Faults:
@@ -85,35 +88,32 @@ class Faults:
         shutil.rmtree(here)
 
 
-@pytest.mark.drill("sft_jax")
-@pytest.mark.parametrize("name", commands(""))
-def test_full_disk(name, warm, whole, tmp_path, is_full):
+@pytest.mark.drill("sft_jax/files", "sft_jax/run", "sft_jax/store", "sft_jax/hf")
+def test_full_disk(warm, whole, tmp_path, is_full):
     faults = Faults(warm, whole, tmp_path)
-    sizes = [4, 16, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768] if is_full else [16, 256]
-    for size in sizes:
+    sizes = [4, 64, 128, 256, 384, 512, 768] if is_full else [256]
+    for (name, command), size in product(commands("disk", is_full).items(), sizes):
         here, what = faults.fresh(), f"{name} on {size} KiB"
-        command = commands("disk")[name]
         with small_disk(here / "disk", size * KIB) as is_small:
             limits = {} if is_small else {"RLIMIT_FSIZE": size * KIB}
             faults.run(here, command, what, limits=limits)
             shutil.copytree(here / "disk", here / "larger")
         faults.and_again(here, commands("larger")[name], what, here / "larger")
-    print(f"{name}, full disk: {dict(faults.outcomes)}")
+    print(f"full disk: {dict(faults.outcomes)}")
 
 
-@pytest.mark.drill("sft_jax")
-@pytest.mark.parametrize("name", commands(""))
-def test_limits_of_the_process(name, warm, whole, tmp_path, is_full):
+@pytest.mark.drill("sft_jax/files", "sft_jax/run", "sft_jax/store", "sft_jax/hf")
+def test_limits_of_the_process(warm, whole, tmp_path, is_full):
     faults = Faults(warm, whole, tmp_path)
-    limits = [("RLIMIT_FSIZE", size * KIB) for size in (0, 1, 16, 64, 256)]
-    limits += [("RLIMIT_NOFILE", count) for count in (16, 32, 48, 64, 96, 128)]
-    for key, limit in limits if is_full else limits[2::4]:
+    limits = [("RLIMIT_FSIZE", size * KIB) for size in (0, 1, 16, 64)]
+    limits += [("RLIMIT_NOFILE", count) for count in (24, 40, 64)]
+    cases = product(commands("out", is_full).items(), limits if is_full else limits[2::3])
+    for (name, command), (key, limit) in cases:
         here, what = faults.fresh(), f"{name} with {key} {limit}"
         (here / "out").mkdir()
-        command = commands("out")[name]
         faults.run(here, command, what, limits={key: limit})
         faults.and_again(here, command, what, here / "out")
-    print(f"{name}, limits: {dict(faults.outcomes)}")
+    print(f"limits of the process: {dict(faults.outcomes)}")
 
 
 PLACES = {
@@ -124,12 +124,12 @@ PLACES = {
 }  # fmt: skip
 
 
-@pytest.mark.drill("sft_jax")
-@pytest.mark.parametrize("name", commands(""))
-def test_permissions(name, warm, whole, tmp_path, is_full):
+@pytest.mark.drill("sft_jax/files", "sft_jax/run", "sft_jax/store", "sft_jax/hf")
+def test_permissions(warm, whole, tmp_path, is_full):
     faults = Faults(warm, whole, tmp_path)
-    cases = [(place, mode) for place in PLACES for mode in (0o555, 0o000)]
-    for place, mode in cases if is_full else cases[::9]:
+    modes = [(place, (0o555, 0o000)[i % 2]) for i, place in enumerate(PLACES)]
+    cases = product(commands("out", is_full).items(), modes if is_full else modes[::5])
+    for (name, command), (place, mode) in cases:
         here, what = faults.fresh(), f"{name} with {place} of mode {mode:o}"
         (here / "tmp").mkdir()
         (here / "out").mkdir()
@@ -142,18 +142,16 @@ def test_permissions(name, warm, whole, tmp_path, is_full):
         path = here / PLACES[place]
         before = path.stat().st_mode
         path.chmod(mode)
-        command = commands("out")[name]
         try:
             faults.run(here, command, what, environment={"TMPDIR": str(here / "tmp")})
         finally:
             path.chmod(before)
         faults.and_again(here, command, what, here / "out")
-    print(f"{name}, permissions: {dict(faults.outcomes)}")
+    print(f"permissions: {dict(faults.outcomes)}")
 
 
-@pytest.mark.drill("sft_jax")
-@pytest.mark.parametrize("name", commands(""))
-def test_files_in_place_of_folders(name, warm, whole, tmp_path, is_full):
+@pytest.mark.drill("sft_jax/files", "sft_jax/run", "sft_jax/store", "sft_jax/hf")
+def test_files_in_place_of_folders(warm, whole, tmp_path, is_full):
     faults = Faults(warm, whole, tmp_path)
     places = (
         "out",
@@ -165,12 +163,12 @@ def test_files_in_place_of_folders(name, warm, whole, tmp_path, is_full):
         "cache",
         "tmp",
     )
-    for place in places if is_full else places[1::4]:
+    for (name, command), place in product(commands("out", is_full).items(), places if is_full else places[1::4]):
         here, what = faults.fresh(), f"{name} with a file at {place}"
         shutil.rmtree(here / "cache")
         (here / place).parent.mkdir(parents=True, exist_ok=True)
         (here / place).write_text("a file")
-        faults.run(here, commands("out")[name], what, environment={"TMPDIR": str(here / "tmp")})
+        faults.run(here, command, what, environment={"TMPDIR": str(here / "tmp")})
         assert (here / place).read_text() == "a file", what
         shutil.rmtree(here)
-    print(f"{name}, files in place of folders: {dict(faults.outcomes)}")
+    print(f"files in place of folders: {dict(faults.outcomes)}")

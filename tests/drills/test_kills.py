@@ -97,10 +97,10 @@ def warm(tmp_path_factory):
         yield warm
 
 
-@pytest.mark.drill("sft_jax")
+@pytest.mark.drill("sft_jax/files", "sft_jax/run", "sft_jax/store", "sft_jax/data/batches", "sft_jax/data/tokens")
 @pytest.mark.parametrize("kind", RUNS)
 def test_killed_runs(kind, warm, tiny, tmp_path, is_full):
-    quota = 50 if is_full else 3
+    quota = 50 if is_full else 1
     rng = np.random.default_rng(len(kind))
     chats = write_chats(tmp_path / "chats.jsonl", 400 if kind == "no token cache" else 40)
     config = tmp_path / "config.yaml"
@@ -140,10 +140,10 @@ def test_killed_runs(kind, warm, tiny, tmp_path, is_full):
     assert most <= 2 * EVERY
 
 
-@pytest.mark.drill("sft_jax")
+@pytest.mark.drill("sft_jax/files", "sft_jax/run", "sft_jax/store", "sft_jax/data/batches", "sft_jax/data/tokens")
 @pytest.mark.parametrize("form", ["adapter", "merged"])
 def test_killed_exports(form, warm, tiny, chats, tmp_path, is_full):
-    quota = 50 if is_full else 3
+    quota = 50 if is_full else 1
     rng = np.random.default_rng(len(form))
     config = tmp_path / "config.yaml"
     configs.save(config_of(tiny, chats, tmp_path / "run", training__max_steps=2), config)

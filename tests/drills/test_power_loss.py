@@ -61,7 +61,7 @@ def test_power_loss(tiny, chats, tmp_path, is_full):
     if not can_mount(tmp_path):
         print("not measured: this user cannot mount file systems")
         return
-    quota = 60 if is_full else 4
+    quota = 60 if is_full else 3
     rng = np.random.default_rng(0)
     config, outcomes = tmp_path / "config.yaml", Counter()
     keys = {"training__max_steps": STEPS, "training__save_every": EVERY}
