@@ -118,7 +118,7 @@ TARGETS: dict[str, tuple[Callable[[bytes], object], list[bytes]]] = {
     "csv": (_file(".csv"), [b"question,answer\n1+1?,2\n", b'text\n"a ""b""\nc"\n', b"messages\n" + b'"[{}]"\n']),
     "parquet": (_file(".parquet"), [_parquet(), _parquet(compression="none", use_dictionary=False)]),
     "arrow": (_file(".arrow"), [_arrow(True), _arrow(False)]),
-    "config": (_config, [_CONFIG, b"model: &a {path: b}\ndata: {train: [*a]}\n"]),
+    "config_yaml": (_config, [_CONFIG, b"model: &a {path: b}\ndata: {train: [*a]}\n"]),
     "override": (_override, [b"lora.rank=4", b"data.train=[{path: b}]\nlora=null", b"data.train.0.weight=2"]),
     "row": (_row, _LINES),
 }

@@ -33,7 +33,9 @@ def targets() -> Targets:
     """The targets of all files in this folder."""
     found: Targets = {}
     for path in sorted(_FOLDER.glob("*_files.py")):
-        found |= importlib.import_module(path.stem).TARGETS
+        targets = importlib.import_module(path.stem).TARGETS
+        assert not found.keys() & targets.keys(), f"{path.name} has names of another file"
+        found |= targets
     return found
 
 
