@@ -19,6 +19,7 @@ from sft_jax.distributed.processes import LONG_WAIT_SECONDS, broadcast, gather, 
 from sft_jax.errors import UserError
 from sft_jax.files.buckets import connect, failures, is_url, reason
 from sft_jax.files.flush import flush
+from sft_jax.files.lease import Lease
 from sft_jax.files.lock import FolderLock
 from sft_jax.files.temporary import remove_temporary, temporary_folder
 from sft_jax.outside_faults import naming
@@ -118,31 +119,50 @@ def _begin(out: Path, lock: FolderLock) -> str:
 @contextmanager
 def _in_bucket(url: str) -> Iterator[Path]:
     bucket, root = connect(url)
-    marker = f"{root}/{_UNFINISHED}"
+    lease = Lease(bucket, root, url)
     is_main = jax.process_index() == 0
+    if is_main:
+        _begin_in_bucket(bucket, root, url, lease)
     try:
-        if is_main:
-            if bucket.exists(marker):  # left by an interrupted export
-                bucket.rm(root, recursive=True)
-            elif bucket.exists(root):
-                raise UserError(f"{url}: already exists; use another folder, or remove it")
-            bucket.pipe_file(marker, b"")
-    except failures() as error:
-        raise UserError(f"{url}: cannot be written: {reason(error)}") from error
-    gather("the export")
-    folder, lock = temporary_folder(Path(tempfile.gettempdir()), "sft-jax-export-")
-    temporary_folders.add(folder)
-    try:
-        yield folder
+        gather("the export")
+        folder, lock = temporary_folder(Path(tempfile.gettempdir()), "sft-jax-export-")
+        temporary_folders.add(folder)
         try:
-            _upload(sorted(one for one in folder.iterdir() if one.name != FolderLock.NAME), bucket, root)
-            if is_main:
-                bucket.rm_file(marker)
-        except failures() as error:
-            raise UserError(f"{url}: cannot be written: {reason(error)}; run the same command to retry") from error
+            yield folder
+            try:
+                _upload(sorted(one for one in folder.iterdir() if one.name != FolderLock.NAME), bucket, root)
+                if is_main:
+                    lease.check()
+                    bucket.rm_file(f"{root}/{_UNFINISHED}")
+            except failures() as error:
+                raise UserError(f"{url}: cannot be written: {reason(error)}; run the same command to retry") from error
+        finally:
+            temporary_folders.discard(folder)
+            remove_temporary(folder, lock)
     finally:
-        temporary_folders.discard(folder)
-        remove_temporary(folder, lock)
+        lease.release()
+
+
+def _begin_in_bucket(bucket: Any, root: str, url: str, lease: Lease) -> None:
+    """Takes the lease of a folder, marks it as unfinished, and removes what an interrupted export has left there.
+
+    Raises:
+        UserError: it exists, another process writes it, or it cannot be written.
+    """
+    try:
+        if (holder := lease.holder()) is not None:
+            raise UserError(f"{url}: is being written by {holder}; wait for it, or use another folder")
+        bucket.invalidate_cache()
+        if bucket.exists(f"{root}/{_UNFINISHED}"):
+            bucket.rm(root, recursive=True)
+        elif bucket.exists(root) and not all(one.endswith(Lease.NAME) for one in bucket.find(root)):
+            raise UserError(f"{url}: already exists; use another folder, or remove it")
+        if (holder := lease.take()) is not None:
+            raise UserError(f"{url}: is being written by {holder}; wait for it, or use another folder")
+        bucket.pipe_file(f"{root}/{_UNFINISHED}", b"")
+    except failures() as error:
+        lease.release()
+        raise UserError(f"{url}: cannot be written: {reason(error)}") from error
 
 
 def _upload(files: list[Path], bucket: Any, root: str) -> None:
