@@ -7,11 +7,13 @@ import warnings
 from sft_jax.cli import main
 from sft_jax.errors import one_line
 from sft_jax.without_torch import leave_out_torch
+from sft_jax.without_tpus import leave_out_tpus
 
 
 def run() -> int:
     """Run a command in a process of its own; :func:`sft_jax.cli.main` also runs inside other programs."""
     leave_out_torch()
+    leave_out_tpus()
     if "--debug" not in sys.argv:
         # What Python prints, with tracebacks, of objects that are removed while a command ends with an error.
         sys.unraisablehook = lambda _: None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from sft_jax.errors import UserError
 from sft_jax.evaluation.likelihood import Scorer
 
 _BATCH_TOKENS = 8192
+_KEYS = ("responses", "chosen", "rejected", "completion")
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,11 @@ def _candidates(row: dict[str, Any], encoder: Encoder, raw: bool, where: str) ->
     elif "completion" in row:
         responses = [row["completion"]]
     else:
-        raise UserError(f"{where}: has neither 'responses' (a list), nor 'chosen' and 'rejected', nor 'completion'")
+        close = [one for name in row for one in difflib.get_close_matches(name, _KEYS, n=1)]
+        meant = f"; did you mean {close[0]!r}?" if close else ""
+        raise UserError(
+            f"{where}: has neither 'responses' (a list), nor 'chosen' and 'rejected', nor 'completion'{meant}"
+        )
     if isinstance(prompt, str) and not raw:
         prompt = [{"role": "user", "content": prompt}]
     space = ""

@@ -91,9 +91,12 @@ class Announcer:
         packing = "packed" if config.data.packing else "one example a sequence, similar lengths together"
         lengths = " or ".join(str(length) for length in sorted(set(plan.lengths.tolist())))
         sequences = f"{batch_size} sequences × {lengths} tokens"
+        epochs = f"{len(plan.epoch_ends)} epoch(s)"
+        if all(source.weight == 1 for source in config.data.train):
+            epochs = f"{len(plan.items) / len(examples):.3g} epoch(s)"
         self(
             "plan",
-            f"{plan.num_steps:,} steps of {sequences}, {len(plan.epoch_ends)} epoch(s), {packing}, {filled:.1%} filled",
+            f"{plan.num_steps:,} steps of {sequences}, {epochs}, {packing}, {filled:.1%} filled",
         )
         most = int(np.diff(plan.steps).max())
         if most < batch_size:

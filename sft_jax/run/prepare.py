@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from sft_jax.adapters.attach import method
 from sft_jax.assembly import Base, check_mesh, open_base
 from sft_jax.config import Config
 from sft_jax.data.batches.packing import Plan, plan_of
@@ -100,6 +101,8 @@ def prepare(config: Config, devices: Sequence[Any] | None, say: Announcer) -> In
     # -- devices and run directory ------------------------------------------------------------------------------------
     prepare_to_open([*config.data.train, *config.data.eval])
     mesh = check_mesh(config, devices)
+    if config.lora is not None:
+        method(config.lora.method)
     if jax.process_index() == 0:
         check_wandb(config.training.wandb_project)
     folder = RunDirectory(config.training.output_dir)

@@ -189,8 +189,19 @@ def free_bytes(device: Any) -> int | None:
     meminfo = Path("/proc/meminfo")
     if device.platform == "cpu" and meminfo.is_file():
         lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        return int(lines["MemAvailable"].split()[0]) * 1024
+        free = int(lines["MemAvailable"].split()[0]) * 1024
+        of_container = _free_in_container(Path("/sys/fs/cgroup"))
+        return free if of_container is None else min(free, of_container)
     return None
+
+
+def _free_in_container(group: Path) -> int | None:
+    """Returns the memory that the limit of a container (cgroup v2) leaves; None if there is no limit."""
+    try:
+        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+    except OSError:
+        return None
+    return max(0, int(limit) - int(used)) if limit.isdigit() else None
 
 
 def temp_bytes(compiled: Any) -> int | None:

@@ -257,7 +257,8 @@ def refuse_empty(report: Report, max_length: int) -> None:
         first = next(source for source in report.sources if source.reasons)
         raise UserError(f"{names}: all {rows} rows are refused; the first: {first.reasons[0].at(first.name)}")
     counted = f"{rows - refused} rows that are not refused" if refused else f"{rows} rows"
-    raise UserError(f"{names}: all {counted} are longer than data.max_length {max_length}; increase it")
+    what = "longer than" if report.total("dropped") else "without a supervised token once they are cut to"
+    raise UserError(f"{names}: all {counted} are {what} data.max_length {max_length}; increase it")
 
 
 def _starts(lengths: np.ndarray) -> np.ndarray:
