@@ -7,6 +7,7 @@ import sys
 
 from sft_jax import outside_faults
 from sft_jax.commands import check, evaluate, export, generate, inspect, plan, score, train
+from sft_jax.config_names import SECTIONS, suggest_key
 from sft_jax.errors import (
     BUG,
     USER_ERROR,
@@ -32,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     # argparse does not accept key=value after an option, but that is where users append overrides.
     accepts_overrides = hasattr(options, "overrides")
     if unknown := [one for one in rest if not accepts_overrides or one.startswith("-") or "=" not in one]:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{_hint(unknown[0]) if accepts_overrides else ''}")
     if rest:
         options.overrides += rest
     try:
@@ -47,6 +48,13 @@ def main(arguments: list[str] | None = None) -> int:
         line = outside_faults.explain(error, options.name)
         print(f"sft-jax: {one_line(line or outside_faults.unknown(error))}", file=sys.stderr)
         return BUG if line is None else USER_ERROR
+
+
+def _hint(option: str) -> str:
+    """The config key that an option of another tool stands for; empty if it is unknown."""
+    name = option.lstrip("-").partition("=")[0].replace("-", "_")
+    suggestion = f"use {SECTIONS[name]}=…" if name in SECTIONS else suggest_key(name)
+    return f"; config keys are written key=value: {suggestion}" if suggestion else ""
 
 
 def _parser() -> argparse.ArgumentParser:

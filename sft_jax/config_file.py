@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_jax.config import Config
-from sft_jax.config_names import suggest_key
+from sft_jax.config_names import SECTIONS, suggest_key
 from sft_jax.config_yaml import BYTES, check_yaml
 from sft_jax.errors import UserError
 from sft_jax.redaction import has_secret, secret_names
@@ -82,6 +82,8 @@ def _merged(values: Any, overrides: list[str], name: str) -> Config:
             parsed = _parse_value(override, value)
             if key in _SOURCES and isinstance(parsed, str):
                 parsed = [{"path": parsed}]
+            if key in SECTIONS and parsed is not None and not isinstance(parsed, dict):
+                raise UserError(f"override {override!r}: {key} is a section; use {SECTIONS[key]}={value}")
             OmegaConf.update(values, key, parsed, merge=True)
         values = OmegaConf.create(_with_references(OmegaConf.to_container(values, resolve=False)))
         merged = OmegaConf.merge(OmegaConf.structured(Config), values)

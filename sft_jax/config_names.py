@@ -52,6 +52,8 @@ NAMES: dict[str, tuple[str, str]] = {
     ),
     "output_router_logits": ("training.router_aux_loss", "0 leaves the load-balancing loss out"),
     "report_to": ("training.tensorboard, training.wandb_project", ""),
+    "push_to_hub": ("hf upload on the folder that sft-jax export writes", ""),
+    "hub_model_id": ("hf upload on the folder that sft-jax export writes", ""),
     # Axolotl, LLaMA-Factory, Unsloth
     "base_model": ("model.path", ""),
     "adapter": ("lora", "null is full fine-tuning, model.quantization makes it QLoRA"),
@@ -80,6 +82,8 @@ for _section, _names in {
 }.items():
     for _name in _names:
         NAMES.setdefault(_name, (f"{_section}.{_name}", ""))
+# What a section is taken for if it is given a single value.
+SECTIONS = {"model": "model.path", "data": "data.train", "lora": "lora.rank", "optimizer": "optimizer.name"}
 NAMES["optim"] = ("optimizer.name", "adamw; optimizer.moments for 8 bits and less")
 
 

@@ -72,3 +72,21 @@ def test_no_tpu_is_looked_for_where_there_is_none(monkeypatch, installed, has_tp
     monkeypatch.setattr(without_tpus, "_has_tpu", lambda: has_tpu)
     without_tpus.leave_out_tpus()
     assert os.environ.get("JAX_PLATFORMS") == platforms
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        (
+            "model=Qwen/Qwen3-0.6B",
+            "override 'model=Qwen/Qwen3-0.6B': model is a section; use model.path=Qwen/Qwen3-0.6B",
+        ),
+        ("--model=Qwen/Qwen3-0.6B", "config keys are written key=value: use model.path="),
+        ("--learning-rate=1e-4", "config keys are written key=value: use optimizer.learning_rate"),
+        ("push_to_hub=true", "use hf upload on the folder that sft-jax export writes"),
+    ],
+)
+def test_familiar_ways_are_answered(config, argument, words):
+    done = sft_jax("inspect", config, argument)
+    assert done.returncode == 2
+    assert words in done.stderr
