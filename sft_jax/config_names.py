@@ -52,8 +52,6 @@ NAMES: dict[str, tuple[str, str]] = {
     ),
     "output_router_logits": ("training.router_aux_loss", "0 leaves the load-balancing loss out"),
     "report_to": ("training.tensorboard, training.wandb_project", ""),
-    "push_to_hub": ("hf upload on the folder that sft-jax export writes", ""),
-    "hub_model_id": ("hf upload on the folder that sft-jax export writes", ""),
     # Axolotl, LLaMA-Factory, Unsloth
     "base_model": ("model.path", ""),
     "adapter": ("lora", "null is full fine-tuning, model.quantization makes it QLoRA"),

@@ -83,7 +83,6 @@ def test_no_tpu_is_looked_for_where_there_is_none(monkeypatch, installed, has_tp
         ),
         ("--model=Qwen/Qwen3-0.6B", "config keys are written key=value: use model.path="),
         ("--learning-rate=1e-4", "config keys are written key=value: use optimizer.learning_rate"),
-        ("push_to_hub=true", "use hf upload on the folder that sft-jax export writes"),
     ],
 )
 def test_familiar_ways_are_answered(config, argument, words):

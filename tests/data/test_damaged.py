@@ -199,3 +199,20 @@ def test_rows_are_read_in_any_order(tmp_path):
     saved = conversations(3)
     write_jsonl(tmp_path / "b.jsonl", saved)
     assert rows(tmp_path / "b.jsonl") == saved
+
+
+def test_after_an_interruption_no_reply_is_mistaken_for_another(tmp_path, monkeypatch):
+    """Ctrl-C may come after a request was sent and before its reply was read."""
+    pq.write_table(pa.table({"text": ["tea"]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"text": ["milk", "bread"]}), tmp_path / "b.parquet")
+    first = open_file(tmp_path / "a.parquet", "a")
+
+    def interrupted(reader):
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(arrow_files._Reader, "_receive", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(first.read(0, 1))
+    assert rows(tmp_path / "b.parquet") == [{"text": "milk"}, {"text": "bread"}]
+    assert list(first.read(0, 1)) == [{"text": "tea"}]

@@ -82,7 +82,7 @@ def built() -> Iterator[tuple[str, bytes]]:
     yield "one text repeated.parquet", parquet(pa.table({"text": repeated}), dictionary_pagesize_limit=2 * MB)
     runs = pa.RunEndEncodedArray.from_arrays(pa.array([1 << 40], pa.int64()), pa.array(["a"]))
     yield "run of 2^40 rows.arrow", ipc(pa.table({"text": runs}))
-    yield "many nulls.arrow", ipc(pa.table({"text": _nulls(200_000)}))
+    yield "many nulls.arrow", ipc(pa.table({"text": _nulls(90_000)}))
     yield "2^40 nulls.arrow", ipc(pa.table({"text": _nulls(1 << 40)}))
     zeros = pa.FixedSizeListArray.from_arrays(_nulls(1 << 33), 1 << 30)
     yield "lists of 2^30 nulls.arrow", ipc(pa.table({"messages": zeros}))

@@ -128,11 +128,17 @@ class _Reader:
         """
         with self._lock:
             prepared, self._prepared = self._prepared, None
-            if prepared is not None and prepared != request:
-                self._receive()
-            if prepared != request:
-                self._send(request)
-            return self._receive()
+            try:
+                if prepared is not None and prepared != request:
+                    self._receive()
+                if prepared != request:
+                    self._send(request)
+                return self._receive()
+            except (
+                BaseException
+            ):  # such as Ctrl-C: a reply that was not read would be taken for that of the next request
+                self._stop()
+                raise
 
     def prepare(self, request: dict[str, Any]) -> None:
         """Send a request that is likely to be asked next."""
