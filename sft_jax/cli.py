@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from sft_jax import outside_faults
-from sft_jax.commands import check, evaluate, export, generate, inspect, plan, score, train
+from sft_jax.commands import check, evaluate, export, generate, inspect, plan, score, train, version
 from sft_jax.config_names import SECTIONS, suggest_key
 from sft_jax.errors import (
     BUG,
@@ -18,7 +18,6 @@ from sft_jax.errors import (
     exit_code,
     one_line,
 )
-from sft_jax.version import __version__
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -61,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sft-jax", description="Supervised fine-tuning of language models in JAX.", allow_abbrev=False
     )
-    parser.add_argument("--version", action="version", version=f"sft-jax {__version__}")
+    parser.add_argument("--version", action=version.Version)
     commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND")
     for command in (train, inspect, plan, evaluate, generate, score, check, export):
         command.add(commands)

@@ -2,11 +2,13 @@
 
 import importlib.util
 import os
+import re
 
+import jax
 import pytest
 from kit import run_config, sft_jax, write_jsonl
 
-from sft_jax import config_file, without_tpus
+from sft_jax import config_file, version, without_tpus
 from sft_jax.errors import UserError
 from sft_jax.evaluation.score import _candidates
 from sft_jax.training.compilation import _free_in_container
@@ -89,3 +91,12 @@ def test_familiar_ways_are_answered(config, argument, words):
     done = sft_jax("inspect", config, argument)
     assert done.returncode == 2
     assert words in done.stderr
+
+
+def test_version_says_what_runs_where():
+    done = sft_jax("--version")
+    assert done.returncode == 0
+    ours, packages, devices = done.stdout.splitlines()
+    assert re.fullmatch(rf"sft-jax {version.__version__}(, commit [0-9a-f]{{7,}})?", ours)
+    assert f"jax {jax.__version__}" in packages
+    assert devices.startswith("devices: 1 × cpu")

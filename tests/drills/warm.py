@@ -100,8 +100,8 @@ class Warm:
         self._started: list[int] = []
         self._unread = b""
         self.idle_bytes = 0
-        self.run("--version")
-        self.idle_bytes = self.run("--version").added_bytes
+        self.run("--help")
+        self.idle_bytes = self.run("--help").added_bytes
 
     def __enter__(self) -> Warm:
         return self
