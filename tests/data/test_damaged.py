@@ -216,3 +216,10 @@ def test_after_an_interruption_no_reply_is_mistaken_for_another(tmp_path, monkey
         list(first.read(0, 1))
     assert rows(tmp_path / "b.parquet") == [{"text": "milk"}, {"text": "bread"}]
     assert list(first.read(0, 1)) == [{"text": "tea"}]
+
+
+def test_names_inside_of_columns_that_are_not_text(tmp_path):
+    path = write(tmp_path / "a.arrow", pa.table({"messages": [[{"rollen": "user"}]]}))
+    path.write_bytes(path.read_bytes().replace(b"rollen", b"roll\xff\xfe"))
+    with pytest.raises(UserError, match=r"a\.arrow: cannot be read as arrow: 'utf-8' codec"):
+        open_file(path, "a.arrow")

@@ -63,7 +63,7 @@ class ParquetRows:
         if min(sizes, default=0) < 0:
             raise ValueError("a row group has a negative number of rows")
         *self._starts, self.num_rows = accumulate(sizes, initial=0)
-        self.columns = self._file.schema_arrow.names
+        self.columns = _names(self._file.schema_arrow)
         self._group, self._next = -1, 0
         self._batches: Iterator[Any] = iter(())
         self._kept: deque[tuple[int, Any]] = deque()
@@ -104,7 +104,7 @@ class ArrowRows:
             batches = map(reader.get_batch, range(reader.num_record_batches))
             self._get = reader.get_batch
         *self._starts, self.num_rows = accumulate((batch.num_rows for batch in batches), initial=0)
-        self.columns = reader.schema.names
+        self.columns = _names(reader.schema)
 
     def batch(self, row: int, num_rows: int) -> tuple[int, Any]:
         """Return the number of the first row of a record batch that contains ``row``, and the batch."""
@@ -129,6 +129,26 @@ class DatasetRows:
     def write(self, path: str) -> None:
         """Write all rows to a Parquet file."""
         self._dataset.to_parquet(path)
+
+
+def _names(schema: Any) -> list[str]:
+    """Return the names of the columns.
+
+    Raises:
+        UnicodeDecodeError: one of them, or the name of a field inside of a column, is not UTF-8.
+    """
+
+    def check(kind: Any) -> None:
+        if isinstance(kind, pa.BaseExtensionType):
+            return check(kind.storage_type)
+        fields = [kind.field(i) for i in range(kind.num_fields)]
+        for field in fields:
+            str(field.name)
+            check(field.type)
+
+    for kind in schema.types:
+        check(kind)
+    return schema.names
 
 
 def open_rows(kind: str, path: str, options: dict[str, Any]) -> Rows:
