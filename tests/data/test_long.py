@@ -98,7 +98,7 @@ def test_a_template_that_rewrites_is_split_or_refused(monkeypatch, counted):
     assert fast > 10 * len(row.messages)
     monkeypatch.setattr(turns, "_MAX_RENDERED", 1000)
     refused = encoded(_REWRITING, row)
-    assert "has 201 messages, too many for a template that rewrites" in str(refused)
+    assert "has 201 messages, too many to locate its answers" in str(refused)
 
 
 def test_a_long_text_is_refused_before_it_is_tokenized(monkeypatch):

@@ -21,7 +21,7 @@ from sft_jax.data.chat.thoughts import openings, reasoning_of
 from sft_jax.data.chat.verify import verify_turns
 from sft_jax.data.read.rows import Conversation, Message, RowError
 
-_MAX_RENDERED = 1_000_000  # messages that are rendered for one conversation; takes about ten seconds
+_MAX_RENDERED = 400_000  # messages that are rendered for one conversation; takes about five seconds
 _MIN_PROMPT = 4  # characters that are enough to recognize the end of a generation prompt
 
 
@@ -116,7 +116,7 @@ class Prefixes:
         self._num_rendered += len(messages)
         if self._num_rendered > _MAX_RENDERED:
             raise RowError(
-                f"has {len(self._messages):,} messages, too many for a template that rewrites or omits earlier ones; "
+                f"has {len(self._messages):,} messages, too many to locate its answers in what the template writes; "
                 "split the conversation"
             )
         return self._template.render(messages, tools, prompt, self._kwargs)
