@@ -14,11 +14,15 @@ from safetensors.numpy import load_file, save_file
 
 from sft_jax import config_file
 
+# A shell makes what it starts in the background ignore Ctrl-C.
+PROGRAM = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+PROGRAM += "from sft_jax.__main__ import run; sys.exit(run())"
+
 
 def interrupted(number, tiny, chats, tmp_path):
     """A training that gets a signal after its first step."""
     config_file.save(config_of(tiny, chats, tmp_path / "run", training__max_steps=100_000), tmp_path / "config.yaml")
-    command = [sys.executable, "-m", "sft_jax", "train", str(tmp_path / "config.yaml")]
+    command = [sys.executable, "-c", PROGRAM, "train", str(tmp_path / "config.yaml")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=child_environment())
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 240
