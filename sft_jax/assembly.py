@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from sft_jax.config import Config, LoraConfig
 from sft_jax.data.batches.packing import sequence_lengths
 from sft_jax.errors import UserError
-from sft_jax.files.digests import Words
+from sft_jax.files.digests import Words, texts
 from sft_jax.hf.config import compute_dtype, stop_ids
 from sft_jax.hf.dequantized import open_weights
 from sft_jax.hf.hub import find_model
@@ -326,7 +326,7 @@ def _frozen(split: Split, base: Base, trained: dict[LeafPath, Array], expected: 
     if base.reader is not None:
         words: dict[str, Words] | None = {} if expected else None
         loaded |= load_params(base.reader, base_leaves, split.stored, missing, split.arch, base.arch.vocab_size, words)
-        check_tensors(base.reader, expected, words or {})
+        check_tensors(base.reader, expected, texts(words or {}))
     return unflatten({path: loaded[path] for path in leaves})
 
 

@@ -115,6 +115,16 @@ def architecture(
     return Architecture("llama", vocab_size, hidden_size, layers, norm, tied)
 
 
+SIZES = {
+    "hidden_size": 48,
+    "intermediate_size": 112,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+}
+
+
 def make_model(folder: Path, **changes) -> Path:
     """Write a random Llama with unusual sizes to a Hugging Face folder, without torch."""
     from safetensors.numpy import save_file
@@ -126,15 +136,10 @@ def make_model(folder: Path, **changes) -> Path:
 
     tokenizer = make_tokenizer()
     config = {
+        **SIZES,
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "vocab_size": len(tokenizer),
-        "hidden_size": 48,
-        "intermediate_size": 112,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 12,
         "max_position_embeddings": 512,
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,

@@ -28,7 +28,7 @@ class Version(argparse.Action):
         commit = _commit()
         print(f"sft-jax {__version__}" + (f", commit {commit}" if commit else ""))
         packages = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "transformers")
-        versions = [f"{name} {_version(name)}" for name in packages if _version(name)]
+        versions = [f"{name} {version}" for name in packages if (version := _version(name))]
         print(f"Python {platform.python_version()}, {', '.join(versions)}")
         devices = jax.devices()
         print(f"devices: {len(devices)} × {devices[0].device_kind}")

@@ -28,6 +28,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sft_jax.errors import RETRY, Preempted, Unreachable, UserError, exit_code, one_line
+from sft_jax.without_tpus import has_tpu
 
 _PREFIX = "sft_jax"
 _POLL_SECONDS = 1.0
@@ -217,7 +218,7 @@ def _is_cluster() -> bool:
         )
     if importlib.util.find_spec("libtpu") is None or os.environ.get("JAX_PLATFORMS") == "cpu":
         return False
-    return any(Path("/dev").glob("accel[0-9]*")) or any(Path("/dev/vfio").glob("[0-9]*"))
+    return has_tpu()
 
 
 def _local_devices() -> list[int] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,17 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def folder_digests(folder: Path) -> dict[str, str]:
-    """Returns the digests of the files in a folder by name; empty if there is no such folder."""
+def folder_digests(folder: Path, names: Collection[str] | None = None) -> dict[str, str]:
+    """Returns the digests of the files in a folder by name; empty if there is no such folder.
+
+    Args:
+        names: of the files; by default all.
+    """
     files = sorted(folder.iterdir()) if folder.is_dir() else []
-    return {file.name: file_digest(file) for file in files if file.is_file()}
+    return {file.name: file_digest(file) for file in files if file.is_file() and (names is None or file.name in names)}
+
+
+def first_difference(expected: Mapping[str, str], found: Mapping[str, str]) -> str | None:
+    """Returns the first name whose digests differ, or that only one of the two has; None if they are equal."""
+    names = sorted(expected.keys() | found.keys())
+    return next((name for name in names if expected.get(name) != found.get(name)), None)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from sft_jax.errors import UserError
-from sft_jax.files.digests import Words, file_digest, texts, words_of_rows
+from sft_jax.files.digests import Words, first_difference, folder_digests, texts, words_of_rows
 from sft_jax.hf.reader import Reader, chunks
 from sft_jax.hf.tokenizer_files import FILES
 
@@ -17,31 +17,33 @@ _FILES = ("config.json", "generation_config.json", *FILES)
 
 def file_digests(folder: Path) -> dict[str, str]:
     """Returns the digests of the files of a base model that runs and exports read, other than weights."""
-    return {name: file_digest(folder / name) for name in _FILES if (folder / name).is_file()}
+    return folder_digests(folder, _FILES)
 
 
-def check_files(folder: Path, expected: Mapping[str, str]) -> None:
+def check_files(folder: Path, expected: Mapping[str, str], found: Mapping[str, str] | None = None) -> None:
     """Compares the files of a base model, other than weights, with those that a run began with.
 
     Args:
         expected: from :func:`file_digests`; empty for runs of version 0.1.
+        found: those of the files now, if they are already computed.
 
     Raises:
         UserError: names the first file that differs.
     """
-    found = file_digests(folder) if expected else {}
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            raise UserError(f"{folder / name}: is not what the run began with; restore it, or begin another run")
+    if not expected:
+        return
+    name = first_difference(expected, file_digests(folder) if found is None else found)
+    if name is not None:
+        raise UserError(f"{folder / name}: is not what the run began with; restore it, or begin another run")
 
 
-def check_tensors(reader: Reader, expected: Mapping[str, str], words: Mapping[str, Words]) -> None:
+def check_tensors(reader: Reader, expected: Mapping[str, str], found: Mapping[str, str]) -> None:
     """Compares digests of tensors with those that a run began with; one that the run did not read is not compared.
 
     Raises:
         UserError: names the first tensor that differs.
     """
-    for name, digest in texts(words).items():
+    for name, digest in found.items():
         if expected.get(name, digest) != digest:
             raise UserError(
                 f"{reader.folder}: tensor {name} is not what the run began with; its file is damaged or was replaced: "
@@ -61,7 +63,7 @@ def verified_chunks(reader: Reader, name: str, expected: Mapping[str, str]) -> I
             words = words_of_rows(rows, start, words)
         yield start, rows
     if words:
-        check_tensors(reader, expected, {name: words})
+        check_tensors(reader, expected, texts({name: words}))
 
 
 def read_verified(reader: Reader, name: str, expected: Mapping[str, str]) -> np.ndarray:

@@ -12,7 +12,7 @@ import jax
 from sft_jax.assembly import Model, check_mesh, network_of, open_tuned
 from sft_jax.config import Config
 from sft_jax.evaluation.compare import Comparison, compare, prepare
-from sft_jax.files.digests import Words
+from sft_jax.files.digests import Words, texts
 from sft_jax.hf.verify import check_tensors
 from sft_jax.models.attention.backend import check_backend
 from sft_jax.report import table
@@ -64,7 +64,7 @@ def evaluate(
     read: dict[str, Words] = {}
     before, frozen = load_weights(split, run.reader, None, opened.arch.vocab_size, trained.training.seed, digests=read)
     if run.reader is not None:
-        check_tensors(run.reader, run.tensors, read)
+        check_tensors(run.reader, run.tensors, texts(read))
     tuned = unflatten(run.restore(flatten(split.trainable)))
     stops = list(dict.fromkeys([*run.stop_ids, *opened.stop_ids]))
     model = Model(str(run.folder), split, tuned, frozen, run.tokenizer, stops)

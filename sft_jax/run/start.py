@@ -128,9 +128,9 @@ def start(inputs: Inputs, say: Announcer) -> Session:
         try:
             saved = checkpoints.run(inputs.latest)
             check_same_run(folder, saved, identity)
-            check_files(base.folder, saved.get("files", {}))
+            check_files(base.folder, saved.get("files", {}), identity["files"])
             if base.reader is not None:
-                check_tensors(base.reader, saved.get("tensors", {}), read)
+                check_tensors(base.reader, saved.get("tensors", {}), identity["tensors"])
                 identity["tensors"] |= saved.get("tensors", {})  # trained weights are not read from the base again
             tokenizer = _tokenizer_files(inputs, saved.get("tokenizer"), say)
             abstract = abstract_state(split.trainable, optimizer, mesh)
@@ -190,14 +190,15 @@ def _tokenizer_files(inputs: Inputs, saved: dict[str, str] | None, say: Announce
     They are for whoever uses the run; the run itself uses the tokenizer of its base model.
     """
     folder = inputs.folder.local / "tokenizer"
-    digests = ""
+    digests: dict[str, str] = {}
     if jax.process_index() == 0:
-        if saved is not None and folder_digests(folder) != saved:
+        digests = folder_digests(folder)
+        if saved is not None and digests != saved:
             inputs.tokenizer.save_pretrained(folder)
             inputs.folder.push()
             say("damage", f"{inputs.folder}/tokenizer was not what the run had written; it is written again")
-        digests = json.dumps(folder_digests(folder))
-    return json.loads(broadcast("the tokenizer's files", digests))
+            digests = folder_digests(folder)
+    return json.loads(broadcast("the tokenizer's files", json.dumps(digests)))
 
 
 def _loader(inputs: Inputs) -> tuple[Loader | StreamLoader, str]:

@@ -36,10 +36,10 @@ class RunDirectory:
         self._pushed: dict[Path, tuple[int, int]] = {}
         if not is_url(name):
             self.local = Path(name).expanduser()
-            self._lock = FolderLock(self.local)
+            self._lock: FolderLock | Lease = FolderLock(self.local)
             return
         self._fs, self._root = connect(self.name)
-        self._lease = Lease(self._fs, self._root, self.name)
+        self._lock = Lease(self._fs, self._root, self.name)
         self.local, self._local_lock = temporary_folder(Path(tempfile.gettempdir()), "sft-jax-run-")
         weakref.finalize(self, remove_temporary, self.local, self._local_lock)
         try:
@@ -81,7 +81,7 @@ class RunDirectory:
             UserError: it is in use, or cannot be read.
         """
         try:
-            self._refuse(self._lock.holder() if self._fs is None else self._lease.holder())
+            self._refuse(self._lock.holder())
         except failures() as error:
             raise UserError(f"{self}: cannot be read: {reason(error)}") from error
 
@@ -91,8 +91,8 @@ class RunDirectory:
         Raises:
             UserError: one has, because this one was silent for long.
         """
-        if self._fs is not None:
-            self._lease.check()
+        if isinstance(self._lock, Lease):
+            self._lock.check()
 
     def create(self) -> None:
         """Create the local directory, and keep other processes from training in it until :meth:`release`.
@@ -101,14 +101,11 @@ class RunDirectory:
             UserError: another process trains in it.
         """
         self.local.mkdir(parents=True, exist_ok=True)
-        self._refuse(self._lock.take() if self._fs is None else self._lease.take())
+        self._refuse(self._lock.take())
 
     def release(self) -> None:
         """Let other processes train in the directory."""
-        if self._fs is None:
-            self._lock.release()
-        else:
-            self._lease.release()
+        self._lock.release()
 
     def _refuse(self, holder: str | None) -> None:
         if holder is not None:

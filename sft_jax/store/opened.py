@@ -15,7 +15,7 @@ import numpy as np
 from sft_jax import config_file as configs
 from sft_jax.config import Config
 from sft_jax.errors import UserError
-from sft_jax.files.digests import folder_digests, named
+from sft_jax.files.digests import first_difference, folder_digests, named
 from sft_jax.hf.config import file_dtype, read_config
 from sft_jax.hf.dequantized import open_weights
 from sft_jax.hf.hub import absolute, find_model
@@ -147,13 +147,11 @@ def _check_tokenizer(folder: RunDirectory, saved: Mapping[str, str] | None) -> N
     """Checks that the tokenizer's files are what the run wrote; runs of version 0.1 do not say."""
     if saved is None:
         return
-    found = folder_digests(folder.local / "tokenizer")
-    for name in sorted(saved.keys() | found.keys()):
-        if saved.get(name) != found.get(name):
-            raise UserError(
-                f"{folder}/tokenizer/{name}: is not what the run wrote; restore it, or run sft-jax train with "
-                "the config of the run, which writes it again"
-            )
+    if (name := first_difference(saved, folder_digests(folder.local / "tokenizer"))) is not None:
+        raise UserError(
+            f"{folder}/tokenizer/{name}: is not what the run wrote; restore it, or run sft-jax train with the "
+            "config of the run, which writes it again"
+        )
 
 
 def damaged(folder: RunDirectory, error: DamagedError, others: list[int]) -> UserError:

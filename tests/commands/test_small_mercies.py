@@ -71,7 +71,7 @@ def test_the_memory_of_a_container(tmp_path):
 def test_no_tpu_is_looked_for_where_there_is_none(monkeypatch, installed, has_tpu, platforms):
     monkeypatch.delenv("JAX_PLATFORMS")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name in installed else None)
-    monkeypatch.setattr(without_tpus, "_has_tpu", lambda: has_tpu)
+    monkeypatch.setattr(without_tpus, "has_tpu", lambda: has_tpu)
     without_tpus.leave_out_tpus()
     assert os.environ.get("JAX_PLATFORMS") == platforms
 

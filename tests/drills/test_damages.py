@@ -9,12 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from kit import child_environment, config_of, make_model, trained_leaves, write_chats
+from kit import child_environment, trained_leaves
+from small_run import STEPS, make_run
 from warm import Warm
-
-from sft_jax import config_file as configs
-
-STEPS = 6
 
 
 def flip(content: bytearray, rng: np.random.Generator) -> bytearray:
@@ -54,18 +51,16 @@ class Damage:
         group = groups[str(rng.choice(sorted(groups)))]
         self.file = group[int(rng.integers(len(group)))]
         self.kind = str(rng.choice(list(KINDS)))
-        before = self.file.read_bytes()
-        content = KINDS[self.kind](bytearray(before), rng)
+        content = KINDS[self.kind](bytearray(self.file.read_bytes()), rng)
         if content is None:
             self.file.unlink()
         else:
             self.file.write_bytes(content)
-        self.is_change = content is None or bytes(content) != before
         self.where = f"{self.kind} of {self.file.relative_to(folder)}"
 
 
 @pytest.fixture(scope="module")
-def warm(tmp_path_factory):
+def warm():
     with Warm(**child_environment()) as warm:
         yield warm
 
@@ -73,15 +68,7 @@ def warm(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(warm, tmp_path_factory):
     """A folder with a base model, data, a run with checkpoints of the steps 4 and 6, a token cache and an export."""
-    folder = tmp_path_factory.mktemp("whole")
-    make_model(folder / "base")
-    write_chats(folder / "chats.jsonl")
-    keys = {"training__max_steps": STEPS, "training__save_every": 2}
-    configs.save(config_of("base", "chats.jsonl", "run", **keys), folder / "config.yaml")
-    for command in (["train", "config.yaml"], ["export", "run", "merged", "--format", "merged"]):
-        ended = warm.run(*command, cwd=folder, environment={"SFT_JAX_CACHE": "cache"})
-        assert ended.code == 0, ended.err
-    return folder
+    return make_run(warm, tmp_path_factory.mktemp("whole"), ["export", "run", "merged", "--format", "merged"])
 
 
 def same_files(one: Path, other: Path) -> bool:

@@ -10,12 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from faults import small_disk
-from kit import child_environment, config_of, make_model, trained_leaves, write_chats
+from kit import child_environment, trained_leaves
+from small_run import STEPS, make_run
 from warm import Ended, Warm
 
-from sft_jax import config_file as configs
-
-STEPS = 6
 KIB = 1024
 
 
@@ -28,14 +26,7 @@ def warm():
 @pytest.fixture(scope="module")
 def whole(warm, tmp_path_factory):
     """A folder with a base model, data and a run with checkpoints of the steps 4 and 6."""
-    folder = tmp_path_factory.mktemp("whole")
-    make_model(folder / "base")
-    write_chats(folder / "chats.jsonl")
-    keys = {"training__max_steps": STEPS, "training__save_every": 2}
-    configs.save(config_of("base", "chats.jsonl", "run", **keys), folder / "config.yaml")
-    ended = warm.run("train", "config.yaml", cwd=folder, environment={"SFT_JAX_CACHE": "cache"})
-    assert ended.code == 0, ended.err
-    return folder
+    return make_run(warm, tmp_path_factory.mktemp("whole"))
 
 
 def commands(out: str, is_full: bool = True) -> dict[str, list[str]]:

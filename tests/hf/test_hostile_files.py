@@ -6,7 +6,7 @@ import struct
 
 import numpy as np
 import pytest
-from kit import make_model, make_tokenizer, one_device
+from kit import SIZES, make_model, make_tokenizer, one_device
 from safetensors.numpy import load_file, save_file
 
 from sft_jax.config import LoraConfig
@@ -23,16 +23,7 @@ from sft_jax.models.families import families
 from sft_jax.sharding import make_mesh
 from sft_jax.training.weights import build, load_weights
 
-LLAMA = {
-    "model_type": "llama",
-    "vocab_size": 384,
-    "hidden_size": 48,
-    "intermediate_size": 112,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 12,
-}
+LLAMA = {**SIZES, "model_type": "llama", "vocab_size": 384}
 ROPE = {"rope_type": "longrope", "original_max_position_embeddings": 64, "short_factor": [1.0] * 6}
 NAN = float("nan")
 

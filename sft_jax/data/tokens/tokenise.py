@@ -33,7 +33,7 @@ from sft_jax.data.tokens.workers import encode_in_processes, encode_into, option
 from sft_jax.distributed import processes
 from sft_jax.errors import UserError
 from sft_jax.files.lock import FolderLock
-from sft_jax.files.temporary import temporary_folder
+from sft_jax.files.temporary import remove_temporary, temporary_folder
 from sft_jax.version import __version__
 
 _REVISION = 5  # of the encoding and the files; increment it when the same rows give other ids, masks or files
@@ -194,10 +194,8 @@ def _partial(cached_at: Path | None) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"{folder.parent}: cannot be written: {error.strerror or error}") from error
     finally:
-        if cached_at is not None and folder.is_dir():
-            shutil.rmtree(folder, ignore_errors=True)  # memory-mapped files stay readable until they are unmapped
         if lock is not None:
-            lock.release()
+            remove_temporary(folder, lock)  # memory-mapped files stay readable until they are unmapped
 
 
 def _key(source: Source, encoder: Encoder) -> str:
