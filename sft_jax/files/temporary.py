@@ -24,10 +24,13 @@ def temporary_folder(parent: Path, prefix: str) -> tuple[Path, FolderLock]:
         The folder, and its lock, which the caller has to keep as long as it needs the folder.
     """
     _remove_dead(parent, prefix)
-    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-    lock = FolderLock(folder)
-    lock.take()
-    return folder, lock
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        lock = FolderLock(folder)
+        with contextlib.suppress(FileNotFoundError):
+            if lock.take() is None:
+                return folder, lock
+        # Another process found the folder before it was locked, and removes it.
 
 
 def remove_temporary(folder: Path, lock: FolderLock) -> None:

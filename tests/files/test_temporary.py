@@ -1,14 +1,18 @@
 """Temporary folders of killed processes are removed; processes end with the one that started them."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 from kit import child_environment, write_chats
 
+from sft_jax.files.lock import FolderLock
 from sft_jax.files.temporary import temporary_folder
 
 _HOLD = """
@@ -60,6 +64,28 @@ def test_folders_of_the_dead_are_removed(tmp_path):
     assert {one.name for one in tmp_path.iterdir()} == {"other", first.name, second.name}
     lock.release()
     other.release()
+
+
+def test_another_process_removes_the_new_folder(tmp_path, monkeypatch):
+    """A process that looks for dead folders can find one between its creation and its lock."""
+    create, created, others = tempfile.mkdtemp, [], []
+
+    def interrupted(**arguments):
+        folder = Path(create(**arguments))
+        created.append(folder)
+        if len(created) == 1:
+            shutil.rmtree(folder)
+        elif len(created) == 2:
+            others.append(FolderLock(folder))
+            assert others[0].take() is None
+        return str(folder)
+
+    monkeypatch.setattr(tempfile, "mkdtemp", interrupted)
+    folder, lock = temporary_folder(tmp_path, "work-")
+    assert folder == created[2]
+    assert FolderLock(folder).holder() is not None
+    lock.release()
+    others[0].release()
 
 
 def members(group):
