@@ -27,7 +27,8 @@ from sft_jax.hf.verify import check_files, check_tensors, file_digests
 from sft_jax.models.attention.backend import check_backend
 from sft_jax.run.announce import Announcer
 from sft_jax.run.prepare import Inputs
-from sft_jax.store.checkpoint import Checkpoints, DamagedError, check_same_run, latest_step
+from sft_jax.store.checkpoint import Checkpoints, DamagedError, latest_step
+from sft_jax.store.same_run import check_same_run
 from sft_jax.training.optimizer import labels_of, make_optimizer
 from sft_jax.training.state import TrainState, abstract_state, make_state, state_shardings
 from sft_jax.training.step import TrainStep, step_of
@@ -135,6 +136,7 @@ def start(inputs: Inputs, say: Announcer) -> Session:
             tokenizer = _tokenizer_files(inputs, saved.get("tokenizer"), say)
             abstract = abstract_state(split.trainable, optimizer, mesh)
             state, position = checkpoints.restore(inputs.latest, abstract, saved.get("digests"))
+            checkpoints.remove_superseded()
         except DamagedError:
             checkpoints.close()
             raise

@@ -6,6 +6,7 @@ import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -16,35 +17,12 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers as managers
 from orbax.checkpoint.utils import checkpoint_steps
 
-from sft_jax import config_file as configs
 from sft_jax.errors import UserError
 from sft_jax.files.digests import array_digests, named, text_digest
 from sft_jax.files.flush import flush_all
-from sft_jax.hf.reader import is_same_model
 from sft_jax.training.state import TrainState
 from sft_jax.tree import Path as LeafPath
 from sft_jax.tree import flatten, unflatten
-
-# A run resumes only with the same config, except for these keys, which do not change the trained weights.
-_FREE_KEYS = (
-    "data.cache",
-    "data.num_workers",
-    "training.output_dir",
-    "training.eval_every",
-    "training.save_every",
-    "training.log_every",
-    "training.keep_checkpoints",
-    "training.keep_best",
-    "training.keep_every",
-    "training.deterministic",
-    "training.tensorboard",
-    "training.wandb_project",
-    "data.eval",
-    "evaluation.",
-    "model.remat",
-    "training.num_microbatches",
-    "mesh.",
-)
 
 _UNREADABLE = (ValueError, OSError, KeyError, TypeError, IndexError, AttributeError, RuntimeError)
 
@@ -114,8 +92,9 @@ class Checkpoints:
             )
         if keep_every:
             policies.append(managers.EveryNSteps(keep_every))
+        self._policy = managers.AnyPreservationPolicy(policies)
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=managers.AnyPreservationPolicy(policies),
+            preservation_policy=self._policy,
             # The policy decides what is kept; without best_fn, orbax does not save and restore metrics.
             best_fn=(lambda metrics: metrics["eval_loss"]) if keep_best else None,
             best_mode="min",
@@ -176,6 +155,14 @@ class Checkpoints:
                 f"{free / 1e6:,.0f} MB are free; free some space and run the same command again; "
                 + (f"it resumes from step {steps[-1]}" if steps else "it starts from the beginning")
             )
+
+    def remove_superseded(self) -> None:
+        """Remove checkpoints that a killed process had to remove, of which it may have left parts."""
+        saved = [_Saved(step, self._manager.metrics(step)) for step in self.steps()]
+        kept = self._policy.should_preserve(saved, context=managers.PreservationContext())  # type: ignore[arg-type]
+        for one, is_kept in zip(saved, kept, strict=True):
+            if not is_kept:
+                self._manager.delete(one.step)
 
     def restore(
         self, step: int, abstract: TrainState, digests: Mapping[str, str] | None
@@ -240,6 +227,14 @@ class Checkpoints:
         self._manager.close()
 
 
+@dataclass(frozen=True)
+class _Saved:
+    """A checkpoint as the policies of orbax see it."""
+
+    step: int
+    metrics: dict[str, Any] | None
+
+
 def _without_params(state: TrainState) -> dict[str, Any]:
     return {"step": state.step, "opt_state": state.opt_state, "halted": state.halted}
 
@@ -281,53 +276,3 @@ def latest_step(folder: epath.Path) -> int | None:
     Unlike :class:`Checkpoints`, one process can call this alone.
     """
     return max(checkpoint_steps(folder), default=None) if folder.is_dir() else None
-
-
-def check_same_run(run: object, saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Check that a checkpoint belongs to the current config, data and base model.
-
-    Args:
-        run: the name of the run, for error messages.
-        saved, current: ``config`` as nested dicts, and the fingerprints ``data`` and ``base``.
-
-    Raises:
-        UserError: names the first key that differs.
-    """
-    if (changed := changed_key(saved, current["config"])) is not None:
-        key, before, now = changed
-        hint = (
-            "; its learning rate schedule has a fixed number of steps: to train further, start a new run from its "
-            "export (lora.init_from or model.path)"
-            if key in ("training.max_steps", "training.num_train_epochs")
-            else ""
-        )
-        raise UserError(
-            f"{run}: holds a run with {key}={before!r}, but the config has {now!r}; "
-            f"restore the value, or use another training.output_dir{hint}"
-        )
-    for key, name in (("data", "training data"), ("base", "base model")):
-        same = is_same_model(saved[key], current[key]) if key == "base" else saved[key] == current[key]
-        if not same:
-            raise UserError(f"{run}: the {name} has changed since this run began; use another training.output_dir")
-
-
-def changed_key(saved: dict[str, Any], config: dict[str, Any]) -> tuple[str, Any, Any] | None:
-    """Returns the first key that a config and that of a checkpoint differ in, and both values; None if there is none.
-
-    Keys that change no trained weights are not compared. A key that an earlier version did not have was at its default.
-
-    Args:
-        saved: what was saved with the checkpoint.
-    """
-    unused = ["training.output_dir=unused"]  # not compared, but required
-    before, now = (
-        {".".join(path): value for path, value in flatten(configs.to_dict(configs.from_dict(one, unused))).items()}
-        for one in (saved["config"], config)
-    )
-    for key in sorted(before.keys() | now.keys()):
-        if key == "optimizer.spike_guard" and before.get(key) and now.get(key):
-            continue  # a run that stopped at a spike resumes without it
-        is_path = key in ("model.path", "model.revision") and saved["base"] != "random"  # the weights are compared
-        if not key.startswith(_FREE_KEYS) and not is_path and before.get(key) != now.get(key):
-            return key, before.get(key), now.get(key)
-    return None

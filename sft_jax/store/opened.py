@@ -23,8 +23,9 @@ from sft_jax.hf.reader import Reader, is_same_model
 from sft_jax.hf.tokenizer import load_tokenizer
 from sft_jax.hf.verify import check_files
 from sft_jax.models.split import EMBEDDINGS
-from sft_jax.store.checkpoint import Checkpoints, DamagedError, changed_key, check_arrays, restore_leaves
+from sft_jax.store.checkpoint import Checkpoints, DamagedError, check_arrays, restore_leaves
 from sft_jax.store.folder import RunDirectory
+from sft_jax.store.same_run import changed_key
 from sft_jax.tree import Path as LeafPath
 from sft_jax.tree import unflatten
 

@@ -18,7 +18,7 @@ from sft_jax.hf.reader import TensorReader, is_other_weights, is_same_model
 from sft_jax.hf.ties import architecture_of
 from sft_jax.run.export import export
 from sft_jax.run.train import train
-from sft_jax.store.checkpoint import check_same_run
+from sft_jax.store.same_run import check_same_run
 
 IDS = np.random.default_rng(0).integers(0, 380, (2, 60))
 EMBEDDINGS, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"

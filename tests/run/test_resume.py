@@ -68,6 +68,22 @@ def test_a_resumed_run_keeps_the_best_checkpoint(tmp_path):
         checkpoints.close()
 
 
+def test_what_a_killed_run_had_to_remove_is_removed(tiny, chats, tmp_path):
+    """Killed after the last checkpoint got its name, and while the oldest was being removed."""
+    changes = {"data__eval": [SourceConfig(path=str(chats))], "training__save_every": 2, "training__eval_every": 2}
+    config = config_of(tiny, chats, tmp_path / "run", training__max_steps=8, **changes, training__keep_best=1)
+    train(config, one_device())
+    folder = tmp_path / "run" / "checkpoints"
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {"6", "8"}
+    for step in ("1", "3"):
+        shutil.copytree(folder / "6", folder / step)
+    for file in ("_CHECKPOINT_METADATA", "metrics/metrics", "params/_METADATA"):
+        (folder / "1" / file).unlink()
+    train(config, one_device())
+    assert {path.name for path in folder.iterdir()} == names
+
+
 def test_templates_use_the_date_of_the_first_day(tiny, chats, tmp_path, monkeypatch):
     """The template of Llama 3.2 prints the current date; a run that resumes on another day keeps the first date."""
     template = tmp_path / "dated.jinja"
