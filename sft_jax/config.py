@@ -137,7 +137,7 @@ class DataConfig:
     num_workers: int | None = None  # processes that tokenize; null: chosen from the size of the data and the CPU cores
     cache: bool = True  # cache tokenized data for the next start
     streaming: bool = False  # read, tokenize and pack data.train during training; needs training.max_steps
-    chat_template: str | None = None  # a Jinja file; null: the tokenizer's own template
+    chat_template: str | None = None  # a Jinja file, or builtin:chatml.jinja; null: the tokenizer's own template
     template_kwargs: dict[str, Any] = field(default_factory=dict)  # arguments of the template: {enable_thinking: false}
     added_tokens: list[str] = field(default_factory=list)  # special tokens to add to the tokenizer
     stop_token: str | None = None  # token that ends a completion or a document; null: the tokenizer's EOS token

@@ -8,25 +8,29 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import io
+import json
 import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sft_jax import builtin
 from sft_jax.config import Config
 from sft_jax.config_names import SECTIONS, suggest_key
 from sft_jax.config_yaml import BYTES, check_yaml
 from sft_jax.errors import UserError
 from sft_jax.redaction import has_secret, secret_names
 
-_SOURCES = ("data.train", "data.eval", "evaluation.documents")  # lists; an override may give one path
+_SOURCES = ("data.train", "data.eval", "evaluation.documents")  # lists of sources; a path stands for a source
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Read a YAML file, apply dotted overrides such as ``optimizer.learning_rate=2e-5``, and check all values.
 
-    Relative paths inside the file are relative to the current working directory.
+    ``builtin:quickstart`` and the names of recipes are files that come with the package; a run directory stands for its
+    ``config.yaml``, with the directory as ``training.output_dir``. Relative paths inside the file are relative to the
+    current working directory.
 
     Raises:
         UserError: missing or malformed file, unknown key, wrong type, value out of range, missing required key.
@@ -35,9 +39,12 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    path = Path(path)
+    path = builtin.config(str(path)) if str(path).startswith(builtin.PREFIX) else Path(path)
+    if (path / "config.yaml").is_file():
+        overrides = [f"training.output_dir={json.dumps(str(path))}", *(overrides or [])]
+        path = path / "config.yaml"
     if not path.is_file():
-        raise UserError(f"{path}: no such config file")
+        raise UserError(f"{path}: no such config file{_begin_hint(path)}")
     try:
         with path.open(encoding="utf-8") as file:
             text = file.read(BYTES + 1)
@@ -52,6 +59,14 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
             f"{path}: a config is a mapping with the keys {', '.join(f.name for f in dataclasses.fields(Config))}"
         )
     return _merged(values, overrides or [], str(path))
+
+
+def _begin_hint(path: Path) -> str:
+    """What the name of a missing config file may stand for."""
+    recipe = builtin.configs() / "recipes" / f"{path.stem}.yaml"
+    if path.stem == "quickstart" or recipe.is_file():
+        return f"; the one that comes with the package is {builtin.PREFIX}{path.stem}"
+    return ""
 
 
 def from_dict(values: Mapping[str, Any], overrides: list[str] | None = None) -> Config:
@@ -80,12 +95,13 @@ def _merged(values: Any, overrides: list[str], name: str) -> Config:
             if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
                 raise UserError(f"override {override!r}: write key=value, such as optimizer.learning_rate=2e-5")
             parsed = _parse_value(override, value)
-            if key in _SOURCES and isinstance(parsed, str):
-                parsed = [{"path": parsed}]
+            if key in _SOURCES and isinstance(parsed, (str, dict)):
+                parsed = [parsed]  # merging with a list takes its place
             if key in SECTIONS and parsed is not None and not isinstance(parsed, dict):
                 raise UserError(f"override {override!r}: {key} is a section; use {SECTIONS[key]}={value}")
             OmegaConf.update(values, key, parsed, merge=True)
-        values = OmegaConf.create(_with_references(OmegaConf.to_container(values, resolve=False)))
+        plain = OmegaConf.to_container(values, resolve=False)
+        values = OmegaConf.create(_with_references(_with_paths(plain)))
         merged = OmegaConf.merge(OmegaConf.structured(Config), values)
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
@@ -98,6 +114,17 @@ def _merged(values: Any, overrides: list[str], name: str) -> Config:
         raise UserError(f"{name}: {_too_large(values) or 'a number'} is too large") from error
     except (OmegaConfBaseException, TypeError, LookupError) as error:
         raise UserError(f"{name}: {_explain(error)}") from error
+
+
+def _with_paths(values: Any) -> Any:
+    """Turn ``train: a.jsonl`` and ``train: [a.jsonl]`` into ``train: [{path: a.jsonl}]``."""
+    for section, key in (name.split(".") for name in _SOURCES):
+        sources = values.get(section, {}).get(key) if isinstance(values.get(section, {}), dict) else None
+        if isinstance(sources, (str, dict)):
+            sources = [sources]
+        if isinstance(sources, list):
+            values[section][key] = [{"path": one} if isinstance(one, str) else one for one in sources]
+    return values
 
 
 def _with_references(value: Any) -> Any:

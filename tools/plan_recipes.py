@@ -12,17 +12,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+from sft_jax.builtin import architecture
+from sft_jax.builtin.recipes import Recipe, recipes, with_plan
+
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
 PLANS = CONFIGS / "PLANS.md"
 NOT_MEASURED = "not measured"
-_PLAN_LINE = re.compile(r"^# plan (\S+): (.*)$", re.MULTILINE)
 
 # Rows of the table: name -> recipe.
 MODELS = {
@@ -57,52 +58,29 @@ def main() -> None:
         return not options.only or any(word in name for word in options.only for name in names)
 
     for recipe in recipes():
-        topology, result = header(recipe)
-        if selected(recipe.stem, topology) and (options.again or result == NOT_MEASURED):
-            plan = run_plan(recipe, topology, [], options.timeout)
+        if selected(recipe.name, recipe.topology) and (options.again or recipe.plan == NOT_MEASURED):
+            plan = run_plan(recipe, recipe.topology, [], options.timeout)
             if plan is not None:
-                write_header(recipe, as_line(plan))
+                text = with_plan(recipe.path.read_text(encoding="utf-8"), as_line(plan))
+                recipe.path.write_text(text, encoding="utf-8")
+    by_name = {recipe.name: recipe for recipe in recipes()}
     for topology in TOPOLOGIES:
         for model, recipe in MODELS.items():
             rows = read_table()
             if selected(model, topology) and (options.again or rows[model, topology][2] == NOT_MEASURED):
                 batch = TOPOLOGIES[topology]
                 changes = [f"training.batch_size={batch}", "training.num_microbatches=1"]
-                plan = run_plan(CONFIGS / "recipes" / f"{recipe}.yaml", topology, changes, options.timeout)
+                plan = run_plan(by_name[recipe], topology, changes, options.timeout)
                 if plan is not None:
                     write_tables(rows | {(model, topology): as_row(model, topology, plan)})
     write_tables(read_table())
 
 
-def recipes() -> list[Path]:
-    """Paths of all recipes."""
-    return sorted((CONFIGS / "recipes").glob("*.yaml"))
-
-
-def architecture_of(recipe: Path) -> Path:
-    """Path of the ``config.json`` of a recipe's model."""
-    match = re.search(r"^  path: \S+/(\S+)$", recipe.read_text(encoding="utf-8"), re.MULTILINE)
-    assert match is not None, f"{recipe} names no model"
-    return CONFIGS / "architectures" / f"{match[1].lower().replace('-instruct', '')}.json"
-
-
-def header(recipe: Path) -> tuple[str, str]:
-    """Reads the topology of a recipe and the result of its plan."""
-    match = _PLAN_LINE.search(recipe.read_text(encoding="utf-8"))
-    assert match is not None, f"{recipe} has no line '# plan TOPOLOGY: …'"
-    return match[1], match[2]
-
-
-def write_header(recipe: Path, line: str) -> None:
-    text = recipe.read_text(encoding="utf-8")
-    recipe.write_text(_PLAN_LINE.sub(lambda match: f"# plan {match[1]}: {line}", text, count=1), encoding="utf-8")
-
-
-def run_plan(recipe: Path, topology: str, changes: list[str], timeout: float) -> dict[str, Any] | None:
+def run_plan(recipe: Recipe, topology: str, changes: list[str], timeout: float) -> dict[str, Any] | None:
     """Runs ``plan`` and returns its figures; prints the error and returns None if it fails."""
-    command = [sys.executable, "-m", "sft_jax", "plan", str(recipe), *changes, "--topology", topology, "--no-advice"]
-    command += ["--json", "--architecture", str(architecture_of(recipe))]
-    print(f"{recipe.stem} {' '.join(changes)} on {topology} …", file=sys.stderr, flush=True)
+    command = [sys.executable, "-m", "sft_jax", "plan", str(recipe.path), *changes, "--topology", topology]
+    command += ["--no-advice", "--json", "--architecture", str(architecture(recipe.model))]
+    print(f"{recipe.name} {' '.join(changes)} on {topology} …", file=sys.stderr, flush=True)
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=ROOT, check=False)
     except subprocess.TimeoutExpired:
@@ -159,7 +137,7 @@ def read_table() -> dict[tuple[str, str], tuple[str, ...]]:
 
 def write_tables(rows: dict[tuple[str, str], tuple[str, ...]]) -> None:
     """Writes configs/PLANS.md: the rows of the first table, and the headers of all recipes."""
-    headers = [(f"[{recipe.stem}](recipes/{recipe.name})", *header(recipe)) for recipe in recipes()]
+    headers = [(f"[{one.name}](recipes/{one.path.name})", one.topology, one.plan) for one in recipes()]
     tables = (_table(COLUMNS, list(rows.values())), _table(("recipe", "topology", "plan"), headers))
     PLANS.write_text(_TEXT + tables[0] + _RECIPES + tables[1], encoding="utf-8")
 

@@ -11,7 +11,7 @@ from sft_jax.commands.shared import add_config, config_of, quiet_imports
 def add(commands: Any) -> None:
     """Add the command's options."""
     parser = commands.add_parser("evaluate", help="compare the base and the tuned model of a run on held-out data")
-    add_config(parser, "evaluation.shots=4", "training.output_dir is the run")
+    add_config(parser, "evaluation.shots=4")
     parser.add_argument("--step", type=int, help="default: the last checkpoint")
     parser.add_argument("--base", help="the base model, if it has moved")
     parser.add_argument("--json", action="store_true", help="print the metrics as JSON")

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
+from pathlib import Path
 from typing import Any
 
 from sft_jax.commands.shared import add_config, config_of, quiet_imports
+from sft_jax.config import Config
+from sft_jax.errors import UserError
 
 
 def add(commands: Any) -> None:
@@ -16,7 +20,9 @@ def add(commands: Any) -> None:
     )
     add_config(parser, "training.batch_size=32")
     parser.add_argument(
-        "--topology", required=True, metavar="CHIP:SHAPE", help="such as v5e:4x4, v5p:64, h100:8, h100:2x8"
+        "--topology",
+        metavar="CHIP:SHAPE",
+        help="such as v5e:4x4, v5p:64, h100:8, h100:2x8; default: that of the recipe",
     )
     parser.add_argument("--architecture", metavar="FILE", help="a config.json to use instead of the model's")
     parser.add_argument(
@@ -43,6 +49,28 @@ def run(options: argparse.Namespace) -> int:
     quiet_imports()
     from sft_jax.planning.plan import Assumptions, plan
 
+    topology, known = _of_recipe(options.config, config)
     assumed = Assumptions(options.target_share, options.document_length)
-    plan(config, options.topology, options.architecture, assumed, options.json, options.advice, options.search)
+    topology, file = options.topology or topology, options.architecture or known
+    if topology is None:
+        raise UserError("--topology: is missing; name the hardware, such as v5e:4x4 (16 chips) or h100:8")
+    plan(config, topology, file, assumed, options.json, options.advice, options.search)
     return 0
+
+
+def _of_recipe(name: str, config: Config) -> tuple[str | None, Path | None]:
+    """The topology of a built-in recipe, and the built-in ``config.json`` of its model, which may be gated."""
+    from sft_jax.builtin import PREFIX, architecture
+    from sft_jax.builtin import config as locate
+    from sft_jax.builtin.recipes import recipes
+
+    recipe = next((one for one in recipes() if name.startswith(PREFIX) and one.path == locate(name)), None)
+    if recipe is None:
+        return None, None
+    file = architecture(recipe.model) if config.model.path == recipe.model else None
+    if file is not None:
+        print(
+            f"{recipe.model}: its config.json comes with this package; --architecture FILE names another",
+            file=sys.stderr,
+        )
+    return recipe.topology, file

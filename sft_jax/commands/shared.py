@@ -10,16 +10,32 @@ if TYPE_CHECKING:
     from sft_jax.config import Config
 
 
-def add_config(parser: argparse.ArgumentParser, example: str, config_help: str | None = None) -> None:
+_BEGIN = (
+    "sft-jax train builtin:quickstart trains an example, sft-jax init --model ID --data FILE writes a config for your "
+    "model and data, sft-jax recipes lists configs by model and hardware"
+)
+
+
+def add_config(parser: argparse.ArgumentParser, example: str) -> None:
     """Add the options of a config and its overrides; read them with :func:`config_of`."""
-    parser.add_argument("config", metavar="CONFIG.yaml", help=config_help)
+    help = "a YAML file, a run directory, builtin:quickstart, or builtin:RECIPE (see sft-jax recipes)"
+    parser.add_argument("config", nargs="?", metavar="CONFIG", help=help)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=f"such as {example}")
 
 
 def config_of(options: argparse.Namespace) -> Config:
-    """Load the config that the options of :func:`add_config` name."""
-    from sft_jax.config_file import load
+    """Load the config that the options of :func:`add_config` name.
 
+    Raises:
+        UserError: there is none; the message says how to begin.
+    """
+    from sft_jax.config_file import load
+    from sft_jax.errors import UserError
+
+    if options.config is None:
+        raise UserError(f"sft-jax {options.name}: needs a config: {_BEGIN}")
+    if "=" in options.config and not os.path.exists(options.config):
+        raise UserError(f"{options.config}: the config comes before key=value: {_BEGIN}")
     return load(options.config, options.overrides)
 
 

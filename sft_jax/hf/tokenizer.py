@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sft_jax import builtin
 from sft_jax.config import RESERVED_TEMPLATE_KWARGS
 from sft_jax.errors import UserError
 from sft_jax.files.foreign import reading
@@ -53,7 +54,8 @@ def load_tokenizer(
     if not tokenizer.chat_template:
         tokenizer.chat_template = _template_of_processor(folder)
     if chat_template is not None:
-        path = Path(chat_template).expanduser()
+        is_builtin = chat_template.startswith(builtin.PREFIX)
+        path = builtin.locate(chat_template, "data.chat_template") if is_builtin else Path(chat_template).expanduser()
         if not os.path.isfile(path):  # unlike Path.is_file, also for names that are too long
             raise UserError(f"data.chat_template: no such file {chat_template}")
         try:

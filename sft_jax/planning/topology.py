@@ -55,8 +55,11 @@ class Topology:
         )
 
 
-def parse_topology(text: str) -> Topology:
+def parse_topology(text: str, asked_by: str = "--topology") -> Topology:
     """Parses ``v5e:4x4``, ``v5p:4x4x4``, ``v5e:16`` (default shape), ``h100:8`` or ``h100:2x8`` (two hosts of 8).
+
+    Args:
+        asked_by: the option that names it, for error messages.
 
     Raises:
         UserError: unknown chip or invalid shape; the message lists the known ones.
@@ -64,16 +67,16 @@ def parse_topology(text: str) -> Topology:
     name, _, shape = text.partition(":")
     chip = CHIPS.get(name)
     if chip is None:
-        raise UserError(f"--topology: unknown chip in {text!r}; known are {', '.join(CHIPS)}, as in v5e:4x4 or h100:8")
+        raise UserError(f"{asked_by}: unknown chip in {text!r}; known are {', '.join(CHIPS)}, as in v5e:4x4 or h100:8")
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
         example = {2: "4x4", 3: "2x2x4"}.get(chip.dims, "8")
-        raise UserError(f"--topology: {text!r} has no shape; write {name}:{example}")
+        raise UserError(f"{asked_by}: {text!r} has no shape; write {name}:{example}")
     sizes = _shape(shape)
     if chip.platform == "cuda":
         *hosts, gpus = sizes
         if len(hosts) > 1 or gpus > chip.max_devices:
             raise UserError(
-                f"--topology: {text!r}: a host has up to {chip.max_devices} GPUs; write {name}:{chip.max_devices}, or "
+                f"{asked_by}: {text!r}: a host has up to {chip.max_devices} GPUs; write {name}:{chip.max_devices}, or "
                 f"{name}:2x{chip.max_devices} for two hosts"
             )
         return Topology(chip, (hosts[0] if hosts else 1, gpus))
@@ -82,7 +85,7 @@ def parse_topology(text: str) -> Topology:
         sizes = _shape(slices[sizes[0]])
     if len(sizes) != chip.dims or math.prod(sizes) > chip.max_devices:
         raise UserError(
-            f"--topology: {text!r}: a slice of {name} has {chip.dims} dimensions and up to {chip.max_devices} chips, "
+            f"{asked_by}: {text!r}: a slice of {name} has {chip.dims} dimensions and up to {chip.max_devices} chips, "
             f"such as {', '.join(slices.values())}"
         )
     return Topology(chip, sizes)

@@ -206,6 +206,14 @@ def test_csv_columns_and_limits(tmp_path):
         opened(tmp_path / "a.csv", columns={"question": "problems"})
     with pytest.raises(UserError, match="'ask' is not a column of any format; the columns are messages"):
         opened(tmp_path / "a.csv", columns={"ask": "problem"})
+    for name, line in (
+        ("semicolons.csv", '"a, or b";2;3'),
+        ("tabs.tsv", "a, or b\t2\t3"),
+        ("commas.csv", '"a, or b",2,3'),
+    ):
+        delimiter = line[-2]
+        (tmp_path / name).write_text(delimiter.join(("question", "answer", "note")) + f"\n{line}\n")
+        assert opened(tmp_path / name).row(0).messages[0]["content"] == "a, or b"
     (tmp_path / "b.csv").write_text("text\na,b\n")
     with pytest.raises(UserError, match=r"b.csv:2: 2 values, 1 columns"):
         opened(tmp_path / "b.csv")

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from kit import ROOT, process, run_config, sft_jax
 
+from sft_jax.builtin import architecture
+from sft_jax.builtin.recipes import recipes
 from sft_jax.cli import main
 from sft_jax.config_file import load
 from sft_jax.errors import UserError
@@ -17,7 +19,7 @@ from sft_jax.planning.plan import Assumptions, plan
 from sft_jax.planning.text import plan_text
 from sft_jax.planning.topology import parse_topology
 
-RECIPES = sorted((ROOT / "configs" / "recipes").glob("*.yaml"))
+RECIPES = recipes()
 sys.path.insert(0, str(ROOT / "tools"))
 import plan_recipes  # noqa: E402
 
@@ -190,18 +192,17 @@ def test_documents_are_no_longer_than_sequences(tiny):
     assert Assumptions(document_length=4096).length(run_config(tiny)) == 128
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
 def test_a_recipe_loads(recipe):
     """It is a valid config of a known model, its batch divides over its chips, and its header may have a plan."""
-    config = load(recipe)
-    topology, result = plan_recipes.header(recipe)
-    where = parse_topology(topology)
-    path = plan_recipes.architecture_of(recipe)
-    assert path.is_file()
-    assert config.training.output_dir == f"runs/{recipe.stem}"
-    text = recipe.read_text()
-    assert f"configs/recipes/{recipe.stem}.yaml data.train.0.path=train.jsonl" in text
-    assert f"configs/recipes/{recipe.stem}.yaml --topology {topology}" in text
+    config = load(f"builtin:{recipe.name}")
+    result, where = recipe.plan, parse_topology(recipe.topology)
+    assert architecture(config.model.path).is_file()
+    assert recipe.model == config.model.path
+    assert config.training.output_dir == f"runs/{recipe.name}"
+    text = recipe.path.read_text()
+    assert f"sft-jax train builtin:{recipe.name} data.train=train.jsonl" in text
+    assert f"sft-jax plan builtin:{recipe.name}\n" in text
     rows = config.training.batch_size // config.training.num_microbatches
     assert rows % (where.num_devices // config.mesh.tensor) == 0
     assert result == plan_recipes.NOT_MEASURED or result.startswith("fits, peak "), result
@@ -223,5 +224,5 @@ def test_the_table_of_plans_is_updated_row_by_row(tmp_path, monkeypatch):
     assert again[key][:4] == (*key, "yes", "3,072")
     assert sum(row[2] == "not measured" for row in again.values()) == 24
     assert plan_recipes.as_line(found).startswith("fits, peak 3,072 of ")
-    recipes = re.findall(r"^\| \[([\w.-]+)\]", plan_recipes.PLANS.read_text(), re.MULTILINE)
-    assert recipes == [recipe.stem for recipe in plan_recipes.recipes()]
+    listed = re.findall(r"^\| \[([\w.-]+)\]", plan_recipes.PLANS.read_text(), re.MULTILINE)
+    assert listed == [recipe.name for recipe in RECIPES]

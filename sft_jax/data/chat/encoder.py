@@ -154,7 +154,10 @@ class Encoder:
         if isinstance(row, Document):
             return [Rendered(row.prompt + row.completion, {}, [])], {*row.unread}
         if self._finder is None:
-            raise UserError("data.chat_template: the tokenizer has no chat template; give a Jinja file")
+            raise UserError(
+                "data.chat_template: the tokenizer has no chat template; give a Jinja file, or builtin:chatml.jinja "
+                "with data.added_tokens=['<|im_start|>','<|im_end|>']"
+            )
         texts, unread = self._finder.find(row, sorted(weights))
         return texts, unread | row.unread
 

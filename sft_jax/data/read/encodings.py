@@ -31,7 +31,7 @@ def check_first_bytes(path: Path, name: str) -> None:
     with path.open("rb") as file:
         first = file.read(_SAMPLE)
     refuse_lfs_pointer(first, name)
-    if path.suffix in (".jsonl", ".json", ".csv") and _is_utf16(first):
+    if path.suffix in (".jsonl", ".json", ".csv", ".tsv") and _is_utf16(first):
         raise UserError(f"{name}: {not_utf8(first)}")
 
 

@@ -90,19 +90,27 @@ def is_message(columns: Collection[str]) -> bool:
     return bool({"parent_id", "message_tree_id", "parent_message_id"} & set(columns))
 
 
-def suggestion(columns: Collection[str]) -> str:
-    """Suggest a value of ``data.*.columns`` for columns of an unknown format."""
+def likely_columns(columns: Collection[str]) -> dict[str, str]:
+    """Guess a value of ``data.*.columns`` for columns of an unknown format; empty if nothing is likely."""
     lowercase = {name.lower(): name for name in columns}
     likely = {
         ours: next((lowercase[name] for name in names if name in lowercase), None)
         for ours, names in _OTHER_NAMES.items()
     }
-    if likely["messages"]:
-        return f"if {likely['messages']!r} holds the messages, set data.*.columns: {{messages: {likely['messages']}}}"
-    if likely["question"] and likely["answer"]:
-        question, answer = likely["question"], likely["answer"]
-        return f"if they are questions and answers, set data.*.columns: {{question: {question}, answer: {answer}}}"
-    return "rename columns with data.*.columns"
+    messages, question, answer = (likely[name] for name in ("messages", "question", "answer"))
+    if messages:
+        return {"messages": messages}
+    return {"question": question, "answer": answer} if question and answer else {}
+
+
+def suggestion(columns: Collection[str]) -> str:
+    """Suggest a value of ``data.*.columns`` for columns of an unknown format."""
+    likely = likely_columns(columns)
+    if not likely:
+        return "rename columns with data.*.columns"
+    pairs = ", ".join(f"{ours}: {theirs}" for ours, theirs in likely.items())
+    what = f"{likely['messages']!r} holds the messages" if "messages" in likely else "they are questions and answers"
+    return f"if {what}, set data.*.columns: {{{pairs}}}"
 
 
 class _TrackedRow(Mapping[str, Any]):

@@ -16,14 +16,23 @@ from sft_jax import builtin
 from sft_jax.config import SourceConfig
 from sft_jax.data.read.arrow_files import ArrowTable, start_reader
 from sft_jax.data.read.folders import scratch_folder
-from sft_jax.data.read.formats import COLUMNS, FORMATS, detect, is_message, missing_column, parse, suggestion
+from sft_jax.data.read.formats import (
+    COLUMNS,
+    FORMATS,
+    detect,
+    is_message,
+    likely_columns,
+    missing_column,
+    parse,
+    suggestion,
+)
 from sft_jax.data.read.rows import Row, RowError
 from sft_jax.data.read.tables import Table, kind_of, open_file
 from sft_jax.errors import UserError
 from sft_jax.files.buckets import is_url
 from sft_jax.redaction import with_secrets, without_secrets
 
-_KINDS = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
+_KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 _METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 _SPLIT = re.compile(r"(?:^|[-_.])((?:train|test|validation|valid|val|dev|eval)(?:_(?:sft|gen|prefs))?)(?=[-_.]|$)")
 _NUM_DETECTED = 100  # rows that are read to detect the format
@@ -93,6 +102,23 @@ def open_sources(sources: Sequence[SourceConfig]) -> list[Source]:
             )  # fmt: skip
             passed_over = None
     return opened
+
+
+def with_likely_columns(source: SourceConfig) -> SourceConfig:
+    """The same source with a guess of ``columns`` where its format is unknown.
+
+    Raises:
+        UserError: the source does not exist, or cannot be read.
+    """
+    for name, table in _open(_with_secrets(source))[0]:
+        try:
+            _format(without_secrets(name), table, source)
+        except UserError:
+            first = next((row for row in table.read(0, 1) if not isinstance(row, RowError)), {})
+            if likely := likely_columns({*table.columns(), *first}):
+                return dataclasses.replace(source, columns=likely)
+        break
+    return source
 
 
 def _with_secrets(source: SourceConfig) -> SourceConfig:

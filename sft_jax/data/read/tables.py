@@ -40,7 +40,7 @@ def open_file(path: Path, name: str) -> Table:
     """Open a local file.
 
     Args:
-        path: ``.jsonl``, ``.json``, ``.csv``, ``.parquet`` or ``.arrow``, also with ``.gz`` or ``.zst``.
+        path: ``.jsonl``, ``.json``, ``.csv``, ``.tsv``, ``.parquet`` or ``.arrow``, also with ``.gz`` or ``.zst``.
         name: for error messages.
 
     Raises:
@@ -79,6 +79,7 @@ _OPENERS: dict[str, Callable[[Path, str], Table]] = {
     ".jsonl": JsonLines,
     ".json": open_json,
     ".csv": open_csv,
+    ".tsv": open_csv,
     ".parquet": lambda path, name: ArrowTable(path, name, "parquet"),
     ".arrow": lambda path, name: ArrowTable(path, name, "arrow"),
 }

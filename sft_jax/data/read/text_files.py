@@ -171,12 +171,17 @@ def _object(row: Any, number: int, name: str) -> dict[str, Any]:
 
 
 def open_csv(path: Path, name: str) -> JsonLines:
-    """Read a CSV file with a header. Every value is a string; empty values are empty strings."""
+    """Read a CSV file with a header, separated by commas, or semicolons or tabs if the header has no commas.
+
+    Every value is a string; empty values are empty strings.
+    """
     csv.field_size_limit(ROW_BYTES)
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        delimiter = _delimiter(file.readline(ROW_BYTES))
 
     def fill(write: Callable[[Any], None]) -> None:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, strict=True)
+            reader = csv.reader(file, strict=True, delimiter=delimiter)
             try:
                 header = next(reader, [])
                 if len(set(header)) < len(header):
@@ -192,6 +197,16 @@ def open_csv(path: Path, name: str) -> JsonLines:
                 raise UserError(f"{name}: {not_utf8(path.read_bytes())}") from error
 
     return _spooled(fill, name)
+
+
+def _delimiter(header: str) -> str:
+    """The delimiter of a CSV file by its first line.
+
+    >>> [_delimiter(line) for line in ("a,b;c", "a;b", "a\\tb", "a", '"a;b",c')]
+    [',', ';', '\\t', ',', ',']
+    """
+    counts = {one: len(next(csv.reader([header], delimiter=one), [])) for one in (",", ";", "\t")}
+    return "," if counts[","] > 1 else max(counts, key=lambda one: counts[one])
 
 
 def _spooled(fill: Callable[[Callable[[Any], None]], object], name: str) -> JsonLines:
