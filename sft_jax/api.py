@@ -40,6 +40,7 @@ from sft_jax.run import inspect as _inspect
 from sft_jax.run import train as _train
 from sft_jax.store.folder import RunDirectory
 from sft_jax.store.metrics import read_metrics
+from sft_jax.store.steps import Step
 from sft_jax.tree import Params
 
 Rows = Iterable[Mapping[str, Any]]  # such as a list of dicts or a Hugging Face dataset
@@ -161,11 +162,11 @@ class Run:
         """The tuned model, from the last checkpoint."""
         return load(str(self.folder))
 
-    def evaluate(self, step: int | None = None) -> dict[str, dict[str, float | int]]:
+    def evaluate(self, step: Step = None) -> dict[str, dict[str, float | int]]:
         """Evaluate the base and the tuned model with the config of the run; see :func:`evaluate`."""
         return evaluate(configs.load(self._directory.local / "config.yaml"), step)
 
-    def export(self, out: str | Path, format: str | None = None, step: int | None = None, check: bool = False) -> Path:
+    def export(self, out: str | Path, format: str | None = None, step: Step = None, check: bool = False) -> Path:
         """Write an adapter or a merged model; see :func:`export`."""
         return export(self.folder, out, format, step, check=check)
 
@@ -233,7 +234,7 @@ def train(
     return run
 
 
-def evaluate(config: Config | Mapping[str, Any], step: int | None = None) -> dict[str, dict[str, float | int]]:
+def evaluate(config: Config | Mapping[str, Any], step: Step = None) -> dict[str, dict[str, float | int]]:
     """Evaluate the run in ``training.output_dir`` on held-out data: metrics of ``base``, ``tuned`` and ``few_shot``.
 
     Raises:
@@ -264,13 +265,13 @@ def plan(config: Config | Mapping[str, Any], topology: str, advice: bool = True)
     return _plan.plan(load_config(config), topology, advice=advice)
 
 
-def load(name: str | Path, base: str | None = None, dtype: str | None = None, step: int | None = None) -> Model:
+def load(name: str | Path, base: str | None = None, dtype: str | None = None, step: Step = None) -> Model:
     """Load a model: a Hugging Face folder or id, a run, an adapter, or ``builtin:tiny``.
 
     Args:
         base: the base model of a run or an adapter, if it has moved.
         dtype: compute dtype, ``bfloat16`` or ``float32``; by default that of the run or of the files.
-        step: a checkpoint of a run; by default the last.
+        step: a checkpoint of a run, ``best`` or ``last``; by default the last.
 
     Raises:
         UserError: no model of that name, or a base model that does not match.
@@ -278,7 +279,7 @@ def load(name: str | Path, base: str | None = None, dtype: str | None = None, st
     return Model(assembly.open_model(str(name), base, step, dtype))
 
 
-def check(name: str | Path, base: str | None = None, step: int | None = None) -> dict[str, Any]:
+def check(name: str | Path, base: str | None = None, step: Step = None) -> dict[str, Any]:
     """Prove that a model is imported right: tensors, bytes, logits, greedy text, chat template.
 
     Compares with transformers, or with PEFT for an adapter or a LoRA run, where they and torch are installed. Prints a
@@ -300,7 +301,7 @@ def export(
     run: str | Path,
     out: str | Path,
     format: str | None = None,
-    step: int | None = None,
+    step: Step = None,
     base: str | None = None,
     check: bool = False,
 ) -> Path:

@@ -39,6 +39,7 @@ from sft_jax.models.split import Split
 from sft_jax.sharding import check_batch, check_heads, check_lengths, make_mesh
 from sft_jax.store.folder import RunDirectory
 from sft_jax.store.opened import OpenedRun, open_run
+from sft_jax.store.steps import Step
 from sft_jax.training.compilation import enable_compilation_cache
 from sft_jax.training.weights import build
 from sft_jax.tree import Params, flatten, unflatten
@@ -212,7 +213,7 @@ def network_of(config: Config, arch: Architecture, mesh: Mesh, embeddings: bool,
 def open_model(
     name: str,
     base: str | None = None,
-    step: int | None = None,
+    step: Step = None,
     dtype: str | None = None,
     devices: Sequence[Any] | None = None,
 ) -> Model:
@@ -223,7 +224,7 @@ def open_model(
 def find(
     name: str,
     base: str | None = None,
-    step: int | None = None,
+    step: Step = None,
     dtype: str | None = None,
     devices: Sequence[Any] | None = None,
     quantized: bool = True,
@@ -233,7 +234,7 @@ def find(
     Args:
         name: ``builtin:tiny``, a Hugging Face folder or id, a run directory, or a PEFT adapter folder.
         base: the base model of a run or an adapter, if it has moved.
-        step: a checkpoint of a run; by default the last.
+        step: a checkpoint of a run, ``best`` or ``last``; by default the last.
         dtype: compute dtype; by default that of the run or of the files.
         devices: the devices to use; by default all.
         quantized: whether the base model of a QLoRA run is quantized as in training.
@@ -271,7 +272,7 @@ def open_tuned(run: OpenedRun) -> tuple[Base, Architecture]:
 
 
 def _find_run(
-    directory: RunDirectory, name: str | None, step: int | None, dtype: str | None, mesh: Mesh, quantized: bool
+    directory: RunDirectory, name: str | None, step: Step, dtype: str | None, mesh: Mesh, quantized: bool
 ) -> Found:
     run = open_run(directory, step, name)
     base, arch = open_tuned(run)

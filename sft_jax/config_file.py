@@ -120,7 +120,7 @@ def _with_paths(values: Any) -> Any:
     """Turn ``train: a.jsonl`` and ``train: [a.jsonl]`` into ``train: [{path: a.jsonl}]``."""
     for section, key in (name.split(".") for name in _SOURCES):
         sources = values.get(section, {}).get(key) if isinstance(values.get(section, {}), dict) else None
-        if isinstance(sources, (str, dict)):
+        if isinstance(sources, str) or (isinstance(sources, dict) and "path" in sources):
             sources = [sources]
         if isinstance(sources, list):
             values[section][key] = [{"path": one} if isinstance(one, str) else one for one in sources]

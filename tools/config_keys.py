@@ -1,4 +1,4 @@
-"""Writes the tables of config keys in configs/README.md from the dataclasses and comments of sft_jax/config.py.
+"""Writes the tables of config keys in configs/README.md from the dataclasses and comments of sft_jax/config.
 
     python tools/config_keys.py [--check]
 
@@ -74,19 +74,22 @@ def default_of(one: dataclasses.Field[Any]) -> str:
 
 def comments() -> dict[tuple[str, str], str]:
     """Maps class and field names to the comment behind the field."""
-    source = Path(config.__file__).read_text(encoding="utf-8")
-    by_line = {
-        token.start[0]: token.string.lstrip("# ")
-        for token in tokenize.generate_tokens(io.StringIO(source).readline)
-        if token.type == tokenize.COMMENT
-    }
-    return {
-        (node.name, field.target.id): by_line[field.end_lineno or 0]
-        for node in ast.parse(source).body
-        if isinstance(node, ast.ClassDef)
-        for field in node.body
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and field.end_lineno in by_line
-    }
+    found = {}
+    for path in sorted(Path(config.__file__).parent.glob("*.py")):
+        source = path.read_text(encoding="utf-8")
+        by_line = {
+            token.start[0]: token.string.lstrip("# ")
+            for token in tokenize.generate_tokens(io.StringIO(source).readline)
+            if token.type == tokenize.COMMENT
+        }
+        found |= {
+            (node.name, field.target.id): by_line[field.end_lineno or 0]
+            for node in ast.parse(source).body
+            if isinstance(node, ast.ClassDef)
+            for field in node.body
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and field.end_lineno in by_line
+        }
+    return found
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import argparse
 import os
 from typing import Any
 
-from sft_jax.commands.shared import quiet_imports
+from sft_jax.commands.shared import add_step, quiet_imports
 from sft_jax.without_torch import bring_back_torch
 
 
@@ -19,7 +19,7 @@ def add(commands: Any) -> None:
         "model", metavar="MODEL", help="builtin:tiny, a Hugging Face folder or id, a run directory, or an adapter"
     )
     parser.add_argument("--base", help="the base model of a run or an adapter, if it has moved")
-    parser.add_argument("--step", type=int, help="a checkpoint of a run; default: the last")
+    add_step(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(command=run)
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from sft_jax.commands.shared import add_config, config_of, quiet_imports
+from sft_jax.commands.shared import add_config, add_step, config_of, quiet_imports
 
 
 def add(commands: Any) -> None:
     """Add the command's options."""
     parser = commands.add_parser("evaluate", help="compare the base and the tuned model of a run on held-out data")
     add_config(parser, "evaluation.shots=4")
-    parser.add_argument("--step", type=int, help="default: the last checkpoint")
+    add_step(parser)
     parser.add_argument("--base", help="the base model, if it has moved")
     parser.add_argument("--json", action="store_true", help="print the metrics as JSON")
     parser.set_defaults(command=run)

@@ -6,7 +6,7 @@ import argparse
 import os
 from typing import Any
 
-from sft_jax.commands.shared import add_processes, quiet_imports
+from sft_jax.commands.shared import add_processes, add_step, quiet_imports
 from sft_jax.without_torch import bring_back_torch
 
 
@@ -18,7 +18,7 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--format", choices=("adapter", "merged"), help="default: adapter for LoRA, merged for full fine-tuning"
     )
-    parser.add_argument("--step", type=int, help="default: the last checkpoint")
+    add_step(parser)
     parser.add_argument("--base", help="the base model, if it has moved")
     parser.add_argument(
         "--check",

@@ -47,10 +47,26 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         help="builtin:tiny, a Hugging Face folder or id, a run directory, or an adapter",
     )
     parser.add_argument("--base", help="the base model of a run or an adapter, if it has moved")
-    parser.add_argument("--step", type=int, help="a checkpoint of a run; default: the last")
+    add_step(parser)
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float32"), help="compute dtype; default: that of the run or of the files"
     )
+
+
+def add_step(parser: argparse.ArgumentParser) -> None:
+    """Add the option that chooses a checkpoint of a run."""
+    parser.add_argument(
+        "--step", type=_step, metavar="N|best|last", help="a checkpoint of a run; best: the lowest held-out loss"
+    )
+
+
+def _step(text: str) -> int | str:
+    if text in ("best", "last"):
+        return text
+    try:
+        return int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor best or last") from error
 
 
 def add_processes(parser: argparse.ArgumentParser) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_jax import builtin
-from sft_jax.config import RESERVED_TEMPLATE_KWARGS
+from sft_jax.config.data import RESERVED_TEMPLATE_KWARGS
 from sft_jax.errors import UserError
 from sft_jax.files.foreign import reading
 from sft_jax.files.json_object import read_bytes, read_object

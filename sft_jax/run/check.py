@@ -40,12 +40,13 @@ from sft_jax.files.buckets import is_url
 from sft_jax.hf.peft import ADAPTER_FILE, names_in_adapter
 from sft_jax.hf.reader import TensorReader
 from sft_jax.run.export import write_adapter
+from sft_jax.store.steps import Step
 from sft_jax.training.compilation import free_bytes
 
 Logits = list[Any]
 
 
-def check(name: str, base: str | None = None, step: int | None = None, as_json: bool = False) -> dict[str, Any]:
+def check(name: str, base: str | None = None, step: Step = None, as_json: bool = False) -> dict[str, Any]:
     """Prove that a model is imported right, in float32 on the CPU; prints a line per check.
 
     Checks names, shapes and bytes of all tensors; logits of a few texts and 16 greedy tokens against transformers, or
@@ -94,7 +95,7 @@ def check(name: str, base: str | None = None, step: int | None = None, as_json: 
     return report
 
 
-def check_export(run: str | Path, out: str, form: str, step: int | None = None, base: str | None = None) -> None:
+def check_export(run: str | Path, out: str, form: str, step: Step = None, base: str | None = None) -> None:
     """Check that an export computes what its run computes; prints a line per check.
 
     Loads the export again, here and in transformers or PEFT, and compares logits of a few texts with those of the run.

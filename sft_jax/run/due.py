@@ -15,6 +15,7 @@ from sft_jax.data.batches.packing import plan_run
 from sft_jax.data.chat.encoder import prompt_ids
 from sft_jax.data.tokens.examples import Examples
 from sft_jax.evaluation.compare import eval_batch_size
+from sft_jax.run.early_stopping import EarlyStopping
 from sft_jax.run.prepare import Inputs
 from sft_jax.run.recorder import Recorder, source_losses
 from sft_jax.run.resume import is_due
@@ -49,7 +50,7 @@ class Task:
         return self.key is not None and is_due(inputs.folder.local, inputs.latest, self.every, self.key)
 
 
-def tasks_of(inputs: Inputs, session: Session, recorder: Recorder) -> list[Task]:
+def tasks_of(inputs: Inputs, session: Session, recorder: Recorder, stopping: EarlyStopping) -> list[Task]:
     """The tasks of a run in order. Checkpoints follow the evaluation, whose loss decides which checkpoint is best."""
     config, tasks, evaluated = inputs.config, [], {}
     if inputs.held_out is not None:
@@ -58,6 +59,7 @@ def tasks_of(inputs: Inputs, session: Session, recorder: Recorder) -> list[Task]
         def evaluate(step: int) -> None:
             row = evaluator(session.state.params)
             evaluated[step] = row["eval_loss"]
+            stopping.measured(step, row["eval_loss"])
             recorder.evaluated(step, row)
 
         tasks.append(Task("eval_loss", config.training.eval_every, evaluate))

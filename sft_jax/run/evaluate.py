@@ -21,6 +21,7 @@ from sft_jax.run.announce import Announcer
 from sft_jax.sharding import check_heads
 from sft_jax.store.metrics import read_metrics
 from sft_jax.store.opened import open_run
+from sft_jax.store.steps import Step
 from sft_jax.training.compilation import enable_compilation_cache
 from sft_jax.training.weights import load_weights
 from sft_jax.tree import flatten, unflatten
@@ -28,7 +29,7 @@ from sft_jax.tree import flatten, unflatten
 
 def evaluate(
     config: Config,
-    step: int | None = None,
+    step: Step = None,
     as_json: bool = False,
     devices: Sequence[Any] | None = None,
     base: str | None = None,
@@ -39,7 +40,7 @@ def evaluate(
     prints a table, or the summary as JSON.
 
     Args:
-        step: a checkpoint; by default the last.
+        step: a checkpoint, ``best`` or ``last``; by default the last.
         devices: the devices to use; by default all.
         base: the base model, if it has moved.
 

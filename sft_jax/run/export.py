@@ -46,20 +46,21 @@ from sft_jax.models.tensors import Stored
 from sft_jax.sharding import make_mesh
 from sft_jax.store.metrics import read_metrics
 from sft_jax.store.opened import OpenedRun, open_run
+from sft_jax.store.steps import Step
 from sft_jax.training.rounding import round_for_file
 from sft_jax.training.weights import build
 from sft_jax.tree import Path as LeafPath
 
 
 def export(
-    run: str | Path, out: str | Path, form: str | None = None, step: int | None = None, base: str | None = None
+    run: str | Path, out: str | Path, form: str | None = None, step: Step = None, base: str | None = None
 ) -> str:
     """Export a run to ``out``, a new or empty folder; returns the form. A failed export leaves no model there.
 
     Args:
         run: a run directory; it and ``out`` may be in a bucket.
         form: ``adapter`` or ``merged``; by default ``adapter`` for LoRA and ``merged`` for full fine-tuning.
-        step: a checkpoint; by default the last.
+        step: a checkpoint, ``best`` or ``last``; by default the last.
         base: the base model, if it has moved.
 
     Raises:

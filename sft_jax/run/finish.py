@@ -22,14 +22,19 @@ from sft_jax.store.metrics import read_metrics
 from sft_jax.training.weights import load_weights
 
 
-def finish(inputs: Inputs, session: Session, recorder: Recorder, say: Announcer) -> dict[str, Any]:
-    """Draw the loss curve and, with ``evaluation.at_end``, compare with the base model; returns the last metrics."""
+def finish(inputs: Inputs, session: Session, recorder: Recorder, say: Announcer, last: int) -> dict[str, Any]:
+    """Draw the loss curve and, with ``evaluation.at_end``, compare with the base model; returns the last metrics.
+
+    Args:
+        last: the last step, which is not the last of the plan if the run stopped early.
+    """
     config, folder, total = inputs.config, inputs.folder, inputs.total_steps
     is_main = jax.process_index() == 0
     rows = read_metrics(folder.local / "metrics.jsonl") if is_main else []
     if is_main:
         curve = plot_loss(folder.local, rows).relative_to(folder.local)
-        say("done", f"{total} steps; loss curve in {folder}/{curve}")
+        of = "" if last == total else f" of {total}, stopped early"
+        say("done", f"{last} steps{of}; loss curve in {folder}/{curve}")
     if inputs.task is not None:
         tuned = session.model.with_params(session.state.params)
         del session.state  # frees the memory of the optimizer for the base model
@@ -40,13 +45,15 @@ def finish(inputs: Inputs, session: Session, recorder: Recorder, say: Announcer)
         comparison = compare(config, inputs.task, tuned, before)
         recorder.last.update({f"tuned_{key}": value for key, value in comparison.summary["tuned"].items()})
         if is_main:
-            page = write_report(config, folder.local, total, comparison, rows, inputs.tokenizer)
+            page = write_report(config, folder.local, last, comparison, rows, inputs.tokenizer)
             print(table.as_text(comparison), flush=True)
             say("report", f"{folder}/{page.relative_to(folder.local)}")
     if is_main:
         folder.push(last=True)
-    recorder.notify("end", total, dict(recorder.last))
-    say("next", f"sft-jax generate {folder} --chat, or sft-jax export {folder} OUT")
+    recorder.notify("end", last, dict(recorder.last))
+    step = " --step best" if last != total else ""
+    say("next", f"sft-jax generate {folder} --chat{step}, or sft-jax export {folder} OUT{step}")
+    say("", f"to train further: a new run with training.continue_from={folder} and its own training.output_dir")
     return recorder.last
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from sft_jax.hf.untrained import chat_tokens, untrained_tokens
 from sft_jax.hf.verify import check_files, check_tensors, file_digests
 from sft_jax.models.attention.backend import check_backend
 from sft_jax.run.announce import Announcer
+from sft_jax.run.continued import continued_optimizer, continued_params, open_continued
 from sft_jax.run.prepare import Inputs
 from sft_jax.store.checkpoint import Checkpoints, DamagedError, latest_step
 from sft_jax.store.same_run import check_same_run
@@ -93,6 +95,12 @@ def start(inputs: Inputs, say: Announcer) -> Session:
     part = "all" if inputs.latest is None else "frozen"
     read: dict[str, Words] = {}
     params, frozen = load_weights(split, base.reader, config.lora, old_size, seed, part, digests=read)
+    continued = None
+    if inputs.latest is None and config.training.continue_from is not None:
+        continued = open_continued(config.training.continue_from, base.reader)
+        params = continued_params(continued, split)
+        kept = " and its optimizer state" if config.training.continue_optimizer else ", a new optimizer state"
+        say("continued", f"from {continued.folder} at step {continued.step}{kept}, a new schedule")
     model = Model(str(inputs.folder), split, params, frozen, inputs.tokenizer, inputs.stop_ids)
     if base.reader is not None and config.lora is not None and not inputs.trains_embeddings:
         tokens = chat_tokens(inputs.tokenizer, inputs.data.examples.stop_ids)
@@ -144,6 +152,9 @@ def start(inputs: Inputs, say: Announcer) -> Session:
         say("resume", f"at step {inputs.latest} of {inputs.total_steps}")
     else:
         state = make_state(params, optimizer, mesh)
+        if continued is not None and training.continue_optimizer:
+            opt_state = continued_optimizer(continued, split.trainable, optimizer, mesh)
+            state = dataclasses.replace(state, opt_state=opt_state)
         tokenizer = _tokenizer_files(inputs, None, say)
     identity["tokenizer"] = tokenizer
     positions = {int(state.step): loader.get_state()}

@@ -14,6 +14,7 @@ from sft_jax.errors import Preempted, Stopped
 from sft_jax.outside_faults import naming
 from sft_jax.run.announce import Announcer
 from sft_jax.run.due import tasks_of
+from sft_jax.run.early_stopping import early_stopping
 from sft_jax.run.finish import finish, stop_halted
 from sft_jax.run.prepare import Inputs, prepare
 from sft_jax.run.recorder import Callback, Halted, Recorder
@@ -43,7 +44,7 @@ def train(config: Config, devices: Sequence[Any] | None = None, callbacks: Seque
         with naming(inputs.folder), jax.set_mesh(inputs.mesh), Preemption() as preemption:
             recorder = Recorder(inputs, session.first_step, preemption, callbacks)
             try:
-                loop(inputs, session, recorder, preemption, say)
+                last = loop(inputs, session, recorder, preemption, say)
             except Halted as error:
                 raise stop_halted(inputs, session, error) from None
             finally:
@@ -51,7 +52,7 @@ def train(config: Config, devices: Sequence[Any] | None = None, callbacks: Seque
                 recorder.close()
                 if jax.process_index() == 0:
                     inputs.folder.push()
-        return finish(inputs, session, recorder, say)
+        return finish(inputs, session, recorder, say, last)
     finally:
         inputs.folder.release()
 
@@ -65,22 +66,23 @@ def _start(inputs: Inputs, say: Announcer) -> tuple[Inputs, Session]:
             inputs = dataclasses.replace(inputs, latest=set_aside(inputs.folder, error, say))
 
 
-def loop(inputs: Inputs, session: Session, recorder: Recorder, preemption: Preemption, say: Announcer) -> None:
-    """Run the remaining steps and the tasks that are due between them.
+def loop(inputs: Inputs, session: Session, recorder: Recorder, preemption: Preemption, say: Announcer) -> int:
+    """Run the remaining steps and the tasks that are due between them; returns the last step.
 
     Raises:
         Preempted: the run was asked to stop; the state is saved.
         Halted: a loss or gradient is not finite.
     """
     config, mesh, total, first = inputs.config, inputs.mesh, inputs.total_steps, session.first_step
-    tasks = tasks_of(inputs, session, recorder)
+    rule = early_stopping(config.training.early_stopping, inputs.folder.local, inputs.latest)
+    tasks = tasks_of(inputs, session, recorder, rule)
     for task in tasks:
         if task.is_due_at_start(inputs):
             task.do(first)
-    if first == total:
+    if first == total or rule.is_reached:
         if inputs.latest is None:  # zero steps: the result is the base model
             session.save(0)
-        return
+        return first
     batches = iter(session.loader)
     batch = next(batches)
     session.positions[first + 1] = session.loader.get_state()
@@ -105,7 +107,12 @@ def loop(inputs: Inputs, session: Session, recorder: Recorder, preemption: Preem
             if jax.process_index() == 0:
                 inputs.folder.push()
             recorder.restart_clock()
+        if rule.is_reached:
+            recorder.say(step, f"stops early: {rule.reason}")
+            session.save(step, rule.loss(step))
+            return step
         if stopping:
             session.checkpoints.wait()
             message = f"asked to stop; step {step} is saved; the same command resumes there"
             raise Stopped(message) if recorder.stop_requested else Preempted(message)
+    return total

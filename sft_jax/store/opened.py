@@ -25,7 +25,9 @@ from sft_jax.hf.verify import check_files
 from sft_jax.models.split import EMBEDDINGS
 from sft_jax.store.checkpoint import Checkpoints, DamagedError, check_arrays, restore_leaves
 from sft_jax.store.folder import RunDirectory
+from sft_jax.store.metrics import read_metrics
 from sft_jax.store.same_run import changed_key
+from sft_jax.store.steps import Step, choose_step
 from sft_jax.tree import Path as LeafPath
 from sft_jax.tree import unflatten
 
@@ -84,12 +86,12 @@ class OpenedRun:
         return {path: restored[path] for path in abstract}
 
 
-def open_run(name: str | Path | RunDirectory, step: int | None = None, base: str | None = None) -> OpenedRun:
+def open_run(name: str | Path | RunDirectory, step: Step = None, base: str | None = None) -> OpenedRun:
     """Open a run directory.
 
     Args:
         name: a path, the URL of a bucket, or an opened directory.
-        step: a checkpoint; by default the last.
+        step: a checkpoint, ``best`` or ``last``; by default the last.
         base: the base model, if it has moved; its weights must be the same.
 
     Raises:
@@ -105,9 +107,7 @@ def open_run(name: str | Path | RunDirectory, step: int | None = None, base: str
         steps = checkpoints.steps()
         if not steps:
             raise UserError(f"{folder}: has no checkpoint yet")
-        if step is not None and step not in steps:
-            raise UserError(f"{folder}: has no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
-        step = steps[-1] if step is None else step
+        step = choose_step(folder, step, steps, read_metrics(folder.local / "metrics.jsonl"))
         others = [one for one in steps if one != step]
         try:
             identity, trained = checkpoints.run(step), checkpoints.trained(step)

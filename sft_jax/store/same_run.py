@@ -20,6 +20,7 @@ _FREE_KEYS = (
     "training.keep_checkpoints",
     "training.keep_best",
     "training.keep_every",
+    "training.early_stopping",
     "training.deterministic",
     "training.tensorboard",
     "training.wandb_project",
@@ -44,8 +45,8 @@ def check_same_run(run: object, saved: dict[str, Any], current: dict[str, Any]) 
     if (changed := changed_key(saved, current["config"])) is not None:
         key, before, now = changed
         hint = (
-            "; its learning rate schedule has a fixed number of steps: to train further, start a new run from its "
-            "export (lora.init_from or model.path)"
+            f"; its learning rate schedule has a fixed number of steps: to train further, start a new run with "
+            f"training.continue_from={run} and another training.output_dir"
             if key in ("training.max_steps", "training.num_train_epochs")
             else ""
         )

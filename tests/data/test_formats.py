@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kit import CHATML, conversations, make_tokenizer, write_jsonl
 
-from sft_jax.config import ROW_FORMATS, SourceConfig
+from sft_jax.config.data import ROW_FORMATS, SourceConfig
 from sft_jax.data.chat.encoder import Encoder
 from sft_jax.data.read.formats import FORMATS, detect, parse
 from sft_jax.data.read.rows import Conversation, Document, RowError, Tokens

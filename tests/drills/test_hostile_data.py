@@ -117,7 +117,7 @@ def drill(warm, tiny, tmp_path, is_full):
     return Drill(warm, tiny, tmp_path, is_full)
 
 
-@pytest.mark.drill("sft_jax/data", "sft_jax/config_file.py", "sft_jax/config.py")
+@pytest.mark.drill("sft_jax/data", "sft_jax/config_file.py", "sft_jax/config")
 class TestHostileData:
     def test_text(self, drill):
         drill.sample(16)

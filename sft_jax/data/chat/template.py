@@ -16,7 +16,7 @@ import jinja2
 import jinja2.meta
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from sft_jax.config import RESERVED_TEMPLATE_KWARGS
+from sft_jax.config.data import RESERVED_TEMPLATE_KWARGS
 from sft_jax.data.chat.template_limits import (
     FREE_CHARACTERS,
     GENERATION,
