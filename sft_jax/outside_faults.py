@@ -72,6 +72,17 @@ def explain(error: BaseException, command: str) -> str | None:
     return None
 
 
+def is_of_the_machine(error: BaseException) -> bool:
+    """Whether an error comes from missing permissions, memory or open files, and not from what is read."""
+    for one in _chain(error):
+        text = str(one)
+        if isinstance(one, MemoryError) or any(words in text for words in _OUT_OF_MEMORY_MESSAGES):
+            return True
+        if _errno(one, text) in {*_NO_ACCESS, *_TOO_MANY_FILES, errno.ENOMEM}:
+            return True
+    return False
+
+
 def _errno(error: BaseException, text: str) -> int | None:
     """The number of an error of the operating system, also where a library in another language reports it as text."""
     if isinstance(error, OSError) and error.errno is not None:

@@ -160,7 +160,7 @@ KEYS: dict[str, tuple[str, str]] = {
     "save_strategy": ("training.save_every", "in steps"),
     "save_steps": ("training.save_every", ""),
     "save_total_limit": ("training.keep_checkpoints", ""),
-    "save_only_model": ("", "a checkpoint has the whole state; sft-jax export writes the model"),
+    "save_only_model": ("", "a checkpoint has the optimizer state too; sft-jax export writes the model"),
     "save_on_each_node": ("", "all hosts share the run directory"),
     "enable_jit_checkpoint": ("", "SIGTERM saves a checkpoint"),
     "logging_steps": ("training.log_every", ""),

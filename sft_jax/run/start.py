@@ -118,8 +118,9 @@ def start(inputs: Inputs, say: Announcer) -> Session:
     if _create_directory(inputs, say):
         say("restart", "an earlier start saved no checkpoint here; this one begins at step 0, and replaces its metrics")
     training = config.training
-    folder = inputs.folder
-    checkpoints = Checkpoints(folder.checkpoints, training.keep_checkpoints, training.keep_best, training.keep_every)
+    checkpoints = Checkpoints(
+        inputs.folder.checkpoints, training.keep_checkpoints, training.keep_best, training.keep_every
+    )
     loader, data = _loader(inputs)
     identity = {
         "config": configs.to_dict(config),
@@ -135,16 +136,9 @@ def start(inputs: Inputs, say: Announcer) -> Session:
     # -- state --------------------------------------------------------------------------------------------------------
     if inputs.latest is not None:
         try:
-            saved = checkpoints.run(inputs.latest)
-            check_same_run(folder, saved, identity)
-            check_files(base.folder, saved.get("files", {}), identity["files"])
-            if base.reader is not None:
-                check_tensors(base.reader, saved.get("tensors", {}), identity["tensors"])
-                identity["tensors"] |= saved.get("tensors", {})  # trained weights are not read from the base again
-            tokenizer = _tokenizer_files(inputs, saved.get("tokenizer"), say)
-            abstract = abstract_state(split.trainable, optimizer, mesh)
-            state, position = checkpoints.restore(inputs.latest, abstract, saved.get("digests"))
-            checkpoints.remove_superseded()
+            state, position = _restore(
+                inputs, checkpoints, identity, abstract_state(split.trainable, optimizer, mesh), say
+            )
         except DamagedError:
             checkpoints.close()
             raise
@@ -155,10 +149,32 @@ def start(inputs: Inputs, say: Announcer) -> Session:
         if continued is not None and training.continue_optimizer:
             opt_state = continued_optimizer(continued, split.trainable, optimizer, mesh)
             state = dataclasses.replace(state, opt_state=opt_state)
-        tokenizer = _tokenizer_files(inputs, None, say)
-    identity["tokenizer"] = tokenizer
+        identity["tokenizer"] = _tokenizer_files(inputs, None, say)
     positions = {int(state.step): loader.get_state()}
     return Session(model.with_params({}), state, make_step, loader, checkpoints, identity, positions)
+
+
+def _restore(
+    inputs: Inputs, checkpoints: Checkpoints, identity: dict[str, Any], abstract: TrainState, say: Announcer
+) -> tuple[TrainState, dict[str, Any]]:
+    """The state and data position to resume from; completes the identity of the run.
+
+    Raises:
+        UserError: the checkpoint belongs to another config, base model or data.
+        DamagedError: it is not what was saved.
+    """
+    base = inputs.base
+    assert inputs.latest is not None
+    saved = checkpoints.run(inputs.latest)
+    check_same_run(inputs.folder, saved, identity)
+    check_files(base.folder, saved.get("files", {}), identity["files"])
+    if base.reader is not None:
+        check_tensors(base.reader, saved.get("tensors", {}), identity["tensors"])
+        identity["tensors"] |= saved.get("tensors", {})  # trained weights are not read from the base again
+    identity["tokenizer"] = _tokenizer_files(inputs, saved.get("tokenizer"), say)
+    restored = checkpoints.restore(inputs.latest, abstract, saved.get("digests"))
+    checkpoints.remove_superseded()
+    return restored
 
 
 def _create_directory(inputs: Inputs, say: Announcer) -> bool:

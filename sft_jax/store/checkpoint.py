@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,14 +18,17 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers as managers
 from orbax.checkpoint.utils import checkpoint_steps
 
-from sft_jax.errors import UserError
+from sft_jax.errors import Unreachable, UserError
 from sft_jax.files.digests import array_digests, named, text_digest
 from sft_jax.files.flush import flush_all
+from sft_jax.outside_faults import is_of_the_machine
 from sft_jax.training.state import TrainState
 from sft_jax.tree import Path as LeafPath
 from sft_jax.tree import flatten, unflatten
 
-_UNREADABLE = (ValueError, OSError, KeyError, TypeError, IndexError, AttributeError, RuntimeError)
+_NETWORK = re.compile(
+    r"\b(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|UNAUTHENTICATED|CANCELLED)\b"
+)  # of the storage library
 
 _HANDLERS = {
     "params": ocp.StandardCheckpointHandler,
@@ -43,15 +47,21 @@ class DamagedError(Exception):
 
 
 @contextmanager
-def _reading(step: int) -> Iterator[None]:
-    """Turns what the checkpoint library raises for files that were changed or are missing into one error."""
+def reading(step: int) -> Iterator[None]:
+    """Turns what the checkpoint library raises for files that were changed or are missing into one error.
+
+    For such files it raises anything, also a plain ``Exception``. What the machine or the network is to blame for is no
+    damage: a checkpoint that cannot be read now must not be set aside.
+    """
     try:
         yield
-    except PermissionError:
-        raise
-    except _UNREADABLE as error:
-        reason = f"it cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:160]})"
-        raise DamagedError(step, reason) from error
+    except Exception as error:
+        if is_of_the_machine(error):
+            raise
+        text = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        if _NETWORK.search(str(error)):
+            raise Unreachable(f"the checkpoint of step {step} cannot be read now: {text}") from error
+        raise DamagedError(step, f"it cannot be read ({text})") from error
 
 
 def _flush_unnamed(folder: epath.Path) -> None:
@@ -180,7 +190,7 @@ class Checkpoints:
             optimizer=ocp.args.StandardRestore(_without_params(abstract)),  # type: ignore[call-arg]
             data=ocp.args.JsonRestore(),
         )
-        with _reading(step):
+        with reading(step):
             restored = self._manager.restore(step, args=items)
         params, optimizer, data = (restored[name] for name in ("params", "optimizer", "data"))
         if digests is not None:
@@ -195,7 +205,7 @@ class Checkpoints:
         Raises:
             DamagedError: a file cannot be read.
         """
-        with _reading(step):  # not through the manager, which would read the metadata of the optimizer too
+        with reading(step):  # not through the manager, which would read the metadata of the optimizer too
             metadata = ocp.PyTreeCheckpointHandler().metadata(
                 epath.Path(self._manager.directory) / str(step) / "params"
             )
@@ -208,7 +218,7 @@ class Checkpoints:
         Raises:
             DamagedError: it is not what was saved.
         """
-        with _reading(step):
+        with reading(step):
             run = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
         if "digests" in run:  # none in checkpoints of version 0.1
             digests = dict(run["digests"])
@@ -266,7 +276,7 @@ def restore_leaves(
     arguments = ocp.args.PyTreeRestore(  # type: ignore[call-arg]
         item=tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True
     )
-    with _reading(step), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    with reading(step), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         return flatten(checkpointer.restore(folder / str(step) / "params", args=arguments))
 
 

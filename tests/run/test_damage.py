@@ -9,11 +9,12 @@ import pytest
 from kit import config_of, one_device, trained_leaves
 
 from sft_jax import config_file as configs
-from sft_jax.errors import UserError
+from sft_jax.errors import Unreachable, UserError
 from sft_jax.files.digests import array_digests
 from sft_jax.run.export import export
 from sft_jax.run.train import train
 from sft_jax.sharding import make_mesh
+from sft_jax.store.checkpoint import DamagedError, reading
 from sft_jax.store.metrics import read_metrics
 
 
@@ -109,3 +110,24 @@ def test_a_damaged_line_of_metrics_costs_that_line(tmp_path, capsys):
     path.write_bytes(b'{"step": 1}\n{"step": 2, "lo\x00s\n\xff\xfe\n[3]\n{"step": "4"}\n{"step": 5}\n{"step": 6')
     assert read_metrics(path) == [{"step": 1}, {"step": 5}]
     assert "damaged line(s) left out: 2, 3, 4, 5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (Exception("Encountered error while reading array index"), DamagedError),
+        (ValueError("NOT_FOUND: no such key"), DamagedError),
+        (FileNotFoundError(2, "No such file or directory"), DamagedError),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes"), RuntimeError),
+        (MemoryError(), MemoryError),
+        (OSError(24, "Too many open files"), OSError),
+        (ValueError("Error opening file: Permission denied"), ValueError),
+        (ValueError("UNAVAILABLE: CURL error: connection reset"), Unreachable),
+    ],
+    ids=str,
+)
+def test_only_what_is_damaged_is_set_aside(error, expected):
+    """The checkpoint library raises anything for damaged files; a machine or network in trouble damages none."""
+    with pytest.raises(expected) as raised, reading(3):
+        raise error
+    assert isinstance(raised.value, DamagedError) == (expected is DamagedError)
