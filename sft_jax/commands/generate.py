@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sft_jax.commands.shared import add_model, quiet_imports
 from sft_jax.errors import UserError
+from sft_jax.progress import Work
 
 if TYPE_CHECKING:
     from sft_jax.assembly import Model
@@ -77,11 +78,9 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _answer(model: Model, prompts: Sequence[str], sampling: Sampling, options: argparse.Namespace) -> None:
-    from tqdm import tqdm
-
     from sft_jax.run.generate import generate
 
-    with tqdm(total=len(prompts), unit="prompt", leave=False, disable=None) as bar:
+    with Work("answering", len(prompts), "prompts") as work:
         answers = generate(
             model,
             prompts,
@@ -90,7 +89,7 @@ def _answer(model: Model, prompts: Sequence[str], sampling: Sampling, options: a
             options.raw,
             options.system,
             options.batch_size,
-            bar.update,
+            work.update,
         )
     for prompt, (one, text) in zip(prompts, answers, strict=True):
         if options.json:

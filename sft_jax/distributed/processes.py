@@ -27,6 +27,7 @@ from jax._src import distributed  # the client of the coordination service has n
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from sft_jax import progress
 from sft_jax.errors import RETRY, Preempted, Unreachable, UserError, exit_code, one_line
 from sft_jax.without_tpus import has_tpu
 
@@ -196,6 +197,8 @@ def _connect(coordinator: str | None, num_processes: int | None, process_id: int
             f"the processes of this run could not connect: {str(error).splitlines()[0]}; set --coordinator, "
             "--num-processes and --process-id, or use --num-processes 1"
         ) from error
+    if count() > 1 and index() > 0:
+        progress.silence()
     return count() > 1
 
 

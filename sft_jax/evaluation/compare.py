@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from sft_jax.assembly import Model
 from sft_jax.config import Config
@@ -22,6 +21,7 @@ from sft_jax.evaluation.likelihood import Scorer, TokenScores
 from sft_jax.evaluation.questions import Question, cut_at_blank_line, exchanges, few_shot_prompts, questions
 from sft_jax.inference.generator import Generated
 from sft_jax.models.architecture import Architecture
+from sft_jax.progress import Work
 from sft_jax.tree import Params
 
 
@@ -115,14 +115,14 @@ def compare(config: Config, task: Task, model: Model, before: Params) -> Compari
     answers: dict[str, list[Answered]] = {}
 
     def write(name: str, params: Params, prompts: Sequence[Sequence[int]]) -> list[Generated]:
-        with _bar(f"{name} answers", len(prompts)) as bar:
+        with Work("answering", len(prompts), "questions", f"the {name} model") as work:
             return generator(
-                params, n.frozen, prompts, options.max_new_tokens, batch_size=options.batch_size, progress=bar.update
+                params, n.frozen, prompts, options.max_new_tokens, batch_size=options.batch_size, progress=work.update
             )
 
     def read(name: str, params: Params, examples: Examples) -> TokenScores:
-        with _bar(f"{name} reads", len(examples)) as bar:
-            return scorer.score(params, n.frozen, examples, bar.update)
+        with Work("scoring", len(examples), "examples", f"the {name} model") as work:
+            return scorer.score(params, n.frozen, examples, work.update)
 
     for name, params in (("base", before), ("tuned", n.params)):
         metrics = held_out_metrics(task.held_out, read(name, params, task.held_out), n.stop_ids)
@@ -177,7 +177,3 @@ def answer_metrics(answers: Sequence[Answered]) -> dict[str, float | int]:
         "mean_length": float(np.mean([one.num_tokens for one in answers])),
         "num_questions": len(answers),
     }
-
-
-def _bar(description: str, total: int) -> tqdm:
-    return tqdm(desc=description, total=total, leave=False, disable=None)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from sft_jax.assembly import Model
 from sft_jax.data.chat.encoder import STRADDLING, Encoded, Encoder
@@ -16,6 +15,7 @@ from sft_jax.data.read.rows import RowError
 from sft_jax.data.tokens.examples import join
 from sft_jax.errors import UserError
 from sft_jax.evaluation.likelihood import Scorer
+from sft_jax.progress import Work
 
 _BATCH_TOKENS = 8192
 _KEYS = ("responses", "chosen", "rejected", "completion")
@@ -69,8 +69,8 @@ def score(
     shards = model.mesh.shape["data"] * model.mesh.shape["fsdp"]
     batch_size = shards * max(1, _BATCH_TOKENS // longest // shards)
     scorer = Scorer(model.split, longest, batch_size)
-    with tqdm(total=len(examples), unit="response", leave=False, disable=None) as bar:
-        tokens = scorer.score(model.params, model.frozen, examples, bar.update)
+    with Work("scoring", len(examples), "responses") as work:
+        tokens = scorer.score(model.params, model.frozen, examples, work.update)
     result = []
     for number, (i, j, response) in enumerate(scores):
         supervised = examples[number][1][1:] > 0

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from tqdm import tqdm
 
 from sft_jax.distributed.processes import LONG_WAIT_SECONDS, broadcast, gather, temporary_folders
 from sft_jax.errors import UserError
@@ -23,6 +22,7 @@ from sft_jax.files.lease import Lease
 from sft_jax.files.lock import FolderLock
 from sft_jax.files.temporary import remove_temporary, temporary_folder
 from sft_jax.outside_faults import naming
+from sft_jax.progress import Work
 
 _UNFINISHED = "export.unfinished"  # marks a folder in a bucket until the export is complete
 _PARTIAL = "partial-"  # in the names of temporary folders
@@ -168,7 +168,7 @@ def _begin_in_bucket(bucket: Any, root: str, url: str, lease: Lease) -> None:
 def _upload(files: list[Path], bucket: Any, root: str) -> None:
     """Upload the files of this process. Process 0 uploads the config after all other processes are done."""
     size = sum(file.stat().st_size for file in files)
-    with tqdm(total=size, unit="B", unit_scale=True, desc="uploading", leave=False, disable=None) as bar:
+    with Work("uploading", size, "B") as bar:
         for is_last in (False, True):
             for file in files:
                 if (file.name in _LAST) == is_last:

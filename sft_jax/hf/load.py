@@ -12,11 +12,12 @@ import numpy as np
 
 from sft_jax.errors import UserError
 from sft_jax.files.digests import Words
-from sft_jax.hf.place import Made, Recipe, place
+from sft_jax.hf.place import Made, Recipe, num_bytes, place
 from sft_jax.hf.reader import BUFFER_DTYPES, DTYPES, Reader
 from sft_jax.models.architecture import Architecture
 from sft_jax.models.split import EMBEDDINGS
 from sft_jax.models.tensors import Stored
+from sft_jax.progress import Work
 from sft_jax.tree import Path
 from sft_jax.typing import Array
 
@@ -75,14 +76,16 @@ def load_params(
     """
     _check(reader, expected_shapes(base, stored, old_vocab_size), arch)
     loaded = {}
-    # The largest tensors first, while most memory is free for the buffers of resharding.
-    for path in sorted(wanted, key=lambda path: (-math.prod(stored[path].shape(base[path].shape)), path)):
-        leaf = base[path]
-        arrays = place(reader, stored[path].names, _recipe(reader, leaf, stored[path]), digests)
-        if isinstance(leaf, jax.ShapeDtypeStruct):
-            loaded[path] = arrays[""]
-        else:
-            loaded |= {(*path, name): array for name, array in arrays.items()}
+    names = [name for path in wanted for name in stored[path].names]
+    with Work("loading", sum(num_bytes(reader, name) for name in names), "B", "weights") as work:
+        # The largest tensors first, while most memory is free for the buffers of resharding.
+        for path in sorted(wanted, key=lambda path: (-math.prod(stored[path].shape(base[path].shape)), path)):
+            leaf, recipe = base[path], _recipe(reader, base[path], stored[path])
+            arrays = place(reader, stored[path].names, recipe, digests, work.update)
+            if isinstance(leaf, jax.ShapeDtypeStruct):
+                loaded[path] = arrays[""]
+            else:
+                loaded |= {(*path, name): array for name, array in arrays.items()}
     return loaded
 
 

@@ -6,6 +6,7 @@ any mesh. A jitted program then reshards it to its final sharding.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -60,12 +61,17 @@ class Recipe:
 
 
 def place(
-    reader: Reader, names: Iterable[str], recipe: Recipe, digests: dict[str, Words] | None = None
+    reader: Reader,
+    names: Iterable[str],
+    recipe: Recipe,
+    digests: dict[str, Words] | None = None,
+    progress: Callable[[int], object] = lambda bytes: None,
 ) -> dict[str, Array]:
     """Reads the tensors ``names``, in the order of stack and parts, into the arrays of a recipe.
 
     Args:
         digests: receives the digest of each tensor as it is in the files.
+        progress: called with the bytes of each tensor.
     """
     arrays = dict(recipe.arrays)
     mesh = _mesh(arrays)
@@ -79,7 +85,13 @@ def place(
         if digests is not None:
             digests[name] = words
         jax.block_until_ready(result)  # at most one tensor in flight
+        progress(num_bytes(reader, name))
     return result
+
+
+def num_bytes(reader: Reader, name: str) -> int:
+    """The size of a tensor as it is read."""
+    return math.prod(reader.shape(name)) * reader.dtype(name).itemsize
 
 
 @lru_cache(maxsize=256)

@@ -15,6 +15,7 @@ from sft_jax.data.batches.packing import plan_run
 from sft_jax.data.chat.encoder import prompt_ids
 from sft_jax.data.tokens.examples import Examples
 from sft_jax.evaluation.compare import eval_batch_size
+from sft_jax.progress import Work
 from sft_jax.run.early_stopping import EarlyStopping
 from sft_jax.run.prepare import Inputs
 from sft_jax.run.recorder import Recorder, source_losses
@@ -84,11 +85,16 @@ class Evaluator:
         plan = plan_run(examples.num_tokens, length, batch_size, 1, packing=packing, shuffle=False)
         self._groups, self._frozen = examples.groups, model.frozen
         self._loss = cross_entropy_loss(num_groups(examples))
+        self._num_batches = plan.num_steps
         self._make_loader = lambda: Loader(examples, plan, model.mesh, batch_size)
         self._step = make_eval_step(model.split, self._loss)
 
     def __call__(self, params: Params) -> dict[str, Any]:
-        sums = [jax.device_get(self._step(params, self._frozen, batch)) for batch in self._make_loader()]
+        sums = []
+        with Work("evaluating", self._num_batches, "batches") as work:
+            for batch in self._make_loader():
+                sums.append(jax.device_get(self._step(params, self._frozen, batch)))
+                work.update()
         totals = {key: sum(one[key].astype(float) for one in sums) for key in self._loss.zeros}
         metrics = jax.device_get(self._loss.metrics(totals)) | {"source_weight": totals["source_weight"]}
         by_source = source_losses(self._groups, metrics)
@@ -108,7 +114,10 @@ class Sampler:
 
     def __call__(self, params: Params) -> list[dict[str, Any]]:
         model = self._model
-        answers = model.generator(params, model.frozen, self._prompts, self._config.max_new_tokens)
+        with Work("answering", len(self._prompts), "samples") as work:
+            answers = model.generator(
+                params, model.frozen, self._prompts, self._config.max_new_tokens, progress=work.update
+            )
         return [
             {
                 "prompt": prompt,

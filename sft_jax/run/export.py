@@ -17,7 +17,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from tqdm import tqdm
 
 from sft_jax import builtin
 from sft_jax.adapters.lora import LoRA
@@ -43,6 +42,7 @@ from sft_jax.hf.verify import read_verified, verified_chunks
 from sft_jax.models.architecture import Architecture
 from sft_jax.models.split import Split, is_adapter
 from sft_jax.models.tensors import Stored
+from sft_jax.progress import Work
 from sft_jax.sharding import make_mesh
 from sft_jax.store.metrics import read_metrics
 from sft_jax.store.opened import OpenedRun, open_run
@@ -166,7 +166,7 @@ def _write_merged(run: OpenedRun, split: Split, folder: Path) -> None:
     tensors = dict(sorted(tensors.items()))
     with (
         TensorWriter(folder, tensors, process=jax.process_index(), num_processes=jax.process_count()) as writer,
-        tqdm(total=writer.num_bytes, unit="B", unit_scale=True, desc="writing", leave=False, disable=None) as bar,
+        Work("writing", writer.num_bytes, "B", "tensors") as bar,
     ):
 
         def write(name: str, rows: np.ndarray, start: int = 0) -> None:

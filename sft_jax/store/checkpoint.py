@@ -22,6 +22,7 @@ from sft_jax.errors import Unreachable, UserError
 from sft_jax.files.digests import array_digests, named, text_digest
 from sft_jax.files.flush import flush_all
 from sft_jax.outside_faults import is_of_the_machine
+from sft_jax.progress import Work
 from sft_jax.training.state import TrainState
 from sft_jax.tree import Path as LeafPath
 from sft_jax.tree import flatten, unflatten
@@ -190,7 +191,7 @@ class Checkpoints:
             optimizer=ocp.args.StandardRestore(_without_params(abstract)),  # type: ignore[call-arg]
             data=ocp.args.JsonRestore(),
         )
-        with reading(step):
+        with reading(step), Work("restoring", of=f"the checkpoint of step {step}"):
             restored = self._manager.restore(step, args=items)
         params, optimizer, data = (restored[name] for name in ("params", "optimizer", "data"))
         if digests is not None:
@@ -229,11 +230,12 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Wait until all checkpoints are written."""
-        self._manager.wait_until_finished()
+        with Work("saving", of="the last checkpoint"):
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Wait until all checkpoints are written, and close the manager."""
-        self._manager.wait_until_finished()
+        self.wait()
         self._manager.close()
 
 

@@ -16,6 +16,7 @@ from sft_jax.config import Config
 from sft_jax.data.read.folders import cache_folder
 from sft_jax.distributed.processes import gather
 from sft_jax.errors import UserError
+from sft_jax.progress import Work
 from sft_jax.tree import Params
 from sft_jax.typing import Batch
 
@@ -141,7 +142,8 @@ class Steps:
             if free is not None and smallest.get(remat, 0.0) / parts > SHARE * free and not is_last:
                 continue
             try:
-                program = self._make(remat, parts).lower(state, frozen, batch).compile()
+                with Work("compiling", of=f"the step with remat {remat}, {parts} microbatch(es)"):
+                    program = self._make(remat, parts).lower(state, frozen, batch).compile()
             except jax.errors.JaxRuntimeError as error:
                 if not _is_out_of_memory(error):
                     raise

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tqdm import tqdm
-
 from sft_jax.config import DataConfig, SourceConfig
 from sft_jax.data.chat.encoder import Encoder
 from sft_jax.data.read.sources import Source, open_sources
 from sft_jax.data.tokens.examples import Examples, Report, encode_sources, refuse_bad, refuse_empty
 from sft_jax.errors import UserError
+from sft_jax.progress import Work
 
 
 @dataclass(frozen=True)
@@ -75,16 +74,17 @@ def read_data(
     Raises:
         UserError: a source cannot be read.
     """
-    sources = open_sources(source_configs)
+    with Work("reading", of=", ".join(one.path for one in source_configs)[:80]):
+        sources = open_sources(source_configs)
     encoder = encoder_of(config, tokenizer, stop_ids, train_on)
     num_rows = sum(map(len, sources))
-    with tqdm(total=num_rows, unit="row", desc="tokenizing", leave=False, disable=None) as bar:
+    with Work("tokenizing", num_rows, "rows") as work:
         examples, report = encode_sources(
             sources,
             encoder,
             config.max_length,
             config.overlong,
-            bar.update,
+            work.update,
             on_bad_row=config.on_bad_row,
             num_workers=config.num_workers,
             cache=config.cache,
