@@ -1,8 +1,11 @@
 """Entry point of ``sft-jax`` and ``python -m sft_jax``."""
 
+import atexit
+import os
 import sys
 import threading
 import warnings
+from typing import NoReturn
 
 from sft_jax.cli import main
 from sft_jax.errors import one_line
@@ -19,7 +22,23 @@ def run() -> int:
         sys.unraisablehook = lambda _: None
         threading.excepthook = _one_line_of_a_thread
         warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-    return main()
+    code = main()
+    if code and _has_threads():
+        _exit_now(code)
+    return code
+
+
+def _has_threads() -> bool:
+    """Whether there are threads that Python would wait for at the end."""
+    return any(one is not threading.main_thread() and not one.daemon for one in threading.enumerate())
+
+
+def _exit_now(code: int) -> NoReturn:
+    """End after an error: threads of the checkpoint library wait ten minutes for a checkpoint that is not written."""
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _one_line_of_a_thread(error: threading.ExceptHookArgs) -> None:

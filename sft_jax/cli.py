@@ -6,7 +6,20 @@ import argparse
 import sys
 
 from sft_jax import outside_faults
-from sft_jax.commands import check, evaluate, export, generate, init, inspect, plan, recipes, score, train, version
+from sft_jax.commands import (
+    check,
+    evaluate,
+    export,
+    generate,
+    init,
+    inspect,
+    plan,
+    recipes,
+    score,
+    train,
+    version,
+    watch,
+)
 from sft_jax.config_names import SECTIONS, suggest_key
 from sft_jax.errors import (
     BUG,
@@ -62,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=version.Version)
     commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND")
-    for command in (init, train, inspect, plan, recipes, evaluate, generate, score, check, export):
+    for command in (init, train, watch, inspect, plan, recipes, evaluate, generate, score, check, export):
         command.add(commands)
     for one in commands.choices.values():
         one.add_argument("--debug", action="store_true", help="show the traceback of an error that is not a user error")

@@ -265,9 +265,9 @@ class _Watch:
             time.sleep(self._silence + 3 * _POLL_SECONDS)
         with self._ending:
             code, text = exit_code(error), f"{type(error).__name__}: {error}"
-            if isinstance(error, (UserError, Unreachable)):
-                text = str(error)
-                print(f"sft-jax: process {self._me}: {error}", file=sys.stderr)
+            if isinstance(error, (UserError, Unreachable, KeyboardInterrupt)):
+                text = str(error) or "interrupted"
+                print(f"sft-jax: process {self._me}: {text}", file=sys.stderr)
             else:
                 traceback.print_exception(error)
             report = json.dumps({"code": code, "error": one_line(text)[:2000]})

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from sft_jax.report.loss import LossCurves
+from sft_jax.report.loss import LossCurves, Points
 
 # Placeholder colors in matplotlib -> CSS variables of the style sheet.
 _COLORS = {
@@ -57,7 +57,24 @@ def loss_chart(curves: LossCurves) -> str:
         axes.plot(*points, color=TUNED, linewidth=1.8, marker="o", markersize=3.5, label="held out")
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss per target token")
+    if curves.is_logarithmic:
+        axes.set_yscale("log")
     axes.grid(color=_LINE, linewidth=0.6)
+    return _svg(figure, axes)
+
+
+def lines(series: dict[str, Points], label: str, logarithmic: bool = False) -> str:
+    """Draws up to three lines by step; the names of several stand above them."""
+    figure, axes = _figure()
+    for color, (name, line) in zip((TUNED, FEW_SHOT, BASE), series.items(), strict=False):
+        marker = "o" if len(line) < 60 else None
+        shown = name if len(series) > 1 else None
+        axes.plot(*zip(*line, strict=True), color=color, linewidth=1.5, marker=marker, markersize=2.5, label=shown)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel(label)
+    axes.grid(color=_LINE, linewidth=0.6)
+    if logarithmic:
+        axes.set_yscale("log")
     return _svg(figure, axes)
 
 

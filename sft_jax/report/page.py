@@ -49,16 +49,20 @@ def write_page(
 
 def render(path: Path, template: str, **values: Any) -> Path:
     """Renders a template of this folder and writes the page atomically."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(rendered(template, **values), encoding="utf-8")
+    partial.replace(path)
+    return path
+
+
+def rendered(template: str, **values: Any) -> str:
+    """Renders a template of this folder."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    page = environment.get_template(template).render(values)
-    partial = path.with_suffix(".partial")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(path)
-    return path
+    return environment.get_template(template).render(values)
 
 
 def _shares(comparison: Comparison) -> str:

@@ -57,6 +57,18 @@ def finish(inputs: Inputs, session: Session, recorder: Recorder, say: Announcer,
     return recorder.last
 
 
+def what_is_saved(session: Session, step: int) -> str:
+    """What Ctrl-C leaves, after the checkpoint that is being written is done.
+
+    Args:
+        step: the last step whose metrics are written.
+    """
+    session.checkpoints.wait()
+    steps = session.checkpoints.steps()
+    way_on = f"step {steps[-1]} is saved, the same command resumes there" if steps else "nothing is saved yet"
+    return f"interrupted after step {step}; {way_on}"
+
+
 def stop_halted(inputs: Inputs, session: Session, error: Halted) -> UserError:
     """Handle a halted run: save the state before the step, list the rows of the batch, and return the error."""
     step, values, folder = error.step, error.values, inputs.folder

@@ -11,10 +11,14 @@ import numpy as np
 
 from sft_jax import config_file as configs
 from sft_jax.distributed.preemption import Preemption
+from sft_jax.report.live import write_status
+from sft_jax.report.loss import plot_loss
 from sft_jax.run.alarms import Alarms
 from sft_jax.run.prepare import Inputs
-from sft_jax.store.metrics import MetricsWriter, Progress
+from sft_jax.store.metrics import MetricsWriter, Progress, read_metrics
 from sft_jax.typing import Array
+
+_SECONDS_BETWEEN_DRAWINGS = 60.0
 
 Callback = Callable[[str, int, dict[str, Any]], object]  # kind of event, step, metrics; "stop" ends the run
 
@@ -52,6 +56,10 @@ class Recorder:
             config=configs.to_dict(inputs.config),
             enabled=is_main,
         )
+        self._is_main, self._run = is_main, inputs.folder.local
+        self._draw_after = time.monotonic() + _SECONDS_BETWEEN_DRAWINGS
+        if is_main:
+            write_status(self._run, self._total)
         self._progress = Progress(first_step, self._total, enabled=is_main)
         self._pending: tuple[int, dict[str, Array], int] | None = None
         self._since = time.perf_counter()
@@ -132,6 +140,15 @@ class Recorder:
         """Write the metrics of all dispatched steps, and wait until they are on the disk."""
         self.flush()
         self._writer.flush()
+
+    def draw(self) -> None:
+        """Draw the loss curve so far, at most once a minute, and in at most a hundredth of the time."""
+        if not self._is_main or time.monotonic() < self._draw_after:
+            return
+        began = time.monotonic()
+        plot_loss(self._run, read_metrics(self._run / "metrics.jsonl"))
+        took = time.monotonic() - began
+        self._draw_after = began + max(_SECONDS_BETWEEN_DRAWINGS, 100 * took)
 
     def restart_clock(self) -> None:
         """Exclude the time since the last step from the time of the next one."""

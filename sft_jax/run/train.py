@@ -15,7 +15,7 @@ from sft_jax.outside_faults import naming
 from sft_jax.run.announce import Announcer
 from sft_jax.run.due import tasks_of
 from sft_jax.run.early_stopping import early_stopping
-from sft_jax.run.finish import finish, stop_halted
+from sft_jax.run.finish import finish, stop_halted, what_is_saved
 from sft_jax.run.prepare import Inputs, prepare
 from sft_jax.run.recorder import Callback, Halted, Recorder
 from sft_jax.run.resume import set_aside
@@ -47,6 +47,8 @@ def train(config: Config, devices: Sequence[Any] | None = None, callbacks: Seque
                 last = loop(inputs, session, recorder, preemption, say)
             except Halted as error:
                 raise stop_halted(inputs, session, error) from None
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt(what_is_saved(session, recorder.last["step"])) from None
             finally:
                 session.checkpoints.close()
                 recorder.close()
@@ -104,6 +106,7 @@ def loop(inputs: Inputs, session: Session, recorder: Recorder, preemption: Preem
             inputs.folder.check_held()
             for task in due:
                 task.do(step)
+            recorder.draw()
             if jax.process_index() == 0:
                 inputs.folder.push()
             recorder.restart_clock()

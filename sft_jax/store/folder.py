@@ -85,6 +85,10 @@ class RunDirectory:
         except failures() as error:
             raise UserError(f"{self}: cannot be read: {reason(error)}") from error
 
+    def holder(self) -> str | None:
+        """The process that trains in the directory; None if none does, or if that is unknown, as in a bucket."""
+        return self._lock.holder() if isinstance(self._lock, FolderLock) else None
+
     def check_held(self) -> None:
         """Check, in a bucket, that no other process has begun to train in the directory.
 

@@ -73,7 +73,10 @@ CASES = {
         lambda tiny, chats, tmp_path, _: interrupted(signal.SIGTERM, tiny, chats, tmp_path),
         r"asked to stop; step \d+ is saved; the same command resumes there",
     ),
-    130: (lambda tiny, chats, tmp_path, _: interrupted(signal.SIGINT, tiny, chats, tmp_path), "interrupted"),
+    130: (
+        lambda tiny, chats, tmp_path, _: interrupted(signal.SIGINT, tiny, chats, tmp_path),
+        r"interrupted after step \d+; (nothing is saved yet|step \d+ is saved, the same command resumes there)",
+    ),
 }
 
 
@@ -92,3 +95,16 @@ def test_the_table_names_each():
     page = (ROOT / "configs" / "README.md").read_text()
     table = page.partition("## Exit codes")[2].partition("## ")[0]
     assert [int(code) for code in re.findall(r"^\| (\d+) \|", table, re.MULTILINE)] == list(CASES)
+
+
+def test_a_stuck_thread_does_not_keep_a_failed_command():
+    """The checkpoint library leaves threads that wait for ten minutes where a checkpoint could not be written."""
+    program = (
+        "import sys, threading, time; threading.Thread(target=time.sleep, args=(1000,)).start(); "
+        "sys.argv = ['sft-jax', 'recipes', 'zx81']; from sft_jax.__main__ import run; sys.exit(run())"
+    )
+    environment = child_environment()
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert (done.returncode, done.stderr) == (2, "sft-jax: no recipe has 'zx81'; sft-jax recipes lists all\n")

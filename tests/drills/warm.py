@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import faulthandler
 import importlib
 import json
 import os
@@ -69,11 +70,16 @@ class Life:
         return self.pid not in self._warm.ended
 
     def wait(self, timeout: float = 120) -> Ended:
-        """Wait for its end; a command that takes longer than ``timeout`` seconds is killed, which its code tells."""
+        """Wait for its end; a command that takes longer than ``timeout`` seconds is killed, which its code tells.
+
+        Its errors then end with what its threads were doing.
+        """
         deadline = time.monotonic() + timeout
         while self.is_running(0.05):
             if time.monotonic() > deadline:
-                self.kill()
+                self.kill(signal.SIGUSR1)
+                if self.is_running(1):
+                    self.kill()
         code, cpu, peak = self._warm.ended.pop(self.pid)
         out, err = ((self._folder / name).read_text(errors="replace") for name in ("out", "err"))
         return Ended(code, out, err, cpu, max(0, peak - self._warm.idle_bytes))
@@ -192,6 +198,7 @@ def _child(order: dict[str, Any], writers: list[int]) -> None:
     os.environ.update(order["environment"])
     for name, limit in order["limits"].items():
         resource.setrlimit(getattr(resource, name), (limit, limit))
+    faulthandler.register(signal.SIGUSR1, file=2)
     sys.argv = ["sft-jax", *order["arguments"]]
     if before := order["before"]:
         module, _, name = before.rpartition(".")
