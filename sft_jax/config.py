@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+from sft_jax.config_choices import LEAVE_OUT, ROW_FORMATS
 from sft_jax.config_limits import check_limits
 from sft_jax.errors import UserError
 
@@ -78,18 +79,6 @@ class LoraConfig:
         )
 
 
-ROW_FORMATS = (
-    "auto",
-    "messages",
-    "sharegpt",
-    "alpaca",
-    "question-answer",
-    "prompt-completion",
-    "text",
-    "tokens",
-)
-
-
 # Arguments of chat templates that a config or a row must not set.
 RESERVED_TEMPLATE_KWARGS = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message")
 
@@ -134,6 +123,7 @@ class DataConfig:
     train_on: str = "assistant"  # which messages carry loss: assistant | last_assistant | all
     reasoning: str = "include"  # the assistant's reasoning: include | exclude (remove it from the data)
     on_bad_row: str = "error"  # rows that fail a check: error | skip (leave them out and count them)
+    leave_out: list[str] = field(default_factory=list)  # findings of inspect --lint to leave out: [exact_duplicates]
     num_workers: int | None = None  # processes that tokenize; null: chosen from the size of the data and the CPU cores
     cache: bool = True  # cache tokenized data for the next start
     streaming: bool = False  # read, tokenize and pack data.train during training; needs training.max_steps
@@ -149,6 +139,13 @@ class DataConfig:
         _one_of(self.train_on, "data.train_on", ("assistant", "last_assistant", "all"))
         _one_of(self.reasoning, "data.reasoning", ("include", "exclude"))
         _one_of(self.on_bad_row, "data.on_bad_row", ("error", "skip"))
+        for name in self.leave_out:
+            _one_of(name, "data.leave_out", LEAVE_OUT)
+        _require(
+            not (self.streaming and self.leave_out),
+            "data.leave_out",
+            "a stream cannot compare its rows; set data.streaming: false, or leave out rows in the files",
+        )
         _require(self.date is None or _is_date(self.date), "data.date", f"{self.date!r} is not a date as YYYY-MM-DD")
         _require(
             self.num_workers is None or self.num_workers >= 1,
@@ -221,13 +218,7 @@ class TrainingConfig:
     wandb_project: str | None = None  # project of Weights & Biases
 
     def __post_init__(self) -> None:
-        for name in (
-            "batch_size",
-            "eval_every",
-            "save_every",
-            "log_every",
-            "keep_checkpoints",
-        ):
+        for name in ("batch_size", "eval_every", "save_every", "log_every", "keep_checkpoints"):
             _require(getattr(self, name) >= 1, f"training.{name}", f"{getattr(self, name)} is not at least 1")
         _require(self.keep_best >= 0, "training.keep_best", f"{self.keep_best} is negative")
         _require(
