@@ -16,6 +16,11 @@ from sft_jax.distributed import processes
 from sft_jax.errors import UserError
 
 
+def implied(names: Sequence[str]) -> list[str]:
+    """Add ``exact_duplicates`` to ``near_duplicates``, because a copy is as near as can be."""
+    return [*names, "exact_duplicates"] if "near_duplicates" in names else [*names]
+
+
 def leave_out(data: Prepared, held_out: Prepared | None, names: Sequence[str]) -> Prepared:
     """Leave examples out, and count them in the report. A collective: all processes have to call it.
 
@@ -45,11 +50,12 @@ def without(read: Reading, names: Sequence[str]) -> Prepared:
         found.append((name, which[~gone[which]]))
         gone[which] = True
 
+    names = implied(names)
     others = [name for name in names if not name.endswith("_duplicates")]
     for finding in find(read, others):
         training = read.leaks.training if finding.name == "leaks" and read.leaks is not None else finding.examples
         add(finding.name, training)
-    if "near_duplicates" in names or "exact_duplicates" in names:
+    if "exact_duplicates" in names:
         exact, near, _ = read.duplicates(gone, "near_duplicates" in names)
         add("exact_duplicates", exact)
         add("near_duplicates", near)

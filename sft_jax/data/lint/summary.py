@@ -10,6 +10,7 @@ import numpy as np
 from sft_jax.config_choices import LEAVE_OUT
 from sft_jax.data.lint.columns import Columns, read_columns
 from sft_jax.data.lint.findings import Finding
+from sft_jax.data.lint.leave_out import implied
 from sft_jax.data.lint.reading import Reading
 from sft_jax.data.lint.rules import RULES, find
 from sft_jax.data.tokens.examples import Examples
@@ -35,7 +36,7 @@ def summarize_lint(read: Reading, left_out: Sequence[str] = ()) -> dict[str, Any
     return {
         "examples": examples,
         "held_out": held_out,
-        "findings": [_as_dict(read, finding, left_out) for finding in findings],
+        "findings": [_as_dict(read, finding, implied(left_out)) for finding in findings],
         "nothing": [name for name in RULES if name not in found and name not in not_checked],
         "not_checked": not_checked,
     }
