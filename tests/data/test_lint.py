@@ -146,11 +146,21 @@ def test_leaks_are_found_and_the_training_rows_go(tmp_path, change, how):
     assert kept.report.left_out == {"leaks": 2}
 
 
-def test_a_question_that_everyone_asks_is_no_leak(tmp_path):
+@pytest.mark.parametrize("num", [10, 60])
+def test_a_question_that_everyone_asks_is_no_leak(tmp_path, num):
     rng = np.random.default_rng(0)
-    rows = [chat("Write a poem.", f"{prose(rng)}.") for _ in range(100)]
-    found, _ = found_in(tmp_path, rows[:60], rows[60:])
+    rows = [chat("Write a poem.", f"{prose(rng)}.") for _ in range(num + 10)]
+    found, _ = found_in(tmp_path, rows[:num], rows[num:])
     assert set(found) == {"conflicting_answers"}
+
+
+def test_a_long_system_prompt_makes_no_duplicates(tmp_path):
+    """Also not in small data, and if the answers are labels."""
+    rng = np.random.default_rng(0)
+    prompt = {"role": "system", "content": prose(rng, 120, 121)}
+    rows = [chat(f"{prose(rng, 9, 10)}?", rng.choice(["yes", "no"])) for _ in range(16)]
+    rows = [{"messages": [prompt, *row["messages"]]} for row in rows]
+    assert found_in(tmp_path, rows)[0] == {}
 
 
 def test_turns_of_one_conversation_are_no_duplicates(tmp_path):

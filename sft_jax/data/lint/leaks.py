@@ -10,16 +10,7 @@ import numpy as np
 from sft_jax.data.lint.blocks import Block
 from sft_jax.data.lint.columns import Columns
 from sft_jax.data.lint.minhash import Pairs, candidates_between, equal_entries, sign, similar
-from sft_jax.data.lint.shingles import (
-    COMMON_AT_LEAST,
-    COMMON_SHARE,
-    Choose,
-    Commonness,
-    Side,
-    of_all,
-    of_question,
-    of_targets,
-)
+from sft_jax.data.lint.shingles import Choose, Commonness, Side, common_limit, of_all, of_question, of_targets
 
 _SHORTEST_QUESTION = 2  # tokens: shorter ones are a BOS token or nothing
 
@@ -109,7 +100,7 @@ def _nearly(what: str, near: Pairs) -> Callable[[int], str]:
 def _same_questions(train: Columns, held_out: Columns) -> np.ndarray:
     """Pairs of examples with the same question, unless so many training examples have it that it is none."""
     values, counts = np.unique(train.question, return_counts=True)
-    asked = values[counts <= max(COMMON_AT_LEAST, COMMON_SHARE * len(train.question))]
+    asked = values[counts <= common_limit(len(train.question))]
     left = np.flatnonzero((train.begins >= _SHORTEST_QUESTION) & np.isin(train.question, asked))
     right = np.flatnonzero(held_out.begins >= _SHORTEST_QUESTION)
     i, j = equal_entries(train.question[left], held_out.question[right])

@@ -12,9 +12,15 @@ from sft_jax.data.lint.columns import Columns, mix, salted
 from sft_jax.data.tokens.examples import Examples
 
 SIZE = 3  # tokens of a shingle
-COMMON_SHARE = 0.01  # of the examples: shingles that more of them have are those of a template or a system prompt
-COMMON_AT_LEAST = 20  # examples, in small data
+_COMMON_SHARE = 0.01  # of the examples: what more of them have is a template or a system prompt
+_COMMON_AT_LEAST = 20  # examples; in small data, a quarter of them
+_COMMON_FEWEST = 3
 _BITS = 24  # of the table of counts
+
+
+def common_limit(num: int) -> float:
+    """Return in how many of ``num`` examples a text may be without being common: 3 of 8, 20 of 1,000, 1 % of more."""
+    return max(_COMMON_SHARE * num, min(_COMMON_AT_LEAST, num / 4), _COMMON_FEWEST)
 
 
 @dataclass(frozen=True)
@@ -53,10 +59,10 @@ class Commonness:
             counter, num = np.unique(once[is_new] & np.uint64((1 << _BITS) - 1), return_counts=True)
             counts[counter] += num.astype(np.uint32)
             progress(len(block.index))
-        self._is_common = counts > max(COMMON_AT_LEAST, COMMON_SHARE * len(examples))
+        self._is_common = counts > common_limit(len(examples))
 
     def of(self, hashes: np.ndarray) -> np.ndarray:
-        """Return which shingles more than ``COMMON_SHARE`` of the examples have, bool."""
+        """Return which shingles are common, bool."""
         return self._is_common[self._counter(hashes)]
 
     @staticmethod
