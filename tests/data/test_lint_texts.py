@@ -94,6 +94,8 @@ def test_secrets_are_named_by_kind_and_four_characters(text, expected):
         "https://user:password@localhost/db",
         "postgres://user:password@db/x",
         "https://me:${TOKEN}@host/x",
+        "ftp://me:pass123@files.net/x",
+        "see ://a, b: 'c1d2e3'@home",
         "Authorization: Bearer YOUR_ACCESS_TOKEN",
         "https://h/a?token=abc",
         "-----BEGIN PRIVATE KEY-----\n...\n-----END PRIVATE KEY-----",

@@ -14,7 +14,7 @@ _PLACEHOLDER = re.compile(
     re.IGNORECASE,
 )
 _LOCAL = re.compile(r"@(?:localhost|127\.|0\.0\.0\.0|host\b|[\w.-]*example\b)")
-_SHORTEST_PASSWORD = 6
+_LOGIN = re.compile(r"[\w.%+~-]{1,64}:(?!(?:pass|admin|root|test|user|abc|foo|bar)\d*$)[\w!#$%&*+.=?^~-]{6,64}")
 _BITS_PER_CHARACTER = 3.0  # of random characters; English words in a row have fewer digits, placeholders fewer bits
 
 
@@ -27,8 +27,7 @@ def find_secrets(text: str) -> list[str]:
     for kind, match in secrets_in(text):
         secret = match[0]
         if kind == "password in a URL":
-            password = secret.partition(":")[2]
-            if len(password) < _SHORTEST_PASSWORD or _LOCAL.match(text, match.end()) or not _has_both(password):
+            if _LOCAL.match(text, match.end()) or not _LOGIN.fullmatch(secret) or not _has_both(secret.split(":")[1]):
                 continue
         elif kind == "signature in a URL":
             if not _is_random(secret.partition("=")[2]):
