@@ -243,13 +243,17 @@ def evaluate(config: Config | Mapping[str, Any], step: Step = None) -> dict[str,
     return _evaluate.evaluate(load_config(config), step).summary
 
 
-def inspect(config: Config | Mapping[str, Any], rows: int | None = None) -> dict[str, Any]:
+def inspect(config: Config | Mapping[str, Any], rows: int | None = None, lint: bool = False) -> dict[str, Any]:
     """Print examples of the training data with their loss mask; returns counts and lengths.
+
+    Args:
+        rows: number of examples to print.
+        lint: also look for duplicates, leaks, broken answers, outliers and secrets; returned as ``lint``.
 
     Raises:
         UserError: the errors that :func:`train` raises for these data.
     """
-    return _inspect.inspect(load_config(config), rows)
+    return _inspect.inspect(load_config(config), rows, lint=lint)
 
 
 def plan(config: Config | Mapping[str, Any], topology: str, advice: bool = True) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Shows that long work goes on: a bar on a terminal, otherwise a line every ten seconds."""
+"""Shows what long work does: a bar on a terminal, otherwise a line every ten seconds."""
 
 from __future__ import annotations
 

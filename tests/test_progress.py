@@ -1,4 +1,4 @@
-"""Long work says that it goes on, with or without a terminal; short work says nothing."""
+"""Long work says how far it is, with or without a terminal; short work says nothing."""
 
 import io
 import re

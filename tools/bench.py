@@ -14,6 +14,7 @@ processes, and measures the rate of matrix products on the same device (the acce
 ``data``: tokenizing conversations and computing loss masks, against TRL with the same rows and number of processes.
 Rows with ``question`` and ``answer`` are first written as conversations, ``--copies`` times.
 ``plan``: packing a million examples.
+``lint``: looking for duplicates, leaks, broken answers and secrets in a million random examples.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 sys.path.insert(0, str(Path(__file__).parent))
 
-from benchmark import ahead, attention, data, depth, grid, host, loss, runners, train
+from benchmark import ahead, attention, data, depth, grid, host, lint, loss, runners, train
 
 
 def main() -> None:
@@ -41,6 +42,7 @@ def main() -> None:
     depth.add_arguments(commands.add_parser("depth"))
     host.add_arguments(commands.add_parser("host"))
     data.add_arguments(commands.add_parser("data"))
+    lint.add_arguments(commands.add_parser("lint"))
     plan = commands.add_parser("plan")
     plan.add_argument("--rows", type=int, default=1_000_000)
     plan.set_defaults(run=data.bench_plan)

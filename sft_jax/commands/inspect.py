@@ -20,6 +20,11 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object per line: the summary, then the examples"
     )
+    parser.add_argument(
+        "--lint",
+        action="store_true",
+        help="also look for duplicates, leaks of held-out data, empty and cut-off answers, outliers, secrets",
+    )
     parser.add_argument("--html", metavar="FILE", help="also write an HTML page")
     parser.set_defaults(command=run)
 
@@ -33,5 +38,5 @@ def run(options: argparse.Namespace) -> int:
     quiet_imports()
     from sft_jax.run.inspect import inspect
 
-    inspect(config, options.rows, options.json, options.html)
+    inspect(config, options.rows, options.json, options.html, options.lint)
     return 0

@@ -21,6 +21,20 @@ ROW_FORMATS = (
 )
 
 
+# Rules of the lint that can leave out single rows; sft_jax/data/lint/rules.py has all.
+LEAVE_OUT = (
+    "exact_duplicates",
+    "near_duplicates",
+    "leaks",
+    "empty_answers",
+    "cut_off_answers",
+    "unfinished_answers",
+    "copied_questions",
+    "script_outliers",
+    "length_outliers",
+    "secrets",
+)
+
 # Arguments of chat templates that a config or a row must not set.
 RESERVED_TEMPLATE_KWARGS = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message")
 
@@ -65,6 +79,7 @@ class DataConfig:
     train_on: str = "assistant"  # which messages carry loss: assistant | last_assistant | all
     reasoning: str = "include"  # the assistant's reasoning: include | exclude (remove it from the data)
     on_bad_row: str = "error"  # rows that fail a check: error | skip (leave them out and count them)
+    leave_out: list[str] = field(default_factory=list)  # findings of inspect --lint to leave out: [exact_duplicates]
     num_workers: int | None = None  # processes that tokenize; null: chosen from the size of the data and the CPU cores
     cache: bool = True  # cache tokenized data for the next start
     streaming: bool = False  # read, tokenize and pack data.train during training; needs training.max_steps
@@ -80,6 +95,13 @@ class DataConfig:
         one_of(self.train_on, "data.train_on", ("assistant", "last_assistant", "all"))
         one_of(self.reasoning, "data.reasoning", ("include", "exclude"))
         one_of(self.on_bad_row, "data.on_bad_row", ("error", "skip"))
+        for name in self.leave_out:
+            one_of(name, "data.leave_out", LEAVE_OUT)
+        require(
+            not (self.streaming and self.leave_out),
+            "data.leave_out",
+            "a stream cannot compare its rows; set data.streaming: false, or leave out rows in the files",
+        )
         require(self.date is None or _is_date(self.date), "data.date", f"{self.date!r} is not a date as YYYY-MM-DD")
         require(
             self.num_workers is None or self.num_workers >= 1,

@@ -6,17 +6,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sft_jax.report import charts
+from sft_jax.report import charts, lint_text
 from sft_jax.report.data_text import ShownExample
 from sft_jax.report.page import render
 
 
-def write_data_page(path: Path, title: str, summary: dict[str, Any], rows: Sequence[ShownExample]) -> Path:
+def write_data_page(
+    path: Path, title: str, summary: dict[str, Any], rows: Sequence[ShownExample], lint: dict[str, Any] | None = None
+) -> Path:
     """Writes the page, which needs no network and no other file.
 
     Args:
         summary: the result of :func:`sft_jax.data.batches.summary.summarize`.
         rows: examples to show.
+        lint: the result of :func:`sft_jax.data.lint.summary.summarize_lint`, to show that too.
     """
     lengths = summary["lengths"]
     facts = {
@@ -35,4 +38,14 @@ def write_data_page(path: Path, title: str, summary: dict[str, Any], rows: Seque
     chart = charts.histogram(
         [(one["from"], one["to"], one["count"]) for one in lengths], summary["max_length"], "tokens per example"
     )
-    return render(path, "data.html.jinja", title=title, facts=facts, summary=summary, chart=chart, shown=rows)
+    return render(
+        path,
+        "data.html.jinja",
+        title=title,
+        facts=facts,
+        summary=summary,
+        chart=chart,
+        shown=rows,
+        lint=lint,
+        say=lint_text,
+    )

@@ -55,13 +55,16 @@ class Announcer:
         if report.total("refused"):
             first = next(source for source in report.sources if source.reasons)
             self("", f"{report.total('refused'):,} rows skipped; the first: {first.reasons[0].at(first.name)}")
-        if kept < examples or report.total("truncated"):
+        if kept + sum(report.left_out.values()) < examples or report.total("truncated"):
             self(
                 "",
                 f"too long: {report.total('dropped'):,} dropped, {report.total('truncated'):,} truncated, "
                 f"{report.total('dropped_without_targets'):,} left without supervised tokens; "
                 f"{report.total('targets_lost'):,} supervised tokens ({report.fraction_lost:.1%}) lost",
             )
+        if report.left_out:
+            counts = (f"{count:,} {name.replace('_', ' ')}" for name, count in report.left_out.items())
+            self("left out", ", ".join(counts))
         for line in report.not_read:
             self("not read", line)
         for note, count in sorted(report.tally.notes.items()):

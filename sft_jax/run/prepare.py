@@ -15,6 +15,7 @@ from sft_jax.assembly import Base, check_mesh, open_base
 from sft_jax.config import Config
 from sft_jax.data.batches.packing import Plan, plan_of
 from sft_jax.data.batches.streaming import first_rows
+from sft_jax.data.lint.leave_out import leave_out
 from sft_jax.data.read.sources import prepare_to_open
 from sft_jax.data.tokens.prepare import Prepared, prepare_data
 from sft_jax.errors import UserError
@@ -128,10 +129,12 @@ def prepare(config: Config, devices: Sequence[Any] | None, say: Announcer) -> In
     is_stream = settings.streaming
     sources = first_rows(settings.train) if is_stream else settings.train
     data = prepare_data(settings, sources, tokenizer, base.stop_ids, positions)
-    say.data("stream" if is_stream else "data", data)
     held_out = None
     if settings.eval:
         held_out = prepare_data(settings, settings.eval, tokenizer, base.stop_ids, positions)
+    data = leave_out(data, held_out, settings.leave_out)
+    say.data("stream" if is_stream else "data", data)
+    if held_out is not None:
         say.data("held out", held_out)
     task = None
     if config.evaluation.at_end:

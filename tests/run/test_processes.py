@@ -37,7 +37,7 @@ def config(tiny, chats, tmp_path_factory) -> Path:
             lora__dropout=0.1,
         )
     )
-    values["data"]["eval"] = [{"path": str(chats), "max_rows": 10}]
+    values["data"] |= {"eval": [{"path": str(chats), "max_rows": 10}], "leave_out": ["leaks"]}
     values["evaluation"] |= {"samples": ["river bread"], "samples_every": 12, "max_new_tokens": 8, "num_questions": 3}
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(values))
@@ -81,6 +81,7 @@ def test_resumed_by_other_numbers_of_processes(config, alone, tmp_path):
         assert group.wait() == [75] * count, group.stderr
         assert all(re.search(r"asked to stop; step \d+ is saved", stderr) for stderr in group.stderr)
         assert "devices" in group.stderr[0]  # only process 0 prints
+        assert "left out  10 leaks" in group.stderr[0]
         assert not any("devices" in stderr for stderr in group.stderr[1:])
     done = sft_jax(*arguments)
     assert done.returncode == 0, done.stderr
@@ -194,7 +195,8 @@ def test_an_error_of_one_process_ends_all(config, tmp_path):
 @pytest.mark.long
 def test_a_stream_of_two_processes_resumes_in_one(config, tmp_path):
     """Each of the two processes saves half of the stream position; batches and losses are those of one process."""
-    keys = ["data.streaming=true", "training.max_steps=8", "training.save_every=4", "training.eval_every=100"]
+    keys = ["data.streaming=true", "data.leave_out=[]"]
+    keys += ["training.max_steps=8", "training.save_every=4", "training.eval_every=100"]
     alone, run = tmp_path / "alone", tmp_path / "run"
     done = sft_jax("train", config, *keys, f"training.output_dir={alone}")
     assert done.returncode == 0, done.stderr

@@ -46,6 +46,7 @@ def summarize(data: DataConfig, training: TrainingConfig, prepared: Prepared) ->
                 "tokens": source.tokens,
                 "targets": source.targets,
                 "dropped": source.dropped + source.dropped_without_targets + source.refused,
+                "left_out": source.left_out,
                 "weight": weight,
                 "not_read": source.unread,
                 "passed_over": list(source.passed_over),

@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -34,6 +34,7 @@ class SourceReport:
     dropped_without_targets: int = 0  # examples without supervised tokens after truncation
     truncated: int = 0
     targets_lost: int = 0  # supervised tokens lost by dropping and truncation
+    left_out: dict[str, int] = field(default_factory=dict)  # examples left out by data.leave_out, by name
     reasons: list[RowErrorAt] = field(default_factory=list)
     unread: dict[str, int] = field(default_factory=dict)  # unused columns and keys, and in how many rows
     passed_over: tuple[str, ...] = ()  # skipped files of other splits in the same folder
@@ -65,6 +66,14 @@ class Report:
         return lines
 
     @property
+    def left_out(self) -> dict[str, int]:
+        """The number of examples left out by each name in ``data.leave_out``; each example is counted once."""
+        counts: Counter[str] = Counter()
+        for source in self.sources:
+            counts.update(source.left_out)
+        return dict(counts)
+
+    @property
     def fraction_lost(self) -> float:
         """The fraction of supervised tokens that is lost by dropping and truncation."""
         lost = self.total("targets_lost")
@@ -82,6 +91,7 @@ class Report:
                 "no supervised tokens left after truncation": self.total("dropped_without_targets"),
             }
         )
+        counts.update({f"{name.replace('_', ' ')} (data.leave_out)": count for name, count in self.left_out.items()})
         first: dict[str, str] = {}
         for source in self.sources:
             for one in source.reasons:
@@ -112,6 +122,16 @@ class Examples:
         part = self.parts[self.source[index]]
         where = slice(self.starts[index], self.starts[index] + self.lengths[index])
         return part.ids[where], part.weights[part.codes[where]]
+
+    def take(self, which: np.ndarray) -> Examples:
+        """Return some examples: those of an array of indices, or where an array of booleans is True."""
+        return replace(
+            self,
+            source=self.source[which],
+            starts=self.starts[which],
+            lengths=self.lengths[which],
+            row=self.row[which],
+        )
 
     @cached_property
     def groups(self) -> tuple[str, ...]:
