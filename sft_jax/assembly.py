@@ -23,7 +23,7 @@ from sft_jax.errors import UserError
 from sft_jax.files.digests import Words, texts
 from sft_jax.hf.config import compute_dtype, stop_ids
 from sft_jax.hf.dequantized import open_weights
-from sft_jax.hf.hub import find_model
+from sft_jax.hf.hub import find_model, is_gguf
 from sft_jax.hf.load import load_params
 from sft_jax.hf.peft import base_fingerprint, load_adapter, num_embeddings, read_adapter_config
 from sft_jax.hf.reader import Reader, is_other_weights
@@ -254,7 +254,8 @@ def find(
     if base is not None:
         raise UserError(f"{name}: only runs and adapters have a base model, and this is neither; leave out --base")
     if folder.is_dir() and not (folder / "config.json").is_file():
-        raise UserError(f"{name}: this folder holds neither a run, nor a Hugging Face model, nor a PEFT adapter")
+        gguf = next((f"; {one.name} is GGUF, which is not read" for one in folder.iterdir() if is_gguf(one)), "")
+        raise UserError(f"{name}: this folder holds neither a run, nor a Hugging Face model, nor a PEFT adapter{gguf}")
     model = open_base(name, asked_by="model")
     tokenizer, _ = load_tokenizer(model.folder)
     check_ids(tokenizer, model.arch.vocab_size)

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from sft_jax.inference.sampling import Sampling
 
 
+_HELP = "/reset clears the conversation; /exit or the end of input ends it; /help shows this"
+
+
 def add(commands: Any) -> None:
     """Add the command's options."""
     parser = commands.add_parser("generate", help="answer prompts, or chat in the terminal")
@@ -105,15 +108,18 @@ def _talk(model: Model, max_new_tokens: int, sampling: Sampling, system: str | N
 
     start: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     messages = list(start)
-    print("/reset clears the conversation; /exit or the end of input ends it", file=sys.stderr)
+    print(_HELP, file=sys.stderr)
     while True:
         print("> ", end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()
         text = line.strip()
-        if not line or text == "/exit":
+        if not line or text in ("/exit", "/quit", "/bye"):
             return
         if text == "/reset":
             messages = list(start)
+            continue
+        if text.startswith("/") and " " not in text:
+            print(_HELP if text == "/help" else f"{text} is no command; {_HELP}", file=sys.stderr)
             continue
         if not text:
             continue

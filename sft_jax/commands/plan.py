@@ -22,7 +22,7 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--topology",
         metavar="CHIP:SHAPE",
-        help="such as v5e:4x4, v5p:64, h100:8, h100:2x8; default: that of the recipe",
+        help="such as v5e:4x4, v5p:64, h100:8, h100:2x8; default: that of the recipe, or this machine",
     )
     parser.add_argument("--architecture", metavar="FILE", help="a config.json to use instead of the model's")
     parser.add_argument(
@@ -48,12 +48,19 @@ def run(options: argparse.Namespace) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # hides compiler warnings about programs that are too large
     quiet_imports()
     from sft_jax.planning.plan import Assumptions, plan
+    from sft_jax.planning.this_machine import this_machine
 
     topology, known = _of_recipe(options.config, config)
     assumed = Assumptions(options.target_share, options.document_length)
     topology, file = options.topology or topology, options.architecture or known
     if topology is None:
-        raise UserError("--topology: is missing; name the hardware, such as v5e:4x4 (16 chips) or h100:8")
+        topology = this_machine()
+        if topology is None:
+            raise UserError(
+                "--topology: is missing, and this machine has no accelerator that plan knows; name the hardware, such "
+                "as v5e:4x4 (16 chips) or h100:8"
+            )
+        print(f"--topology {topology}: this machine", file=sys.stderr)
     plan(config, topology, file, assumed, options.json, options.advice, options.search)
     return 0
 

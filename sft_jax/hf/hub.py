@@ -13,8 +13,10 @@ import fsspec
 from sft_jax import builtin
 from sft_jax.errors import UserError
 from sft_jax.files.buckets import is_url, reason
+from sft_jax.files.hub_network import is_offline, what_is_wrong
 from sft_jax.files.json_object import read_bytes
 from sft_jax.files.temporary import remove_temporary, temporary_folder
+from sft_jax.progress import Work
 
 # Only these files are downloaded: no pickle (.bin, .pt) and no code (.py).
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "LICENSE*"]
@@ -42,11 +44,12 @@ def find_model(path: str, revision: str | None = None, asked_by: str = "model.pa
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     ignored = _NOT if weights else [*_NOT, "*.safetensors"]
+    options = {"allow_patterns": _FILES, "ignore_patterns": ignored, "local_files_only": is_offline()}
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=_FILES, ignore_patterns=ignored))
+        with Work("fetching", of=path):
+            return Path(snapshot_download(path, revision=revision, **options))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{asked_by}: {path!r} is no local folder and could not be fetched: {reason}") from error
+        raise UserError(f"{asked_by}: {_no_folder(path)}: {what_is_wrong('model', path, error)}") from error
 
 
 def find_config(path: str, revision: str | None = None, asked_by: str = "model.path") -> Path:
@@ -61,13 +64,25 @@ def find_config(path: str, revision: str | None = None, asked_by: str = "model.p
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(hf_hub_download(path, "config.json", revision=revision)).parent
+        return Path(hf_hub_download(path, "config.json", revision=revision, local_files_only=is_offline())).parent
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{asked_by}: the config.json of {path!r} is not in the local cache and could not be downloaded; pass one "
-            f"with --architecture FILE: {reason}"
+            f"{asked_by}: {_no_folder(path)}: {what_is_wrong('model', path, error)}; --architecture FILE names a "
+            "config.json to use instead"
         ) from error
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a file is a model in the format of llama.cpp."""
+    return path.suffix.lower() == ".gguf"
+
+
+def _no_folder(path: str) -> str:
+    """Says that a path is not there, where it looks like one, and otherwise what else it is taken for."""
+    parent = Path(path).parent
+    if parent.is_dir() or parent.name in ("runs", "models", "outputs", "checkpoints"):
+        return f"there is no folder {path!r} here; as a model of the Hub"
+    return f"{path!r} is no local folder; as a model of the Hub"
 
 
 def absolute(path: str) -> str:
@@ -101,9 +116,18 @@ def _folder_of(path: str, asked_by: str) -> Path | None:
     if is_url(path):
         return _from_url(path, asked_by)
     folder = Path(path).expanduser()
+    if folder.is_file():
+        kind = (
+            "GGUF, which is not read; use the folder of the model that it was made from"
+            if is_gguf(folder)
+            else "a file"
+        )
+        raise UserError(f"{asked_by}: {folder} is {kind}; a model is a folder with config.json and safetensors")
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise UserError(f"{asked_by}: {folder} has no config.json; it must be a Hugging Face model folder")
+            gguf = next((one.name for one in folder.iterdir() if is_gguf(one)), None)
+            more = "" if gguf is None else f"; {gguf} is GGUF, which is not read: use the model that it was made from"
+            raise UserError(f"{asked_by}: {folder} has no config.json; it must be a Hugging Face model folder{more}")
         return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
         raise UserError(f"{asked_by}: no folder {path!r}, and not a Hugging Face id such as Qwen/Qwen3-0.6B")

@@ -208,11 +208,14 @@ class TensorReader:
         shards = sorted(name for name in names if re.fullmatch(r"model-\d+-of-\d+\.safetensors", name))
         if shards and single == "model.safetensors":
             return shards
+        gguf = [name for name in names if name.lower().endswith(".gguf")]
         pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth")) and "model" in name]
         way_out = (
             f"; {pickles[0]} is a pickle, which could run code and is not opened; if you trust it, convert it once "
             "with transformers: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(OUT)"
             if pickles
+            else f"; {gguf[0]} is GGUF, which is not read: use the model that it was made from"
+            if gguf
             else ""
         )
         raise UserError(f"{self.folder}: no {single} and no {index}; weights are read from safetensors only{way_out}")

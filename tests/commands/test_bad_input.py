@@ -56,7 +56,11 @@ def test_model(tiny, chats, tmp_path):
         return folder
 
     refused(run_config(tmp_path / "absent", chats, out), "model.path", "absent")
-    refused(run_config("some/model", chats, out), "'some/model' is no local folder and could not be fetched")
+    refused(
+        run_config("some/model", chats, out),
+        "'some/model' is no local folder",
+        "not in the local cache",
+    )
     refused(run_config(tmp_path, chats, out), "has no config.json")
     refused(run_config(broken("bloom", {"model_type": "bloom"}), chats, out), "'bloom' is not supported", "llama")
     refused(run_config(broken("mish", {"hidden_act": "mish"}), chats, out), "hidden_act 'mish'")
@@ -97,7 +101,7 @@ def test_data(tiny, chats, tmp_path):
     refused(run_config(tiny, text(good.encode() + b'{"messages": "\xff\xfe"}\n'), out), "bad.jsonl:4: not valid UTF-8")
     refused(run_config(tiny, text("", "empty.jsonl"), out), "empty.jsonl: has no rows")
     refused(run_config(tiny, text('{"foo": 1}\n', "foo.jsonl"), out), "no known format in the columns foo")
-    refused(run_config(tiny, text("a,b\n", "a.tsv"), out), "unknown kind of file '.tsv'")
+    refused(run_config(tiny, text("a,b\n", "a.ods"), out), "unknown kind of file '.ods'")
     row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant"}]}
     refused(
         run_config(tiny, write_jsonl(tmp_path / "b.jsonl", [*conversations(2), row]), out), "b.jsonl row 2", "'content'"

@@ -111,7 +111,7 @@ def test_proposals_are_sane(count, lengths, positions, weights, devices, method)
         (["train", "builtin:nope"], 2, "builtin:nope: no such built-in config"),
         (["recipes", "llama", "v5e"], 0, "llama-3.1-8b-lora-v5e-16"),
         (["recipes", "llama", "zx81"], 2, "no recipe has 'llama' and 'zx81'"),
-        (["plan", "builtin:quickstart"], 2, "--topology: is missing"),
+        (["plan", "builtin:quickstart"], 2, "--topology: is missing, and this machine has no accelerator"),
     ],
 )
 def test_how_to_begin(arguments, code, said, capsys):

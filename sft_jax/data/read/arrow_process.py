@@ -22,6 +22,7 @@ from typing import Any, BinaryIO, Protocol
 import pyarrow as pa
 
 from sft_jax.data.read.limits import ARROW_BYTES, ARROW_ROWS, ARROW_SECONDS, EXPANSION, ROW_BYTES, ROW_VALUES
+from sft_jax.files.hub_network import is_offline
 from sft_jax.files.orphans import end_with_parent
 
 _BYTES_PER_SECOND = 10_000_000
@@ -165,6 +166,8 @@ def open_rows(kind: str, path: str, options: dict[str, Any]) -> Rows:
         return ParquetRows(path)
     if kind == "arrow":
         return ArrowRows(path)
+    if kind == "hub" and is_offline():
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read when datasets is imported: it uses its cache, and does not wait
     import datasets
 
     datasets.disable_progress_bars()
