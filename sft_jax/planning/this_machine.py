@@ -24,7 +24,7 @@ _SECONDS = 120
 def this_machine() -> str | None:
     """The topology of this machine's accelerators, such as ``h100:8``; None if there are none that are known.
 
-    Asks in a process of its own, because this one compiles for devices that need not be there.
+    Asks in a process of its own, because ahead-of-time compilation leaves the devices of this one alone.
     """
     environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
     try:

@@ -173,8 +173,7 @@ def open_rows(kind: str, path: str, options: dict[str, Any]) -> Rows:
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     if kind == "hub":
-        split, revision = options["split"], options["revision"]
-        return DatasetRows(datasets.load_dataset(path, options["name"], split=split, revision=revision))
+        return DatasetRows(datasets.load_dataset(path, **{key: options[key] for key in ("name", "split", "revision")}))
     loaded = datasets.load_from_disk(path)
     if isinstance(loaded, datasets.DatasetDict):
         if options["split"] not in loaded:
