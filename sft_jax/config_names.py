@@ -51,7 +51,11 @@ NAMES: dict[str, tuple[str, str]] = {
         "a mean over layers; balanced experts have the number per token",
     ),
     "output_router_logits": ("training.router_aux_loss", "0 leaves the load-balancing loss out"),
-    "report_to": ("training.tensorboard, training.wandb_project", ""),
+    "report_to": (
+        "training.tensorboard, training.wandb_project, training.mlflow_experiment, training.trackio_project",
+        "",
+    ),
+    "logging_dir": ("training.output_dir", "TensorBoard's files are in its folder tensorboard"),
     # Axolotl, LLaMA-Factory, Unsloth
     "base_model": ("model.path", ""),
     "adapter": ("lora", "null is full fine-tuning, model.quantization makes it QLoRA"),
@@ -73,7 +77,7 @@ NAMES: dict[str, tuple[str, str]] = {
 # Names that also exist here, but in a section.
 for _section, _names in {
     "optimizer": ("learning_rate", "weight_decay", "max_grad_norm", "warmup_ratio", "optim"),
-    "training": ("num_train_epochs", "max_steps", "batch_size", "output_dir", "seed", "num_microbatches"),
+    "training": ("num_train_epochs", "max_steps", "batch_size", "output_dir", "seed", "num_microbatches", "run_name"),
     "data": ("packing", "max_length", "chat_template", "train_on", "streaming"),
     "model": ("dtype", "attention", "quantization", "remat"),
     "lora": ("rank", "alpha", "target_modules"),

@@ -28,8 +28,9 @@ def finish(inputs: Inputs, session: Session, recorder: Recorder, say: Announcer)
     is_main = jax.process_index() == 0
     rows = read_metrics(folder.local / "metrics.jsonl") if is_main else []
     if is_main:
-        curve = plot_loss(folder.local, rows).relative_to(folder.local)
-        say("done", f"{total} steps; loss curve in {folder}/{curve}")
+        curve = plot_loss(folder.local, rows)
+        recorder.drawn(curve)
+        say("done", f"{total} steps; loss curve in {folder}/{curve.relative_to(folder.local)}")
     if inputs.task is not None:
         tuned = session.model.with_params(session.state.params)
         del session.state  # frees the memory of the optimizer for the base model
@@ -38,7 +39,7 @@ def finish(inputs: Inputs, session: Session, recorder: Recorder, say: Announcer)
             tuned.split, inputs.base.reader, None, old_size, seed, part="trainable", frozen=tuned.frozen
         )
         comparison = compare(config, inputs.task, tuned, before)
-        recorder.last.update({f"tuned_{key}": value for key, value in comparison.summary["tuned"].items()})
+        recorder.compared(comparison.summary)
         if is_main:
             page = write_report(config, folder.local, total, comparison, rows, inputs.tokenizer)
             print(table.as_text(comparison), flush=True)
