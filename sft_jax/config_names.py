@@ -55,6 +55,10 @@ NAMES: dict[str, tuple[str, str]] = {
         "training.tensorboard, training.wandb_project, training.mlflow_experiment, training.trackio_project",
         "",
     ),
+    "push_to_hub": ("sft-jax export RUN OUT --push USER/REPO", "after training"),
+    "hub_model_id": ("sft-jax export RUN OUT --push USER/REPO", "after training"),
+    "hub_private_repo": ("sft-jax export RUN OUT --push USER/REPO", "private unless --public"),
+    "hub_token": ("`hf auth login`, or HF_TOKEN", "no token belongs into a config"),
     "logging_dir": ("training.output_dir", "TensorBoard's files are in its folder tensorboard"),
     # Axolotl, LLaMA-Factory, Unsloth
     "base_model": ("model.path", ""),

@@ -17,7 +17,7 @@ from sft_jax.files.json_object import read_bytes
 from sft_jax.files.temporary import remove_temporary, temporary_folder
 
 # Only these files are downloaded: no pickle (.bin, .pt) and no code (.py).
-_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "LICENSE*"]
+_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "LICENSE*", "README.md"]
 _NOT = ["consolidated*"]  # a second copy of the weights under other names
 _LONGEST_URL = 4096  # bytes
 _POINTER = "weights.url"  # file with the URL of the weights, in a folder without weights
