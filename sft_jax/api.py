@@ -166,18 +166,9 @@ class Run:
         """Evaluate the base and the tuned model with the config of the run; see :func:`evaluate`."""
         return evaluate(configs.load(self._directory.local / "config.yaml"), step)
 
-    def export(
-        self,
-        out: str | Path,
-        format: str | None = None,
-        step: int | None = None,
-        check: bool = False,
-        dtype: str | None = None,
-        push: str | None = None,
-        public: bool = False,
-    ) -> Path:
-        """Write an adapter or a merged model; see :func:`export`."""
-        return export(self.folder, out, format, step, check=check, dtype=dtype, push=push, public=public)
+    def export(self, out: str | Path, format: str | None = None, step: int | None = None, **options: Any) -> Path:
+        """Write an adapter or a merged model; see :func:`export`, which also has the other options."""
+        return export(self.folder, out, format, step, **options)
 
 
 @dataclass(frozen=True)
@@ -332,13 +323,9 @@ def export(
             Hub, or an upload that failed; the same command resumes it.
         CheckFailed: the export computes something else than the run; it stays where it is, and is not uploaded.
     """
-    if dtype not in (None, "bfloat16", "float16", "float32"):
-        raise UserError(f"dtype: {dtype!r} is not one of bfloat16, float16, float32")
-    if public and push is None:
-        raise UserError("--public: says how --push creates a repository; name one with --push USER/REPO")
     if check:
         _check.refuse_check(str(out))
-    target = None if push is None else _push.prepare(push, public, str(out))
+    target = _push.prepare(push, public, str(run), str(out))
     published_as = None if target is None else target.name
     written = _export.export(run, str(out), format, step, base, dtype, published_as)
     if check:

@@ -55,10 +55,6 @@ NAMES: dict[str, tuple[str, str]] = {
         "training.tensorboard, training.wandb_project, training.mlflow_experiment, training.trackio_project",
         "",
     ),
-    "push_to_hub": ("sft-jax export RUN OUT --push USER/REPO", "after training"),
-    "hub_model_id": ("sft-jax export RUN OUT --push USER/REPO", "after training"),
-    "hub_private_repo": ("sft-jax export RUN OUT --push USER/REPO", "private unless --public"),
-    "hub_token": ("`hf auth login`, or HF_TOKEN", "no token belongs into a config"),
     "logging_dir": ("training.output_dir", "TensorBoard's files are in its folder tensorboard"),
     # Axolotl, LLaMA-Factory, Unsloth
     "base_model": ("model.path", ""),
@@ -88,6 +84,15 @@ for _section, _names in {
 }.items():
     for _name in _names:
         NAMES.setdefault(_name, (f"{_section}.{_name}", ""))
+# Keys whose work is that of a command, and the command.
+_PUSH = "sft-jax export RUN OUT --push USER/REPO"
+COMMANDS = {
+    "push_to_hub": _PUSH,
+    "hub_model_id": _PUSH,
+    "hub_strategy": _PUSH,
+    "hub_private_repo": f"{_PUSH}, which creates private repositories unless --public is given",
+    "hub_token": "hf auth login, or set HF_TOKEN; no token belongs into a config",
+}
 # What a section is taken for if it is given a single value.
 SECTIONS = {"model": "model.path", "data": "data.train", "lora": "lora.rank", "optimizer": "optimizer.name"}
 NAMES["optim"] = ("optimizer.name", "adamw; optimizer.moments for 8 bits and less")
@@ -100,6 +105,8 @@ def suggest_key(key: str) -> str | None:
     'use training.batch_size, sequences per step over all devices'
     """
     name = key.rpartition(".")[2]
+    if name in COMMANDS:
+        return f"after training, run {COMMANDS[name]}"
     if name not in NAMES or NAMES[name][0] == key:
         return None
     replacement, note = NAMES[name]

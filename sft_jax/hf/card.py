@@ -126,8 +126,8 @@ def _metadata(config: Config, model: Exported) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
     base = config.model.path
-    is_id = _public_name(base) == base
-    datasets = list(dict.fromkeys(one.path for one in config.data.train if _public_name(one.path) == one.path))
+    is_id = _is_id(base)
+    datasets = list(dict.fromkeys(one.path for one in config.data.train if _is_id(one.path)))
     held_out = [_public_name(source.path) for source in config.data.eval]
     results = [
         EvalResult(
@@ -164,8 +164,11 @@ def _measured(results: Mapping[str, Any]) -> list[tuple[str, str, float]]:
 
 def _public_name(path: str) -> str:
     """Returns a Hugging Face id unchanged, and only the last component of a local path, which is private."""
-    is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).exists()
-    return path if is_id else Path(path).name
+    return path if _is_id(path) else Path(path).name
+
+
+def _is_id(path: str) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", path) is not None and not Path(path).exists()
 
 
 def _names(sources: list[SourceConfig]) -> str:

@@ -52,6 +52,8 @@ from sft_jax.training.rounding import convert, converted_dtype, round_for_file
 from sft_jax.training.weights import build
 from sft_jax.tree import Path as LeafPath
 
+DTYPES = ("bfloat16", "float16", "float32")
+
 
 @dataclass(frozen=True)
 class Written:
@@ -89,6 +91,8 @@ def export(
     form = form or ("merged" if opened.config.lora is None else "adapter")
     if form == "adapter" and opened.config.lora is None:
         raise UserError(f"{run}: was fully fine-tuned, so there is no adapter; use --format merged")
+    if dtype not in (None, *DTYPES):
+        raise UserError(f"--dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
     if form == "adapter" and dtype is not None:
         raise UserError("--dtype: is for --format merged; adapters are written in float32, as they are trained")
     split = _network(opened)
@@ -96,6 +100,7 @@ def export(
     if published_as is not None and holds(Path(out), values):
         rename_card(Path(out), lambda name: card_of(opened, form, split.arch, name), published_as)
         print(f"{out}: already holds the {form} of step {opened.step}, and is not written again")
+        _say_limits(opened, form, is_published=True)
         return Written(form, opened.step)
     with new_folder(str(out)) as folder:
         if form == "adapter":
@@ -112,11 +117,11 @@ def export(
         print(f"{out}: {form} of step {opened.step}, {num_bytes(str(out)) / 1e6:.1f} MB")
         if form == "merged" and opened.reader is not None and (fmt := read_format(opened.base)) is not None:
             print(f"the base is stored in {fmt.name}; the export is {dtype or 'bfloat16'}")
-        _say_limits(opened, form)
+        _say_limits(opened, form, published_as is not None)
     return Written(form, opened.step)
 
 
-def _say_limits(run: OpenedRun, form: str) -> None:
+def _say_limits(run: OpenedRun, form: str, is_published: bool) -> None:
     """Print what cannot read an adapter."""
     if form == "adapter" and run.trains_embeddings:
         print(
@@ -128,6 +133,11 @@ def _say_limits(run: OpenedRun, form: str) -> None:
         print(
             f"its base model is {path}, which PEFT cannot open; set the path of a copy in adapter_config.json, or "
             "use --format merged"
+        )
+    elif form == "adapter" and is_published and (path.startswith(builtin.PREFIX) or Path(path).exists()):
+        print(
+            f"its base model is {path}, which others do not have; use --format merged, or set base_model_name_or_path "
+            "in adapter_config.json to a Hugging Face id, and run the same command again"
         )
 
 

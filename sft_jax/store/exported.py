@@ -20,8 +20,10 @@ def record(run: OpenedRun, form: str, dtype: str | None) -> dict[str, object]:
     """What identifies an export: no paths, since it is published."""
     trained = None
     if run.digests is not None:
-        digests = [sorted(run.digests.items()), run.fingerprint, run.stop_ids]
-        trained = sha256(json.dumps(digests).encode()).hexdigest()
+        weights = sorted((name, digest) for name, digest in run.digests.items() if name.startswith("params"))
+        lora = run.config.lora
+        merging = None if lora is None else [lora.method, lora.rank, lora.alpha]
+        trained = sha256(json.dumps([weights, merging, run.fingerprint, run.stop_ids]).encode()).hexdigest()
     return {"sft_jax": __version__, "run": trained, "step": run.step, "format": form, "dtype": dtype}
 
 

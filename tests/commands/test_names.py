@@ -68,6 +68,13 @@ def test_every_answer_is_a_key_of_ours():
     assert suggest_key("lora.rank") is None
 
 
+def test_a_key_whose_work_is_that_of_a_command():
+    with pytest.raises(UserError, match=r"'training\.push_to_hub': .*run sft-jax export RUN OUT --push USER/REPO"):
+        from_dict(SMALLEST | {"training": {"output_dir": "run", "push_to_hub": True}})
+    with pytest.raises(UserError, match=r"'training\.hub_token': .*set HF_TOKEN; no token belongs into a config"):
+        from_dict(SMALLEST | {"training": {"output_dir": "run", "hub_token": "x"}})
+
+
 def _smallest():
     config = from_dict(SMALLEST)
     return {field.name: getattr(config, field.name) for field in dataclasses.fields(Config)}

@@ -107,6 +107,7 @@ def test_an_update_says_what_it_replaces(run, hub, command, tmp_path):
     before = repo.sha("main")
     done = command("export", run, tmp_path / "adapter", "--push", NAME)
     assert done.returncode == 0, done.stderr
+    assert "which others do not have; use --format merged, or set base_model_name_or_path" in done.stdout
     assert f"{NAME}: exists and is public" in done.stdout
     assert "deletes config.json, model.safetensors; as it is now, it stays at revision " + before in done.stdout
     files = repo.branches["main"]
@@ -160,6 +161,9 @@ def test_what_is_refused_before_anything_is_exported(run, hub, command, tmp_path
 
     assert "--push: 'tuned' is not USER/REPO or USER/REPO@BRANCH" in refused("--push", "tuned")
     assert "--public: says how --push creates a repository" in refused("--public")
+    wrong = command("export", run.parent, out, "--push", NAME)
+    assert (wrong.returncode, "not a run directory" in wrong.stderr) == (2, True)
+    assert not hub.repos
     hub.read_only = True
     assert "You don't have the rights to create a model" in refused("--push", NAME)
     hub.token = "another"
