@@ -95,6 +95,7 @@ def logged(tiny, tmp_path_factory):
     finally:
         child.close()
     assert "metrics.jsonl is complete" not in first.stderr + second.stderr
+    assert "Trackio" not in first.stdout + second.stdout
     assert json.loads((folder / "run" / "loggers.json").read_text()) == before
     rows = read_metrics(folder / "run" / "metrics.jsonl")
     expected = values([(row["step"], tagged({k: v for k, v in row.items() if k != "samples"})) for row in rows])

@@ -6,6 +6,7 @@ import sys
 import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
+from contextvars import Context
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ class Trackio(Logger):
         if name is None:
             name = f"{run.name}-{uuid.uuid4().hex[:6]}" if run.name in _names(project) else run.name
         with redirect_stdout(sys.stderr):  # programs read the standard output
-            self._run = trackio.init(
+            self._run = Context().run(  # apart from a run of the user's, and from the one that ends with the process
+                trackio.init,
                 project=project,
                 name=name,
                 config=dict(run.config),
