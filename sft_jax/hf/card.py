@@ -95,12 +95,11 @@ def model_card(config: Config, model: Exported) -> str:
     return "\n".join(lines)
 
 
-def license_of(base: Path) -> dict[str, str]:
-    """Returns the metadata about the license in the model card of a base model; empty if it says nothing usable."""
+def license_of(path: Path | None) -> dict[str, str]:
+    """Returns the metadata about the license in the card of a base model; empty if there is none that is usable."""
     import yaml
 
-    path = base / "README.md"
-    if not path.is_file():
+    if path is None:
         return {}
     try:
         text = read_bytes(path, BYTES).decode()

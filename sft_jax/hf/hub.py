@@ -17,7 +17,7 @@ from sft_jax.files.json_object import read_bytes
 from sft_jax.files.temporary import remove_temporary, temporary_folder
 
 # Only these files are downloaded: no pickle (.bin, .pt) and no code (.py).
-_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "LICENSE*", "README.md"]
+_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "LICENSE*"]
 _NOT = ["consolidated*"]  # a second copy of the weights under other names
 _LONGEST_URL = 4096  # bytes
 _POINTER = "weights.url"  # file with the URL of the weights, in a folder without weights
@@ -68,6 +68,26 @@ def find_config(path: str, revision: str | None = None, asked_by: str = "model.p
             f"{asked_by}: the config.json of {path!r} is not in the local cache and could not be downloaded; pass one "
             f"with --architecture FILE: {reason}"
         ) from error
+
+
+def find_card(path: str, folder: Path) -> Path | None:
+    """Returns the model card of a model; None if it has none, or none that can be fetched.
+
+    It is not fetched with the model: offline, the Hub's client refuses a cached model that lacks a file asked for.
+
+    Args:
+        path, folder: the argument and the result of :func:`find_model`.
+    """
+    card = folder / "README.md"
+    if card.is_file() or commit_of(folder) is None:
+        return card if card.is_file() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+
+    try:
+        return Path(hf_hub_download(path, "README.md", revision=commit_of(folder)))
+    except (HfHubHTTPError, EntryNotFoundError, OSError, ValueError):
+        return None
 
 
 def absolute(path: str) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_jax.hf.card import Exported, license_of, model_card
+from sft_jax.hf.hub import find_card
 from sft_jax.models.architecture import Architecture
 from sft_jax.store.metrics import read_metrics
 from sft_jax.store.opened import OpenedRun
@@ -29,7 +30,7 @@ def card_of(run: OpenedRun, form: str, arch: Architecture, name: str) -> str:
         chat=run.tokenizer.chat_template is not None,
         metrics=read_metrics(run.folder.local / "metrics.jsonl"),
         results=_results(run),
-        license=license_of(run.base),
+        license=license_of(find_card(run.config.model.path, run.base)),
     )
     return model_card(run.config, model)
 

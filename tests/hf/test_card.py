@@ -9,6 +9,7 @@ from kit import make_model, one_device, run_config
 
 from sft_jax.config import SourceConfig
 from sft_jax.hf.card import Exported, license_of, model_card
+from sft_jax.hf.hub import find_card
 from sft_jax.run.export import export
 from sft_jax.run.train import train
 
@@ -71,13 +72,16 @@ def test_a_merged_model_of_a_folder(tmp_path):
 )
 def test_the_license_is_that_of_the_base_models_card(tmp_path, text, license):
     (tmp_path / "README.md").write_text(text)
-    assert license_of(tmp_path) == license
+    assert license_of(find_card("org/base", tmp_path)) == license
 
 
 def test_no_card_no_license(tmp_path):
-    assert license_of(tmp_path) == {}
+    assert license_of(find_card("org/base", tmp_path)) == {}
+    snapshot = tmp_path / "models--org--base" / "snapshots" / ("a" * 40)  # without its card, and offline
+    snapshot.mkdir(parents=True)
+    assert license_of(find_card("org/base", snapshot)) == {}
     (tmp_path / "README.md").write_bytes(b"---\nlicense: \xff\n---\n")
-    assert license_of(tmp_path) == {}
+    assert license_of(find_card("org/base", tmp_path)) == {}
 
 
 @pytest.mark.parametrize("form", ["adapter", "merged"])

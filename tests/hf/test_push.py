@@ -5,9 +5,11 @@ import subprocess
 import sys
 
 import pytest
-from fake_hub import Hub
+from fake_hub import Hub, Repo
+from huggingface_hub import ModelCard
 from kit import Child, child_environment, one_device, run_config, sft_jax
 
+from sft_jax import config_file as configs
 from sft_jax.run.train import train
 
 TOKEN = "hf_" + "cD4" * 11
@@ -191,3 +193,20 @@ def test_no_token_and_no_network(run, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     assert "Connection refused" in refused()
+
+
+def test_a_base_of_the_hub(tiny, chats, hub, command, tmp_path):
+    """Its id and the license in its card are in the metadata, and PEFT finds it by its id."""
+    files = {one.name: one.read_bytes() for one in tiny.iterdir()} | {"README.md": b"---\nlicense: mit\n---\n"}
+    hub.repos["org/base"] = Repo(private=False, branches={"main": files})
+    config = run_config("org/base", chats, tmp_path / "run", training__max_steps=1)
+    (tmp_path / "config.yaml").write_text(configs.to_yaml(config))
+    assert command("train", tmp_path / "config.yaml").returncode == 0
+    done = command("export", tmp_path / "run", tmp_path / "out", "--push", NAME)
+    assert done.returncode == 0, done.stderr
+    assert "which others do not have" not in done.stdout
+    pushed = hub.repos[NAME].branches["main"]
+    (tmp_path / "README.md").write_bytes(pushed["README.md"])
+    data = ModelCard.load(tmp_path / "README.md").data.to_dict()
+    assert (data["base_model"], data["base_model_relation"], data["license"]) == ("org/base", "adapter", "mit")
+    assert json.loads(pushed["adapter_config.json"])["base_model_name_or_path"] == "org/base"
