@@ -37,6 +37,7 @@ from sft_jax.run import evaluate as _evaluate
 from sft_jax.run import export as _export
 from sft_jax.run import generate as _generate
 from sft_jax.run import inspect as _inspect
+from sft_jax.run import push as _push
 from sft_jax.run import train as _train
 from sft_jax.store.folder import RunDirectory
 from sft_jax.store.metrics import read_metrics
@@ -166,9 +167,9 @@ class Run:
         """Evaluate the base and the tuned model with the config of the run; see :func:`evaluate`."""
         return evaluate(configs.load(self._directory.local / "config.yaml"), step)
 
-    def export(self, out: str | Path, format: str | None = None, step: Step = None, check: bool = False) -> Path:
-        """Write an adapter or a merged model; see :func:`export`."""
-        return export(self.folder, out, format, step, check=check)
+    def export(self, out: str | Path, format: str | None = None, step: Step = None, **options: Any) -> Path:
+        """Write an adapter or a merged model; see :func:`export`, which also has the other options."""
+        return export(self.folder, out, format, step, **options)
 
 
 @dataclass(frozen=True)
@@ -308,22 +309,34 @@ def export(
     step: Step = None,
     base: str | None = None,
     check: bool = False,
+    dtype: str | None = None,
+    push: str | None = None,
+    public: bool = False,
 ) -> Path:
     """Export a run as a Hugging Face folder; returns its path.
 
     Args:
         format: ``adapter`` or ``merged``; by default ``adapter`` for LoRA and ``merged`` for full fine-tuning.
         check: load the export again and compare its logits with those of the run.
+        dtype: ``bfloat16``, ``float16`` or ``float32`` for a merged model; by default that of the base model's files.
+        push: ``USER/REPO`` or ``USER/REPO@BRANCH`` of the Hugging Face Hub to upload to. ``out`` may then be a finished
+            export of the same run, step, format and dtype, which is only uploaded.
+        public: whether a repository that ``push`` creates is public; otherwise it is private.
 
     Raises:
-        UserError: no such run, a folder that is not empty, or ``adapter`` for a fully fine-tuned run.
-        CheckFailed: the export computes something else than the run; it stays where it is.
+        UserError: no such run, a folder that is not empty, ``adapter`` for a fully fine-tuned run, no token for the
+            Hub, or an upload that failed; the same command resumes it.
+        CheckFailed: the export computes something else than the run; it stays where it is, and is not uploaded.
     """
     if check:
         _check.refuse_check(str(out))
-    form = _export.export(run, str(out), format, step, base)
+    target = _push.prepare(push, public, str(run), str(out))
+    published_as = None if target is None else target.name
+    written = _export.export(run, str(out), format, step, base, dtype, published_as)
     if check:
-        _check.check_export(run, str(out), form, step, base)
+        _check.check_export(run, str(out), written.form, step, base)
+    if target is not None:
+        _push.upload(target, str(out), written)
     return Path(out)
 
 

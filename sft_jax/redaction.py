@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 _SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|PRIVATE|CREDENTIAL|(API|ACCESS|AUTH)_?KEY", re.IGNORECASE)
 _REFERENCE = re.compile(r"\$\{oc\.env:\s*(\w+)\s*\}")
@@ -59,6 +60,15 @@ def without_secrets(text: str) -> str:
         if len(value) >= _SHORTEST and is_secret_name(name):
             text = text.replace(value, _REDACTED)
     return _SECRETS.sub(_REDACTED, text)
+
+
+def values_without_secrets(value: Any) -> Any:
+    """Replaces secrets in every text of nested dicts and lists."""
+    if isinstance(value, dict):
+        return {key: values_without_secrets(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [values_without_secrets(one) for one in value]
+    return without_secrets(value) if isinstance(value, str) else value
 
 
 def has_secret(text: str) -> bool:

@@ -11,9 +11,11 @@ from sft_jax.adapters.lora import LoRA
 from sft_jax.assembly import Model
 from sft_jax.hf.reader import TensorReader
 from sft_jax.models.split import Split, is_adapter
-from sft_jax.training.rounding import round_for_file
+from sft_jax.training.rounding import convert, round_for_file
 from sft_jax.training.weights import build
 from sft_jax.tree import Path, flatten, unflatten
+
+IsKept = Callable[[str, np.ndarray, np.dtype], bool]
 
 
 def merged(model: Model) -> Model:
@@ -44,7 +46,7 @@ def merged(model: Model) -> Model:
     return _with_values(model, build(split.arch, split.mesh, None, "float32", remat="none", full=False), value)
 
 
-def rounded(model: Model, reader: TensorReader, names: Callable[[Path], Sequence[str]]) -> Model:
+def rounded(model: Model, reader: TensorReader, names: Callable[[Path], Sequence[str]], is_kept: IsKept) -> Model:
     """The same model with the values that its files can hold.
 
     Rounding to bfloat16 moves logits much more than an error of an export would. Compared with this model, an export in
@@ -53,6 +55,8 @@ def rounded(model: Model, reader: TensorReader, names: Callable[[Path], Sequence
     Args:
         reader: the exported files; only their names and dtypes are used.
         names: the names of a parameter's tensors in these files.
+        is_kept: whether a tensor, by its name, values and dtype in the exported files, is still that of the base model,
+            which is rounded to nearest.
     """
     leaves = _leaves(model)
 
@@ -62,7 +66,9 @@ def rounded(model: Model, reader: TensorReader, names: Callable[[Path], Sequence
             if name in reader.names and (dtype := reader.dtype(name)).itemsize < 4:
                 result = result if result is not leaves[path] else result.copy()
                 tensor = stored.columns(result[(*stored.index(number), ...)], number)
-                tensor[...] = round_for_file(tensor, dtype, stored.names[number]).astype(np.float32)
+                kept = is_kept(stored.names[number], stored.tensor(result, number), dtype)
+                to_dtype = convert if kept else round_for_file
+                tensor[...] = to_dtype(tensor, dtype, stored.names[number]).astype(np.float32)
         return result
 
     return _with_values(model, model.split, value)

@@ -25,6 +25,15 @@ def add(commands: Any) -> None:
         action="store_true",
         help="load what was written again and compare it with the run; exit code 1 if they differ",
     )
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), help="of a merged model; default: as in the base's files"
+    )
+    parser.add_argument(
+        "--push",
+        metavar="USER/REPO[@BRANCH]",
+        help="upload to the Hugging Face Hub; run the same command again to resume an upload",
+    )
+    parser.add_argument("--public", action="store_true", help="a new repository of --push is public, not private")
     add_processes(parser)
     parser.set_defaults(command=run)
 
@@ -40,5 +49,8 @@ def run(options: argparse.Namespace) -> int:
     with joined(options.coordinator, options.num_processes, options.process_id, options.timeout):
         from sft_jax.api import export
 
-        export(options.run, options.out, options.format, options.step, options.base, options.check)
+        export(
+            options.run, options.out, options.format, options.step, options.base, options.check,
+            options.dtype, options.push, options.public,
+        )  # fmt: skip
     return 0

@@ -33,6 +33,9 @@ class TrainingConfig:
     deterministic: bool = False  # GPUs compute the same bits each time, more slowly; TPUs and CPUs always do
     tensorboard: bool = True  # write TensorBoard event files
     wandb_project: str | None = None  # project of Weights & Biases
+    mlflow_experiment: str | None = None  # experiment of MLflow
+    trackio_project: str | None = None  # project of Trackio
+    run_name: str | None = None  # name of the run in these; null: that of the run directory
 
     def __post_init__(self) -> None:
         for name in (
@@ -69,6 +72,8 @@ class TrainingConfig:
         require(self.z_loss >= 0, "training.z_loss", f"{self.z_loss} is negative")
         require(self.router_aux_loss >= 0, "training.router_aux_loss", f"{self.router_aux_loss} is negative")
         require(self.max_steps is None or self.max_steps >= 0, "training.max_steps", f"{self.max_steps} is negative")
+        for name in ("wandb_project", "mlflow_experiment", "trackio_project", "run_name"):
+            require(getattr(self, name) != "", f"training.{name}", "is empty; name it, or set it to null")
         parts = self.num_microbatches
         require(
             parts == "auto" or (isinstance(parts, int) and not isinstance(parts, bool) and parts >= 1),

@@ -23,7 +23,7 @@ SECTIONS = {"model": "model.path", "data": "data.train", "lora": "lora.rank", "o
 # Names that also exist here, but in a section.
 _SECTION_OF = {
     "optimizer": ("learning_rate", "weight_decay", "max_grad_norm", "warmup_ratio"),
-    "training": ("num_train_epochs", "max_steps", "batch_size", "output_dir", "seed", "num_microbatches"),
+    "training": ("num_train_epochs", "max_steps", "batch_size", "output_dir", "seed", "num_microbatches", "run_name"),
     "data": ("packing", "max_length", "chat_template", "train_on", "streaming", "added_tokens"),
     "model": ("dtype", "attention", "quantization", "remat"),
     "lora": ("rank", "alpha", "target_modules"),

@@ -39,7 +39,7 @@ KEYS: dict[str, tuple[str, str]] = {
     "flash_attention": ("model.attention", "auto picks the fastest that supports the mask"),
     "sdp_attention": ("model.attention", "auto picks the fastest that supports the mask"),
     "xformers_attention": ("model.attention", "auto picks the fastest that supports the mask"),
-    "wandb_name": ("training.output_dir", "its last part is the name of the run"),
+    "wandb_name": ("training.run_name", ""),
     "wandb_*": ("training.wandb_project", ""),
     "sequence_parallel_degree": ("mesh.sequence", ""),
     "context_parallel_size": ("mesh.sequence", ""),

@@ -51,5 +51,5 @@ KEYS: dict[str, tuple[str, str]] = {
     "ici_*": ("mesh", "the axes data, fsdp, sequence and tensor"),
     "dcn_*": ("mesh", "axes span slices; data and fsdp come first"),
     "use_wandb": ("training.wandb_project", ""),
-    "wandb_run_name": ("training.output_dir", "its last part is the name of the run"),
+    "wandb_run_name": ("training.run_name", ""),
 }

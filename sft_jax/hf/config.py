@@ -40,6 +40,15 @@ def file_dtype(config: dict[str, Any]) -> str:
     return next((dtype for one in both for key in ("dtype", "torch_dtype") if (dtype := one.get(key))), "float32")
 
 
+def with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """Returns ``config.json`` that names another dtype of the weights, everywhere where it names one."""
+    changed = {
+        key: with_dtype(value, dtype) if isinstance(value, dict) and key.endswith("_config") else value
+        for key, value in config.items()
+    }
+    return changed | {key: dtype for key in ("dtype", "torch_dtype") if key in config}
+
+
 def with_vocab_size(config: dict[str, Any], vocab_size: int) -> dict[str, Any]:
     """Returns ``config.json`` with another vocabulary size, which a multimodal model has in ``text_config``."""
     if not isinstance(text := config.get("text_config"), dict):

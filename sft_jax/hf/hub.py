@@ -85,6 +85,26 @@ def _no_folder(path: str) -> str:
     return f"{path!r} is no local folder; as a model of the Hub"
 
 
+def find_card(path: str, folder: Path) -> Path | None:
+    """Returns the model card of a model; None if it has none, or none that can be fetched.
+
+    It is not fetched with the model: offline, the Hub's client refuses a cached model that lacks a file asked for.
+
+    Args:
+        path, folder: the argument and the result of :func:`find_model`.
+    """
+    card = folder / "README.md"
+    if card.is_file() or commit_of(folder) is None:
+        return card if card.is_file() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+
+    try:
+        return Path(hf_hub_download(path, "README.md", revision=commit_of(folder)))
+    except (HfHubHTTPError, EntryNotFoundError, OSError, ValueError):
+        return None
+
+
 def absolute(path: str) -> str:
     """Returns the absolute path of a local model; other names are returned unchanged."""
     if path.startswith(builtin.PREFIX) or is_url(path):

@@ -35,7 +35,7 @@ def write_report(
     """
     folder = run / "report"
     folder.mkdir(exist_ok=True)
-    _write(folder / "summary.json", json.dumps(comparison.summary, indent=1) + "\n")
+    _write(folder / "summary.json", json.dumps({"step": step, **comparison.summary}, indent=1) + "\n")
     lines = []
     for i, question in enumerate(comparison.asked):
         row: dict[str, Any] = {"question": question.question, "answer": question.answer}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from sft_jax.assembly import Found, find
 from sft_jax.checking.chat import check_chat
@@ -34,11 +35,12 @@ from sft_jax.checking.logits import (
 )
 from sft_jax.checking.reference import NoReference, Reference, open_reference
 from sft_jax.checking.result import FAILED, NOT_CHECKED, Result, failures, verdict
-from sft_jax.checking.written import merged, rounded
+from sft_jax.checking.written import IsKept, merged, rounded
 from sft_jax.errors import CheckFailed, UserError
 from sft_jax.files.buckets import is_url
 from sft_jax.hf.peft import ADAPTER_FILE, names_in_adapter
 from sft_jax.hf.reader import TensorReader
+from sft_jax.models.split import is_adapter
 from sft_jax.run.export import write_adapter
 from sft_jax.store.steps import Step
 from sft_jax.training.compilation import free_bytes
@@ -184,7 +186,7 @@ def _exported(found: Found, out: str, form: str) -> list[Result]:
     if is_rounded:
         split = run.split
         names = partial(names_in_adapter, split)
-        run = rounded(run, reader, (lambda path: split.stored[path].names) if is_merged else names)
+        run = rounded(run, reader, (lambda path: split.stored[path].names) if is_merged else names, _kept(found))
         expected = logits(run, texts)
     del run
     device = jax.devices("cpu")[0]
@@ -207,6 +209,21 @@ def _exported(found: Found, out: str, form: str) -> list[Result]:
         theirs, other = None, str(error)
     results.append(_compared(found, texts, expected, theirs, other))
     return [*results, check_chat(written.tokenizer, written.stop_ids, is_tuned=True)]
+
+
+def _kept(found: Found) -> IsKept:
+    """Whether a tensor is that of the base model's files, though these have another dtype than the export."""
+    assert found.run is not None
+    trained = {path for path in found.run.trained if not is_adapter(found.split.labels[path])}
+    trained_names = {name for path in trained for name in found.split.stored[path].names}
+    reader = found.run.reader
+
+    def is_kept(name: str, tensor: np.ndarray, dtype: np.dtype) -> bool:
+        if reader is None or name in trained_names or name not in reader.names or reader.dtype(name) == dtype:
+            return False
+        return np.array_equal(reader.read(name).astype(tensor.dtype), tensor)
+
+    return is_kept
 
 
 def _texts(found: Found, copies: int) -> tuple[list[list[int]], Result | None]:

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,12 @@ from sft_jax.errors import UserError
 from sft_jax.files.buckets import is_url
 from sft_jax.files.json_object import read_object
 from sft_jax.files.new_folder import new_folder, num_bytes
-from sft_jax.hf.card import model_card
 from sft_jax.hf.config import (
     read_architecture,
     read_config,
     read_format,
     stop_ids,
+    with_dtype,
     with_tie,
     with_vocab_size,
 )
@@ -43,25 +44,45 @@ from sft_jax.models.architecture import Architecture
 from sft_jax.models.split import Split, is_adapter
 from sft_jax.models.tensors import Stored
 from sft_jax.progress import Work
+from sft_jax.run.export_card import card_of, rename_card
 from sft_jax.sharding import make_mesh
-from sft_jax.store.metrics import read_metrics
+from sft_jax.store.exported import holds, record, write_record
 from sft_jax.store.opened import OpenedRun, open_run
 from sft_jax.store.steps import Step
-from sft_jax.training.rounding import round_for_file
+from sft_jax.training.rounding import convert, converted_dtype, round_for_file
 from sft_jax.training.weights import build
 from sft_jax.tree import Path as LeafPath
 
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True)
+class Written:
+    """An export: ``form`` is ``adapter`` or ``merged``, ``step`` that of the checkpoint."""
+
+    form: str
+    step: int
+
 
 def export(
-    run: str | Path, out: str | Path, form: str | None = None, step: Step = None, base: str | None = None
-) -> str:
-    """Export a run to ``out``, a new or empty folder; returns the form. A failed export leaves no model there.
+    run: str | Path,
+    out: str | Path,
+    form: str | None = None,
+    step: Step = None,
+    base: str | None = None,
+    dtype: str | None = None,
+    published_as: str | None = None,
+) -> Written:
+    """Export a run to ``out``, a new or empty folder. A failed export leaves no model there.
 
     Args:
         run: a run directory; it and ``out`` may be in a bucket.
         form: ``adapter`` or ``merged``; by default ``adapter`` for LoRA and ``merged`` for full fine-tuning.
         step: a checkpoint, ``best`` or ``last``; by default the last.
         base: the base model, if it has moved.
+        dtype: of a merged model; by default that of each tensor in the base model's files.
+        published_as: ``USER/REPO`` that it is uploaded to. An export of the same run, step, form and dtype that ``out``
+            already holds is then used as it is.
 
     Raises:
         UserError: no such run or step, a folder that is not empty, or ``adapter`` for a fully fine-tuned run.
@@ -71,35 +92,54 @@ def export(
     form = form or ("merged" if opened.config.lora is None else "adapter")
     if form == "adapter" and opened.config.lora is None:
         raise UserError(f"{run}: was fully fine-tuned, so there is no adapter; use --format merged")
+    if dtype not in (None, *DTYPES):
+        raise UserError(f"--dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
+    if form == "adapter" and dtype is not None:
+        raise UserError("--dtype: is for --format merged; adapters are written in float32, as they are trained")
     split = _network(opened)
+    values = record(opened, form, dtype)
+    if published_as is not None and holds(Path(out), values):
+        rename_card(Path(out), lambda name: card_of(opened, form, split.arch, name), published_as)
+        print(f"{out}: already holds the {form} of step {opened.step}, and is not written again")
+        _say_limits(opened, form, is_published=True)
+        return Written(form, opened.step)
     with new_folder(str(out)) as folder:
         if form == "adapter":
             _write_adapter(opened, split, folder)
         else:
-            _write_merged(opened, split, folder)
+            _write_merged(opened, split, folder, None if dtype is None else np.dtype(dtype))
         if is_main:
             _write_generation_config(opened, folder)
             write_tokenizer(opened.tokenizer, opened.base, folder)
-            losses = read_metrics(opened.folder.local / "metrics.jsonl")
-            dtype = opened.dtype(split.arch.embeddings_tensor)
-            card = model_card(opened.config, form, opened.step, losses, dtype, split.arch.is_part)
+            card = card_of(opened, form, split.arch, published_as or Path(out).absolute().name)
             (folder / "README.md").write_text(card, encoding="utf-8")
+            write_record(folder, values)
     if is_main:
         print(f"{out}: {form} of step {opened.step}, {num_bytes(str(out)) / 1e6:.1f} MB")
         if form == "merged" and opened.reader is not None and (fmt := read_format(opened.base)) is not None:
-            print(f"the base is stored in {fmt.name}; the export is bfloat16")
-        if form == "adapter" and opened.trains_embeddings:
-            print(
-                "the adapter holds the full embeddings and lm_head, which PEFT reads but vLLM and llama.cpp do not; "
-                "use --format merged for these"
-            )
-        path = opened.config.model.path
-        if form == "adapter" and is_url(path):
-            print(
-                f"its base model is {path}, which PEFT cannot open; set the path of a copy in adapter_config.json, or "
-                "use --format merged"
-            )
-    return form
+            print(f"the base is stored in {fmt.name}; the export is {dtype or 'bfloat16'}")
+        _say_limits(opened, form, published_as is not None)
+    return Written(form, opened.step)
+
+
+def _say_limits(run: OpenedRun, form: str, is_published: bool) -> None:
+    """Print what cannot read an adapter."""
+    if form == "adapter" and run.trains_embeddings:
+        print(
+            "the adapter holds the full embeddings and lm_head, which PEFT reads but vLLM and llama.cpp do not; "
+            "use --format merged for these"
+        )
+    path = run.config.model.path
+    if form == "adapter" and is_url(path):
+        print(
+            f"its base model is {path}, which PEFT cannot open; set the path of a copy in adapter_config.json, or "
+            "use --format merged"
+        )
+    elif form == "adapter" and is_published and (path.startswith(builtin.PREFIX) or Path(path).exists()):
+        print(
+            f"its base model is {path}, which others do not have; use --format merged, or set base_model_name_or_path "
+            "in adapter_config.json to a Hugging Face id, and run the same command again"
+        )
 
 
 def write_adapter(run: OpenedRun, folder: Path) -> None:
@@ -143,16 +183,20 @@ def _write_adapter(run: OpenedRun, split: Split, folder: Path) -> None:
     )
 
 
-def _write_merged(run: OpenedRun, split: Split, folder: Path) -> None:
+def _write_merged(run: OpenedRun, split: Split, folder: Path, dtype: np.dtype | None) -> None:
     """Write a full model.
 
     Each process writes the untrained and merged tensors of its own files. All processes restore the trained weights
     together, one at a time.
+
+    Args:
+        dtype: of all tensors of floating point; None for that of each in the base model's files.
     """
+    in_file = partial(converted_dtype, dtype)
     arch = split.arch
     trained = {path: leaf for path, leaf in run.trained.items() if not is_adapter(split.labels[path])}
     tensors = {
-        name: Tensor(split.stored[path].shape(leaf.shape), run.dtype(name))
+        name: Tensor(split.stored[path].shape(leaf.shape), in_file(run.dtype(name)))
         for path, leaf in trained.items()
         for name in split.stored[path].names
     }
@@ -161,7 +205,7 @@ def _write_merged(run: OpenedRun, split: Split, folder: Path) -> None:
     if arch.tie_word_embeddings and arch.embeddings_tensor in tensors:
         untrained -= {arch.lm_head_tensor}  # some tied models store a copy of the embeddings, which is now outdated
     if reader is not None:
-        tensors |= {name: Tensor(reader.shape(name), reader.dtype(name)) for name in untrained}
+        tensors |= {name: Tensor(reader.shape(name), in_file(reader.dtype(name))) for name in untrained}
     updates = _updates(run, split)
     tensors = dict(sorted(tensors.items()))
     with (
@@ -177,18 +221,20 @@ def _write_merged(run: OpenedRun, split: Split, folder: Path) -> None:
             assert reader is not None
             if name in updates:
                 weight = read_verified(reader, name, run.tensors)
-                write(name, _merged(split.variant, weight, updates[name], name))
+                write(name, _merged(split.variant, weight, updates[name], name, in_file(weight.dtype)))
             else:
                 for start, rows in verified_chunks(reader, name, run.tensors):
-                    write(name, rows, start)
+                    write(name, convert(rows, in_file(rows.dtype), name), start)
         for path, leaf in trained.items():
             stored = split.stored[path]
             for i, element in enumerate(restore_elements(run, path, leaf, stored.stack)):
                 for number in range(i * stored.parts, (i + 1) * stored.parts):
                     if writer.owns(name := stored.names[number]):
-                        write(name, _in_file(stored, jax.device_get(element), number, run.dtype(name)))
+                        write(name, _in_file(stored, jax.device_get(element), number, in_file(run.dtype(name))))
     if jax.process_index() == 0:
         config = _config(run, arch, tensors[arch.embeddings_tensor].shape[0])
+        if dtype is not None:
+            config = with_dtype(config, dtype.name)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -226,12 +272,12 @@ def _in_file(stored: Stored, element: np.ndarray, number: int, dtype: np.dtype) 
     return tensor.swapaxes(-1, -2) if stored.transposed else tensor
 
 
-def _merged(variant: Any, weight: np.ndarray, update: _Update, name: str) -> np.ndarray:
+def _merged(variant: Any, weight: np.ndarray, update: _Update, name: str, dtype: np.dtype) -> np.ndarray:
     """Merge an adapter into a tensor, computed in float32 and rounded once."""
     if not variant.changes(update.parameters):
-        return weight
+        return convert(weight, dtype, name)
     matrix = weight.swapaxes(-1, -2) if update.transposed else weight
-    merged = round_for_file(variant.merge(matrix.astype(np.float32), update.parameters), weight.dtype, name)
+    merged = round_for_file(variant.merge(matrix.astype(np.float32), update.parameters), dtype, name)
     return merged.swapaxes(-1, -2) if update.transposed else merged
 
 

@@ -32,9 +32,10 @@ def finish(inputs: Inputs, session: Session, recorder: Recorder, say: Announcer,
     is_main = jax.process_index() == 0
     rows = read_metrics(folder.local / "metrics.jsonl") if is_main else []
     if is_main:
-        curve = plot_loss(folder.local, rows).relative_to(folder.local)
+        curve = plot_loss(folder.local, rows)
+        recorder.drawn(curve)
         of = "" if last == total else f" of {total}, stopped early"
-        say("done", f"{last} steps{of}; loss curve in {folder}/{curve}")
+        say("done", f"{last} steps{of}; loss curve in {folder}/{curve.relative_to(folder.local)}")
     if inputs.task is not None:
         tuned = session.model.with_params(session.state.params)
         del session.state  # frees the memory of the optimizer for the base model
@@ -43,7 +44,7 @@ def finish(inputs: Inputs, session: Session, recorder: Recorder, say: Announcer,
             tuned.split, inputs.base.reader, None, old_size, seed, part="trainable", frozen=tuned.frozen
         )
         comparison = compare(config, inputs.task, tuned, before)
-        recorder.last.update({f"tuned_{key}": value for key, value in comparison.summary["tuned"].items()})
+        recorder.compared(comparison.summary)
         if is_main:
             page = write_report(config, folder.local, last, comparison, rows, inputs.tokenizer)
             print(table.as_text(comparison), flush=True)

@@ -30,7 +30,7 @@ from sft_jax.run.announce import Announcer
 from sft_jax.run.resume import last_step, with_date
 from sft_jax.sharding import check_heads
 from sft_jax.store.folder import RunDirectory
-from sft_jax.store.metrics import check_wandb
+from sft_jax.store.loggers.choose import check_loggers
 from sft_jax.training.compilation import enable_compilation_cache
 from sft_jax.training.optimizer import check_rates
 
@@ -105,7 +105,7 @@ def prepare(config: Config, devices: Sequence[Any] | None, say: Announcer) -> In
     if config.lora is not None:
         method(config.lora.method)
     if jax.process_index() == 0:
-        check_wandb(config.training.wandb_project)
+        check_loggers(config.training)
     folder = RunDirectory(config.training.output_dir)
     folder.check()
     if jax.process_index() == 0:

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
 
 import jax
 import numpy as np
 
 from sft_jax import config_file as configs
 from sft_jax.distributed.preemption import Preemption
+from sft_jax.redaction import values_without_secrets
 from sft_jax.report.live import write_status
 from sft_jax.report.loss import plot_loss
 from sft_jax.run.alarms import Alarms
 from sft_jax.run.prepare import Inputs
-from sft_jax.store.metrics import MetricsWriter, Progress, read_metrics
+from sft_jax.store.loggers.choose import open_loggers
+from sft_jax.store.loggers.jsonl import Jsonl
+from sft_jax.store.loggers.logger import LoggedRun
+from sft_jax.store.loggers.writer import MetricsWriter
+from sft_jax.store.metrics import Progress, read_metrics
 from sft_jax.typing import Array
 
 _SECONDS_BETWEEN_DRAWINGS = 60.0
@@ -48,19 +55,13 @@ class Recorder:
         self._groups = inputs.data.examples.groups
         self._callbacks = callbacks if is_main else ()
         self._preemption = preemption
-        self._writer = MetricsWriter(
-            inputs.folder.local,
-            keep_until=-1 if inputs.latest is None else inputs.latest,
-            tensorboard=training.tensorboard,
-            wandb_project=training.wandb_project,
-            config=configs.to_dict(inputs.config),
-            enabled=is_main,
-        )
         self._is_main, self._run = is_main, inputs.folder.local
         self._draw_after = time.monotonic() + _SECONDS_BETWEEN_DRAWINGS
         if is_main:
             write_status(self._run, self._total)
         self._progress = Progress(first_step, self._total, enabled=is_main)
+        self._writer = _open_writer(inputs, self._progress.say) if is_main else MetricsWriter(None)
+        self._device = inputs.mesh.local_devices[0]
         self._pending: tuple[int, dict[str, Array], int] | None = None
         self._since = time.perf_counter()
 
@@ -98,6 +99,7 @@ class Recorder:
         }
         if by_source:
             row["source_loss"] = by_source
+        row |= peak_memory(self._device)
         self.last.update(row)
         if step % self._every == 0 or step == self._total or not finite or is_spike:
             self._writer.write(row)
@@ -121,7 +123,7 @@ class Recorder:
     def sampled(self, step: int, samples: list[dict[str, Any]]) -> None:
         """Record answers that the model generated during training."""
         self._writer.write_samples(step, samples)
-        for sample in samples:
+        for sample in values_without_secrets(samples):
             self.say(step, f"{sample['prompt']!r} → {sample['text']!r}")
         self.notify("samples", step, {"samples": samples})
 
@@ -154,10 +156,41 @@ class Recorder:
         """Exclude the time since the last step from the time of the next one."""
         self._since = time.perf_counter()
 
-    def close(self) -> None:
-        """Close the progress bar and the files."""
+    def compared(self, results: Mapping[str, Mapping[str, Any]]) -> None:
+        """Record metrics of the base and the tuned model at the end, by the model's name."""
+        self.last.update({f"tuned_{key}": value for key, value in results["tuned"].items()})
+        self._writer.write_results(self._total, results)
+
+    def drawn(self, figure: Path) -> None:
+        """Record a PNG file that shows the whole run."""
+        self._writer.write_figure(self._total, figure)
+
+    def end_loop(self) -> None:
+        """Close the progress bar."""
         self._progress.close()
-        self._writer.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Close everything, and tell the loggers whether the run ended well."""
+        self._progress.close()
+        self._writer.close(failed=kind is not None)
+
+
+def _open_writer(inputs: Inputs, say: Callable[[str], None]) -> MetricsWriter:
+    training, folder = inputs.config.training, inputs.folder
+    config = values_without_secrets(configs.to_dict(inputs.config))
+    name = training.run_name or folder.name.rpartition("/")[2]
+    run = LoggedRun(folder.local, name, config, inputs.latest)
+    loggers = open_loggers(training, run, say)
+    return MetricsWriter(Jsonl(folder.local, keep_until=-1 if inputs.latest is None else inputs.latest), loggers)
+
+
+def peak_memory(device: Any) -> dict[str, int]:
+    """The most memory that a device had in use so far; nothing for devices that do not count it, such as CPUs."""
+    peak = (device.memory_stats() or {}).get("peak_bytes_in_use")
+    return {} if peak is None else {"memory_peak_bytes": peak}
 
 
 def source_losses(groups: Sequence[str], fetched: dict[str, Any]) -> dict[str, float]:

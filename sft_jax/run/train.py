@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import jax
@@ -41,20 +42,21 @@ def train(config: Config, devices: Sequence[Any] | None = None, callbacks: Seque
     try:
         with naming(inputs.folder):
             inputs, session = _start(inputs, say)
-        with naming(inputs.folder), jax.set_mesh(inputs.mesh), Preemption() as preemption:
-            recorder = Recorder(inputs, session.first_step, preemption, callbacks)
-            try:
-                last = loop(inputs, session, recorder, preemption, say)
-            except Halted as error:
-                raise stop_halted(inputs, session, error) from None
-            except KeyboardInterrupt:
-                raise KeyboardInterrupt(what_is_saved(session, recorder.last["step"])) from None
-            finally:
-                session.checkpoints.close()
-                recorder.close()
-                if jax.process_index() == 0:
-                    inputs.folder.push()
-        return finish(inputs, session, recorder, say, last)
+        with ExitStack() as until_end:
+            with naming(inputs.folder), jax.set_mesh(inputs.mesh), Preemption() as preemption:
+                recorder = until_end.enter_context(Recorder(inputs, session.first_step, preemption, callbacks))
+                try:
+                    last = loop(inputs, session, recorder, preemption, say)
+                except Halted as error:
+                    raise stop_halted(inputs, session, error) from None
+                except KeyboardInterrupt:
+                    raise KeyboardInterrupt(what_is_saved(session, recorder.last["step"])) from None
+                finally:
+                    session.checkpoints.close()
+                    recorder.end_loop()
+                    if jax.process_index() == 0:
+                        inputs.folder.push()
+            return finish(inputs, session, recorder, say, last)
     finally:
         inputs.folder.release()
 

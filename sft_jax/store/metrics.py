@@ -1,122 +1,15 @@
-"""Writes the metrics of a run: ``metrics.jsonl``, TensorBoard, Weights & Biases, and a progress bar."""
+"""Reads the metrics of a run, and shows its progress."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from sft_jax.errors import UserError
-from sft_jax.files.flush import write_whole
-from sft_jax.tree import flatten
-
 _SECONDS_BETWEEN_LINES = 10.0
-
-
-def check_wandb(project: str | None) -> None:
-    """Check that the package of Weights & Biases is installed if ``project`` is set.
-
-    Raises:
-        UserError: it is not installed.
-    """
-    if project is None:
-        return
-    try:
-        import wandb  # type: ignore[import-not-found]  # noqa: F401
-    except ImportError as error:
-        raise UserError("training.wandb_project: the package wandb is not installed (pip install wandb)") from error
-
-
-class MetricsWriter:
-    """Appends rows to ``metrics.jsonl`` and logs their numbers to TensorBoard and Weights & Biases.
-
-    Args:
-        folder: the run directory.
-        keep_until: removes existing rows of later steps, which an interrupted run has left.
-        enabled: False on all processes except one.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        keep_until: int,
-        tensorboard: bool = True,
-        wandb_project: str | None = None,
-        config: dict[str, Any] | None = None,
-        enabled: bool = True,
-    ):
-        self._file = self._tensorboard = self._wandb = None
-        if not enabled:
-            return
-        path = folder / "metrics.jsonl"
-        kept = [row for row in read_metrics(path) if row["step"] <= keep_until]
-        write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._file = path.open("a", encoding="utf-8")
-        if tensorboard:
-            from tensorboardX import SummaryWriter
-
-            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=keep_until + 1)
-        if wandb_project:
-            import wandb  # type: ignore[import-not-found]
-
-            self._wandb = wandb.init(project=wandb_project, dir=str(folder), config=config, name=folder.name)
-
-    def write(self, row: dict[str, Any]) -> None:
-        """Write one row. Numbers that are not finite become null, because JSON cannot represent them.
-
-        A value may be a dict of numbers (losses by source), which become ``key/name`` in TensorBoard.
-        """
-        if self._file is None:
-            return
-        finite = {
-            key: {name: _finite(one) for name, one in value.items()} if isinstance(value, dict) else _finite(value)
-            for key, value in row.items()
-        }
-        self._file.write(json.dumps(finite) + "\n")
-        self._file.flush()
-        flat = {"/".join(path): value for path, value in flatten(finite).items()}
-        numbers = {key: value for key, value in flat.items() if key != "step" and value is not None}
-        if self._tensorboard is not None:
-            for key, value in numbers.items():
-                self._tensorboard.add_scalar(key, value, row["step"])
-        if self._wandb is not None:
-            self._wandb.log(numbers, step=row["step"])
-
-    def write_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
-        """Write generated answers as a separate row, and as text in TensorBoard.
-
-        Args:
-            samples: dicts with ``prompt``, ``text`` and ``finish_reason``.
-        """
-        if self._file is None:
-            return
-        self._file.write(json.dumps({"step": step, "samples": samples}, ensure_ascii=False) + "\n")
-        self._file.flush()
-        if self._tensorboard is not None:
-            for i, sample in enumerate(samples):
-                text = f"{sample['prompt']}\n\n---\n\n{sample['text']}\n\n*{sample['finish_reason']}*"
-                self._tensorboard.add_text(f"samples/{i}", text, step)
-
-    def flush(self) -> None:
-        """Wait until the rows are on the disk."""
-        if self._file is not None:
-            os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        """Flush and close everything."""
-        for sink in (self._file, self._tensorboard):
-            if sink is not None:
-                sink.close()
-        if self._wandb is not None:
-            self._wandb.finish()
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

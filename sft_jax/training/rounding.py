@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from sft_jax.errors import UserError
 from sft_jax.tree import Params
 from sft_jax.typing import Array, Float
 
@@ -52,8 +53,29 @@ def round_for_file(x: Array | np.ndarray, dtype: np.dtype, name: str) -> np.ndar
         name: of the tensor; tensors of different names are rounded independently.
     """
     if dtype != jnp.bfloat16 or x.dtype != jnp.float32:
-        return np.asarray(x).astype(dtype)
+        return convert(np.asarray(x), dtype, name)
     return np.asarray(_round_for_file(np.asarray(x), np.uint32(zlib.crc32(name.encode()))))
+
+
+def convert(x: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """Rounds a tensor to another dtype, each number to the nearest.
+
+    Raises:
+        UserError: a number is too large for float16.
+    """
+    if x.dtype == dtype:
+        return x
+    with np.errstate(over="ignore"):
+        rounded = x.astype(dtype)
+    if dtype == np.float16 and not np.array_equal(np.isfinite(rounded), np.isfinite(x)):
+        raise UserError(f"{name}: has numbers beyond 65504, the largest of float16; use --dtype bfloat16")
+    return rounded
+
+
+def converted_dtype(wanted: np.dtype | None, dtype: np.dtype) -> np.dtype:
+    """The dtype that a tensor of a file is written in: integers and booleans stay what they are."""
+    is_float = dtype == jnp.bfloat16 or np.issubdtype(dtype, np.floating)
+    return dtype if wanted is None or not is_float else wanted
 
 
 @jax.jit

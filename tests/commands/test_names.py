@@ -139,3 +139,10 @@ def test_a_path_for_a_list_of_sources_and_a_contradiction():
 def test_a_file_with_such_a_key():
     with pytest.raises(UserError, match=r"unknown key 'training\.epochs': use training\.num_train_epochs"):
         from_dict(SMALLEST | {"training": {"output_dir": "run", "epochs": 2}})
+
+
+def test_a_key_whose_work_is_that_of_a_command():
+    with pytest.raises(UserError, match=r"'training\.push_to_hub': .*sft-jax export RUN OUT --push USER/REPO"):
+        from_dict(SMALLEST | {"training": {"output_dir": "run", "push_to_hub": True}})
+    with pytest.raises(UserError, match=r"'training\.hub_token': .*HF_TOKEN; no token belongs into a config"):
+        from_dict(SMALLEST | {"training": {"output_dir": "run", "hub_token": "x"}})

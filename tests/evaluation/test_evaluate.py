@@ -116,6 +116,8 @@ def test_samples_during_training(evaluated):
         assert text == sample["text"]
     events = b"".join(f.read_bytes() for f in (folder / "run" / "tensorboard").iterdir())
     assert b"samples/1" in events
+    assert b"final/tuned/exact_match" in events
+    assert b"final/base/loss" in events
 
 
 def test_evaluate_command_gives_the_same_results(evaluated, tmp_path):

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sft_jax.assembly import open_model
 from sft_jax.checking.written import merged
 from sft_jax.errors import UserError
-from sft_jax.hf.card import model_card
+from sft_jax.hf.card import Exported, model_card
 from sft_jax.run.export import export
 from sft_jax.run.train import train
 from sft_jax.tree import flatten
@@ -91,12 +91,13 @@ def test_folder_has_all_that_inference_needs(base, lora_run, tmp_path):
 
 def test_card_names_ids_and_hides_paths(tmp_path):
     config = run_config("Qwen/Qwen3-0.6B", tmp_path / "secret" / "chats.jsonl", tmp_path)
-    card = model_card(config, "adapter", 3, [{"step": 1, "loss": 2.0}, {"step": 9, "loss": 1.0}], "bfloat16")
+    rows = [{"step": 1, "loss": 2.0}, {"step": 9, "loss": 1.0}]
+    card = model_card(config, Exported("tuned", "adapter", 3, "bfloat16", metrics=rows))
     assert "base_model: Qwen/Qwen3-0.6B" in card
     assert "`chats.jsonl`" in card
     assert "secret" not in card
     assert "| training loss | 2.0000 → 2.0000 |" in card  # ignores rows after the exported step
-    local = model_card(run_config(tmp_path, "org/data", tmp_path), "merged", 3, [], "bfloat16")
+    local = model_card(run_config(tmp_path, "org/data", tmp_path), Exported("tuned", "merged", 3, "bfloat16"))
     assert "base_model" not in local
     assert "`org/data`" in local
     assert "not measured" in local

@@ -29,7 +29,8 @@ def run_sft_jax(options: dict[str, Any]) -> dict[str, Any]:
     from sft_jax.run.announce import Announcer
     from sft_jax.run.train import train
     from sft_jax.store.checkpoint import Checkpoints
-    from sft_jax.store.metrics import MetricsWriter, read_metrics
+    from sft_jax.store.loggers.writer import MetricsWriter
+    from sft_jax.store.metrics import read_metrics
 
     first_row: list[float] = []
     compiled: list[Any] = []
