@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ _MASKS = {
 }
 _LICENSE_KEYS = ("license", "license_name", "license_link")
 _LONGEST_TEXT = 300  # characters of a license's name or link
-# Metrics of report/summary.json that the Hub shows, by the name that it knows them by.
+# Metrics of an evaluation that the Hub shows, by the name that it knows them by.
 _METRICS = {
     "exact_match": ("exact_match", "exact match"),
     "token_accuracy": ("accuracy", "token accuracy"),
@@ -43,7 +43,8 @@ class Exported:
         multimodal: whether the base model has parts besides the decoder, which were not trained.
         chat: whether the tokenizer has a chat template.
         metrics: the rows of ``metrics.jsonl``.
-        results: the metrics of the tuned model in ``report/summary.json``; empty if this step was not evaluated.
+        results: the metrics of the tuned model in ``report/tuned.json``; empty if this step was not evaluated.
+        measured_on: paths or ids of the data of ``results``.
         license: the metadata about the license in the base model's card.
     """
 
@@ -55,6 +56,7 @@ class Exported:
     chat: bool = True
     metrics: list[dict[str, Any]] = field(default_factory=list)
     results: Mapping[str, Any] = field(default_factory=dict)
+    measured_on: Sequence[str] = ()
     license: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -89,7 +91,12 @@ def model_card(config: Config, model: Exported) -> str:
     lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
     lines += ["", "Losses are nats per target token.", ""]
     if measured := _measured(model.results):
-        lines += [f"On {_names(config.data.eval)}:", "", "| | |", "|---|---|"]
+        lines += [
+            f"On {_listed(model.measured_on)}:",
+            "",
+            "| | |",
+            "|---|---|",
+        ]
         lines += [f"| {text} | {value:.4g} |" for _, text, value in measured] + [""]
     lines += [f"Made with sft-jax {__version__}.", ""]
     return "\n".join(lines)
@@ -127,7 +134,7 @@ def _metadata(config: Config, model: Exported) -> str:
     base = config.model.path
     is_id = _is_id(base)
     datasets = list(dict.fromkeys(one.path for one in config.data.train if _is_id(one.path)))
-    held_out = [_public_name(source.path) for source in config.data.eval]
+    held_out = [_public_name(path) for path in model.measured_on]
     results = [
         EvalResult(
             task_type="text-generation",
@@ -171,7 +178,11 @@ def _is_id(path: str) -> bool:
 
 
 def _names(sources: list[SourceConfig]) -> str:
-    return ", ".join(f"`{_public_name(source.path)}`" for source in sources)
+    return _listed([source.path for source in sources])
+
+
+def _listed(paths: Sequence[str]) -> str:
+    return ", ".join(f"`{_public_name(path)}`" for path in paths)
 
 
 def _targets(targets: Any) -> str:

@@ -28,14 +28,19 @@ def write_report(
     metrics: Sequence[dict[str, Any]],
     tokenizer: Any,
 ) -> Path:
-    """Writes ``summary.json``, ``answers.jsonl`` and ``report.html`` to ``run/report``; returns the page's path.
+    """Writes ``summary.json``, ``tuned.json``, ``answers.jsonl`` and ``report.html`` to ``run/report``.
+
+    Returns the page's path. ``tuned.json`` has the tuned model's metrics with their step and data, for the model card.
 
     Args:
         metrics: the rows of ``metrics.jsonl``.
     """
     folder = run / "report"
     folder.mkdir(exist_ok=True)
-    _write(folder / "summary.json", json.dumps({"step": step, **comparison.summary}, indent=1) + "\n")
+    _write(folder / "summary.json", json.dumps(comparison.summary, indent=1) + "\n")
+    measured_on = [source.path for source in config.data.eval]
+    tuned = {"step": step, "data": measured_on, "metrics": comparison.summary["tuned"]}
+    _write(folder / "tuned.json", json.dumps(tuned, indent=1) + "\n")
     lines = []
     for i, question in enumerate(comparison.asked):
         row: dict[str, Any] = {"question": question.question, "answer": question.answer}

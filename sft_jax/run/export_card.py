@@ -21,6 +21,7 @@ def card_of(run: OpenedRun, form: str, arch: Architecture, name: str) -> str:
     Args:
         name: what the export is loaded by: ``USER/REPO``, or the name of its folder.
     """
+    metrics, measured_on = _results(run)
     model = Exported(
         name=name,
         form=form,
@@ -29,7 +30,8 @@ def card_of(run: OpenedRun, form: str, arch: Architecture, name: str) -> str:
         multimodal=arch.is_part,
         chat=run.tokenizer.chat_template is not None,
         metrics=read_metrics(run.folder.local / "metrics.jsonl"),
-        results=_results(run),
+        results=metrics,
+        measured_on=measured_on,
         license=license_of(find_card(run.config.model.path, run.base)),
     )
     return model_card(run.config, model)
@@ -50,15 +52,15 @@ def rename_card(folder: Path, card: Callable[[str], str], name: str) -> None:
         path.write_text(card(name), encoding="utf-8")
 
 
-def _results(run: OpenedRun) -> dict[str, Any]:
-    """The metrics of the tuned model, if it was evaluated at this step; runs of version 0.1 do not say at which."""
-    path = run.folder.local / "report" / "summary.json"
+def _results(run: OpenedRun) -> tuple[dict[str, Any], list[str]]:
+    """The metrics of the tuned model and their data, if it was evaluated at this step; version 0.1 did not say."""
+    path = run.folder.local / "report" / "tuned.json"
     if not path.is_file():
-        return {}
+        return {}, []
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
+        report = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:  # a damaged report is no reason to refuse an export
-        return {}
-    if not isinstance(summary, dict) or summary.get("step") != run.step:
-        return {}
-    return summary.get("tuned") or {}
+        return {}, []
+    if not isinstance(report, dict) or report.get("step") != run.step or not report.get("data"):
+        return {}, []
+    return report["metrics"], report["data"]

@@ -69,9 +69,11 @@ class Page(HTMLParser):
 
 
 def test_report_at_the_end_of_training(evaluated):
-    folder, _, last = evaluated
+    folder, config, last = evaluated
     report = folder / "run" / "report"
     summary = json.loads((report / "summary.json").read_text())
+    tuned = json.loads((report / "tuned.json").read_text())
+    assert tuned == {"step": 10, "data": [one.path for one in config.data.eval], "metrics": summary["tuned"]}
     for name in ("base", "tuned"):
         assert summary[name].keys() >= {
             "loss",

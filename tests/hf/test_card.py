@@ -7,7 +7,6 @@ import pytest
 from huggingface_hub import ModelCard
 from kit import make_model, one_device, run_config
 
-from sft_jax.config import SourceConfig
 from sft_jax.hf.card import Exported, license_of, model_card
 from sft_jax.hf.hub import find_card
 from sft_jax.run.export import export
@@ -22,12 +21,10 @@ def read(text: str, folder) -> ModelCard:
 
 
 def test_metadata_is_what_the_hub_reads(tmp_path):
-    config = run_config(
-        "Qwen/Qwen3-0.6B", "openai/gsm8k", tmp_path,
-        data__eval=[SourceConfig(path="openai/gsm8k", split="test"), SourceConfig(path="/private/held_out.jsonl")],
-    )  # fmt: skip
+    config = run_config("Qwen/Qwen3-0.6B", "openai/gsm8k", tmp_path)
     model = Exported(
         "someone/tuned", "adapter", 3, "bfloat16", results=RESULTS,
+        measured_on=["openai/gsm8k", "/private/held_out.jsonl"],
         license={"license": "other", "license_name": "qwen", "license_link": "https://example.org/LICENSE"},
     )  # fmt: skip
     card = read(model_card(config, model), tmp_path)
@@ -88,10 +85,10 @@ def test_no_card_no_license(tmp_path):
 def test_the_code_runs(chats, tmp_path, monkeypatch, capsys, form):
     base = make_model(tmp_path / "base")
     (base / "README.md").write_text("---\nlicense: mit\n---\n")
-    config = run_config(base, chats, tmp_path / "run", training__max_steps=2, data__eval=[SourceConfig(str(chats))])
+    config = run_config(base, chats, tmp_path / "run", training__max_steps=2)
     train(config, one_device())
-    summary = tmp_path / "run" / "report" / "summary.json"
-    summary.write_text(json.dumps({"step": 2, "tuned": RESULTS}))
+    summary = tmp_path / "run" / "report" / "tuned.json"
+    summary.write_text(json.dumps({"step": 2, "data": [str(chats)], "metrics": RESULTS}))
     export(tmp_path / "run", tmp_path / "out", form)
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.license == "mit"
@@ -101,6 +98,6 @@ def test_the_code_runs(chats, tmp_path, monkeypatch, capsys, form):
     capsys.readouterr()
     exec(compile(code.replace("max_new_tokens=128", "max_new_tokens=4"), "README.md", "exec"), {})  # noqa: S102
     assert capsys.readouterr().out
-    summary.write_text(json.dumps({"step": 1, "tuned": RESULTS}))
+    summary.write_text(json.dumps({"step": 1, "data": [str(chats)], "metrics": RESULTS}))
     export(tmp_path / "run", tmp_path / "other", form)
     assert not ModelCard.load(tmp_path / "other" / "README.md").data.eval_results
