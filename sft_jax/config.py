@@ -79,15 +79,8 @@ class LoraConfig:
 
 
 ROW_FORMATS = (
-    "auto",
-    "messages",
-    "sharegpt",
-    "alpaca",
-    "question-answer",
-    "prompt-completion",
-    "text",
-    "tokens",
-)
+    "auto", "messages", "sharegpt", "alpaca", "question-answer", "prompt-completion", "text", "tokens"
+)  # fmt: skip
 
 
 # Arguments of chat templates that a config or a row must not set.
@@ -107,8 +100,11 @@ class SourceConfig:
     name: str | None = None  # configuration of a Hugging Face dataset
     split: str = "train"  # split of a Hugging Face dataset
     revision: str | None = None  # branch, tag or commit of a Hugging Face dataset
+    label: str | None = None  # name of this source in metrics and reports; null: its path
 
     def __post_init__(self) -> None:
+        is_name = self.label is None or (self.label.strip() != "" and self.label.isprintable())
+        _require(is_name, "data.*.label", f"{self.label!r} is not a name on one line")
         _one_of(self.format, "data.*.format", ROW_FORMATS)
         _require(self.weight > 0 and math.isfinite(self.weight), "data.*.weight", f"{self.weight} is not positive")
         _require(self.max_rows is None or self.max_rows >= 1, "data.*.max_rows", f"{self.max_rows} is not at least 1")
@@ -221,13 +217,7 @@ class TrainingConfig:
     wandb_project: str | None = None  # project of Weights & Biases
 
     def __post_init__(self) -> None:
-        for name in (
-            "batch_size",
-            "eval_every",
-            "save_every",
-            "log_every",
-            "keep_checkpoints",
-        ):
+        for name in ("batch_size", "eval_every", "save_every", "log_every", "keep_checkpoints"):
             _require(getattr(self, name) >= 1, f"training.{name}", f"{getattr(self, name)} is not at least 1")
         _require(self.keep_best >= 0, "training.keep_best", f"{self.keep_best} is negative")
         _require(
@@ -261,7 +251,7 @@ class EvaluationConfig:
     documents: list[SourceConfig] = field(default_factory=list)  # plain text to measure forgetting on
     answer: str = "text"  # how answers are compared: exact | text | number | gsm8k | choice
     max_new_tokens: int = 256  # maximum length of an answer
-    num_questions: int | None = 200  # held-out conversations to answer; null: all
+    num_questions: int | None = 200  # held-out conversations to answer, as many of each set; null: all
     batch_size: int = 32  # prompts generated at a time
     shots: int = 0  # examples in the prompt when the base model is measured with few-shot prompting; 0: not measured
     samples: list[str] = field(default_factory=list)  # prompts to answer during training

@@ -19,6 +19,15 @@ from sft_jax.data.tokens.prepare import Prepared, prepare_data
 from sft_jax.errors import UserError
 from sft_jax.evaluation.answers import same_answer
 from sft_jax.evaluation.likelihood import Scorer, TokenScores
+from sft_jax.evaluation.metrics import (
+    Answered,
+    Metrics,
+    answer_metrics,
+    answer_sets,
+    held_out_metrics,
+    held_out_sets,
+    with_sets,
+)
 from sft_jax.evaluation.questions import Question, cut_at_blank_line, exchanges, few_shot_prompts, questions
 from sft_jax.inference.generator import Generated
 from sft_jax.models.architecture import Architecture
@@ -37,20 +46,13 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Answered:
-    """The answer of one model to one question."""
-
-    text: str
-    right: bool
-    stopped: bool
-    num_tokens: int
-
-
-@dataclass(frozen=True)
 class Comparison:
-    """``summary`` maps ``base``, ``tuned`` and, if requested, ``few_shot`` to their metrics."""
+    """``summary`` maps ``base``, ``tuned`` and, if requested, ``few_shot`` to their metrics.
 
-    summary: dict[str, dict[str, float | int]]
+    With two or more sets of held-out data, ``sets`` in these maps the name of each set to its metrics.
+    """
+
+    summary: dict[str, Metrics]
     asked: list[Question]
     answers: dict[str, list[Answered]]
 
@@ -111,7 +113,8 @@ def compare(config: Config, task: Task, model: Model, before: Params) -> Compari
     options, n = config.evaluation, model
     scorer = Scorer(n.split, config.data.max_length, eval_batch_size(config, n.mesh))
     generator = n.generator
-    summary: dict[str, dict[str, float | int]] = {}
+    groups = task.held_out.groups
+    summary: dict[str, Metrics] = {}
     answers: dict[str, list[Answered]] = {}
 
     def write(name: str, params: Params, prompts: Sequence[Sequence[int]]) -> list[Generated]:
@@ -125,7 +128,9 @@ def compare(config: Config, task: Task, model: Model, before: Params) -> Compari
             return scorer.score(params, n.frozen, examples, bar.update)
 
     for name, params in (("base", before), ("tuned", n.params)):
-        metrics = held_out_metrics(task.held_out, read(name, params, task.held_out), n.stop_ids)
+        held_out = read(name, params, task.held_out)
+        metrics = held_out_metrics(task.held_out, held_out, n.stop_ids)
+        sets = [held_out_sets(task.held_out, held_out, n.stop_ids)]
         if task.asked:
             written = write(name, params, [question.prompt_ids for question in task.asked])
             texts = [n.tokenizer.decode(one.ids, skip_special_tokens=True) for one in written]
@@ -134,10 +139,11 @@ def compare(config: Config, task: Task, model: Model, before: Params) -> Compari
                 for text, one, question in zip(texts, written, task.asked, strict=True)
             ]
             metrics |= answer_metrics(answers[name])
+            sets.append(answer_sets(task.asked, answers[name], groups))
         if task.documents is not None:
             scores = read(name, params, task.documents)
             metrics["document_perplexity"] = math.exp(-scores.log_prob.mean(dtype=np.float64))
-        summary[name] = metrics
+        summary[name] = with_sets(metrics, *sets)
     if task.documents is not None:
         summary["tuned"]["document_kl"] = scorer.divergence(before, n.params, n.frozen, task.documents)
     if task.few_shot:
@@ -146,37 +152,9 @@ def compare(config: Config, task: Task, model: Model, before: Params) -> Compari
             text, ended = cut_at_blank_line(n.tokenizer.decode(one.ids, skip_special_tokens=True))
             right = same_answer(text, question.answer, options.answer)
             answers["few_shot"].append(Answered(text.strip(), right, ended or one.stopped, len(one.ids)))
-        summary["few_shot"] = {"shots": options.shots} | answer_metrics(answers["few_shot"])
+        metrics = {"shots": options.shots} | answer_metrics(answers["few_shot"])
+        summary["few_shot"] = with_sets(metrics, answer_sets(task.asked, answers["few_shot"], groups))
     return Comparison(summary, task.asked, answers)
-
-
-def held_out_metrics(examples: Examples, scores: TokenScores, stop_ids: Sequence[int]) -> dict[str, float | int]:
-    """Loss, perplexity and accuracy over all target tokens; mean probability of the stop token at the end of turns."""
-    firsts = np.cumsum(examples.lengths) - examples.lengths
-    ids, weights = examples.flat()
-    supervised = weights > 0
-    mask, targets = np.delete(supervised, firsts), np.delete(ids, firsts)
-    ends = mask & np.isin(targets, np.asarray(stop_ids))  # stop tokens occur only at the end of a turn
-    loss = -float(scores.log_prob[mask].mean(dtype=np.float64))
-    metrics: dict[str, float | int] = {
-        "loss": loss,
-        "perplexity": math.exp(loss),
-        "token_accuracy": float(scores.correct[mask].mean()),
-        "num_targets": int(mask.sum()),
-    }
-    if ends.any():
-        metrics["stop_probability"] = float(np.exp(scores.log_prob[ends], dtype=np.float64).mean())
-    return metrics
-
-
-def answer_metrics(answers: Sequence[Answered]) -> dict[str, float | int]:
-    """Rates over all answers, and their mean length in tokens."""
-    return {
-        "exact_match": float(np.mean([one.right for one in answers])),
-        "stop_rate": float(np.mean([one.stopped for one in answers])),
-        "mean_length": float(np.mean([one.num_tokens for one in answers])),
-        "num_questions": len(answers),
-    }
 
 
 def _bar(description: str, total: int) -> tqdm:

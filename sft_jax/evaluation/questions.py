@@ -22,6 +22,7 @@ class Question:
     prompt: str  # the same as text
     question: str  # the user message before the answer, or the plain prompt
     answer: str  # text of the supervised tokens after the prompt
+    group: str = ""  # the set it belongs to: the label or the path of its source
 
 
 def questions(
@@ -37,7 +38,7 @@ def questions(
 
     Args:
         sources: the sources of ``examples``.
-        limit: maximum number of questions, spread evenly over all.
+        limit: maximum number of questions: the same number of each set, spread evenly over its rows.
         keep_reasoning: the value with which ``examples`` were encoded.
     """
     asks = [source.format not in ("text", "tokens") for source in sources]
@@ -52,7 +53,7 @@ def questions(
         if np.isin(ids[start:end], examples.stop_ids).any():
             asked.append((i, start, end))
     if limit is not None and len(asked) > limit:
-        asked = [asked[i] for i in np.linspace(0, len(asked) - 1, limit).round().astype(int).tolist()]
+        asked = [asked[i] for i in _spread([examples.group(i) for i, *_ in asked], limit)]
     result = []
     for i, start, end in asked:
         ids, _ = examples[i]
@@ -60,8 +61,22 @@ def questions(
         answer = tokenizer.decode(ids[start:end], skip_special_tokens=True).strip()
         if (question := row.question_before(answer)) is not None:
             prompt_ids = ids[:start].tolist()
-            result.append(Question(prompt_ids, tokenizer.decode(prompt_ids), question, answer))
+            group = examples.groups[examples.group(i)]
+            result.append(Question(prompt_ids, tokenizer.decode(prompt_ids), question, answer, group))
     return result
+
+
+def _spread(groups: Sequence[int], limit: int) -> list[int]:
+    """Chooses ``limit`` items: the same number of each group, where there are that many, spread evenly over the group.
+
+    Of the groups ``[0, 0, 0, 0, 0, 1, 2, 2, 2]`` a limit of 5 chooses the items ``[0, 4, 5, 6, 8]``.
+    """
+    items = [[i for i, one in enumerate(groups) if one == group] for group in dict.fromkeys(groups)]
+    chosen: list[int] = []
+    for left, of_group in zip(range(len(items), 0, -1), sorted(items, key=len), strict=True):
+        num = min(len(of_group), (limit - len(chosen)) // left)  # what a small group leaves goes to larger ones
+        chosen += [of_group[i] for i in np.linspace(0, len(of_group) - 1, num).round().astype(int).tolist()]
+    return sorted(chosen)
 
 
 def exchanges(source: Source, keep_reasoning: bool = True) -> Iterator[tuple[str, str]]:

@@ -37,6 +37,7 @@ def write_page(
         facts=facts,
         columns=table.columns(comparison),
         rows=table.rows(comparison),
+        sections=table.sections(comparison),
         share_chart=_shares(comparison),
         loss_chart=charts.loss_chart(loss_curves(metrics)) if metrics else "",
         document_chart=_documents(comparison),

@@ -18,6 +18,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "document_perplexity": ("perplexity of documents", "{:.2f}"),
     "document_kl": ("KL to the base on documents", "{:.3f}"),
 }
+_OF_SETS = ("exact_match", "stop_rate", "loss")
 _NAMES = {"base": "base", "few_shot": "base, {shots}-shot", "tuned": "tuned"}
 
 
@@ -37,6 +38,24 @@ def rows(comparison: Comparison) -> list[tuple[str, list[str]]]:
     return lines
 
 
+def sections(comparison: Comparison) -> list[tuple[str, list[tuple[str, list[str]]]]]:
+    """Metrics of each set of held-out data: a heading, and rows as :func:`rows` returns them; one section a metric."""
+    of_sets = {column: comparison.summary[column].get("sets", {}) for column in columns(comparison)}
+    names = dict.fromkeys(name for sets in of_sets.values() for name in sets)
+    found = []
+    for key in _OF_SETS:
+        label, form = METRICS[key]
+        lines = []
+        for name in names:
+            values = [sets.get(name, {}).get(key) for sets in of_sets.values()]
+            num = of_sets["tuned"][name].get("num_targets" if key == "loss" else "num_questions", 0)
+            counted = f"{name} ({num:,} {'tokens' if key == 'loss' else 'questions'})"
+            lines.append((counted, ["–" if value is None else form.format(value) for value in values]))
+        if any(value != "–" for _, values in lines for value in values):
+            found.append((f"{label}, by set", lines))
+    return found
+
+
 def as_text(comparison: Comparison, num_samples: int = 4) -> str:
     """Formats sample answers of all models, then the table."""
     lines = []
@@ -53,8 +72,15 @@ def as_text(comparison: Comparison, num_samples: int = 4) -> str:
     width = max(15, *map(len, headings)) + 2
     asked = f"{len(comparison.asked)} held-out questions" if comparison.asked else "held-out text"
     lines += ["", f"  {asked:<28}" + "".join(f"{name:>{width}}" for name in headings)]
-    lines += [f"  {label:<28}" + "".join(f"{value:>{width}}" for value in values) for label, values in rows(comparison)]
+    lines += [_row(label, values, width) for label, values in rows(comparison)]
+    for title, of_sets in sections(comparison):
+        lines += ["", f"  {title}", *(_row(label, values, width) for label, values in of_sets)]
     return "\n".join(lines)
+
+
+def _row(label: str, values: Sequence[str], width: int) -> str:
+    long = f"  {label}\n" if len(label) > 27 else ""
+    return long + f"  {'' if long else label:<28}" + "".join(f"{value:>{width}}" for value in values)
 
 
 def _spread(total: int, num: int) -> Sequence[int]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_jax.adapters.attach import described
-from sft_jax.config import Config
+from sft_jax.config import Config, SourceConfig
 from sft_jax.data.chat.pieces import pieces
 from sft_jax.data.read.rows import RowError
 from sft_jax.data.read.sources import open_sources
@@ -39,6 +39,8 @@ def write_report(
     lines = []
     for i, question in enumerate(comparison.asked):
         row: dict[str, Any] = {"question": question.question, "answer": question.answer}
+        if "sets" in comparison.summary["tuned"]:
+            row["set"] = question.group
         row |= {name: dataclasses.asdict(answers[i]) for name, answers in comparison.answers.items()}
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     _write(folder / "answers.jsonl", "".join(lines))
@@ -61,13 +63,17 @@ def _facts(config: Config, step: int) -> dict[str, str]:
     return {
         "base model": config.model.path,
         "tuned": f"{method}; loss on {config.data.train_on} tokens",
-        "training data": ", ".join(source.path for source in config.data.train),
-        "held out": ", ".join(source.path for source in config.data.eval),
-        "documents": ", ".join(source.path for source in config.evaluation.documents) or "none",
+        "training data": _names(config.data.train),
+        "held out": _names(config.data.eval),
+        "documents": _names(config.evaluation.documents) or "none",
         "training": f"{step} steps of {config.training.batch_size} × {config.data.max_length} tokens, "
         f"learning rate {optimizer.learning_rate:g} {optimizer.schedule}, seed {config.training.seed}",
         "answers": f"greedy, at most {config.evaluation.max_new_tokens} tokens, compared as {config.evaluation.answer}",
     }
+
+
+def _names(sources: Sequence[SourceConfig]) -> str:
+    return ", ".join(f"{one.label}: {one.path}" if one.label else one.path for one in sources)
 
 
 def _masked_examples(config: Config, tokenizer: Any) -> list[list[tuple[str, bool]]]:

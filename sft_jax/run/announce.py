@@ -49,9 +49,10 @@ class Announcer:
         self(name, f"{kept:,} of {of}, {tokens:,} tokens, {targets / tokens:.0%} of them supervised")
         if len(report.sources) > 1:
             for source in report.sources:
-                self("", f"{source.name}: {source.format}, {source.kept:,} kept, {source.tokens:,} tokens")
+                self("", f"{source.shown}: {source.format}, {source.kept:,} kept, {source.tokens:,} tokens")
         else:
-            self("", f"format {report.sources[0].format}, {_origin(report)}")
+            label = f"{report.sources[0].label}: " if report.sources[0].label else ""
+            self("", f"{label}format {report.sources[0].format}, {_origin(report)}")
         if report.total("refused"):
             first = next(source for source in report.sources if source.reasons)
             self("", f"{report.total('refused'):,} rows skipped; the first: {first.reasons[0].at(first.name)}")

@@ -19,7 +19,7 @@ from sft_jax.assembly import open_model
 from sft_jax.cli import main
 from sft_jax.config import EvaluationConfig, SourceConfig
 from sft_jax.errors import UserError
-from sft_jax.evaluation.compare import answer_metrics
+from sft_jax.evaluation.metrics import answer_metrics
 from sft_jax.evaluation.score import score
 from sft_jax.run.evaluate import evaluate
 from sft_jax.run.train import train
@@ -231,7 +231,7 @@ def test_bad_input(tiny, chats, evaluated, tmp_path, capsys):
 
 
 def test_answer_metrics():
-    from sft_jax.evaluation.compare import Answered
+    from sft_jax.evaluation.metrics import Answered
 
     answers = [Answered("a", True, True, 4), Answered("b", False, True, 2)]
     assert answer_metrics(answers) == {"exact_match": 0.5, "stop_rate": 1.0, "mean_length": 3.0, "num_questions": 2}

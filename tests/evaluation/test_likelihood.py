@@ -27,8 +27,8 @@ from sft_jax.data.read.sources import open_sources
 from sft_jax.data.tokens.examples import encode_sources
 from sft_jax.errors import UserError
 from sft_jax.evaluation.answers import NORMALIZERS, same_answer
-from sft_jax.evaluation.compare import held_out_metrics
 from sft_jax.evaluation.likelihood import Scorer
+from sft_jax.evaluation.metrics import held_out_metrics
 from sft_jax.evaluation.questions import Question, cut_at_blank_line, few_shot_prompts, last_run, questions
 from sft_jax.hf.reader import TensorReader
 from sft_jax.hf.tokenizer import load_tokenizer

@@ -54,6 +54,12 @@ class Source:
     ignore_columns: tuple[str, ...] = ()
     passed_over: tuple[str, ...] = ()  # skipped files of other splits in the same folder
     given: str = ""  # the path in the config, which may match several files
+    label: str | None = None  # the label in the config
+
+    @property
+    def group(self) -> str:
+        """Its name in metrics and reports; sources of the same group are one set."""
+        return self.label or self.given or self.name
 
     def __len__(self) -> int:
         return len(self.table) if self.max_rows is None else min(self.max_rows, len(self.table))
@@ -97,7 +103,7 @@ def open_sources(sources: Sequence[SourceConfig]) -> list[Source]:
             opened.append(
                 Source(
                     name, table, _format(name, table, source), source.weight, source.max_rows, dict(source.columns),
-                    tuple(source.ignore_columns), passed_over or (), source.path,
+                    tuple(source.ignore_columns), passed_over or (), source.path, source.label,
                 )
             )  # fmt: skip
             passed_over = None
