@@ -249,7 +249,7 @@ class EvaluationConfig:
 
     at_end: bool = False  # evaluate when training ends
     documents: list[SourceConfig] = field(default_factory=list)  # plain text to measure forgetting on
-    answer: str = "text"  # how answers are compared: exact | text | number | gsm8k | choice
+    answer: str = "text"  # how answers are compared: exact | text | number | gsm8k | choice | json
     max_new_tokens: int = 256  # maximum length of an answer
     num_questions: int | None = 200  # held-out conversations to answer, as many of each set; null: all
     batch_size: int = 32  # prompts generated at a time
@@ -258,7 +258,7 @@ class EvaluationConfig:
     samples_every: int = 100  # steps between samples
 
     def __post_init__(self) -> None:
-        _one_of(self.answer, "evaluation.answer", ("exact", "text", "number", "gsm8k", "choice"))
+        _one_of(self.answer, "evaluation.answer", ("exact", "text", "number", "gsm8k", "choice", "json"))
         for name in ("max_new_tokens", "batch_size", "samples_every"):
             _require(getattr(self, name) >= 1, f"evaluation.{name}", f"{getattr(self, name)} is not at least 1")
         _require(

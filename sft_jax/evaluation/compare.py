@@ -13,17 +13,19 @@ from tqdm import tqdm
 
 from sft_jax.assembly import Model
 from sft_jax.config import Config
+from sft_jax.data.read.rows import shown
 from sft_jax.data.read.sources import open_sources
 from sft_jax.data.tokens.examples import Examples
 from sft_jax.data.tokens.prepare import Prepared, prepare_data
 from sft_jax.errors import UserError
-from sft_jax.evaluation.answers import same_answer
+from sft_jax.evaluation.answers import normalized
 from sft_jax.evaluation.likelihood import Scorer, TokenScores
 from sft_jax.evaluation.metrics import (
     Answered,
     Metrics,
     answer_metrics,
     answer_sets,
+    answered,
     held_out_metrics,
     held_out_sets,
     with_sets,
@@ -69,12 +71,19 @@ def prepare(config: Config, arch: Architecture, tokenizer: Any, stop_ids: Sequen
     if not config.data.eval:
         raise UserError("data.eval: names no source; an evaluation needs held-out conversations")
     train_on = "last_assistant" if config.data.train_on == "last_assistant" else "assistant"
-    held_out = prepare_data(config.data, config.data.eval, tokenizer, stop_ids, arch.max_positions, train_on)
+    held_out = prepare_data(
+        config.data, config.data.eval, tokenizer, stop_ids, arch.max_positions, train_on, is_held_out=True
+    )
     data = [("held out", held_out)]
     options = config.evaluation
     keeps = held_out.encoder.keep_reasoning
     asked = questions(held_out.examples, held_out.sources, tokenizer, options.num_questions, keeps)
     for question in asked:
+        if options.answer == "json" and any(normalized(one, "json") is None for one in question.accepted):
+            raise UserError(
+                f"evaluation.answer: json, but the expected answer of {question.where} is not JSON: "
+                f"{shown(question.answer)}"
+            )
         if len(question.prompt_ids) >= arch.max_positions:
             raise UserError(
                 f"data.eval: a prompt of {len(question.prompt_ids)} tokens leaves no room for an answer in the "
@@ -135,7 +144,7 @@ def compare(config: Config, task: Task, model: Model, before: Params) -> Compari
             written = write(name, params, [question.prompt_ids for question in task.asked])
             texts = [n.tokenizer.decode(one.ids, skip_special_tokens=True) for one in written]
             answers[name] = [
-                Answered(text.strip(), same_answer(text, question.answer, options.answer), one.stopped, len(one.ids))
+                answered(text, question, options.answer, one.stopped, len(one.ids))
                 for text, one, question in zip(texts, written, task.asked, strict=True)
             ]
             metrics |= answer_metrics(answers[name])
@@ -150,8 +159,8 @@ def compare(config: Config, task: Task, model: Model, before: Params) -> Compari
         answers["few_shot"] = []
         for question, one in zip(task.asked, write("few-shot", before, task.few_shot), strict=True):
             text, ended = cut_at_blank_line(n.tokenizer.decode(one.ids, skip_special_tokens=True))
-            right = same_answer(text, question.answer, options.answer)
-            answers["few_shot"].append(Answered(text.strip(), right, ended or one.stopped, len(one.ids)))
+            stopped = ended or one.stopped
+            answers["few_shot"].append(answered(text, question, options.answer, stopped, len(one.ids)))
         metrics = {"shots": options.shots} | answer_metrics(answers["few_shot"])
         summary["few_shot"] = with_sets(metrics, answer_sets(task.asked, answers["few_shot"], groups))
     return Comparison(summary, task.asked, answers)

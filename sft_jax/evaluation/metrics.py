@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 
 from sft_jax.data.tokens.examples import Examples
+from sft_jax.evaluation.answers import grade
+from sft_jax.evaluation.json_answers import Fields
 from sft_jax.evaluation.likelihood import TokenScores
 from sft_jax.evaluation.questions import Question
 
@@ -24,6 +26,13 @@ class Answered:
     right: bool
     stopped: bool
     num_tokens: int
+    fields: Fields | None = None  # of a JSON answer
+
+
+def answered(text: str, question: Question, kind: str, stopped: bool, num_tokens: int) -> Answered:
+    """Compares an answer with all accepted ones; ``kind`` is ``evaluation.answer``."""
+    graded = grade(text, question.accepted, kind)
+    return Answered(text.strip(), graded.right, stopped, num_tokens, graded.fields)
 
 
 def held_out_metrics(
@@ -56,13 +65,25 @@ def held_out_metrics(
 
 
 def answer_metrics(answers: Sequence[Answered]) -> Metrics:
-    """Rates over all answers, and their mean length in tokens."""
-    return {
+    """Rates over all answers, and their mean length in tokens.
+
+    JSON answers have in ``fields`` the rate of each field, over the questions whose expected answer has it.
+    """
+    metrics: Metrics = {
         "exact_match": float(np.mean([one.right for one in answers])),
         "stop_rate": float(np.mean([one.stopped for one in answers])),
         "mean_length": float(np.mean([one.num_tokens for one in answers])),
         "num_questions": len(answers),
     }
+    compared = [one.fields for one in answers if one.fields is not None]
+    if compared:
+        metrics["json_rate"] = float(np.mean([one.is_json for one in compared]))
+        metrics["extra_field_rate"] = float(np.mean([bool(one.extra) for one in compared]))
+        names = dict.fromkeys(name for one in compared for name in one.right)
+        metrics["fields"] = {
+            name: float(np.mean([one.right[name] for one in compared if name in one.right])) for name in names
+        }
+    return metrics
 
 
 def held_out_sets(examples: Examples, scores: TokenScores, stop_ids: Sequence[int]) -> dict[str, Metrics]:

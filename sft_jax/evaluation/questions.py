@@ -23,6 +23,13 @@ class Question:
     question: str  # the user message before the answer, or the plain prompt
     answer: str  # text of the supervised tokens after the prompt
     group: str = ""  # the set it belongs to: the label or the path of its source
+    others: tuple[str, ...] = ()  # other accepted answers
+    where: str = ""  # file and row
+
+    @property
+    def accepted(self) -> tuple[str, ...]:
+        """All answers that count as right."""
+        return (self.answer, *self.others)
 
 
 def questions(
@@ -61,8 +68,9 @@ def questions(
         answer = tokenizer.decode(ids[start:end], skip_special_tokens=True).strip()
         if (question := row.question_before(answer)) is not None:
             prompt_ids = ids[:start].tolist()
-            group = examples.groups[examples.group(i)]
-            result.append(Question(prompt_ids, tokenizer.decode(prompt_ids), question, answer, group))
+            group, where = examples.groups[examples.group(i)], examples.describe(i)
+            prompt = tokenizer.decode(prompt_ids)
+            result.append(Question(prompt_ids, prompt, question, answer, group, row.accepted, where))
     return result
 
 

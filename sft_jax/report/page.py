@@ -92,7 +92,7 @@ def _samples(comparison: Comparison) -> list[dict[str, Any]]:
     return [
         {
             "question": comparison.asked[i].question,
-            "gold": comparison.asked[i].answer,
+            "gold": " or ".join(comparison.asked[i].accepted),
             "answers": {column: comparison.answers[column][i] for column in table.columns(comparison)},
         }
         for i in chosen

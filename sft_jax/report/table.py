@@ -10,6 +10,8 @@ from sft_jax.evaluation.compare import Comparison
 METRICS: dict[str, tuple[str, str]] = {
     "exact_match": ("exact match", "{:.1%}"),
     "stop_rate": ("stops by itself", "{:.1%}"),
+    "json_rate": ("is JSON", "{:.1%}"),
+    "extra_field_rate": ("has extra fields", "{:.1%}"),
     "mean_length": ("mean length (tokens)", "{:.1f}"),
     "loss": ("loss per target token", "{:.3f}"),
     "perplexity": ("perplexity of the answers", "{:.2f}"),
@@ -34,15 +36,26 @@ def rows(comparison: Comparison) -> list[tuple[str, list[str]]]:
     for key, (label, form) in METRICS.items():
         values = [comparison.summary[column].get(key) for column in columns(comparison)]
         if any(value is not None for value in values):
-            lines.append((label, ["–" if value is None else form.format(value) for value in values]))
+            lines.append((label, _shown(values, form)))
     return lines
 
 
+def _shown(values: Sequence[float | None], form: str) -> list[str]:
+    return ["–" if value is None else form.format(value) for value in values]
+
+
 def sections(comparison: Comparison) -> list[tuple[str, list[tuple[str, list[str]]]]]:
-    """Metrics of each set of held-out data: a heading, and rows as :func:`rows` returns them; one section a metric."""
+    """Fields of JSON answers, and metrics of each set of held-out data.
+
+    Each section has a heading, and rows as :func:`rows` returns them.
+    """
+    found = []
+    of_fields = {column: comparison.summary[column].get("fields", {}) for column in columns(comparison)}
+    if names := dict.fromkeys(name for fields in of_fields.values() for name in fields):
+        values = {name: [fields.get(name) for fields in of_fields.values()] for name in names}
+        found.append(("right, by field", [(name, _shown(of_name, "{:.1%}")) for name, of_name in values.items()]))
     of_sets = {column: comparison.summary[column].get("sets", {}) for column in columns(comparison)}
     names = dict.fromkeys(name for sets in of_sets.values() for name in sets)
-    found = []
     for key in _OF_SETS:
         label, form = METRICS[key]
         lines = []
@@ -50,7 +63,7 @@ def sections(comparison: Comparison) -> list[tuple[str, list[tuple[str, list[str
             values = [sets.get(name, {}).get(key) for sets in of_sets.values()]
             num = of_sets["tuned"][name].get("num_targets" if key == "loss" else "num_questions", 0)
             counted = f"{name} ({num:,} {'tokens' if key == 'loss' else 'questions'})"
-            lines.append((counted, ["–" if value is None else form.format(value) for value in values]))
+            lines.append((counted, _shown(values, form)))
         if any(value != "–" for _, values in lines for value in values):
             found.append((f"{label}, by set", lines))
     return found
@@ -62,7 +75,7 @@ def as_text(comparison: Comparison, num_samples: int = 4) -> str:
     chosen = _spread(len(comparison.asked), num_samples) if comparison.answers else []
     for i in chosen:
         question = comparison.asked[i]
-        lines += ["", f"  {question.question}   (held out; right: {question.answer})"]
+        lines += ["", f"  {question.question}   (held out; right: {' or '.join(question.accepted)})"]
         for column, name in columns(comparison).items():
             answer = comparison.answers[column][i]
             text = answer.text if len(answer.text) <= 90 else f"{answer.text[:90]} …"

@@ -15,6 +15,7 @@ from sft_jax.data.read.rows import RowError
 from sft_jax.data.read.sources import open_sources
 from sft_jax.data.tokens.prepare import encoder_of
 from sft_jax.evaluation.compare import Comparison
+from sft_jax.evaluation.metrics import Answered
 from sft_jax.report.page import write_page
 
 _SHOWN_ROWS = 4
@@ -41,13 +42,19 @@ def write_report(
         row: dict[str, Any] = {"question": question.question, "answer": question.answer}
         if "sets" in comparison.summary["tuned"]:
             row["set"] = question.group
-        row |= {name: dataclasses.asdict(answers[i]) for name, answers in comparison.answers.items()}
+        if question.others:
+            row["accepted"] = question.accepted
+        row |= {name: _as_dict(answers[i]) for name, answers in comparison.answers.items()}
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     _write(folder / "answers.jsonl", "".join(lines))
     title = f"{run.name}: step {step}"
     return write_page(
         folder / "report.html", title, _facts(config, step), comparison, metrics, _masked_examples(config, tokenizer)
     )
+
+
+def _as_dict(answer: Answered) -> dict[str, Any]:
+    return {key: value for key, value in dataclasses.asdict(answer).items() if value is not None}
 
 
 def _write(path: Path, text: str) -> None:

@@ -67,7 +67,7 @@ def inspect(
             print(json.dumps(_as_dict(data, i)))
     say = Announcer(enabled=not as_json)
     if config.data.eval:
-        held_out = read_data(config.data, config.data.eval, tokenizer, stops, refuse=True)
+        held_out = read_data(config.data, config.data.eval, tokenizer, stops, refuse=True, is_held_out=True)
         check_data(config.data, held_out, arch.max_positions)
         say.data("held out", held_out)
     if config.evaluation.at_end:

@@ -131,7 +131,7 @@ def prepare(config: Config, devices: Sequence[Any] | None, say: Announcer) -> In
     say.data("stream" if is_stream else "data", data)
     held_out = None
     if settings.eval:
-        held_out = prepare_data(settings, settings.eval, tokenizer, base.stop_ids, positions)
+        held_out = prepare_data(settings, settings.eval, tokenizer, base.stop_ids, positions, is_held_out=True)
         say.data("held out", held_out)
     task = None
     if config.evaluation.at_end:

@@ -36,6 +36,7 @@ class Conversation:
         tools: tool schemas, or None.
         template_kwargs: chat template arguments of this row.
         unread: unused columns, and unused keys of messages as ``messages[].key``.
+        accepted: other texts that an evaluation accepts for the last answer.
     """
 
     messages: list[Message]
@@ -43,6 +44,7 @@ class Conversation:
     tools: list[dict[str, Any]] | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     unread: frozenset[str] = frozenset()
+    accepted: tuple[str, ...] = ()
 
     @property
     def num_bytes(self) -> int:
@@ -73,11 +75,15 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Document:
-    """Plain text. The ``completion`` and the stop token are supervised; with an empty prompt, all tokens are."""
+    """Plain text. The ``completion`` and the stop token are supervised; with an empty prompt, all tokens are.
+
+    An evaluation accepts the texts in ``accepted`` as well as the completion.
+    """
 
     prompt: str
     completion: str
     unread: frozenset[str] = frozenset()
+    accepted: tuple[str, ...] = ()
 
     @property
     def num_bytes(self) -> int:
@@ -101,6 +107,7 @@ class Tokens:
     ids: list[int]
     weights: list[float] = field(default_factory=list)
     unread: frozenset[str] = frozenset()
+    accepted: tuple[str, ...] = ()  # none
 
     @property
     def num_bytes(self) -> int:

@@ -46,6 +46,7 @@ def prepare_data(
     stop_ids: Sequence[int],
     max_positions: int,
     train_on: str | None = None,
+    is_held_out: bool = False,
 ) -> Prepared:
     """Read, encode and check sources, with a progress bar on a terminal.
 
@@ -53,11 +54,12 @@ def prepare_data(
         stop_ids: stop token ids of the model's generation config.
         max_positions: maximum number of positions of the model.
         train_on: overrides that of the config.
+        is_held_out: whether rows may have several accepted answers.
 
     Raises:
         UserError: the data cannot be used.
     """
-    prepared = read_data(config, source_configs, tokenizer, stop_ids, train_on, refuse=True)
+    prepared = read_data(config, source_configs, tokenizer, stop_ids, train_on, refuse=True, is_held_out=is_held_out)
     check_data(config, prepared, max_positions)
     return prepared
 
@@ -69,13 +71,14 @@ def read_data(
     stop_ids: Sequence[int],
     train_on: str | None = None,
     refuse: bool = False,
+    is_held_out: bool = False,
 ) -> Prepared:
     """Read and encode sources; without ``refuse``, bad rows are only reported, and :func:`check_data` refuses them.
 
     Raises:
         UserError: a source cannot be read.
     """
-    sources = open_sources(source_configs)
+    sources = open_sources(source_configs, is_held_out)
     encoder = encoder_of(config, tokenizer, stop_ids, train_on)
     num_rows = sum(map(len, sources))
     with tqdm(total=num_rows, unit="row", desc="tokenizing", leave=False, disable=None) as bar:
