@@ -254,6 +254,7 @@ class EvaluationConfig:
     num_questions: int | None = 200  # held-out conversations to answer, as many of each set; null: all
     batch_size: int = 32  # prompts generated at a time
     shots: int = 0  # examples in the prompt when the base model is measured with few-shot prompting; 0: not measured
+    hardest: int = 0  # training examples with the highest loss to list, where wrong labels hide; 0: not measured
     samples: list[str] = field(default_factory=list)  # prompts to answer during training
     samples_every: int = 100  # steps between samples
 
@@ -267,6 +268,7 @@ class EvaluationConfig:
             f"{self.num_questions} is not at least 1 (null: all)",
         )
         _require(self.shots >= 0, "evaluation.shots", f"{self.shots} is negative")
+        _require(0 <= self.hardest <= 1000, "evaluation.hardest", f"{self.hardest} is not between 0 and 1000")
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 from jax.sharding import Mesh
@@ -13,12 +12,8 @@ from tqdm import tqdm
 
 from sft_jax.assembly import Model
 from sft_jax.config import Config
-from sft_jax.data.read.rows import shown
-from sft_jax.data.read.sources import open_sources
 from sft_jax.data.tokens.examples import Examples
-from sft_jax.data.tokens.prepare import Prepared, prepare_data
-from sft_jax.errors import UserError
-from sft_jax.evaluation.answers import normalized
+from sft_jax.evaluation.hardest import HardExample, hardest
 from sft_jax.evaluation.likelihood import Scorer, TokenScores
 from sft_jax.evaluation.metrics import (
     Answered,
@@ -30,21 +25,10 @@ from sft_jax.evaluation.metrics import (
     held_out_sets,
     with_sets,
 )
-from sft_jax.evaluation.questions import Question, cut_at_blank_line, exchanges, few_shot_prompts, questions
+from sft_jax.evaluation.questions import Question
+from sft_jax.evaluation.task import Task
 from sft_jax.inference.generator import Generated
-from sft_jax.models.architecture import Architecture
 from sft_jax.tree import Params
-
-
-@dataclass(frozen=True)
-class Task:
-    """The encoded evaluation data."""
-
-    held_out: Examples  # loss on assistant tokens, independent of data.train_on, so that runs are comparable
-    asked: list[Question]
-    few_shot: list[list[int]]  # prompt ids with answered questions before each of `asked`; empty without few-shot
-    documents: Examples | None
-    data: list[tuple[str, Prepared]]  # name and prepared data, for the summary
 
 
 @dataclass(frozen=True)
@@ -57,55 +41,7 @@ class Comparison:
     summary: dict[str, Metrics]
     asked: list[Question]
     answers: dict[str, list[Answered]]
-
-
-def prepare(config: Config, arch: Architecture, tokenizer: Any, stop_ids: Sequence[int]) -> Task:
-    """Reads and encodes the evaluation data of a config.
-
-    Args:
-        stop_ids: stop token ids of the base model's generation config.
-
-    Raises:
-        UserError: no evaluation data, invalid rows, or a few-shot prompt that exceeds the context.
-    """
-    if not config.data.eval:
-        raise UserError("data.eval: names no source; an evaluation needs held-out conversations")
-    train_on = "last_assistant" if config.data.train_on == "last_assistant" else "assistant"
-    held_out = prepare_data(
-        config.data, config.data.eval, tokenizer, stop_ids, arch.max_positions, train_on, is_held_out=True
-    )
-    data = [("held out", held_out)]
-    options = config.evaluation
-    keeps = held_out.encoder.keep_reasoning
-    asked = questions(held_out.examples, held_out.sources, tokenizer, options.num_questions, keeps)
-    for question in asked:
-        if options.answer == "json" and any(normalized(one, "json") is None for one in question.accepted):
-            raise UserError(
-                f"evaluation.answer: json, but the expected answer of {question.where} is not JSON: "
-                f"{shown(question.answer)}"
-            )
-        if len(question.prompt_ids) >= arch.max_positions:
-            raise UserError(
-                f"data.eval: a prompt of {len(question.prompt_ids)} tokens leaves no room for an answer in the "
-                f"{arch.max_positions} positions of the model; lower data.max_length"
-            )
-    few_shot = []
-    if options.shots and asked:
-        shots = [pair for source in open_sources(config.data.train) for pair in exchanges(source, keeps)]
-        prompts = few_shot_prompts(asked, shots, options.shots, config.training.seed)
-        few_shot = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-        longest = max(map(len, few_shot))
-        if longest >= arch.max_positions:
-            raise UserError(
-                f"evaluation.shots: {options.shots} answered questions make a prompt of {longest} tokens, the model "
-                f"has {arch.max_positions} positions; use fewer"
-            )
-    documents = None
-    if options.documents:
-        read = prepare_data(config.data, options.documents, tokenizer, stop_ids, arch.max_positions, train_on)
-        documents = read.examples
-        data.append(("documents", read))
-    return Task(held_out.examples, asked, few_shot, documents, data)
+    hardest: list[HardExample] = field(default_factory=list)
 
 
 def eval_batch_size(config: Config, mesh: Mesh) -> int:
@@ -155,15 +91,17 @@ def compare(config: Config, task: Task, model: Model, before: Params) -> Compari
         summary[name] = with_sets(metrics, *sets)
     if task.documents is not None:
         summary["tuned"]["document_kl"] = scorer.divergence(before, n.params, n.frozen, task.documents)
-    if task.few_shot:
+    if task.few_shot is not None:
         answers["few_shot"] = []
-        for question, one in zip(task.asked, write("few-shot", before, task.few_shot), strict=True):
-            text, ended = cut_at_blank_line(n.tokenizer.decode(one.ids, skip_special_tokens=True))
-            stopped = ended or one.stopped
+        for question, one in zip(task.asked, write("few-shot", before, task.few_shot.prompts), strict=True):
+            text, stopped = task.few_shot.ends(n.tokenizer.decode(one.ids, skip_special_tokens=True), one.stopped)
             answers["few_shot"].append(answered(text, question, options.answer, stopped, len(one.ids)))
-        metrics = {"shots": options.shots} | answer_metrics(answers["few_shot"])
+        metrics = {"shots": options.shots, "form": task.few_shot.form} | answer_metrics(answers["few_shot"])
         summary["few_shot"] = with_sets(metrics, answer_sets(task.asked, answers["few_shot"], groups))
-    return Comparison(summary, task.asked, answers)
+    hard = []
+    if task.hardest is not None:
+        hard = hardest(task.hardest, read("training data,", n.params, task.hardest), n.tokenizer, options.hardest)
+    return Comparison(summary, task.asked, answers, hard)
 
 
 def _bar(description: str, total: int) -> tqdm:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from sft_jax.report.loss import loss_curves
 _SHARES = ("exact_match", "stop_rate", "token_accuracy")
 _COLORS = {"base": charts.BASE, "few_shot": charts.FEW_SHOT, "tuned": charts.TUNED}
 _MAX_SAMPLES = 24
+_MAX_HARDEST = 24
 
 
 def write_page(
@@ -45,6 +47,9 @@ def write_page(
         num_asked=len(comparison.asked),
         samples=_samples(comparison),
         examples=examples,
+        hardest=comparison.hardest[:_MAX_HARDEST],
+        share=_share,
+        few_shot_form=comparison.summary.get("few_shot", {}).get("form"),
     )
 
 
@@ -60,6 +65,11 @@ def render(path: Path, template: str, **values: Any) -> Path:
     partial.write_text(page, encoding="utf-8")
     partial.replace(path)
     return path
+
+
+def _share(loss: float) -> int:
+    """Strength of a token's color in percent: up to 70, so that the text stays readable; 1 - its probability."""
+    return round(70 * (1 - math.exp(-max(0.0, loss))))
 
 
 def _shares(comparison: Comparison) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from sft_jax.evaluation.compare import Comparison
 
 # key -> (label, format)
 METRICS: dict[str, tuple[str, str]] = {
+    "form": ("form of the few-shot prompt", "{}"),
     "exact_match": ("exact match", "{:.1%}"),
     "stop_rate": ("stops by itself", "{:.1%}"),
     "json_rate": ("is JSON", "{:.1%}"),
@@ -21,6 +23,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "document_kl": ("KL to the base on documents", "{:.3f}"),
 }
 _OF_SETS = ("exact_match", "stop_rate", "loss")
+_SHOWN_HARDEST = 3
 _NAMES = {"base": "base", "few_shot": "base, {shots}-shot", "tuned": "tuned"}
 
 
@@ -40,7 +43,7 @@ def rows(comparison: Comparison) -> list[tuple[str, list[str]]]:
     return lines
 
 
-def _shown(values: Sequence[float | None], form: str) -> list[str]:
+def _shown(values: Sequence[Any], form: str) -> list[str]:
     return ["–" if value is None else form.format(value) for value in values]
 
 
@@ -88,7 +91,17 @@ def as_text(comparison: Comparison, num_samples: int = 4) -> str:
     lines += [_row(label, values, width) for label, values in rows(comparison)]
     for title, of_sets in sections(comparison):
         lines += ["", f"  {title}", *(_row(label, values, width) for label, values in of_sets)]
+    if comparison.hardest:
+        lines += ["", f"  {'training examples with the highest loss':<{28 + width}}{'loss':>8}"]
+    for one in comparison.hardest[:_SHOWN_HARDEST]:
+        lines.append(
+            f"  {_end(f'{one.source} row {one.row}', 26 + width):<{28 + width}}{one.loss:>8.3f}  {one.answer!r:.60}"
+        )
     return "\n".join(lines)
+
+
+def _end(text: str, width: int) -> str:
+    return text if len(text) <= width else f"…{text[1 - width :]}"
 
 
 def _row(label: str, values: Sequence[str], width: int) -> str:

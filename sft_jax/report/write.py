@@ -29,7 +29,9 @@ def write_report(
     metrics: Sequence[dict[str, Any]],
     tokenizer: Any,
 ) -> Path:
-    """Writes ``summary.json``, ``answers.jsonl`` and ``report.html`` to ``run/report``; returns the page's path.
+    """Writes the files of ``run/report``; returns the page's path.
+
+    They are ``summary.json``, ``answers.jsonl``, ``report.html``, and with ``evaluation.hardest`` ``hardest.jsonl``.
 
     Args:
         metrics: the rows of ``metrics.jsonl``.
@@ -47,6 +49,10 @@ def write_report(
         row |= {name: _as_dict(answers[i]) for name, answers in comparison.answers.items()}
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     _write(folder / "answers.jsonl", "".join(lines))
+    if comparison.hardest:
+        hard = [{"step": step, **dataclasses.asdict(one)} for one in comparison.hardest]
+        kept = [{key: value for key, value in one.items() if key != "shown"} for one in hard]
+        _write(folder / "hardest.jsonl", "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in kept))
     title = f"{run.name}: step {step}"
     return write_page(
         folder / "report.html", title, _facts(config, step), comparison, metrics, _masked_examples(config, tokenizer)

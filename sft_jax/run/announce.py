@@ -16,7 +16,7 @@ from sft_jax.config import Config, OptimizerConfig
 from sft_jax.data.batches.packing import Plan
 from sft_jax.data.tokens.examples import Examples, Report
 from sft_jax.data.tokens.prepare import Prepared
-from sft_jax.evaluation.compare import Task
+from sft_jax.evaluation.task import Task
 from sft_jax.models.architecture import Architecture
 from sft_jax.models.moe.describe import describe_experts
 from sft_jax.models.split import Split
@@ -76,6 +76,8 @@ class Announcer:
         for name, data in task.data:
             if name in names:
                 self.data(name, data)
+        for name, text in task.notes:
+            self(name, text)
 
     def plan(self, config: Config, examples: Examples, plan: Plan | None) -> None:
         """Steps, epochs, sequences, and the share of padding."""

@@ -16,7 +16,7 @@ from sft_jax.data.chat.pieces import pieces
 from sft_jax.data.read.sources import prepare_to_open
 from sft_jax.data.tokens.prepare import Prepared, check_data, read_data
 from sft_jax.errors import UserError
-from sft_jax.evaluation.compare import prepare
+from sft_jax.evaluation.task import prepare
 from sft_jax.hf.config import read_architecture, stop_ids
 from sft_jax.hf.hub import find_model
 from sft_jax.hf.tokenizer import load_tokenizer
@@ -71,7 +71,7 @@ def inspect(
         check_data(config.data, held_out, arch.max_positions)
         say.data("held out", held_out)
     if config.evaluation.at_end:
-        say.task(prepare(config, arch, tokenizer, stops), names=("documents",))
+        say.task(prepare(config, arch, tokenizer, stops, data), names=("documents",))
     if html is not None:
         say("page", str(html))
     return summary

@@ -18,8 +18,8 @@ from sft_jax.data.batches.streaming import first_rows
 from sft_jax.data.read.sources import prepare_to_open
 from sft_jax.data.tokens.prepare import Prepared, prepare_data
 from sft_jax.errors import UserError
-from sft_jax.evaluation.compare import Task
-from sft_jax.evaluation.compare import prepare as prepare_task
+from sft_jax.evaluation.task import Task
+from sft_jax.evaluation.task import prepare as prepare_task
 from sft_jax.hf.config import media_tokens, read_config
 from sft_jax.hf.hub import absolute
 from sft_jax.hf.tokenizer import load_tokenizer
@@ -135,7 +135,7 @@ def prepare(config: Config, devices: Sequence[Any] | None, say: Announcer) -> In
         say.data("held out", held_out)
     task = None
     if config.evaluation.at_end:
-        task = prepare_task(config, base.arch, tokenizer, base.stop_ids)
+        task = prepare_task(config, base.arch, tokenizer, base.stop_ids, data)
         say.task(task, names=("documents",))
 
     # -- plan ---------------------------------------------------------------------------------------------------------

@@ -97,6 +97,7 @@ def test_report_at_the_end_of_training(evaluated):
     assert "@import" not in text
     assert "url(http" not in text
     assert page.tags.count("svg") == 3
+    assert not (report / "hardest.jsonl").exists()
     assert "script" not in page.tags
     assert rows[0]["question"] in "".join(page.text)
 
@@ -125,6 +126,7 @@ def test_evaluate_command_gives_the_same_results(evaluated, tmp_path):
     done = sft_jax("evaluate", folder / "config.yaml", "--json")
     assert done.returncode == 0, done.stderr
     again = json.loads(done.stdout)
+    assert again["few_shot"].pop("form") == "chat"
     for name, metrics in again.items():
         for key, value in metrics.items():
             np.testing.assert_allclose(value, before[name][key], rtol=1e-4, atol=1e-7, err_msg=f"{name} {key}")

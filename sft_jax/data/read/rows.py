@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sft_jax.errors import one_line
@@ -61,6 +61,14 @@ class Conversation:
         exchanges = self._exchanges()
         matching = [pair for pair in exchanges if pair[1] and answer.endswith(pair[1])]
         return next((question for question, _ in reversed(matching or exchanges)), None)
+
+    def before(self, answer: str) -> Conversation:
+        """Return the messages before the last answer that ``answer`` ends with, or before the last one of all."""
+        numbers = [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
+        texts = {i: self.messages[i].get("content", "").strip() for i in numbers}
+        matching = [i for i in numbers if texts[i] and answer.endswith(texts[i])]
+        end = (matching or numbers)[-1]
+        return replace(self, messages=self.messages[:end], weights=self.weights[:end])
 
     def _exchanges(self) -> list[tuple[str, str]]:
         """Return pairs of a user message and its answer, as plain text."""
