@@ -9,7 +9,7 @@ from sft_jax.evaluation.compare import Comparison
 
 # key -> (label, format)
 METRICS: dict[str, tuple[str, str]] = {
-    "form": ("form of the few-shot prompt", "{}"),
+    "form": ("few-shot prompt", "{}"),
     "exact_match": ("exact match", "{:.1%}"),
     "stop_rate": ("stops by itself", "{:.1%}"),
     "json_rate": ("is JSON", "{:.1%}"),

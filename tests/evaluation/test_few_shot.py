@@ -144,5 +144,5 @@ def test_the_form_in_reports(tiny, chats, tmp_path):
     assert "shots as earlier turns" in (report / "report.html").read_text()
     done = sft_jax("evaluate", tmp_path / "config.yaml")
     assert " few-shot  2 answered questions as earlier turns of the chat" in done.stderr
-    (line,) = (line for line in done.stdout.splitlines() if "form of the few-shot prompt" in line)
+    (line,) = (line for line in done.stdout.splitlines() if "few-shot prompt" in line)
     assert line.split()[-3:] == ["–", "chat", "–"]
