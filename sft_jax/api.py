@@ -163,7 +163,7 @@ class Run:
         """The tuned model, from the last checkpoint."""
         return load(str(self.folder))
 
-    def evaluate(self, step: Step = None) -> dict[str, dict[str, float | int]]:
+    def evaluate(self, step: Step = None) -> dict[str, dict[str, Any]]:
         """Evaluate the base and the tuned model with the config of the run; see :func:`evaluate`."""
         return evaluate(configs.load(self._directory.local / "config.yaml"), step)
 
@@ -235,7 +235,7 @@ def train(
     return run
 
 
-def evaluate(config: Config | Mapping[str, Any], step: Step = None) -> dict[str, dict[str, float | int]]:
+def evaluate(config: Config | Mapping[str, Any], step: Step = None) -> dict[str, dict[str, Any]]:
     """Evaluate the run in ``training.output_dir`` on held-out data: metrics of ``base``, ``tuned`` and ``few_shot``.
 
     Raises:

@@ -38,7 +38,7 @@ from laboratory import (
 )
 
 from sft_jax.evaluation.answers import same_answer
-from sft_jax.evaluation.questions import cut_at_blank_line, exchanges, few_shot_prompts
+from sft_jax.evaluation.few_shot import cut_at_blank_line, draw, exchanges, text_prompt
 from sft_jax.tree import flatten
 
 OUT = TOOLS.parent / "configs"
@@ -110,7 +110,7 @@ def few_shot(lab: Laboratory, report: Report, standard: Standard) -> None:
     for num in SHOTS:
         results[num] = []
         for seed in SEEDS:
-            prompts = few_shot_prompts(lab.asked, shots, num, seed)
+            prompts = list(map(text_prompt, lab.asked, draw(len(lab.asked), shots, num, seed)))
             written = lab.write(standard.base, [lab.tokenizer(prompt)["input_ids"] for prompt in prompts])
             correct = [
                 same_answer(cut_at_blank_line(text)[0], question.answer, "text")

@@ -52,8 +52,11 @@ class SourceConfig:
     name: str | None = None  # configuration of a Hugging Face dataset
     split: str = "train"  # split of a Hugging Face dataset
     revision: str | None = None  # branch, tag or commit of a Hugging Face dataset
+    label: str | None = None  # name of this source in metrics and reports; null: its path
 
     def __post_init__(self) -> None:
+        is_name = self.label is None or (self.label.strip() != "" and self.label.isprintable())
+        require(is_name, "data.*.label", f"{self.label!r} is not a name on one line")
         one_of(self.format, "data.*.format", ROW_FORMATS)
         require(self.weight > 0 and math.isfinite(self.weight), "data.*.weight", f"{self.weight} is not positive")
         require(self.max_rows is None or self.max_rows >= 1, "data.*.max_rows", f"{self.max_rows} is not at least 1")

@@ -4,23 +4,52 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from decimal import Decimal
+from typing import Any
+
+from sft_jax.evaluation.json_answers import Fields, compare_fields, parse_json
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
-def same_answer(written: str, gold: str, kind: str) -> bool:
-    """Returns whether two answers are equal after normalization; an answer without a match for ``kind`` equals none.
+@dataclass(frozen=True)
+class Grade:
+    """Whether an answer is right; for JSON answers also which fields are."""
 
-    Ignores reasoning, the text up to the last ``</think>``.
+    right: bool
+    fields: Fields | None
+
+
+def grade(written: str, accepted: Sequence[str], kind: str) -> Grade:
+    """Compares an answer with all accepted ones; fields are those of the accepted answer that agrees in most of them.
 
     Args:
         kind: a key of :data:`NORMALIZERS`.
     """
-    answer, expected = (NORMALIZERS[kind](text.rpartition("</think>")[2]) for text in (written, gold))
-    return answer is not None and answer == expected
+    right = any(same_answer(written, one, kind) for one in accepted)
+    if kind != "json":
+        return Grade(right, None)
+    answer = normalized(written, kind)
+    compared = [compare_fields(answer, normalized(one, kind)) for one in accepted]
+    return Grade(right, max(compared, key=lambda one: (one.is_exact, sum(one.right.values()) - len(one.extra))))
+
+
+def normalized(text: str, kind: str) -> Any | None:
+    """Normalizes an answer without its reasoning, the text up to the last ``</think>``; None if it has no match."""
+    return NORMALIZERS[kind](text.rpartition("</think>")[2])
+
+
+def same_answer(written: str, gold: str, kind: str) -> bool:
+    """Returns whether two answers are equal after normalization; an answer without a match for ``kind`` equals none.
+
+    Args:
+        kind: a key of :data:`NORMALIZERS`.
+    """
+    answer = normalized(written, kind)
+    return answer is not None and answer == normalized(gold, kind)
 
 
 def _exact(text: str) -> str | None:
@@ -59,11 +88,12 @@ def _canonical(number: str) -> str:
     return f"{value:f}" if value else "0"  # -0 is 0
 
 
-NORMALIZERS: dict[str, Callable[[str], str | None]] = {
+NORMALIZERS: dict[str, Callable[[str], Any | None]] = {
     "exact": _exact,
     "text": _text,
     "number": _number,
     "gsm8k": _gsm8k,
     "choice": _choice,
+    "json": parse_json,
 }
 """Normalizers by value of ``evaluation.answer``."""

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from sft_jax.data.read.rows import RowError
+from sft_jax.data.read.rows import Conversation
 from sft_jax.data.read.sources import Source
 from sft_jax.data.tokens.examples import Examples
-from sft_jax.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -22,6 +21,15 @@ class Question:
     prompt: str  # the same as text
     question: str  # the user message before the answer, or the plain prompt
     answer: str  # text of the supervised tokens after the prompt
+    group: str = ""  # the set it belongs to: the label or the path of its source
+    others: tuple[str, ...] = ()  # other accepted answers
+    where: str = ""  # file and row
+    before: Conversation | None = None  # the messages before the answer; None if the prompt is plain text
+
+    @property
+    def accepted(self) -> tuple[str, ...]:
+        """All answers that count as right."""
+        return (self.answer, *self.others)
 
 
 def questions(
@@ -37,7 +45,7 @@ def questions(
 
     Args:
         sources: the sources of ``examples``.
-        limit: maximum number of questions, spread evenly over all.
+        limit: maximum number of questions: the same number of each set, spread evenly over its rows.
         keep_reasoning: the value with which ``examples`` were encoded.
     """
     asks = [source.format not in ("text", "tokens") for source in sources]
@@ -52,7 +60,7 @@ def questions(
         if np.isin(ids[start:end], examples.stop_ids).any():
             asked.append((i, start, end))
     if limit is not None and len(asked) > limit:
-        asked = [asked[i] for i in np.linspace(0, len(asked) - 1, limit).round().astype(int).tolist()]
+        asked = [asked[i] for i in _spread([examples.group(i) for i, *_ in asked], limit)]
     result = []
     for i, start, end in asked:
         ids, _ = examples[i]
@@ -60,40 +68,24 @@ def questions(
         answer = tokenizer.decode(ids[start:end], skip_special_tokens=True).strip()
         if (question := row.question_before(answer)) is not None:
             prompt_ids = ids[:start].tolist()
-            result.append(Question(prompt_ids, tokenizer.decode(prompt_ids), question, answer))
+            group, where = examples.groups[examples.group(i)], examples.describe(i)
+            prompt = tokenizer.decode(prompt_ids)
+            before = row.before(answer) if isinstance(row, Conversation) else None
+            result.append(Question(prompt_ids, prompt, question, answer, group, row.accepted, where, before))
     return result
 
 
-def exchanges(source: Source, keep_reasoning: bool = True) -> Iterator[tuple[str, str]]:
-    """Yields the last question and answer of each conversation as plain text."""
-    for row in source.read(0, len(source), keep_reasoning):
-        if not isinstance(row, RowError) and row.last_exchange is not None:
-            yield row.last_exchange
+def _spread(groups: Sequence[int], limit: int) -> list[int]:
+    """Chooses ``limit`` items: the same number of each group, where there are that many, spread evenly over the group.
 
-
-def few_shot_prompts(asked: Sequence[Question], shots: Sequence[tuple[str, str]], num: int, seed: int) -> list[str]:
-    """Returns plain-text prompts with ``num`` answered questions before each question, drawn anew for each.
-
-    With the shot ``("2+2?", "4")`` and the question ``3+3?``:
-    ``"Question: 2+2?\\nAnswer: 4\\n\\nQuestion: 3+3?\\nAnswer:"``.
-
-    Raises:
-        UserError: fewer than ``num`` shots.
+    Of the groups ``[0, 0, 0, 0, 0, 1, 2, 2, 2]`` a limit of 5 chooses the items ``[0, 4, 5, 6, 8]``.
     """
-    if num > len(shots):
-        raise UserError(f"evaluation.shots: {num} answered questions requested, but data.train has {len(shots)}")
-    prompts = []
-    for i, question in enumerate(asked):
-        chosen = np.random.default_rng([seed, i]).choice(len(shots), num, replace=False)
-        answered = [f"Question: {shots[j][0]}\nAnswer: {shots[j][1]}" for j in chosen]
-        prompts.append("\n\n".join([*answered, f"Question: {question.question}\nAnswer:"]))
-    return prompts
-
-
-def cut_at_blank_line(written: str) -> tuple[str, bool]:
-    """Returns the text before the first blank line, which ends a plain-text answer, and whether there is one."""
-    answer, separator, _ = written.lstrip().partition("\n\n")
-    return answer, bool(separator)
+    items = [[i for i, one in enumerate(groups) if one == group] for group in dict.fromkeys(groups)]
+    chosen: list[int] = []
+    for left, of_group in zip(range(len(items), 0, -1), sorted(items, key=len), strict=True):
+        num = min(len(of_group), (limit - len(chosen)) // left)  # what a small group leaves goes to larger ones
+        chosen += [of_group[i] for i in np.linspace(0, len(of_group) - 1, num).round().astype(int).tolist()]
+    return sorted(chosen)
 
 
 def last_run(mask: np.ndarray) -> tuple[int, int]:

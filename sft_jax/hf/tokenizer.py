@@ -74,6 +74,17 @@ def load_tokenizer(
     return tokenizer, num_added
 
 
+def has_template(folder: Path) -> bool:
+    """Whether the files of a model have a chat template."""
+    config = folder / "tokenizer_config.json"
+    return (
+        (folder / "chat_template.jinja").is_file()
+        or (folder / "additional_chat_templates").is_dir()
+        or (config.is_file() and bool(read_object(config).get("chat_template")))
+        or _template_of_processor(folder) is not None
+    )
+
+
 def _template_of_processor(folder: Path) -> str | None:
     """Returns the chat template of a multimodal model whose tokenizer has none; older ones have it in these files."""
     for name in ("chat_template.json", "processor_config.json"):

@@ -25,7 +25,9 @@ def summary_text(summary: dict[str, Any]) -> str:
     """Formats the result of :func:`sft_jax.data.batches.summary.summarize`."""
     lines = ["", f"  {'source':<44} {'format':<18} {'rows':>9} {'kept':>9} {'tokens':>12} {'targets':>12}"]
     for one in [*summary["sources"], *([_total(summary)] if len(summary["sources"]) > 1 else [])]:
-        name = one["name"] if len(one["name"]) <= 44 else "…" + one["name"][-43:]
+        label = f"{one['label']}: " if one["label"] else ""
+        space = max(12, 44 - len(label))
+        name = label + (one["name"] if len(one["name"]) <= space else "…" + one["name"][1 - space :])
         lines.append(
             f"  {name:<44} {one['format']:<18} {one['rows']:>9,} {one['kept']:>9,} {one['tokens']:>12,} "
             f"{one['targets']:>12,}"
@@ -93,4 +95,6 @@ def merged(pieces: Sequence[tuple[str, bool]]) -> list[tuple[str, bool]]:
 
 
 def _total(summary: dict[str, Any]) -> dict[str, Any]:
-    return {"name": "all", "format": ""} | {key: summary[key] for key in ("rows", "kept", "tokens", "targets")}
+    return {"name": "all", "label": None, "format": ""} | {
+        key: summary[key] for key in ("rows", "kept", "tokens", "targets")
+    }

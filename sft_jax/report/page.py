@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from sft_jax.report.loss import loss_curves
 _SHARES = ("exact_match", "stop_rate", "token_accuracy")
 _COLORS = {"base": charts.BASE, "few_shot": charts.FEW_SHOT, "tuned": charts.TUNED}
 _MAX_SAMPLES = 24
+_MAX_HARDEST = 24
 
 
 def write_page(
@@ -37,6 +39,7 @@ def write_page(
         facts=facts,
         columns=table.columns(comparison),
         rows=table.rows(comparison),
+        sections=table.sections(comparison),
         share_chart=_shares(comparison),
         loss_chart=charts.loss_chart(loss_curves(metrics)) if metrics else "",
         document_chart=_documents(comparison),
@@ -44,6 +47,9 @@ def write_page(
         num_asked=len(comparison.asked),
         samples=_samples(comparison),
         examples=examples,
+        hardest=comparison.hardest[:_MAX_HARDEST],
+        share=_share,
+        few_shot_form=comparison.summary.get("few_shot", {}).get("form"),
     )
 
 
@@ -63,6 +69,11 @@ def rendered(template: str, **values: Any) -> str:
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     return environment.get_template(template).render(values)
+
+
+def _share(loss: float) -> int:
+    """Strength of a token's color in percent: up to 70, so that the text stays readable; 1 - its probability."""
+    return round(70 * (1 - math.exp(-max(0.0, loss))))
 
 
 def _shares(comparison: Comparison) -> str:
@@ -95,7 +106,7 @@ def _samples(comparison: Comparison) -> list[dict[str, Any]]:
     return [
         {
             "question": comparison.asked[i].question,
-            "gold": comparison.asked[i].answer,
+            "gold": " or ".join(comparison.asked[i].accepted),
             "answers": {column: comparison.answers[column][i] for column in table.columns(comparison)},
         }
         for i in chosen

@@ -16,7 +16,7 @@ from sft_jax.config import Config, OptimizerConfig
 from sft_jax.data.batches.packing import Plan
 from sft_jax.data.tokens.examples import Examples, Report
 from sft_jax.data.tokens.prepare import Prepared
-from sft_jax.evaluation.compare import Task
+from sft_jax.evaluation.task import Task
 from sft_jax.models.architecture import Architecture
 from sft_jax.models.moe.describe import describe_experts
 from sft_jax.models.split import Split
@@ -49,9 +49,10 @@ class Announcer:
         self(name, f"{kept:,} of {of}, {tokens:,} tokens, {targets / tokens:.0%} of them supervised")
         if len(report.sources) > 1:
             for source in report.sources:
-                self("", f"{source.name}: {source.format}, {source.kept:,} kept, {source.tokens:,} tokens")
+                self("", f"{source.shown}: {source.format}, {source.kept:,} kept, {source.tokens:,} tokens")
         else:
-            self("", f"format {report.sources[0].format}, {_origin(report)}")
+            label = f"{report.sources[0].label}: " if report.sources[0].label else ""
+            self("", f"{label}format {report.sources[0].format}, {_origin(report)}")
         if report.total("refused"):
             first = next(source for source in report.sources if source.reasons)
             self("", f"{report.total('refused'):,} rows skipped; the first: {first.reasons[0].at(first.name)}")
@@ -78,6 +79,8 @@ class Announcer:
         for name, data in task.data:
             if name in names:
                 self.data(name, data)
+        for name, text in task.notes:
+            self(name, text)
 
     def plan(self, config: Config, examples: Examples, plan: Plan | None) -> None:
         """Steps, epochs, sequences, and the share of padding."""

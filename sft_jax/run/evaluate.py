@@ -11,7 +11,8 @@ import jax
 
 from sft_jax.assembly import Model, check_mesh, network_of, open_tuned
 from sft_jax.config import Config
-from sft_jax.evaluation.compare import Comparison, compare, prepare
+from sft_jax.evaluation.compare import Comparison, compare
+from sft_jax.evaluation.task import prepare
 from sft_jax.files.digests import Words, texts
 from sft_jax.hf.verify import check_tensors
 from sft_jax.models.attention.backend import check_backend

@@ -20,7 +20,7 @@ from sft_jax.data.lint.summary import summarize_lint
 from sft_jax.data.read.sources import prepare_to_open
 from sft_jax.data.tokens.prepare import Prepared, check_data, prepare_data, read_data
 from sft_jax.errors import UserError
-from sft_jax.evaluation.compare import prepare
+from sft_jax.evaluation.task import prepare
 from sft_jax.hf.config import read_architecture, stop_ids
 from sft_jax.hf.hub import find_model
 from sft_jax.hf.tokenizer import load_tokenizer
@@ -87,7 +87,7 @@ def inspect(
     if read.held_out is not None:
         say.data("held out", read.held_out)
     if config.evaluation.at_end:
-        say.task(prepare(config, arch, tokenizer, stops), names=("documents",))
+        say.task(prepare(config, arch, tokenizer, stops, data), names=("documents",))
     if html is not None:
         say("page", str(html))
     return summary
@@ -106,7 +106,7 @@ def _held_out(config: Config, tokenizer: Any, stops: Sequence[int], max_position
     """The held-out data, checked; None if the config has none."""
     if not config.data.eval:
         return None
-    return prepare_data(config.data, config.data.eval, tokenizer, stops, max_positions)
+    return prepare_data(config.data, config.data.eval, tokenizer, stops, max_positions, is_held_out=True)
 
 
 def _as_dict(data: Prepared, index: int) -> dict[str, Any]:

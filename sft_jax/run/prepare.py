@@ -19,8 +19,8 @@ from sft_jax.data.lint.leave_out import leave_out
 from sft_jax.data.read.sources import prepare_to_open
 from sft_jax.data.tokens.prepare import Prepared, prepare_data
 from sft_jax.errors import UserError
-from sft_jax.evaluation.compare import Task
-from sft_jax.evaluation.compare import prepare as prepare_task
+from sft_jax.evaluation.task import Task
+from sft_jax.evaluation.task import prepare as prepare_task
 from sft_jax.hf.config import media_tokens, read_config
 from sft_jax.hf.hub import absolute
 from sft_jax.hf.tokenizer import load_tokenizer
@@ -131,14 +131,14 @@ def prepare(config: Config, devices: Sequence[Any] | None, say: Announcer) -> In
     data = prepare_data(settings, sources, tokenizer, base.stop_ids, positions)
     held_out = None
     if settings.eval:
-        held_out = prepare_data(settings, settings.eval, tokenizer, base.stop_ids, positions)
+        held_out = prepare_data(settings, settings.eval, tokenizer, base.stop_ids, positions, is_held_out=True)
     data = leave_out(data, held_out, settings.leave_out)
     say.data("stream" if is_stream else "data", data)
     if held_out is not None:
         say.data("held out", held_out)
     task = None
     if config.evaluation.at_end:
-        task = prepare_task(config, base.arch, tokenizer, base.stop_ids)
+        task = prepare_task(config, base.arch, tokenizer, base.stop_ids, data)
         say.task(task, names=("documents",))
 
     # -- plan ---------------------------------------------------------------------------------------------------------

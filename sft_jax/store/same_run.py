@@ -76,6 +76,8 @@ def changed_key(saved: dict[str, Any], config: dict[str, Any]) -> tuple[str, Any
         {".".join(path): value for path, value in flatten(configs.to_dict(configs.from_dict(one, unused))).items()}
         for one in (saved["config"], config)
     )
+    for one in (before, now):  # labels are names in metrics
+        one["data.train"] = [{**source, "label": None} for source in one["data.train"]]
     for key in sorted(before.keys() | now.keys()):
         if key == "optimizer.spike_guard" and before.get(key) and now.get(key):
             continue  # a run that stopped at a spike resumes without it

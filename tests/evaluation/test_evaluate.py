@@ -19,7 +19,7 @@ from sft_jax.assembly import open_model
 from sft_jax.cli import main
 from sft_jax.config import EvaluationConfig, SourceConfig
 from sft_jax.errors import UserError
-from sft_jax.evaluation.compare import answer_metrics
+from sft_jax.evaluation.metrics import answer_metrics
 from sft_jax.evaluation.score import score
 from sft_jax.run.evaluate import evaluate
 from sft_jax.run.train import train
@@ -99,6 +99,7 @@ def test_report_at_the_end_of_training(evaluated):
     assert "@import" not in text
     assert "url(http" not in text
     assert page.tags.count("svg") == 3
+    assert not (report / "hardest.jsonl").exists()
     assert "script" not in page.tags
     assert rows[0]["question"] in "".join(page.text)
 
@@ -129,6 +130,7 @@ def test_evaluate_command_gives_the_same_results(evaluated, tmp_path):
     done = sft_jax("evaluate", folder / "config.yaml", "--json")
     assert done.returncode == 0, done.stderr
     again = json.loads(done.stdout)
+    assert again["few_shot"].pop("form") == "chat"
     for name, metrics in again.items():
         for key, value in metrics.items():
             np.testing.assert_allclose(value, before[name][key], rtol=1e-4, atol=1e-7, err_msg=f"{name} {key}")
@@ -235,7 +237,7 @@ def test_bad_input(tiny, chats, evaluated, tmp_path, capsys):
 
 
 def test_answer_metrics():
-    from sft_jax.evaluation.compare import Answered
+    from sft_jax.evaluation.metrics import Answered
 
     answers = [Answered("a", True, True, 4), Answered("b", False, True, 2)]
     assert answer_metrics(answers) == {"exact_match": 0.5, "stop_rate": 1.0, "mean_length": 3.0, "num_questions": 2}

@@ -27,9 +27,9 @@ from sft_jax.data.read.sources import open_sources
 from sft_jax.data.tokens.examples import encode_sources
 from sft_jax.errors import UserError
 from sft_jax.evaluation.answers import NORMALIZERS, same_answer
-from sft_jax.evaluation.compare import held_out_metrics
 from sft_jax.evaluation.likelihood import Scorer
-from sft_jax.evaluation.questions import Question, cut_at_blank_line, few_shot_prompts, last_run, questions
+from sft_jax.evaluation.metrics import held_out_metrics
+from sft_jax.evaluation.questions import last_run, questions
 from sft_jax.hf.reader import TensorReader
 from sft_jax.hf.tokenizer import load_tokenizer
 from sft_jax.sharding import make_mesh
@@ -86,13 +86,6 @@ def test_gsm8k_answers_are_extracted(data_dir):
 def test_worked_examples_of_the_docstrings():
     assert last_run(np.asarray([0, 1, 1, 0, 1, 1, 0], bool)) == (4, 6)
     assert last_run(np.asarray([1, 1], bool)) == (0, 2)
-    asked = [Question([1], "", "3+3?", "6")]
-    assert few_shot_prompts(asked, [("2+2?", "4")], 1, 0) == ["Question: 2+2?\nAnswer: 4\n\nQuestion: 3+3?\nAnswer:"]
-    assert few_shot_prompts(asked, [], 0, 0) == ["Question: 3+3?\nAnswer:"]
-    with pytest.raises(UserError, match=r"2 answered questions requested, but data\.train has 1"):
-        few_shot_prompts(asked, [("2+2?", "4")], 2, 0)
-    assert cut_at_blank_line(" 6\n\nQuestion: 4+4?") == ("6", True)
-    assert cut_at_blank_line(" 6\nof course") == ("6\nof course", False)
 
 
 @pytest.fixture(scope="module")

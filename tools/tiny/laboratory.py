@@ -23,8 +23,9 @@ from sft_jax.data.read.rows import RowError
 from sft_jax.data.read.sources import open_sources
 from sft_jax.data.tokens.examples import Examples, encode_sources, join
 from sft_jax.evaluation.answers import same_answer
+from sft_jax.evaluation.few_shot import exchanges
 from sft_jax.evaluation.likelihood import Scorer
-from sft_jax.evaluation.questions import Question, exchanges, questions
+from sft_jax.evaluation.questions import Question, questions
 from sft_jax.hf.config import read_architecture
 from sft_jax.hf.hub import find_model
 from sft_jax.hf.reader import TensorReader

@@ -44,10 +44,10 @@ def stream(config: Config, encoder: Encoder, groups: Sequence[str], mesh: Mesh, 
     """Create the loader of a config with ``data.streaming``.
 
     Args:
-        groups: paths in the config; metrics report one loss per path.
+        groups: labels of the sources; metrics report one loss per label.
     """
     sources = open_sources(config.data.train)
-    indices = [list(groups).index(source.given) for source in sources]
+    indices = [list(groups).index(source.group) for source in sources]
     batch_size, seed = config.training.batch_size, config.training.seed
     return StreamLoader(sources, encoder, config.data, mesh, batch_size, seed, indices, max_positions)
 

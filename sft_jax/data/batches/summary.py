@@ -40,6 +40,7 @@ def summarize(data: DataConfig, training: TrainingConfig, prepared: Prepared) ->
         "sources": [
             {
                 "name": source.name,
+                "label": source.label,
                 "format": source.format,
                 "rows": source.rows,
                 "kept": source.kept,

@@ -11,13 +11,19 @@ def pieces(tokenizer: Any, ids: Sequence[int], mask: Sequence[bool]) -> list[tup
 
     Adjacent tokens that each hold only a part of a character are decoded together, if their mask is the same.
     """
-    decoded: list[tuple[str, bool]] = []
-    pending: list[int] = []
-    for i, (token, is_supervised) in enumerate(zip(ids, mask, strict=True)):
-        pending.append(int(token))
-        text = tokenizer.decode(pending, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return [(text, bool(mask[start])) for text, start, _ in spans(tokenizer, ids, mask)]
+
+
+def spans(tokenizer: Any, ids: Sequence[int], mask: Sequence[bool]) -> list[tuple[str, int, int]]:
+    """Like :func:`pieces`, but returns each text with its first token and the one after its last."""
+    decoded: list[tuple[str, int, int]] = []
+    start = 0
+    for i, is_supervised in enumerate(mask):
+        text = tokenizer.decode(
+            [int(one) for one in ids[start : i + 1]], skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
         is_last = i + 1 == len(ids) or bool(mask[i + 1]) != bool(is_supervised)
         if "\ufffd" not in text or is_last:
-            decoded.append((text, bool(is_supervised)))
-            pending = []
+            decoded.append((text, start, i + 1))
+            start = i + 1
     return decoded

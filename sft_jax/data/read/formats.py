@@ -13,6 +13,8 @@
 ``tokens``          ``{"input_ids": [5, 6, 2], "labels": [-100, 6, 2]}``, or ``assistant_masks``: ``[0, 1, 1]``
 ==================  ==================================================================================================
 
+Held-out rows may have several accepted answers (:mod:`sft_jax.data.read.accepted`).
+
 All chat formats may have ``system`` (or ``system_prompt``), ``tools`` (or ``functions``; a list or JSON) and
 ``chat_template_kwargs``. Unused columns are listed in :attr:`Conversation.unread`; rows with unused columns that look
 like flags, media, tools or system prompts are refused.
@@ -24,6 +26,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from sft_jax.data.read.accepted import read_accepted
 from sft_jax.data.read.flags import refuse_unknown_flag, weights_of_row
 from sft_jax.data.read.messages import (
     MEDIA,
@@ -134,7 +137,13 @@ class _TrackedRow(Mapping[str, Any]):
         return len(self._row)
 
 
-def parse(row_format: str, row: Mapping[str, Any], keep_reasoning: bool = True, ignored: Collection[str] = ()) -> Row:
+def parse(
+    row_format: str,
+    row: Mapping[str, Any],
+    keep_reasoning: bool = True,
+    ignored: Collection[str] = (),
+    is_held_out: bool = False,
+) -> Row:
     """Parse a row.
 
     Args:
@@ -142,12 +151,15 @@ def parse(row_format: str, row: Mapping[str, Any], keep_reasoning: bool = True, 
         keep_reasoning: whether to keep the reasoning of assistant messages (``reasoning_content``, ``thinking``, or a
             leading ``<think>`` block).
         ignored: columns, and keys of messages, to ignore.
+        is_held_out: whether the row may have several accepted answers.
 
     Raises:
         RowError: a value is missing, has the wrong type, or is not supported.
     """
     unread = {f"{name}, by ignore_columns" for name in ignored if row.get(name) is not None}
-    tracked = _TrackedRow({name: value for name, value in row.items() if name not in ignored} if unread else row)
+    row = {name: value for name, value in row.items() if name not in ignored} if unread else row
+    row, accepted = read_accepted(row_format, row, is_held_out)
+    tracked = _TrackedRow(row)
     if row_format == "text":
         parsed: Row = Document("", read_text(tracked, "text"))
     elif row_format == "tokens":
@@ -166,7 +178,13 @@ def parse(row_format: str, row: Mapping[str, Any], keep_reasoning: bool = True, 
             reason = "plain text has no system prompt and no tools"
             raise RowError(f"has {name!r}; {reason} (ignore the column with data.*.ignore_columns: [{name}])")
         unread.add(name)
-    return replace(parsed, unread=frozenset(unread))
+    if accepted and isinstance(parsed, Conversation) and _is_unsupervised(parsed):
+        raise RowError("has several accepted answers, but its last message is no answer that carries loss")
+    return replace(parsed, unread=frozenset(unread), accepted=accepted)
+
+
+def _is_unsupervised(parsed: Conversation) -> bool:
+    return parsed.messages[-1]["role"] != "assistant" or parsed.weights[-1] == 0
 
 
 def _chat(

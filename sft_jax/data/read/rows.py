@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sft_jax.errors import one_line
@@ -36,6 +36,7 @@ class Conversation:
         tools: tool schemas, or None.
         template_kwargs: chat template arguments of this row.
         unread: unused columns, and unused keys of messages as ``messages[].key``.
+        accepted: other texts that an evaluation accepts for the last answer.
     """
 
     messages: list[Message]
@@ -43,6 +44,7 @@ class Conversation:
     tools: list[dict[str, Any]] | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     unread: frozenset[str] = frozenset()
+    accepted: tuple[str, ...] = ()
 
     @property
     def num_bytes(self) -> int:
@@ -60,6 +62,14 @@ class Conversation:
         matching = [pair for pair in exchanges if pair[1] and answer.endswith(pair[1])]
         return next((question for question, _ in reversed(matching or exchanges)), None)
 
+    def before(self, answer: str) -> Conversation:
+        """Return the messages before the last answer that ``answer`` ends with, or before the last one of all."""
+        numbers = [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
+        texts = {i: self.messages[i].get("content", "").strip() for i in numbers}
+        matching = [i for i in numbers if texts[i] and answer.endswith(texts[i])]
+        end = (matching or numbers)[-1]
+        return replace(self, messages=self.messages[:end], weights=self.weights[:end])
+
     def _exchanges(self) -> list[tuple[str, str]]:
         """Return pairs of a user message and its answer, as plain text."""
         question, exchanges = "", []
@@ -73,11 +83,15 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Document:
-    """Plain text. The ``completion`` and the stop token are supervised; with an empty prompt, all tokens are."""
+    """Plain text. The ``completion`` and the stop token are supervised; with an empty prompt, all tokens are.
+
+    An evaluation accepts the texts in ``accepted`` as well as the completion.
+    """
 
     prompt: str
     completion: str
     unread: frozenset[str] = frozenset()
+    accepted: tuple[str, ...] = ()
 
     @property
     def num_bytes(self) -> int:
@@ -101,6 +115,7 @@ class Tokens:
     ids: list[int]
     weights: list[float] = field(default_factory=list)
     unread: frozenset[str] = frozenset()
+    accepted: tuple[str, ...] = ()  # none
 
     @property
     def num_bytes(self) -> int:

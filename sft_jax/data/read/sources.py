@@ -54,6 +54,13 @@ class Source:
     ignore_columns: tuple[str, ...] = ()
     passed_over: tuple[str, ...] = ()  # skipped files of other splits in the same folder
     given: str = ""  # the path in the config, which may match several files
+    label: str | None = None  # the label in the config
+    is_held_out: bool = False  # whether its rows may have several accepted answers
+
+    @property
+    def group(self) -> str:
+        """Its name in metrics and reports; sources of the same group are one set."""
+        return self.label or self.given or self.name
 
     def __len__(self) -> int:
         return len(self.table) if self.max_rows is None else min(self.max_rows, len(self.table))
@@ -65,7 +72,8 @@ class Source:
                 yield raw
                 continue
             try:
-                yield parse(self.format, _renamed(raw, self.columns), keep_reasoning, self.ignore_columns)
+                row = _renamed(raw, self.columns)
+                yield parse(self.format, row, keep_reasoning, self.ignore_columns, self.is_held_out)
             except RowError as error:
                 yield error
 
@@ -81,8 +89,11 @@ class Source:
         return row
 
 
-def open_sources(sources: Sequence[SourceConfig]) -> list[Source]:
+def open_sources(sources: Sequence[SourceConfig], is_held_out: bool = False) -> list[Source]:
     """Open sources. A folder or a glob gives one source per file, sorted by name.
+
+    Args:
+        is_held_out: whether rows may have several accepted answers.
 
     Raises:
         UserError: a source does not exist, cannot be parsed (names file and line), has no rows, or an unknown format.
@@ -97,7 +108,7 @@ def open_sources(sources: Sequence[SourceConfig]) -> list[Source]:
             opened.append(
                 Source(
                     name, table, _format(name, table, source), source.weight, source.max_rows, dict(source.columns),
-                    tuple(source.ignore_columns), passed_over or (), source.path,
+                    tuple(source.ignore_columns), passed_over or (), source.path, source.label, is_held_out,
                 )
             )  # fmt: skip
             passed_over = None

@@ -39,6 +39,12 @@ class SourceReport:
     unread: dict[str, int] = field(default_factory=dict)  # unused columns and keys, and in how many rows
     passed_over: tuple[str, ...] = ()  # skipped files of other splits in the same folder
     origin: Origin = field(default_factory=lambda: Origin(False, 1, 0.0))
+    label: str | None = None  # in the config
+
+    @property
+    def shown(self) -> str:
+        """Its name after its label: ``math: data/gsm8k.jsonl``."""
+        return f"{self.label}: {self.name}" if self.label else self.name
 
 
 @dataclass
@@ -112,7 +118,7 @@ class Examples:
     names: tuple[str, ...]
     weights: tuple[float, ...]  # sampling weight of each source
     stop_ids: tuple[int, ...]
-    given: tuple[str, ...] = ()  # the path in the config of each source
+    labels: tuple[str, ...] = ()  # of each source: its label in the config, or its path there
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -135,12 +141,12 @@ class Examples:
 
     @cached_property
     def groups(self) -> tuple[str, ...]:
-        """The distinct paths in the config; metrics report one loss per path."""
-        return tuple(dict.fromkeys(self.given))
+        """The distinct labels; metrics report one loss per label."""
+        return tuple(dict.fromkeys(self.labels))
 
     def group(self, index: int) -> int:
         """Return the index of an example's group."""
-        return self.groups.index(self.given[self.source[index]])
+        return self.groups.index(self.labels[self.source[index]])
 
     @property
     def num_tokens(self) -> np.ndarray:
@@ -223,6 +229,7 @@ def encode_sources(
         part, origin = tokenise(source, encoder, num_workers, cache, stops_early, progress)
         one = SourceReport(source.name, source.format, part.num_rows, part.num_refused, len(part.lengths))
         one.reasons, one.origin, one.passed_over = part.refused, origin, source.passed_over
+        one.label = source.label
         one.unread = dict(sorted(part.tally.unread.items()))
         report.sources.append(one)
         report.tally.add(part.tally)
@@ -243,7 +250,7 @@ def encode_sources(
         names=tuple(source.name for source in sources),
         weights=tuple(source.weight for source in sources),
         stop_ids=tuple(stop for stop, _ in report.tally.stops.most_common()),
-        given=tuple(source.given or source.name for source in sources),
+        labels=tuple(source.group for source in sources),
     )
     tokens = encoder.tokenizer.convert_ids_to_tokens
     report.stop_tokens = {tokens(stop): count for stop, count in report.tally.stops.most_common()}

@@ -45,6 +45,7 @@ def prepare_data(
     stop_ids: Sequence[int],
     max_positions: int,
     train_on: str | None = None,
+    is_held_out: bool = False,
 ) -> Prepared:
     """Read, encode and check sources, with a progress bar on a terminal.
 
@@ -52,11 +53,12 @@ def prepare_data(
         stop_ids: stop token ids of the model's generation config.
         max_positions: maximum number of positions of the model.
         train_on: overrides that of the config.
+        is_held_out: whether rows may have several accepted answers.
 
     Raises:
         UserError: the data cannot be used.
     """
-    prepared = read_data(config, source_configs, tokenizer, stop_ids, train_on, refuse=True)
+    prepared = read_data(config, source_configs, tokenizer, stop_ids, train_on, refuse=True, is_held_out=is_held_out)
     check_data(config, prepared, max_positions)
     return prepared
 
@@ -68,6 +70,7 @@ def read_data(
     stop_ids: Sequence[int],
     train_on: str | None = None,
     refuse: bool = False,
+    is_held_out: bool = False,
 ) -> Prepared:
     """Read and encode sources; without ``refuse``, bad rows are only reported, and :func:`check_data` refuses them.
 
@@ -75,7 +78,7 @@ def read_data(
         UserError: a source cannot be read.
     """
     with Work("reading", of=", ".join(one.path for one in source_configs)[:80]):
-        sources = open_sources(source_configs)
+        sources = open_sources(source_configs, is_held_out)
     encoder = encoder_of(config, tokenizer, stop_ids, train_on)
     num_rows = sum(map(len, sources))
     with Work("tokenizing", num_rows, "rows") as work:

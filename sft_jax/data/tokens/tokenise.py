@@ -201,6 +201,7 @@ def _partial(cached_at: Path | None) -> Iterator[Path]:
 def _key(source: Source, encoder: Encoder) -> str:
     parts = {
         "rows": [source.table.digest(), len(source), source.format, source.columns, source.ignore_columns],
+        **({"is_held_out": True} if source.is_held_out else {}),
         "tokenizer": tokenizer_digest(encoder.tokenizer),
         "options": options(encoder),
         "versions": [_REVISION, __version__, transformers.__version__, tokenizers.__version__, jinja2.__version__],

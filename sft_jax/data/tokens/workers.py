@@ -108,6 +108,7 @@ def encode_in_processes(
                 "format": source.format,
                 "columns": source.columns,
                 "ignore_columns": source.ignore_columns,
+                "is_held_out": source.is_held_out,
                 "start": first,
                 "stop": last,
                 "stop_at_refusal": stop_at_refusal,
@@ -183,7 +184,7 @@ def _work(job: dict[str, Any]) -> None:
     table = open_file(Path(job["path"]), job["name"])
     source = Source(
         job["name"], table, job["format"], max_rows=job["stop"], columns=job["columns"],
-        ignore_columns=tuple(job["ignore_columns"]),
+        ignore_columns=tuple(job["ignore_columns"]), is_held_out=job["is_held_out"],
     )  # fmt: skip
     with Writer(Path(job["out"]), job["name"]) as writer:
         encode_into(
