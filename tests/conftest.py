@@ -7,6 +7,7 @@ import socket
 import sys
 import tempfile
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 # Compile quickly instead of for speed: LLVM's optimizations took half of the time of the tests.
@@ -83,6 +84,11 @@ def is_full(request: pytest.FixtureRequest) -> bool:
     return request.config.getoption("--full")
 
 
+def packages_of(item: pytest.Item) -> list[str]:
+    """The packages that a drill needs beside the test requirements."""
+    return [name for mark in item.iter_markers("package") for name in mark.args]
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--phases", action="store_true", help="print where the time goes, by file")
     parser.addoption("--phases-to", metavar="FILE.json", help="write where the time goes, by test, to a new file")
@@ -110,7 +116,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With ``--touched``, deselect drills of unchanged packages; run long tests first."""
+    """Deselect drills of missing packages, and with ``--touched`` of unchanged ones; run long tests first."""
+    missing = [item for item in items if any(find_spec(name) is None for name in packages_of(item))]
+    config.hook.pytest_deselected(items=missing)
+    items[:] = [item for item in items if item not in missing]
     if base := config.getoption("--touched"):
         from touched import untouched
 

@@ -19,6 +19,7 @@ from sft_jax.run.train import train
 
 pytestmark = [
     pytest.mark.drill("sft_jax/evaluation", "sft_jax/inference", "sft_jax/hf"),
+    pytest.mark.package("lm_eval"),
     pytest.mark.filterwarnings("ignore"),  # of the harness and of the libraries that it loads
 ]
 CHOICE = """
@@ -59,7 +60,9 @@ metric_list: [{metric: word_perplexity}]
 
 @pytest.fixture(scope="module")
 def lm_eval():
-    return pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (pip install '.[lm-eval]')")
+    import lm_eval
+
+    return lm_eval
 
 
 @pytest.fixture(scope="module")
