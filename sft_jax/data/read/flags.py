@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -14,6 +13,7 @@ from sft_jax.data.read.rows import RowError, shown
 _TRAINED = ("train", "weight", "loss_weight", "loss", "loss_mask", "training", "trainable")
 _NOT_TRAINED = ("masked",)
 FLAGS = (*_TRAINED, *_NOT_TRAINED)
+_LARGEST = 10_000  # loss weight
 # Names that look like flags or loss weights, but that no supported library uses.
 _FLAG_LIKE = re.compile(
     r"((messages?|tokens?|assistant|turns?|responses?|completion|targets?|labels?|samples?|examples?|rows?|chat|sft|is|do"
@@ -60,8 +60,8 @@ def weights_of_row(row: Mapping[str, Any], size: int) -> list[float | None]:
 def _weight(name: str, value: Any) -> float:
     if not isinstance(value, bool | int | float):
         raise RowError(f"{name!r} must be true, false or a number, it is {shown(value)}")
-    if not math.isfinite(value) or value < 0:
-        raise RowError(f"{name!r} must be finite and not negative, it is {value}")
+    if not 0 <= value <= _LARGEST:  # an integer may be too large to be a float, and NaN is in no range
+        raise RowError(f"{name!r} must be between 0 and {_LARGEST:,}, it is {shown(value)}")
     if name not in _NOT_TRAINED:
         return float(value)
     if value not in (0, 1):
