@@ -19,8 +19,9 @@ def locate(name: str, asked_by: str) -> Path:
     Raises:
         UserError: unknown name; the message lists the known ones.
     """
-    known = {"tiny": _FOLDER / "tiny", "chatml.jinja": configs() / "chatml.jinja"}
+    known = {"tiny": _FOLDER / "tiny"}
     known |= {f"countries/{file.name}": file for file in sorted((_FOLDER / "countries").glob("*.jsonl"))}
+    known["chatml.jinja"] = configs() / "chatml.jinja"
     path = known.get(name.removeprefix(PREFIX))
     if path is None:
         raise UserError(f"{asked_by}: {name!r} is not built in; there are {', '.join(PREFIX + key for key in known)}")

@@ -24,6 +24,12 @@ def is_offline() -> bool:
     return False
 
 
+def go_offline_without_network() -> None:
+    """Keep the packages of Hugging Face, which read this when they are imported, from waiting for the network."""
+    if is_offline():
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
 def what_is_wrong(kind: str, name: str, error: BaseException) -> str:
     """The reason why something of the Hub was not fetched, with the way out.
 

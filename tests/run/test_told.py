@@ -130,7 +130,7 @@ def test_a_finished_run_explains_how_to_train_further(config):
     assert sft_jax("train", config).returncode == 0
     done = sft_jax("train", config, "training.max_steps=4")
     assert done.returncode == 2
-    assert "start a new run from its export (lora.init_from or model.path)" in done.stderr
+    assert "start a new run with training.continue_from=" in done.stderr
 
 
 def with_rows(folder, rows):

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, Protocol
 import pyarrow as pa
 
 from sft_jax.data.read.limits import ARROW_BYTES, ARROW_ROWS, ARROW_SECONDS, EXPANSION, ROW_BYTES, ROW_VALUES
-from sft_jax.files.hub_network import is_offline
+from sft_jax.files.hub_network import go_offline_without_network
 from sft_jax.files.orphans import end_with_parent
 
 _BYTES_PER_SECOND = 10_000_000
@@ -160,20 +160,20 @@ def open_rows(kind: str, path: str, options: dict[str, Any]) -> Rows:
         options: ``split``, and for the Hub ``name`` and ``revision``.
 
     Raises:
-        KeyError: a saved data set has no such split; the argument lists the splits.
+        ValueError: a saved data set has no such split.
     """
     if kind == "parquet":
         return ParquetRows(path)
     if kind == "arrow":
         return ArrowRows(path)
-    if kind == "hub" and is_offline():
-        os.environ["HF_HUB_OFFLINE"] = "1"  # read when datasets is imported: it uses its cache, and does not wait
+    go_offline_without_network()
     import datasets
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     if kind == "hub":
-        return DatasetRows(datasets.load_dataset(path, **{key: options[key] for key in ("name", "split", "revision")}))
+        split, revision = options["split"], options["revision"]
+        return DatasetRows(datasets.load_dataset(path, options["name"], split=split, revision=revision))
     loaded = datasets.load_from_disk(path)
     if isinstance(loaded, datasets.DatasetDict):
         if options["split"] not in loaded:
