@@ -143,7 +143,7 @@ def test_a_config_may_name_every_format():
         ({"messages": [user(3), answer("b")]}, "message 0: 'content' must be a string, it is int '3'"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "part of type 'image'"),
         ({"messages": [user("a"), answer("b", train="yes")]}, "'train' must be true, false or a number"),
-        ({"messages": [user("a"), answer("b", weight=-1)]}, "not negative"),
+        ({"messages": [user("a"), answer("b", weight=-1)]}, "must be between 0 and 10,000"),
         ({"messages": [user("a"), answer("b", weight=1, train=False)]}, "contradict each other"),
         ({"messages": [user("a"), answer("b", tool_calls=[{"arguments": {}}])]}, "no function name"),
         ({"messages": [user("a"), answer("b", tool_calls=[{"name": "f", "arguments": "{"}])]}, "not valid JSON"),
