@@ -52,7 +52,7 @@ def explain(error: BaseException, command: str) -> str | None:
     Args:
         command: the command that ran, such as ``train``.
     """
-    for one in _chain(error):
+    for one in chain(error):
         text = " ".join(str(one).split())
         number = _errno(one, text)
         path = getattr(one, "filename", None) or _path_in(text)
@@ -74,7 +74,7 @@ def explain(error: BaseException, command: str) -> str | None:
 
 def is_of_the_machine(error: BaseException) -> bool:
     """Whether an error comes from missing permissions, memory or open files, and not from what is read."""
-    for one in _chain(error):
+    for one in chain(error):
         text = str(one)
         if isinstance(one, MemoryError) or any(words in text for words in _OUT_OF_MEMORY_MESSAGES):
             return True
@@ -113,8 +113,8 @@ def unknown(error: BaseException) -> str:
     return f"an error that sft-jax does not know{place}: {type(error).__name__}: {error}; {where}; please report it"
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and its causes."""
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yields an error and its causes, each once."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))

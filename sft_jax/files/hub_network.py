@@ -7,6 +7,7 @@ import socket
 from urllib.parse import urlsplit
 
 from sft_jax.errors import one_line
+from sft_jax.outside_faults import chain
 
 _PROXIES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
 _NO_NETWORK = ("ConnectError", "ConnectionError", "Name or service not known", "Temporary failure in name resolution")
@@ -38,11 +39,8 @@ def what_is_wrong(kind: str, name: str, error: BaseException) -> str:
         name: its id.
     """
     page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{name}"
-    chain = []
-    while error is not None and error not in chain:
-        chain.append(error)
-        error = error.__cause__ or error.__context__  # type: ignore[assignment]
-    names, text = {type(one).__name__ for one in chain}, " ".join(str(one) for one in chain)
+    causes = [*chain(error)]
+    names, text = {type(one).__name__ for one in causes}, " ".join(map(str, causes))
     if "GatedRepoError" in names or "gated" in text.lower():
         return f"it is gated: accept its terms at {page}, and log in with hf auth login or HF_TOKEN"
     if "RevisionNotFoundError" in names:
@@ -51,4 +49,4 @@ def what_is_wrong(kind: str, name: str, error: BaseException) -> str:
         return f"there is no such {kind} on the Hub, or it is private (log in with hf auth login or HF_TOKEN)"
     if "LocalEntryNotFoundError" in names or "OfflineModeIsEnabled" in names or any(one in text for one in _NO_NETWORK):
         return "it is not in the local cache, and the Hub cannot be reached; check the network, or name a local folder"
-    return one_line(str(chain[0]))[:200]
+    return one_line(str(error))[:200]

@@ -53,13 +53,12 @@ class Task:
 
 def tasks_of(inputs: Inputs, session: Session, recorder: Recorder, stopping: EarlyStopping) -> list[Task]:
     """The tasks of a run in order. Checkpoints follow the evaluation, whose loss decides which checkpoint is best."""
-    config, tasks, evaluated = inputs.config, [], {}
+    config, tasks = inputs.config, []
     if inputs.held_out is not None:
         evaluator = Evaluator(config, inputs.held_out.examples, session.model)
 
         def evaluate(step: int) -> None:
             row = evaluator(session.state.params)
-            evaluated[step] = row["eval_loss"]
             stopping.measured(step, row["eval_loss"])
             recorder.evaluated(step, row)
 
@@ -70,7 +69,7 @@ def tasks_of(inputs: Inputs, session: Session, recorder: Recorder, stopping: Ear
         tasks.append(Task("samples", every, lambda step: recorder.sampled(step, sampler(session.state.params))))
 
     def save(step: int) -> None:
-        session.save(step, evaluated.get(step))
+        session.save(step, stopping.loss(step))
         recorder.notify("save", step, {})
 
     return [*tasks, Task(None, config.training.save_every, save, when_stopping=True)]

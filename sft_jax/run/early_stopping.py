@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 
 from sft_jax.distributed.processes import broadcast
-from sft_jax.store.metrics import read_metrics
+from sft_jax.store.metrics import held_out_losses, read_metrics
 
 
 class EarlyStopping:
@@ -49,16 +49,21 @@ class EarlyStopping:
         """Whether the run has to stop."""
         if self._patience is None or not self._losses:
             return False
-        return sum(step > self.best for step in self._losses) >= self._patience
+        return self._since_best >= self._patience
 
     @property
     def reason(self) -> str:
         """Why the run stops."""
-        since = sum(step > self.best for step in self._losses)
+        best = self.best
         return (
-            f"the held-out loss has not fallen below {self._losses[self.best]:.4f} of step {self.best} in {since} "
+            f"the held-out loss has not fallen below {self._losses[best]:.4f} of step {best} in {self._since_best} "
             "evaluations"
         )
+
+    @property
+    def _since_best(self) -> int:
+        best = self.best
+        return sum(step > best for step in self._losses)
 
 
 def early_stopping(patience: int | None, run: Path, latest: int | None) -> EarlyStopping:
@@ -71,9 +76,8 @@ def early_stopping(patience: int | None, run: Path, latest: int | None) -> Early
     losses: dict[int, float] = {}
     if patience is not None and latest is not None:
         if jax.process_index() == 0:
-            rows = [row for row in read_metrics(run / "metrics.jsonl") if row["step"] <= latest]
-            losses = {row["step"]: row["eval_loss"] for row in rows if row.get("eval_loss") is not None}
-        losses = {
-            int(step): loss for step, loss in json.loads(broadcast("held-out losses", json.dumps(losses))).items()
-        }
+            earlier = held_out_losses(read_metrics(run / "metrics.jsonl"))
+            losses = {step: loss for step, loss in earlier.items() if step <= latest}
+        answer = json.loads(broadcast("held-out losses", json.dumps(losses)))
+        losses = {int(step): loss for step, loss in answer.items()}
     return EarlyStopping(patience, losses)

@@ -105,19 +105,21 @@ def _method_name(method: str) -> str:
 def _data_choices(source: SourceConfig, heldout: str | None, prepared: Prepared) -> list[Choice]:
     """The sources, and whether bad rows are left out."""
     report = prepared.report
-    columns = {"columns": dict(source.columns)} if source.columns else {}
-    reason = f"format {report.sources[0].format}" + (", columns guessed from their names" if columns else "")
-    choices = [Choice("data.train", [{"path": source.path, **columns}], reason)]
+    guessed = ", columns guessed from their names" if source.columns else ""
+    choices = [Choice("data.train", [_entry(source)], f"format {report.sources[0].format}{guessed}")]
     if heldout is not None:
         held_out = with_likely_columns(SourceConfig(path=heldout))
-        columns = {"columns": dict(held_out.columns)} if held_out.columns else {}
-        choices.append(Choice("data.eval", [{"path": heldout, **columns}], "its loss shows overfitting"))
+        choices.append(Choice("data.eval", [_entry(held_out)], "its loss shows overfitting"))
     if not report.total("kept"):
         first = next((one.reasons[0].at(one.name) for one in report.sources if one.reasons), "no row can be used")
         raise UserError(f"--data: {first}")
     if refused := report.total("refused"):
         choices.append(Choice("data.on_bad_row", "skip", f"{refused:,} rows cannot be used; inspect lists why"))
     return choices
+
+
+def _entry(source: SourceConfig) -> dict[str, Any]:
+    return {"path": source.path, **({"columns": dict(source.columns)} if source.columns else {})}
 
 
 def _facts(arch: Architecture, prepared: Prepared, num_devices: int) -> Facts:

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if damaged:
         print(f"sft-jax: {path}: damaged line(s) left out: {', '.join(map(str, damaged[:10]))}", file=sys.stderr)
     return rows
+
+
+def held_out_losses(rows: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+    """The held-out losses in the rows of a ``metrics.jsonl``, by step."""
+    return {row["step"]: row["eval_loss"] for row in rows if row.get("eval_loss") is not None}
 
 
 class Progress:

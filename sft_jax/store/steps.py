@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sft_jax.errors import UserError
+from sft_jax.store.metrics import held_out_losses
 
 Step = int | str | None
 """The number of a step, ``last`` (also None), or ``best``."""
@@ -32,7 +33,7 @@ def choose_step(run: object, step: Step, steps: Sequence[int], metrics: Sequence
         return step
     if step != "best":
         raise UserError(f"{run}: {step!r} is neither a step nor best or last; {there_are}")
-    losses = {row["step"]: row["eval_loss"] for row in metrics if row.get("eval_loss") is not None}
+    losses = held_out_losses(metrics)
     saved = {one: losses[one] for one in steps if one in losses}
     if not saved:
         raise UserError(f"{run}: no checkpoint has a held-out loss to choose the best by; {there_are}")

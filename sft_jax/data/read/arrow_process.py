@@ -166,7 +166,8 @@ def open_rows(kind: str, path: str, options: dict[str, Any]) -> Rows:
         return ParquetRows(path)
     if kind == "arrow":
         return ArrowRows(path)
-    go_offline_without_network()
+    if kind == "hub":
+        go_offline_without_network()
     import datasets
 
     datasets.disable_progress_bars()
@@ -325,9 +326,8 @@ class Server:
         size = request["size"]
         used = resource.getrusage(resource.RUSAGE_SELF)
         seconds = int(used.ru_utime + used.ru_stime) + ARROW_SECONDS + size // _BYTES_PER_SECOND
-        resource.setrlimit(
-            resource.RLIMIT_CPU, (seconds if hard == resource.RLIM_INFINITY else min(seconds, hard), hard)
-        )
+        soft = seconds if hard == resource.RLIM_INFINITY else min(seconds, hard)
+        resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))
         if request["what"] == "open":
             self._memory += size
             hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
