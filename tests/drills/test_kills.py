@@ -80,6 +80,12 @@ def names(folder: Path) -> list[str]:
     return sorted(re.sub(r"events\.out\..*", "events", name) for name in found)
 
 
+def assert_same_files(killed: Path, whole: Path) -> None:
+    assert names(killed) == names(whole)
+    for file in whole.iterdir():
+        assert (killed / file.name).read_bytes() == file.read_bytes(), file.name
+
+
 def assert_equal(whole: Runs, killed: Runs) -> None:
     rows = [[{key: row[key] for key in KEYS if key in row} for row in one.rows()] for one in (whole, killed)]
     assert rows[0] == rows[1]
@@ -148,28 +154,27 @@ def test_killed_exports(form, warm, tiny, chats, tmp_path, is_full):
     config = tmp_path / "config.yaml"
     configs.save(config_of(tiny, chats, tmp_path / "run", training__max_steps=2), config)
     assert warm.run("train", config).code == 0
-    out = tmp_path / "out"
-    out.mkdir()
+    # Both of one name, because the card names the folder.
+    whole, killed = tmp_path / "whole" / "model", tmp_path / "killed" / "model"
+    whole.parent.mkdir()
+    killed.parent.mkdir()
     began = time.monotonic()
-    ended = warm.run("export", tmp_path / "run", out / "whole", "--format", form)
+    ended = warm.run("export", tmp_path / "run", whole, "--format", form)
     seconds = time.monotonic() - began
     assert ended.code == 0, ended.err
     kills = 0
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     while kills < quota:
-        life = warm.start(
-            "export", tmp_path / "run", out / "killed", "--format", form, environment={"TMPDIR": str(temporary)}
-        )
+        life = warm.start("export", tmp_path / "run", killed, "--format", form, environment={"TMPDIR": str(temporary)})
         time.sleep(rng.uniform(0.3, 1) * seconds)
         life.kill()
         kills += life.wait().code == -9
-        if (out / "killed").exists():
-            for file in (out / "whole").iterdir():
-                assert (out / "killed" / file.name).read_bytes() == file.read_bytes(), file.name
-            assert names(out / "killed") == names(out / "whole")
-            shutil.rmtree(out / "killed")
-    assert warm.run("export", tmp_path / "run", out / "killed", "--format", form).code == 0
-    assert sorted(one.name for one in out.iterdir()) == ["killed", "whole"]
+        if killed.exists():
+            assert_same_files(killed, whole)
+            shutil.rmtree(killed)
+    assert warm.run("export", tmp_path / "run", killed, "--format", form).code == 0
+    assert_same_files(killed, whole)
+    assert names(killed.parent) == names(whole.parent)
     assert not list(temporary.iterdir())
     print(f"{form}: {kills} kills")
