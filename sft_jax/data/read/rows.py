@@ -18,8 +18,12 @@ class RowError(ValueError):
     """
 
     def __init__(self, reason: str, line: int | None = None):
-        super().__init__(one_line(reason))
+        super().__init__(reason)
         self.line = line
+
+    def __str__(self) -> str:
+        # Only here, because it takes longer than to parse a row, and a file may have millions of bad rows.
+        return one_line(super().__str__())
 
     def at(self, name: str, row: int) -> str:
         """Prefix the reason with its location: ``a.jsonl row 3: …``, or ``a.jsonl:4: …`` if the line has no row."""

@@ -94,7 +94,9 @@ class Writer:
         rows: list[int] = []
         for row, result in enumerate(results, first_row):
             if isinstance(result, RowError):
-                self._refuse(RowErrorAt(row, str(result), result.line))
+                self.num_refused += 1
+                if len(self.refused) < _MAX_REASONS:  # of millions, few reasons are read
+                    self.refused.append(RowErrorAt(row, str(result), result.line))
             else:
                 kept += result
                 rows += [row] * len(result)
@@ -122,9 +124,8 @@ class Writer:
         self._write("lengths", part.lengths)
         self._write("rows", part.rows)
         self._write("targets", part.targets)
-        for one in part.refused:
-            self._refuse(one)
-        self.num_refused += part.num_refused - len(part.refused)
+        self.refused += part.refused[: _MAX_REASONS - len(self.refused)]
+        self.num_refused += part.num_refused
         self.num_rows += part.num_rows
         self.tally.add(part.tally)
 
@@ -142,11 +143,6 @@ class Writer:
             "tally": {name: list(getattr(tally, name).items()) for name in _TALLIES},
         }
         (self.folder / _META).write_text(json.dumps(meta | {"digest": _digest_of(meta)}), encoding="utf-8")
-
-    def _refuse(self, one: RowErrorAt) -> None:
-        self.num_refused += 1
-        if len(self.refused) < _MAX_REASONS:
-            self.refused.append(one)
 
     def _codes(self, weights: np.ndarray) -> np.ndarray:
         """Return the index of each weight in the table. Appends new weights in the order in which they first occur."""
