@@ -42,7 +42,7 @@ class FewShot:
 
 def few_shot_of(
     asked: Sequence[Question],
-    sources: Sequence[Source],
+    shots: Sequence[Shot],
     num: int,
     seed: int,
     held_out: Prepared,
@@ -55,7 +55,7 @@ def few_shot_of(
     models come with a template that they were not trained with; they stop at the end of documents.
 
     Args:
-        sources: the training data, which the shots are drawn from.
+        shots: answered questions of the training data, of which ``num`` are drawn for each question.
         held_out: the data of ``asked``.
         stop_ids: stop token ids of the base model's generation config.
         folder: the base model.
@@ -65,7 +65,6 @@ def few_shot_of(
     """
     encoder = held_out.encoder
     tokenizer = encoder.tokenizer
-    shots = [pair for source in sources for pair in exchanges(source, encoder.keep_reasoning)]
     drawn = draw(len(asked), shots, num, seed)
     end = next(iter(held_out.examples.stop_ids), None)
     if not has_template(folder):
@@ -85,11 +84,11 @@ def few_shot_of(
     return FewShot("text", prompts, f"{num} answered questions as plain text, because {why}")
 
 
-def exchanges(source: Source, keep_reasoning: bool = True) -> Iterator[Shot]:
-    """Yields the last question and answer of each conversation as plain text."""
-    for row in source.read(0, len(source), keep_reasoning):
+def exchanges(source: Source, keep_reasoning: bool = True) -> Iterator[tuple[int, Shot]]:
+    """Yields the row of each conversation, and its last question and answer as plain text."""
+    for index, row in enumerate(source.read(0, len(source), keep_reasoning)):
         if not isinstance(row, RowError) and row.last_exchange is not None:
-            yield row.last_exchange
+            yield index, row.last_exchange
 
 
 def draw(num_questions: int, shots: Sequence[Shot], num: int, seed: int) -> list[list[Shot]]:

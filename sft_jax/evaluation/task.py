@@ -9,13 +9,14 @@ from typing import Any
 
 from sft_jax.config import Config
 from sft_jax.data.batches.streaming import first_rows
+from sft_jax.data.lint.leave_out import leave_out
 from sft_jax.data.read.rows import shown
 from sft_jax.data.read.sources import open_sources
 from sft_jax.data.tokens.examples import Examples
 from sft_jax.data.tokens.prepare import Prepared, prepare_data
 from sft_jax.errors import UserError
 from sft_jax.evaluation.answers import normalized
-from sft_jax.evaluation.few_shot import FewShot, few_shot_of
+from sft_jax.evaluation.few_shot import FewShot, Shot, exchanges, few_shot_of
 from sft_jax.evaluation.hardest import candidates
 from sft_jax.evaluation.questions import Question, questions
 from sft_jax.models.architecture import Architecture
@@ -58,11 +59,15 @@ def prepare(
     asked = questions(held_out.examples, held_out.sources, tokenizer, options.num_questions, keeps)
     for question in asked:
         _check(question, options.answer, arch.max_positions)
+    if training is None and (options.hardest or (options.shots and config.data.leave_out)):
+        sources = first_rows(config.data.train) if config.data.streaming else config.data.train
+        training = prepare_data(config.data, sources, tokenizer, stop_ids, arch.max_positions)
+        training = leave_out(training, held_out, config.data.leave_out)
     few_shot = None
     if options.shots and asked:
-        sources = open_sources(config.data.train)
+        shots = _shots(config, training, keeps)
         few_shot = few_shot_of(
-            asked, sources, options.shots, config.training.seed, held_out, stop_ids, Path(tokenizer.name_or_path)
+            asked, shots, options.shots, config.training.seed, held_out, stop_ids, Path(tokenizer.name_or_path)
         )
         notes.append(("few-shot", few_shot.note))
         longest = max(map(len, few_shot.prompts))
@@ -78,12 +83,23 @@ def prepare(
         data.append(("documents", read))
     hardest = None
     if options.hardest:
-        if training is None:
-            sources = first_rows(config.data.train) if config.data.streaming else config.data.train
-            training = prepare_data(config.data, sources, tokenizer, stop_ids, arch.max_positions)
+        assert training is not None
         hardest = candidates(training.examples)
         notes.append(("hardest", _among(options.hardest, len(hardest), len(training.examples), config.data.streaming)))
     return Task(held_out.examples, asked, few_shot, documents, hardest, data, notes)
+
+
+def _shots(config: Config, training: Prepared | None, keep_reasoning: bool) -> list[Shot]:
+    """The answered questions of the training data, without the rows that ``data.leave_out`` leaves out."""
+    if not config.data.leave_out:
+        sources = open_sources(config.data.train)
+        return [pair for source in sources for _, pair in exchanges(source, keep_reasoning)]
+    assert training is not None
+    shots: list[Shot] = []
+    for i, source in enumerate(training.sources):
+        kept = set(training.examples.row[training.examples.source == i].tolist())
+        shots += [pair for row, pair in exchanges(source, keep_reasoning) if row in kept]
+    return shots
 
 
 def _check(question: Question, kind: str, max_positions: int) -> None:

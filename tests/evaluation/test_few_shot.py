@@ -1,6 +1,7 @@
 """Few-shot prompts: turns of a chat for models that know chats, plain text for others."""
 
 import copy
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -15,6 +16,8 @@ from sft_jax.data.tokens.prepare import prepare_data
 from sft_jax.errors import UserError
 from sft_jax.evaluation.few_shot import chat_prompt, cut_at_blank_line, draw, few_shot_of, text_prompt
 from sft_jax.evaluation.questions import Question, questions
+from sft_jax.evaluation.task import prepare
+from sft_jax.hf.config import read_architecture
 from sft_jax.hf.tokenizer import has_template, load_tokenizer
 from sft_jax.run.train import train
 
@@ -36,12 +39,6 @@ def encoded(tmp_path, tokenizer, rows=HELD_OUT, stops=(2,)):
     file = write_jsonl(tmp_path / "held_out.jsonl", rows)
     held_out = prepare_data(config, [SourceConfig(str(file))], tokenizer, stops, 512, is_held_out=True)
     return held_out, questions(held_out.examples, held_out.sources, tokenizer)
-
-
-def shots(tmp_path):
-    from sft_jax.data.read.sources import open_sources
-
-    return open_sources([SourceConfig(str(write_jsonl(tmp_path / "shots.jsonl", SHOTS)))])
 
 
 @pytest.mark.smoke
@@ -97,12 +94,12 @@ def test_a_template_that_rejects_the_shots(tmp_path):
 def test_the_form_is_what_the_base_model_knows(tiny, tmp_path):
     tokenizer, _ = load_tokenizer(tiny)
     held_out, asked = encoded(tmp_path, tokenizer)
-    source = shots(tmp_path)
-    chat = few_shot_of(asked, source, 2, 0, held_out, [2], tiny)
+    shots = [(row["question"], row["answer"]) for row in SHOTS]
+    chat = few_shot_of(asked, shots, 2, 0, held_out, [2], tiny)
     assert (chat.form, chat.note) == ("chat", "2 answered questions as earlier turns of the chat")
     assert all("river<|im_end|>" in tokenizer.decode(prompt) for prompt in chat.prompts)
     assert chat.ends("a\n\nb", False) == ("a\n\nb", False)
-    of_documents = few_shot_of(asked, source, 2, 0, held_out, [0], tiny)
+    of_documents = few_shot_of(asked, shots, 2, 0, held_out, [0], tiny)
     assert of_documents.form == "text"
     assert "because the base model does not stop at '<|im_end|>', which ends a turn" in of_documents.note
     assert of_documents.ends("a\n\nb", False) == ("a", True)
@@ -110,13 +107,13 @@ def test_the_form_is_what_the_base_model_knows(tiny, tmp_path):
     shutil.copytree(tiny, bare)
     (bare / "chat_template.jinja").unlink()
     assert not has_template(bare)
-    without = few_shot_of(asked, source, 2, 0, held_out, [2], bare)
+    without = few_shot_of(asked, shots, 2, 0, held_out, [2], bare)
     assert (without.form, without.note.partition(", because ")[2]) == (
         "text", "the base model has no chat template of its own"
     )  # fmt: skip
     rows = [*HELD_OUT, {"prompt": "bread", "completion": " twelve"}]
     plain, asked = encoded(tmp_path, tokenizer, [rows[2]])
-    assert few_shot_of(asked, source, 2, 0, plain, [2], tiny).note.endswith("because held-out prompts are plain text")
+    assert few_shot_of(asked, shots, 2, 0, plain, [2], tiny).note.endswith("because held-out prompts are plain text")
 
 
 @pytest.mark.smoke
@@ -125,6 +122,28 @@ def test_the_model_of_the_quickstart_was_pretrained_on_documents():
     assert has_template(folder)
     config = json.loads((folder / "generation_config.json").read_text())
     assert load_tokenizer(folder)[0].convert_ids_to_tokens(config["eos_token_id"]) != "<|im_end|>"
+
+
+def test_rows_that_are_left_out_are_no_shots(tiny, tmp_path):
+    rows = [*SHOTS, {"question": "winter", "answer": "yellow river"}]
+    tokenizer, _ = load_tokenizer(tiny)
+    files = [write_jsonl(tmp_path / "train.jsonl", rows), write_jsonl(tmp_path / "held_out.jsonl", HELD_OUT[1:])]
+    for names in ([], ["leaks"]):
+        config = run_config(
+            tiny,
+            files[0],
+            tmp_path / "run",
+            data__eval=[SourceConfig(str(files[1]))],
+            data__leave_out=names,
+            evaluation=EvaluationConfig(at_end=True, shots=4 - len(names)),
+        )
+        task = prepare(config, read_architecture(tiny), tokenizer, [2])
+        (prompt,) = task.few_shot.prompts
+        assert ("yellow" in tokenizer.decode(prompt)) == (not names)
+        assert all(row["answer"] in tokenizer.decode(prompt) for row in SHOTS)
+    too_many = dataclasses.replace(config, evaluation=EvaluationConfig(at_end=True, shots=4))
+    with pytest.raises(UserError, match=r"4 answered questions requested, but data\.train has 3"):
+        prepare(too_many, read_architecture(tiny), tokenizer, [2])
 
 
 def test_the_form_in_reports(tiny, chats, tmp_path):
