@@ -125,7 +125,7 @@ def _epochs(num_examples: int, steps_per_epoch: int) -> tuple[int, str]:
     epochs = 3 if num_examples < 20_000 else 2 if num_examples < 100_000 else 1
     if epochs * steps_per_epoch < _FEW_STEPS:
         epochs = min(_MOST_EPOCHS, math.ceil(_FEW_STEPS / steps_per_epoch))
-        return epochs, f"few examples: {epochs * steps_per_epoch:,} steps; watch the held-out loss"
+        return epochs, f"few examples, so several epochs: {epochs * steps_per_epoch:,} steps"
     return epochs, f"{epochs * steps_per_epoch:,} steps"
 
 

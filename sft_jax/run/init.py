@@ -93,6 +93,8 @@ def init(
     for one in choices:
         if one.reason:
             say("", f"{one.key} = {_value(one.value)}   {one.reason}")
+    if heldout is None:
+        say("held out", "none; with --eval FILE the run also measures the loss on examples that it does not train on")
     say("wrote", str(path))
     say("next", f"sft-jax inspect {path}, then sft-jax train {path}")
     return path
