@@ -6,10 +6,10 @@ import dataclasses
 import typing
 from collections.abc import Iterator
 
-from sft_jax.config import Config
+from sft_jax.config import Config, SourceConfig
 
 _WRONG = (
-    "[]", "{a: 1}", "[[1]]", "no word", "-1", "0", "1e300", ".nan", ".inf",
+    "[]", "{a: 1}", "{a: [1]}", "[[1]]", "[{a: 1}]", "no word", "-1", "0", "1e300", ".nan", ".inf",
     "1" + "0" * 18, "9" * 400, "''", "null", "2020-01-01", "0x7fffffffffffffff",
 )  # fmt: skip
 _REQUIRED = """
@@ -34,6 +34,9 @@ def overrides() -> Iterator[tuple[str, list[str]]]:
     for key in keys():
         for wrong in _WRONG:
             yield f"{key} {wrong[:20]}", [f"{key}={wrong}"]
+    for field in dataclasses.fields(SourceConfig):
+        for wrong in _WRONG:
+            yield f"source {field.name} {wrong[:20]}", [f"data.train.0.{field.name}={wrong}"]
     for number in ("1000000000000000000", "9223372036854775807", "18446744073709551616"):
         for key in ("training.max_steps", "training.batch_size", "data.max_length", "training.num_train_epochs",
                     "lora.rank", "evaluation.max_new_tokens", "mesh.data", "training.seed",
