@@ -74,6 +74,7 @@ def test_what_is_no_file(tmp_path):
         ({"rms_norm_eps": -1.0}, "rms_norm_eps -1.0 is negative"),
         ({"initializer_range": 1e200}, "initializer_range"),
         ({"sliding_window": 0}, "sliding_window 0 has to be positive"),
+        ({"sliding_window": [512]}, r"sliding_window \[512\] is not a whole number"),
         ({"rope_theta": -1.0}, "rope_parameters.rope_theta -1.0 is not a positive number"),
         ({"rope_scaling": ROPE | {"long_factor": ["2"] * 6}}, "rope_parameters.long_factor 2 is not a positive number"),
         ({"rope_scaling": ROPE | {"long_factor": 3}}, "long_factor|len"),

@@ -58,7 +58,7 @@ def _check_fields(one: Any, seen: set[int]) -> None:
     seen.add(id(one))
     for field in dataclasses.fields(one):
         value = getattr(one, field.name)
-        if isinstance(field.type, str) and isinstance(value, (bool, int, float, str)):
+        if isinstance(field.type, str) and isinstance(value, (bool, int, float, str, list, dict)):
             _check_value(field.name, value, field.type)
         _check_inside(field.name, value, seen)
 
@@ -75,7 +75,7 @@ def _check_inside(name: str, value: Any, seen: set[int]) -> None:
             _check_inside(name, element, seen)
 
 
-def _check_value(name: str, value: bool | int | float | str, kind: str) -> None:
+def _check_value(name: str, value: Any, kind: str) -> None:
     key, kinds = _KEYS.get(name, name), kind.split(" | ")
     wanted = next((one for one in ("str", "bool", "int", "float") if one in kinds), None)
     if wanted is None:
