@@ -14,15 +14,13 @@ from sft_jax import builtin
 from sft_jax.errors import UserError
 from sft_jax.files.buckets import is_url, reason
 from sft_jax.files.hub_network import is_offline, what_is_wrong
-from sft_jax.files.json_object import read_bytes
 from sft_jax.files.temporary import remove_temporary, temporary_folder
 from sft_jax.progress import Work
 
 # Only these files are downloaded: no pickle (.bin, .pt) and no code (.py).
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "LICENSE*"]
 _NOT = ["consolidated*"]  # a second copy of the weights under other names
-_LONGEST_URL = 4096  # bytes
-_POINTER = "weights.url"  # file with the URL of the weights, in a folder without weights
+_urls: dict[Path, str] = {}  # of the weights of each folder without weights, which lives as long as the process
 
 
 def find_model(path: str, revision: str | None = None, asked_by: str = "model.path", weights: bool = True) -> Path:
@@ -120,13 +118,7 @@ def commit_of(folder: Path) -> str | None:
 
 def weights_of(folder: Path) -> Path | str:
     """Returns the location of the safetensors of a folder from :func:`find_model`: the folder itself, or a URL."""
-    pointer = folder / _POINTER
-    if not pointer.is_file():
-        return folder
-    try:
-        return read_bytes(pointer, _LONGEST_URL).decode()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{pointer}: is no URL of weights: {error}") from error
+    return _urls.get(folder, folder)
 
 
 def _folder_of(path: str, asked_by: str) -> Path | None:
@@ -170,5 +162,5 @@ def _from_url(url: str, asked_by: str) -> Path:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{asked_by}: {url} cannot be read: {reason(error)}") from error
-    (folder / _POINTER).write_text(url.rstrip("/"), encoding="utf-8")
+    _urls[folder] = url.rstrip("/")
     return folder

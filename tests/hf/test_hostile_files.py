@@ -13,7 +13,6 @@ from sft_jax.config import LoraConfig
 from sft_jax.errors import UserError
 from sft_jax.files.json_object import read_object
 from sft_jax.hf.config import read_architecture, stop_ids
-from sft_jax.hf.hub import weights_of
 from sft_jax.hf.peft import base_fingerprint, read_adapter_config
 from sft_jax.hf.reader import TensorReader
 from sft_jax.hf.ties import architecture_of
@@ -262,8 +261,3 @@ def test_chat_templates_of_a_wrong_kind(tokenizer):
     os.mkfifo(folder / "chat_template.jinja")
     with pytest.raises(UserError, match=r"chat_template\.jinja: not a file"):
         load_tokenizer(folder)
-
-
-def test_a_location_of_weights_that_is_none(tmp_path):
-    with pytest.raises(UserError, match=r"weights\.url: is no URL"):
-        weights_of(written(tmp_path, "weights.url", b"\xff"))

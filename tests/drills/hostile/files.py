@@ -12,7 +12,7 @@ from hostile.weights import _headers, _link, _pipe, header, value
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 OF_MODEL = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 OF_MODEL += ("generation_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json")
-OF_MODEL += ("model.safetensors.index.json", "processor_config.json", "preprocessor_config.json", "weights.url")
+OF_MODEL += ("model.safetensors.index.json", "processor_config.json", "preprocessor_config.json")
 LORA = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
 
 
