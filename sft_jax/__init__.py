@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sft_jax.version import __version__ as __version__
+from sft_jax.without_torch import leave_out_notice
 
 if TYPE_CHECKING:
     from sft_jax.api import (
@@ -35,6 +36,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
+        leave_out_notice()
         from sft_jax import api
 
         return getattr(api, name)

@@ -1,7 +1,8 @@
-"""Prevents transformers from importing torch, or lets it."""
+"""Prevents transformers from importing torch, or lets it, and from a notice where torch is not installed."""
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Any
 
@@ -22,3 +23,12 @@ def bring_back_torch() -> None:
     modules: dict[str, Any] = sys.modules
     if "transformers" not in modules and modules.get("torch", ...) is None:
         del modules["torch"]
+
+
+def leave_out_notice() -> None:
+    """Filter out the notice of transformers that its models need torch: of transformers only other parts are used."""
+    logging.getLogger("transformers").addFilter(_is_no_notice)
+
+
+def _is_no_notice(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("PyTorch was not found")

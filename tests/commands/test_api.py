@@ -1,5 +1,6 @@
 """The Python API does what the commands do."""
 
+import os
 import subprocess
 import sys
 
@@ -40,6 +41,14 @@ def test_importing_it_loads_nothing_heavy():
         assert getattr(api, name).__doc__
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = api.nothing
+
+
+def test_there_is_no_notice_that_torch_is_not_installed():
+    environment = {name: value for name, value in os.environ.items() if name != "TRANSFORMERS_VERBOSITY"}
+    for names, is_noticed in (("transformers", True), ("sft_jax; sft_jax.load", False)):
+        code = f"import sys; sys.modules['torch'] = None; import {names}"
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert ("PyTorch was not found" in done.stderr) == is_noticed, done.stderr
 
 
 def test_a_config_from_a_file_or_from_dicts(tiny, chats, tmp_path):
