@@ -33,7 +33,7 @@ def config_of(options: argparse.Namespace) -> Config:
     from sft_jax.errors import UserError
 
     if options.config is None:
-        raise UserError(f"sft-jax {options.name}: needs a config: {_BEGIN}")
+        raise UserError(f"{options.name} needs a config: {_BEGIN}")
     if "=" in options.config and not os.path.exists(options.config):
         raise UserError(f"{options.config}: the config comes before key=value: {_BEGIN}")
     return load(options.config, options.overrides)

@@ -105,7 +105,7 @@ def test_proposals_are_sane(count, lengths, positions, weights, devices, method)
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (["train"], 2, "sft-jax train: needs a config: sft-jax train builtin:quickstart trains an example"),
+        (["train"], 2, "sft-jax: train needs a config: sft-jax train builtin:quickstart trains an example"),
         (["train", "lr=3"], 2, "lr=3: the config comes before key=value"),
         (["train", "configs/nope/quickstart.yaml"], 2, "the one that comes with the package is builtin:quickstart"),
         (["train", "builtin:nope"], 2, "builtin:nope: no such built-in config"),
