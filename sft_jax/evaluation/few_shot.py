@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,11 +84,11 @@ def few_shot_of(
     return FewShot("text", prompts, f"{num} answered questions as plain text, because {why}")
 
 
-def exchanges(source: Source, keep_reasoning: bool = True) -> Iterator[tuple[int, Shot]]:
-    """Yields the row of each conversation, and its last question and answer as plain text."""
+def exchanges(source: Source, keep_reasoning: bool = True, rows: Container[int] | None = None) -> Iterator[Shot]:
+    """Yields the last question and answer of each conversation as plain text; those of ``rows`` only, if given."""
     for index, row in enumerate(source.read(0, len(source), keep_reasoning)):
-        if not isinstance(row, RowError) and row.last_exchange is not None:
-            yield index, row.last_exchange
+        if (rows is None or index in rows) and not isinstance(row, RowError) and row.last_exchange is not None:
+            yield row.last_exchange
 
 
 def draw(num_questions: int, shots: Sequence[Shot], num: int, seed: int) -> list[list[Shot]]:

@@ -93,12 +93,12 @@ def _shots(config: Config, training: Prepared | None, keep_reasoning: bool) -> l
     """The answered questions of the training data, without the rows that ``data.leave_out`` leaves out."""
     if not config.data.leave_out:
         sources = open_sources(config.data.train)
-        return [pair for source in sources for _, pair in exchanges(source, keep_reasoning)]
+        return [pair for source in sources for pair in exchanges(source, keep_reasoning)]
     assert training is not None
     shots: list[Shot] = []
     for i, source in enumerate(training.sources):
         kept = set(training.examples.row[training.examples.source == i].tolist())
-        shots += [pair for row, pair in exchanges(source, keep_reasoning) if row in kept]
+        shots += exchanges(source, keep_reasoning, kept)
     return shots
 
 
