@@ -23,6 +23,8 @@ _POLL_SECONDS = 5.0
 class Preemption:
     """While the ``with`` block runs, SIGTERM stops the run after the current step; a second SIGTERM kills it.
 
+    One process also stops within an evaluation, which the next start repeats.
+
     All processes stop at the same step, whichever of them received the signal: jax's preemption service coordinates
     them. On Cloud TPU, a maintenance or preemption notice has the same effect as SIGTERM.
     """
@@ -51,6 +53,11 @@ class Preemption:
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(step)
         return self._requested
+
+    @property
+    def requested(self) -> bool:
+        """Whether the only process of a run was asked to stop; several processes agree in :meth:`reached` only."""
+        return self._requested and jax.process_count() == 1
 
     def request(self) -> None:
         """Ask the run to stop, as SIGTERM does."""

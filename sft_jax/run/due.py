@@ -14,6 +14,7 @@ from sft_jax.data.batches.loader import Loader
 from sft_jax.data.batches.packing import plan_run
 from sft_jax.data.chat.encoder import prompt_ids
 from sft_jax.data.tokens.examples import Examples
+from sft_jax.distributed.preemption import Preemption
 from sft_jax.evaluation.compare import eval_batch_size
 from sft_jax.progress import Work
 from sft_jax.run.early_stopping import EarlyStopping
@@ -51,16 +52,20 @@ class Task:
         return self.key is not None and is_due(inputs.folder.local, inputs.latest, self.every, self.key)
 
 
-def tasks_of(inputs: Inputs, session: Session, recorder: Recorder, stopping: EarlyStopping) -> list[Task]:
+def tasks_of(
+    inputs: Inputs, session: Session, recorder: Recorder, stopping: EarlyStopping, preemption: Preemption
+) -> list[Task]:
     """The tasks of a run in order. Checkpoints follow the evaluation, whose loss decides which checkpoint is best."""
     config, tasks = inputs.config, []
     if inputs.held_out is not None:
         evaluator = Evaluator(config, inputs.held_out.examples, session.model)
 
         def evaluate(step: int) -> None:
-            row = evaluator(session.state.params)
-            stopping.measured(step, row["eval_loss"])
-            recorder.evaluated(step, row)
+            is_last = step == inputs.total_steps
+            row = evaluator(session.state.params, lambda: preemption.requested and not is_last)
+            if row is not None:
+                stopping.measured(step, row["eval_loss"])
+                recorder.evaluated(step, row)
 
         tasks.append(Task("eval_loss", config.training.eval_every, evaluate))
     if config.evaluation.samples:
@@ -88,10 +93,13 @@ class Evaluator:
         self._make_loader = lambda: Loader(examples, plan, model.mesh, batch_size)
         self._step = make_eval_step(model.split, self._loss)
 
-    def __call__(self, params: Params) -> dict[str, Any]:
+    def __call__(self, params: Params, is_stopping: Callable[[], bool]) -> dict[str, Any] | None:
+        """Returns the metrics; None if the run was asked to stop before all batches were done."""
         sums = []
         with Work("evaluating", self._num_batches, "batches") as work:
             for batch in self._make_loader():
+                if is_stopping():
+                    return None
                 sums.append(jax.device_get(self._step(params, self._frozen, batch)))
                 work.update()
         totals = {key: sum(one[key].astype(float) for one in sums) for key in self._loss.zeros}

@@ -79,10 +79,13 @@ def loop(inputs: Inputs, session: Session, recorder: Recorder, preemption: Preem
     """
     config, mesh, total, first = inputs.config, inputs.mesh, inputs.total_steps, session.first_step
     rule = early_stopping(config.training.early_stopping, inputs.folder.local, inputs.latest)
-    tasks = tasks_of(inputs, session, recorder, rule)
+    tasks = tasks_of(inputs, session, recorder, rule, preemption)
     for task in tasks:
-        if task.is_due_at_start(inputs):
+        if task.is_due_at_start(inputs) and not preemption.requested:
             task.do(first)
+    if preemption.requested and first < total:
+        where = "starts again" if inputs.latest is None else f"resumes at step {first}"
+        raise _stopped(recorder, f"the same command {where}")
     if first == total or rule.is_reached:
         if inputs.latest is None:  # zero steps: the result is the base model
             session.save(0)
@@ -102,12 +105,13 @@ def loop(inputs: Inputs, session: Session, recorder: Recorder, preemption: Preem
             session.positions.pop(step - 3, None)
         recorder.started(step, metrics, num_tokens)
         stopping = preemption.reached(step) and step < total
-        due = [task for task in tasks if task.is_due(step, total, stopping)]
-        if due:
+        if any(task.is_due(step, total, stopping) for task in tasks):
             recorder.flush_to_disk()
             inputs.folder.check_held()
-            for task in due:
-                task.do(step)
+            for task in tasks:
+                stopping = stopping or (preemption.requested and step < total)  # while the one before ran
+                if task.is_due(step, total, stopping):
+                    task.do(step)
             recorder.draw()
             if jax.process_index() == 0:
                 inputs.folder.push()
@@ -118,6 +122,10 @@ def loop(inputs: Inputs, session: Session, recorder: Recorder, preemption: Preem
             return step
         if stopping:
             session.checkpoints.wait()
-            message = f"asked to stop; step {step} is saved; the same command resumes there"
-            raise Stopped(message) if recorder.stop_requested else Preempted(message)
+            raise _stopped(recorder, f"step {step} is saved; the same command resumes there")
     return total
+
+
+def _stopped(recorder: Recorder, state: str) -> Preempted:
+    kind = Stopped if recorder.stop_requested else Preempted
+    return kind(f"asked to stop; {state}")
