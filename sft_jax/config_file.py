@@ -108,7 +108,7 @@ def _merged(values: Any, overrides: list[str], name: str) -> Config:
             raise UserError(f"{name}: {missing[0]} is required and not set")
         config = OmegaConf.to_object(merged)
         assert isinstance(config, Config)
-        _check_texts(config, name)
+        _check_strings(config, name)
         _check_secrets(to_dict(config), name)
         return config
     except OverflowError as error:  # an integer for a key that is a float; it says no key
@@ -139,20 +139,22 @@ def _with_references(value: Any) -> Any:
     return re.sub(r"(?<!\\)(?=\$\{oc\.env:)", r"\\", value)
 
 
-def _check_texts(section: Any, name: str, prefix: str = "") -> None:
-    """Refuse lists and dicts inside a list or dict of texts, which OmegaConf lets through.
+def _check_strings(section: Any, name: str, prefix: str = "") -> None:
+    """Refuse lists and dicts inside a list or dict of strings, which OmegaConf lets through.
 
     Raises:
         UserError: names the key.
     """
     for field in dataclasses.fields(section):
-        value = getattr(section, field.name)
+        value, path = getattr(section, field.name), f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value):
+            _check_strings(value, name, f"{path}.")
         entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-        for key, one in [("", value), *((f".{key}", one) for key, one in entries)]:
+        for key, one in entries:
             if dataclasses.is_dataclass(one):
-                _check_texts(one, name, f"{prefix}{field.name}{key}.")
-            elif key and field.type in ("list[str]", "dict[str, str]") and not isinstance(one, str):
-                raise UserError(f"{name}: {prefix}{field.name}{key}: {one!r} is not a text")
+                _check_strings(one, name, f"{path}.{key}.")
+            elif field.type in ("list[str]", "dict[str, str]") and not isinstance(one, str):
+                raise UserError(f"{name}: {path}.{key}: {one!r} is not a string")
 
 
 def _check_secrets(values: dict[str, Any], name: str, prefix: str = "") -> None:

@@ -1,8 +1,7 @@
-"""Prevents transformers from importing torch, or lets it, and from a notice where torch is not installed."""
+"""Keeps transformers from importing torch, lets it again, and leaves out its notice that torch is missing."""
 
 from __future__ import annotations
 
-import logging
 import sys
 from typing import Any
 
@@ -26,9 +25,11 @@ def bring_back_torch() -> None:
 
 
 def leave_out_notice() -> None:
-    """Filter out the notice of transformers that its models need torch: of transformers only other parts are used."""
+    """Filter out the notice of transformers that its models need torch: nothing here uses them."""
+    import logging  # only here: the command line starts without it
+
     logging.getLogger("transformers").addFilter(_is_no_notice)
 
 
-def _is_no_notice(record: logging.LogRecord) -> bool:
+def _is_no_notice(record: Any) -> bool:
     return not record.getMessage().startswith("PyTorch was not found")

@@ -23,10 +23,9 @@ _POLL_SECONDS = 5.0
 class Preemption:
     """While the ``with`` block runs, SIGTERM stops the run after the current step; a second SIGTERM kills it.
 
-    One process also stops within an evaluation, which the next start repeats.
-
     All processes stop at the same step, whichever of them received the signal: jax's preemption service coordinates
-    them. On Cloud TPU, a maintenance or preemption notice has the same effect as SIGTERM.
+    them. A run of one process also stops during an evaluation, which the resumed run repeats. On Cloud TPU, a
+    maintenance or preemption notice has the same effect as SIGTERM.
     """
 
     def __init__(self) -> None:

@@ -92,8 +92,7 @@ def prepare(
 def _shots(config: Config, training: Prepared | None, keep_reasoning: bool) -> list[Shot]:
     """The answered questions of the training data, without the rows that ``data.leave_out`` leaves out."""
     if not config.data.leave_out:
-        sources = open_sources(config.data.train)
-        return [pair for source in sources for pair in exchanges(source, keep_reasoning)]
+        return [pair for source in open_sources(config.data.train) for pair in exchanges(source, keep_reasoning)]
     assert training is not None
     shots: list[Shot] = []
     for i, source in enumerate(training.sources):

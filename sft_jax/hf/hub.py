@@ -20,7 +20,8 @@ from sft_jax.progress import Work
 # Only these files are downloaded: no pickle (.bin, .pt) and no code (.py).
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "LICENSE*"]
 _NOT = ["consolidated*"]  # a second copy of the weights under other names
-_urls: dict[Path, str] = {}  # of the weights of each folder without weights, which lives as long as the process
+# Where the weights of a folder from a bucket are. Not in a file there: any model could come with such a file.
+_weights_urls: dict[Path, str] = {}
 
 
 def find_model(path: str, revision: str | None = None, asked_by: str = "model.path", weights: bool = True) -> Path:
@@ -118,7 +119,7 @@ def commit_of(folder: Path) -> str | None:
 
 def weights_of(folder: Path) -> Path | str:
     """Returns the location of the safetensors of a folder from :func:`find_model`: the folder itself, or a URL."""
-    return _urls.get(folder, folder)
+    return _weights_urls.get(folder, folder)
 
 
 def _folder_of(path: str, asked_by: str) -> Path | None:
@@ -162,5 +163,5 @@ def _from_url(url: str, asked_by: str) -> Path:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{asked_by}: {url} cannot be read: {reason(error)}") from error
-    _urls[folder] = url.rstrip("/")
+    _weights_urls[folder] = url.rstrip("/")
     return folder

@@ -14,7 +14,6 @@ from sft_jax.data.batches.loader import Loader
 from sft_jax.data.batches.packing import plan_run
 from sft_jax.data.chat.encoder import prompt_ids
 from sft_jax.data.tokens.examples import Examples
-from sft_jax.distributed.preemption import Preemption
 from sft_jax.evaluation.compare import eval_batch_size
 from sft_jax.progress import Work
 from sft_jax.run.early_stopping import EarlyStopping
@@ -53,16 +52,23 @@ class Task:
 
 
 def tasks_of(
-    inputs: Inputs, session: Session, recorder: Recorder, stopping: EarlyStopping, preemption: Preemption
+    inputs: Inputs,
+    session: Session,
+    recorder: Recorder,
+    stopping: EarlyStopping,
+    is_asked_to_stop: Callable[[int], bool],
 ) -> list[Task]:
-    """The tasks of a run in order. Checkpoints follow the evaluation, whose loss decides which checkpoint is best."""
+    """The tasks of a run in order. Checkpoints follow the evaluation, whose loss decides which checkpoint is best.
+
+    Args:
+        is_asked_to_stop: whether an evaluation after this step is to be left, because the run stops there.
+    """
     config, tasks = inputs.config, []
     if inputs.held_out is not None:
         evaluator = Evaluator(config, inputs.held_out.examples, session.model)
 
         def evaluate(step: int) -> None:
-            is_last = step == inputs.total_steps
-            row = evaluator(session.state.params, lambda: preemption.requested and not is_last)
+            row = evaluator(session.state.params, lambda: is_asked_to_stop(step))
             if row is not None:
                 stopping.measured(step, row["eval_loss"])
                 recorder.evaluated(step, row)

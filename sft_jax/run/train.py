@@ -79,11 +79,15 @@ def loop(inputs: Inputs, session: Session, recorder: Recorder, preemption: Preem
     """
     config, mesh, total, first = inputs.config, inputs.mesh, inputs.total_steps, session.first_step
     rule = early_stopping(config.training.early_stopping, inputs.folder.local, inputs.latest)
-    tasks = tasks_of(inputs, session, recorder, rule, preemption)
+
+    def is_asked_to_stop(after: int) -> bool:
+        return preemption.requested and after < total
+
+    tasks = tasks_of(inputs, session, recorder, rule, is_asked_to_stop)
     for task in tasks:
-        if task.is_due_at_start(inputs) and not preemption.requested:
+        if task.is_due_at_start(inputs) and not is_asked_to_stop(first):
             task.do(first)
-    if preemption.requested and first < total:
+    if is_asked_to_stop(first):
         where = "starts again" if inputs.latest is None else f"resumes at step {first}"
         raise _stopped(recorder, f"the same command {where}")
     if first == total or rule.is_reached:
@@ -109,7 +113,7 @@ def loop(inputs: Inputs, session: Session, recorder: Recorder, preemption: Preem
             recorder.flush_to_disk()
             inputs.folder.check_held()
             for task in tasks:
-                stopping = stopping or (preemption.requested and step < total)  # while the one before ran
+                stopping = stopping or is_asked_to_stop(step)  # while the one before ran
                 if task.is_due(step, total, stopping):
                     task.do(step)
             recorder.draw()

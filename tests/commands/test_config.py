@@ -77,8 +77,11 @@ def test_checks_across_keys(smallest):
         ("lora.rnk=3", "unknown key 'lora.rnk'; did you mean 'rank'"),
         ("nonsense=1", "unknown key 'nonsense'; known keys: model, lora"),
         ("data.train=[{path: x, formt: y}]", "did you mean 'format'"),
-        ("data.added_tokens=[[1]]", r"data\.added_tokens\.0: \[1\] is not a text"),
-        ("data.train=[{path: x, columns: {question: [1]}}]", r"data\.train\.0\.columns\.question: \[1\] is not a text"),
+        ("data.added_tokens=[[1]]", r"data\.added_tokens\.0: \[1\] is not a string"),
+        (
+            "data.train=[{path: x, columns: {question: [1]}}]",
+            r"data\.train\.0\.columns\.question: \[1\] is not a string",
+        ),
         ("data.train=[{path: x, ignore_columns: [{a: 1}]}]", r"data\.train\.0\.ignore_columns\.0: \{'a': 1\} is not"),
         ("lora.rank=abc", "lora.rank: .*'abc'"),
         ("lora.rank=0", "lora.rank: 0 is not"),

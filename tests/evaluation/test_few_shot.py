@@ -135,12 +135,13 @@ def test_rows_that_are_left_out_are_no_shots(tiny, tmp_path):
             tmp_path / "run",
             data__eval=[SourceConfig(str(files[1]))],
             data__leave_out=names,
-            evaluation=EvaluationConfig(at_end=True, shots=4 - len(names)),
+            evaluation=EvaluationConfig(at_end=True, shots=4 - len(names), hardest=4),
         )
         task = prepare(config, read_architecture(tiny), tokenizer, [2])
         (prompt,) = task.few_shot.prompts
         assert ("yellow" in tokenizer.decode(prompt)) == (not names)
         assert all(row["answer"] in tokenizer.decode(prompt) for row in SHOTS)
+        assert len(task.hardest) == 4 - len(names)
     too_many = dataclasses.replace(config, evaluation=EvaluationConfig(at_end=True, shots=4))
     with pytest.raises(UserError, match=r"4 answered questions requested, but data\.train has 3"):
         prepare(too_many, read_architecture(tiny), tokenizer, [2])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import struct
 
 import numpy as np
@@ -13,6 +14,7 @@ from sft_jax.config import LoraConfig
 from sft_jax.errors import UserError
 from sft_jax.files.json_object import read_object
 from sft_jax.hf.config import read_architecture, stop_ids
+from sft_jax.hf.hub import find_model, weights_of
 from sft_jax.hf.peft import base_fingerprint, read_adapter_config
 from sft_jax.hf.reader import TensorReader
 from sft_jax.hf.ties import architecture_of
@@ -261,3 +263,9 @@ def test_chat_templates_of_a_wrong_kind(tokenizer):
     os.mkfifo(folder / "chat_template.jinja")
     with pytest.raises(UserError, match=r"chat_template\.jinja: not a file"):
         load_tokenizer(folder)
+
+
+def test_no_file_says_where_weights_are(tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path / "model")
+    folder = find_model(str(written(tmp_path / "model", "weights.url", b"http://127.0.0.1:1/model")))
+    assert weights_of(folder) == folder

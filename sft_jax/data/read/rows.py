@@ -22,7 +22,7 @@ class RowError(ValueError):
         self.line = line
 
     def __str__(self) -> str:
-        # Only here, because it takes longer than to parse a row, and a file may have millions of bad rows.
+        # Not in __init__: this takes longer than parsing a row, and of millions of bad rows few are shown.
         return one_line(super().__str__())
 
     def at(self, name: str, row: int) -> str:
