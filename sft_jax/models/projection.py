@@ -11,8 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -129,10 +128,7 @@ class _Pass:
 
     @property
     def is_joined(self) -> bool:
-        return self.how.form == "joined" and all(
-            weight is not None and not (isinstance(weight, QuantizedMatrix) and weight.fmt.is_factor)
-            for weight in self.weights
-        )
+        return self.how.form == "joined" and not any(weight is None or is_factor(weight) for weight in self.weights)
 
     def forward(self, x: Array) -> tuple[list[Array], dict[int, Array]]:
         """Returns the products, and ``scale · x·a`` by the index of the adapter; of no merged one."""
@@ -144,10 +140,13 @@ class _Pass:
             return self.joined(x, x_a), x_a
         outs: list[Any] = []
         for i, (weight, dims) in enumerate(zip(self.weights, self.how.outputs, strict=True)):
-            out: Any = 0 if weight is None else self.times(x, weight, dims)
+            out: Any = 0
             if i in self.present:
-                out += _product(x_a[i], self.in_dtype(self.adapters[i].b, x.dtype), (x_a[i].shape[-1],), dims)
-            outs.append(out)
+                out = _product(x_a[i], self.in_dtype(self.adapters[i].b, x.dtype), (x_a[i].shape[-1],), dims)
+                if is_factor(weight):
+                    # The longer product adds the shorter one, and not the other way round.
+                    out = lax.optimization_barrier(out)
+            outs.append(out if weight is None else out + self.times(x, weight, dims))
         return outs, x_a
 
     def joined(self, x: Array, x_a: dict[int, Array]) -> list[Array]:
@@ -261,12 +260,12 @@ class _Pass:
     def times(self, x: Array, weight: Matrix, dims: Dims, transposed: bool = False) -> Array:
         """Returns ``x·weight``, with outputs of these dimensions, or ``x·weightᵀ``."""
         inputs = self.how.inputs
-        if isinstance(weight, QuantizedMatrix) and weight.fmt.is_factor:
-            return _by_rows(partial(eight_bit.product, weight=weight), x, inputs, dims, transposed)
+        if is_factor(weight):
+            return eight_bit.product(x, weight, inputs, dims, transposed)
         if self.how.compute is not None:
-            matrix = in_dtype(weight, jnp.float32)
-            rounded = partial(eight_bit.rounded_product, weight=matrix, kind=self.how.compute)
-            return _by_rows(rounded, x, inputs, dims, transposed)
+            return eight_bit.rounded_product(
+                x, in_dtype(weight, jnp.float32), self.how.compute, inputs, dims, transposed
+            )
         return _product(x, self.in_dtype(weight, x.dtype), inputs, dims, transposed)
 
     def weight_gradient(self, x: Array, dy: Array, dims: Dims) -> Float[Array, "*in *out"]:
@@ -295,19 +294,17 @@ class _Pass:
         return in_layer_dtype(matrix, dtype, self.layer)
 
 
+def is_factor(weight: Matrix | None) -> TypeGuard[QuantizedMatrix]:
+    """Returns whether products multiply the codes of a weight."""
+    return isinstance(weight, QuantizedMatrix) and weight.fmt.is_factor
+
+
 def _product(x: Array, weight: Array, inputs: Dims, outputs: Dims, transposed: bool = False) -> Array:
     """Returns ``x·weight`` over the last dimensions of ``x``; transposed, over the outputs."""
     num = len(outputs) if transposed else len(inputs)
     weight, first = weight.reshape(*inputs, *outputs), len(inputs) if transposed else 0
     dims = (tuple(range(x.ndim - num, x.ndim)), tuple(range(first, first + num)))
     return lax.dot_general(x, weight, (dims, ((), ())))
-
-
-def _by_rows(multiply: Any, x: Array, inputs: Dims, outputs: Dims, transposed: bool) -> Array:
-    """Calls a product of matrices with the last dimensions of ``x`` as one."""
-    before, after = (outputs, inputs) if transposed else (inputs, outputs)
-    out = multiply(_flat(x, len(before)), transposed=transposed)
-    return out.reshape(*out.shape[:-1], *after)
 
 
 def _flat(x: Array, num: int) -> Array:
