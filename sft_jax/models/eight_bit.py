@@ -121,12 +121,11 @@ def rounded(x: Float[Array, "*S"], dtype: Any, last: int | None = None) -> tuple
 
     The scale of zeros is 0, and so are their codes.
     """
-    largest = largest_value(dtype)
     wide = x.astype(jnp.float32)
     axes = None if last is None else tuple(range(x.ndim - last, x.ndim))
-    scale = jnp.max(jnp.abs(wide), axis=axes, keepdims=axes is not None) / largest
-    quotients = jnp.clip(wide * jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1), 0), -largest, largest)
-    return (jnp.round(quotients) if jnp.issubdtype(dtype, jnp.integer) else quotients).astype(dtype), scale
+    scale = jnp.max(jnp.abs(wide), axis=axes, keepdims=axes is not None) / largest_value(dtype)
+    quotients = wide * jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1), 0)  # at most the largest, once rounded
+    return (jnp.round(quotients) if dtype == jnp.int8 else quotients).astype(dtype), scale
 
 
 def _times(
