@@ -189,11 +189,10 @@ class SelfAttention(nnx.Module):
         """Normalizes queries, and keys if given."""
         if self.spec.qk_norm is None:
             return heads
-        norms = [getattr(self, name) for name in self.spec.norm_names]
+        pairs = [(getattr(self, name), one) for name, one in zip(self.spec.norm_names, heads, strict=False)]
         if not self.spec.qk_norm_heads:
-            return [norm(one) for norm, one in zip(norms, heads, strict=False)]
-        whole = [norm(one.reshape(*one.shape[:2], -1)) for norm, one in zip(norms, heads, strict=False)]
-        return [norm.reshape(one.shape) for norm, one in zip(whole, heads, strict=True)]
+            return [norm(one) for norm, one in pairs]
+        return [norm(one.reshape(*one.shape[:2], -1)).reshape(one.shape) for norm, one in pairs]
 
     def _attend(
         self, q: Array, k: Array, v: Array, context: Context, cache: KeyValues | None
