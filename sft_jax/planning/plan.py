@@ -18,6 +18,7 @@ from sft_jax.errors import UserError
 from sft_jax.hf.hub import find_config
 from sft_jax.planning.advice import Advice, Outcome, advise
 from sft_jax.planning.changes import as_text
+from sft_jax.planning.compiled_time import compiled_figures
 from sft_jax.planning.network import Sent
 from sft_jax.planning.roofline import Roofline, roofline
 from sft_jax.planning.search import Candidate, Choice, candidates, choose
@@ -54,6 +55,7 @@ def plan(
     advice: bool = True,
     search: bool = False,
     quiet: bool = False,
+    keep_text: str | Path | None = None,
 ) -> dict[str, Any]:
     """Compiles the step that ``train`` would run on ``topology``, prints its requirements and returns the figures.
 
@@ -65,6 +67,7 @@ def plan(
         advice: search for changes that make the step fit if it does not.
         search: also search for the fastest mesh, number of microbatches and rematerialization policy.
         quiet: print nothing.
+        keep_text: file for the program's optimized HLO text, where the compiler writes one.
 
     Raises:
         UserError: a config that ``train`` would refuse; an unknown topology; a compiler that is not installed.
@@ -78,6 +81,8 @@ def plan(
     step, compiled = planner.compile(config, where, "the step")
     bounds = planner.bounds(step, compiled, where)
     result = figures(step, compiled, bounds, where, assumed)
+    if keep_text is not None and compiled.program is not None:
+        Path(keep_text).write_text(compiled.program.text, encoding="utf-8")
     if not compiled.fits and advice:
         result["advice"] = _advice(planner.advise(where, step, compiled))
     if search:
@@ -161,6 +166,9 @@ def figures(
         collectives = [
             {"kind": one.kind, "count": one.count} | dataclasses.asdict(one.sent) for one in compiled.collectives
         ]
+    time, _ = compiled_figures(
+        compiled.program, where.chip, step.loss_chunks(assumed.target_share), bounds.model_flops / where.num_devices
+    )
     return {
         "topology": str(where),
         "num_devices": where.num_devices,
@@ -191,6 +199,7 @@ def figures(
         "roofline_step_seconds": bounds.seconds,
         "roofline_tokens_per_second": tokens / bounds.seconds,
         "bound": bounds.bound,
+        "compiled": time,
         "compile_seconds": compiled.seconds,
         "compile_cpu_seconds": compiled.cpu_seconds,
     }

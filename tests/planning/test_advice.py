@@ -121,7 +121,7 @@ def test_search_takes_the_fastest_that_fits(tiny, base):
     def compile_with(candidate):
         compiled.append(candidate)
         fits = candidate.remat == "full"
-        return Compiled(candidate.remat, 1, fits, 1, 1, 1, 0, 0, 0.0, 0.0, None)
+        return Compiled(candidate.remat, 1, fits, 1, 1, 1, 0, 0, 0.0, 0.0, None, None)
 
     choices = choose(ranked, 2**40, compile_with, lambda candidate, _: candidate.expected)
     assert choices[0].predicted is not None
