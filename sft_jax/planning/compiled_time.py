@@ -7,18 +7,19 @@ from typing import Any
 from sft_jax.planning.chips import Chip
 from sft_jax.planning.cycles import AT_PEAK, KINDS, Estimate, estimate
 from sft_jax.planning.hlo import Program
+from sft_jax.planning.profile import profile, profile_text
 
 
 def compiled_figures(
-    program: Program | None, chip: Chip, unknown_trips: float, model_flops: float | None
-) -> tuple[dict[str, Any], Estimate | None]:
-    """Returns the figures of a program as JSON values, and the estimate; with ``cycles: None`` and a ``reason`` where
-    there is none.
+    program: Program | None, chip: Chip, unknown_trips: float, model_flops: float | None, places: bool = False
+) -> dict[str, Any]:
+    """Returns the figures of a program as JSON values; ``cycles: None`` and a ``reason`` where there is no estimate.
 
     Args:
         program: None where there is no text.
         unknown_trips: iterations of a loop with a data-dependent trip count.
         model_flops: of a step on one chip, for the bound on MFU; None if unknown.
+        places: also the ``profile``, see :func:`sft_jax.planning.profile.profile`.
     """
     if chip.flops_per_cycle is None or chip.clock is None:
         return _none(f"the compiler for {chip.name} writes none, only that of TPUs does")
@@ -40,11 +41,11 @@ def compiled_figures(
         "assumed_trips": found.trips,
         "kernel_score_shares": found.kernels,
         "uncounted_kernels": sorted(set(found.uncounted)),
-    }, found
+    } | ({"profile": profile(found)} if places else {})
 
 
-def _none(reason: str) -> tuple[dict[str, Any], None]:
-    return {"cycles": None, "reason": reason}, None
+def _none(reason: str) -> dict[str, Any]:
+    return {"cycles": None, "reason": reason}
 
 
 def _kind(found: Estimate, kind: str) -> dict[str, float]:
@@ -70,7 +71,8 @@ def compiled_text(figures: dict[str, Any]) -> list[str]:
         f"  {figures['seconds'] * 1e3:,.1f} ms at {figures['clock_hz'] / 1e9:.2f} GHz{bound}; without waiting for the "
         "network"
     )
-    return [*lines, *(f"  {note}" for note in _notes(figures))]
+    lines += [f"  {note}" for note in _notes(figures)]
+    return [*lines, "", *profile_text(figures["profile"])] if "profile" in figures else lines
 
 
 def _notes(figures: dict[str, Any]) -> list[str]:

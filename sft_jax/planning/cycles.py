@@ -36,7 +36,7 @@ class Place:
 
     Attributes:
         kind: one of :data:`KINDS`.
-        part: one of :data:`PASSES`.
+        operation: the JAX operations that it comes from; of the loop around it where the compiler added it.
         source: the lines that made it, see :meth:`SourceLines.of`.
         times: runs per step.
         cycles: of a run.
@@ -44,9 +44,9 @@ class Place:
     """
 
     kind: str
-    part: str
     name: str
     shape: str
+    operation: str
     source: str
     times: float
     cycles: float
@@ -55,6 +55,11 @@ class Place:
     @property
     def total(self) -> float:
         return self.cycles * self.times
+
+    @property
+    def part(self) -> str:
+        """The pass: one of :data:`PASSES`."""
+        return _part(self.operation)
 
 
 @dataclass
@@ -125,7 +130,7 @@ class _Visit:
                 for called in one.called:
                     yield from self._places(called, times, operation)
             elif (place := self._place(computation, one)) is not None:
-                yield replace(place, part=_part(operation), times=times)
+                yield replace(place, operation=operation, times=times)
 
     def _place(self, computation: str, one: Instruction) -> Place | None:
         kind, at_peak = None, 0.0
@@ -146,7 +151,7 @@ class _Visit:
             kind = _kind(one.opcode) if one.opcode != "fusion" else self._kind_of_fusion(one)
         if kind == "products" and not at_peak:
             at_peak = self._peak_flops(computation, one) / self._flops_per_cycle
-        return Place(kind, "", one.name, one.shape, self._lines.of(one), 1.0, cycles, at_peak)
+        return Place(kind, one.name, one.shape, "", self._lines.of(one), 1.0, cycles, at_peak)
 
     def _peak_flops(self, computation: str, one: Instruction) -> float:
         if one.opcode == "fusion":

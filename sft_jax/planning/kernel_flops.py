@@ -33,8 +33,9 @@ class KernelFlops:
 
 
 def kernel_flops(computation: Computation, kernel: Instruction) -> KernelFlops | None:
-    """FLOPs of a Pallas kernel (``tpu_custom_call``): those of splash attention by its blocks, or the kernel's own
-    ``cost_estimate``; None for a kernel without either.
+    """FLOPs of a Pallas kernel (``tpu_custom_call``): splash attention by its blocks, others by ``cost_estimate``.
+
+    None for a kernel without either.
 
     Splash attention is taken to be causal. Its block sizes are in the text.
     """
@@ -65,8 +66,7 @@ def _splash(computation: Computation, kernel: Instruction, phase: str) -> Kernel
         return None
     blocks = _metadata(kernel)
     queries, keys, values = (
-        (*sizes[:-2], sizes[-1], sizes[-2]) if blocks.get(f"{name}_layout") == _LENGTH_MINOR else sizes
-        for name, sizes in zip("qkv", floating, strict=False)
+        _head_dim_last(sizes, blocks.get(f"{name}_layout")) for name, sizes in zip("qkv", floating, strict=False)
     )
     if phase == "dkv" and any(len(sizes) > len(queries) for _, sizes in kernel.arrays):
         phase = "fused"  # it also writes the partial gradients of the queries, one for each block of keys
@@ -102,6 +102,10 @@ def causal_share(rows: int, columns: int, block: tuple[int, int], width: int | N
         last = min(columns, math.ceil((row + 1) * block[0] * scale))
         computed += min(-(-last // block[1]), total if width is None else width)
     return computed / (of_row * total)
+
+
+def _head_dim_last(sizes: tuple[int, ...], layout: int | None) -> tuple[int, ...]:
+    return (*sizes[:-2], sizes[-1], sizes[-2]) if layout == _LENGTH_MINOR else sizes
 
 
 def _metadata(kernel: Instruction) -> dict[str, int]:

@@ -15,7 +15,7 @@ _FRAME = re.compile(r"\bstack_frame_id=(\d+)")
 _LINE = re.compile(r'\bsource_file="([^"]*)" source_line=(\d+)')
 # Not of the program: libraries, and what compiles it.
 _OUTSIDE = re.compile(r"/(?:(?:jax|jaxlib|flax|optax|sft_jax/planning)/|contextlib\.py$|functools\.py$)")
-_CALLERS = 3  # the line, and those that called it
+_CALLERS = 4  # files: the one of the line, and those that called it
 _PACKAGE = "/sft_jax/"
 
 

@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--moments", choices=("float32", "bfloat16", "factored"), default="float32")
     parser.add_argument("--layers", type=int, help="number of layers; default: that of the shape")
     parser.add_argument("--keep-text", type=Path, metavar="FILE", help="write the program's optimized HLO text")
+    parser.add_argument("--profile", action="store_true", help="list the source lines above their peak")
     parser.add_argument("--json", action="store_true")
     parser.set_defaults(run=bench_ahead)
 
@@ -88,4 +89,12 @@ def compile_ahead(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         file.write(json.dumps(shape))
         file.flush()
-        return plan(config, options.topology, Path(file.name), advice=False, quiet=True, keep_text=options.keep_text)
+        return plan(
+            config,
+            options.topology,
+            Path(file.name),
+            advice=False,
+            profile=options.profile,
+            quiet=True,
+            keep_text=options.keep_text,
+        )

@@ -14,6 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--trips", type=float, default=1.0, help="iterations of loops whose number depends on the data; default 1"
     )
     parser.add_argument("--model-flops", type=float, metavar="F", help="of a step on one chip, for the bound on MFU")
+    parser.add_argument("--profile", action="store_true", help="list the source lines above their peak")
     parser.add_argument("--json", action="store_true")
     parser.set_defaults(run=bench_cycles)
 
@@ -24,5 +25,6 @@ def bench_cycles(options: argparse.Namespace) -> None:
     from sft_jax.planning.hlo import parse
 
     program = parse(options.file.read_text(encoding="utf-8"))
-    figures, _ = compiled_figures(program, CHIPS[options.chip], options.trips, options.model_flops)
+    chip = CHIPS[options.chip]
+    figures = compiled_figures(program, chip, options.trips, options.model_flops, options.profile)
     print(json.dumps(figures) if options.json else "\n".join(compiled_text(figures)))
