@@ -7,6 +7,8 @@ import math
 import re
 from dataclasses import dataclass
 
+import numpy as np
+
 from sft_jax.planning.hlo import Computation, Instruction
 
 # Products of a kernel [T, S]: how many contract or write the head dim of queries and keys, and how many that of values.
@@ -73,35 +75,35 @@ def _splash(computation: Computation, kernel: Instruction, phase: str) -> Kernel
     suffix = "" if phase == "fwd" else "_dq" if phase == "dq" else "_dkv"
     rows, columns = queries[-2], keys[-2]
     block = (int(blocks.get(f"block_q{suffix}", rows)), int(blocks.get(f"block_kv{suffix}", columns)))
-    width = None
-    if tables and phase != "dkv":  # the grid of a sliding window is narrower than the keys
-        width = tables[0][-1]
-    share = causal_share(rows, columns, block, width)
+    grid = tables[0][-2:] if tables else (rows, columns)  # of a sliding window, smaller than the blocks
+    share = causal_share(rows, columns, block, **({"height": grid[0]} if phase == "dkv" else {"width": grid[1]}))
     of_keys, of_values = _QK_AND_V[phase]
     pairs = math.prod(queries[:-2]) * rows * columns
     return KernelFlops(2.0 * pairs * share * (of_keys * queries[-1] + of_values * values[-1]), True, share)
 
 
-def causal_share(rows: int, columns: int, block: tuple[int, int], width: int | None = None) -> float:
+def causal_share(
+    rows: int, columns: int, block: tuple[int, int], width: int | None = None, height: int | None = None
+) -> float:
     """Fraction of the scores ``[rows, columns]`` in blocks that causal attention computes.
 
     Args:
         rows: queries; where they are fewer than the keys, they are a part of the sequence, spread over all of it.
         block: block sizes in queries and keys.
-        width: blocks of a row that the kernel visits at most.
+        width: blocks of keys that the kernel visits for a block of queries, at most.
+        height: blocks of queries that it visits for a block of keys, at most.
 
     >>> causal_share(2048, 2048, (512, 512))  # 1 + 2 + 3 + 4 of 16 blocks
     0.625
     >>> causal_share(2048, 2048, (512, 512), width=2)  # 1 + 2 + 2 + 2
     0.4375
     """
-    of_row, total = -(-rows // block[0]), -(-columns // block[1])
-    scale = columns / rows
-    computed = 0
-    for row in range(of_row):
-        last = min(columns, math.ceil((row + 1) * block[0] * scale))
-        computed += min(-(-last // block[1]), total if width is None else width)
-    return computed / (of_row * total)
+    of_rows, of_columns = -(-rows // block[0]), -(-columns // block[1])
+    last = (np.arange(of_rows) + 1) * block[0] * columns / rows  # the position behind each block of queries
+    computed = np.arange(of_columns)[None, :] * block[1] < last[:, None]
+    if height is not None:
+        return float(np.minimum(computed.sum(0), height).sum()) / computed.size
+    return float(np.minimum(computed.sum(1), of_columns if width is None else width).sum()) / computed.size
 
 
 def _head_dim_last(sizes: tuple[int, ...], layout: int | None) -> tuple[int, ...]:

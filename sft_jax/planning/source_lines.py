@@ -13,8 +13,8 @@ _ROW = re.compile(r"(\d+) (.*)")
 _NUMBER = re.compile(r"(\w+)=(\d+)")
 _FRAME = re.compile(r"\bstack_frame_id=(\d+)")
 _LINE = re.compile(r'\bsource_file="([^"]*)" source_line=(\d+)')
-# Not of the program: libraries, and what compiles it.
-_OUTSIDE = re.compile(r"/(?:(?:jax|jaxlib|flax|optax|sft_jax/planning)/|contextlib\.py$|functools\.py$)")
+_LIBRARIES = re.compile(r"/(?:(?:jax|jaxlib|flax|optax)/|contextlib\.py$|functools\.py$)")
+_COMPILES = "/sft_jax/planning/"  # this file's folder: it called the program, and is no part of it
 _CALLERS = 4  # files: the one of the line, and those that called it
 _PACKAGE = "/sft_jax/"
 
@@ -46,7 +46,7 @@ class SourceLines:
         if match is None:
             return ""
         frames = list(self._frames(int(match[1])))
-        own = [frame for frame in frames if not _OUTSIDE.search(frame[0])] or frames[:1]
+        own = [frame for frame in frames if not _LIBRARIES.search(frame[0])] or frames[:1]
         shown: list[tuple[str, str]] = []
         for file, line in own:
             if not shown or shown[-1][0] != file:  # of a file, the innermost line
@@ -61,6 +61,8 @@ class SourceLines:
                 return
             location = self._numbers("FileLocations", self._numbers("StackFrames", frame).get("file_location_id", 0))
             file = self._tables["FileNames"].get(location.get("file_name_id", 0), "").strip('"')
+            if _COMPILES in file:
+                return
             yield file, str(location.get("line", "?"))
             frame = self._caller(frame) - self._none
 

@@ -12,9 +12,7 @@ _NOT_COUNTED = "not counted: the compiler wrote no HLO text for this chip"
 def plan_text(plan: dict[str, Any]) -> str:
     """Formats the figures of a plan (see :func:`sft_jax.planning.plan.figures`) as a table."""
     lines = [*_heading(plan), "", *_memory(plan), "", *_network(plan), "", *_speed(plan), ""]
-    if "compiled" in plan:
-        lines += [*compiled_text(plan["compiled"]), ""]
-    lines += _verdict(plan)
+    lines += [*compiled_text(plan["compiled"]), "", *_verdict(plan)]
     if "search" in plan:
         lines += ["", *_search(plan["search"])]
     return "\n".join(lines)
