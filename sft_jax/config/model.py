@@ -19,7 +19,7 @@ class ModelConfig:
     attention: str = "auto"  # backend: auto (the fastest that supports the mask) | splash | triton | cudnn | xla
     remat: str = "auto"  # rematerialization: auto (the fastest of dots | attention | full that fits) | none
     quantization: str | None = None  # quantization of the frozen base under LoRA: int8 | nf4 (QLoRA)
-    compute: str | None = None  # products of linear layers in eight bits: int8 (under LoRA) | fp8
+    compute: str | None = None  # products of linear layers in eight bits: int8 (TPU, under LoRA) | fp8 (H100, newer)
 
     def __post_init__(self) -> None:
         one_of(self.dtype, "model.dtype", ("bfloat16", "float32"))

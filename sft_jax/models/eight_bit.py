@@ -27,7 +27,7 @@ from sft_jax.models.quantize import largest_value
 from sft_jax.models.quantized import QuantizedMatrix
 from sft_jax.typing import Array, Float
 
-_Dims = tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], tuple[int, ...]]]
+Dims = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -74,59 +74,81 @@ def check_device(name: str, device: Any) -> None:
         )
 
 
-def product(x: Float[Array, "*B in"], weight: QuantizedMatrix, transposed: bool = False) -> Float[Array, "*B out"]:
+def product(
+    x: Float[Array, "*B *in"], weight: QuantizedMatrix, inputs: Dims, outputs: Dims, transposed: bool = False
+) -> Float[Array, "*B *out"]:
     """Computes ``x·weight``, or ``x·weightᵀ`` of gradients ``x``, in the dtype of ``x``.
 
     Args:
         weight: with the scales of :func:`sft_jax.models.quantize.factor_format`, which vary along the outputs only.
+        inputs: the last dimensions of the input of the layer.
+        outputs: those of its output.
     """
     kind = FORMATS[weight.fmt.method]
     codes, scales = weight.arrays["codes"], weight.arrays["scales"]
-    per_output = jnp.repeat(scales[0], weight.fmt.block[1]) if scales.shape[1] > 1 else scales[0, 0]
+    per_output = jnp.repeat(scales[0], weight.fmt.block[1]).reshape(outputs) if scales.shape[1] > 1 else scales[0, 0]
     if transposed:
-        return _times(x.astype(jnp.float32) * per_output, codes, kind, kind.gradient, x.dtype, transposed)
-    return _times(x, codes, kind, kind.dtype, x.dtype, factor=per_output)
+        return _times(x.astype(jnp.float32) * per_output, codes, kind, kind.gradient, x.dtype, inputs, outputs, True)
+    return _times(x, codes, kind, kind.dtype, x.dtype, inputs, outputs, factor=per_output)
 
 
 def rounded_product(
-    x: Float[Array, "*B in"], weight: Float[Array, "in out"], kind: EightBit, transposed: bool = False
-) -> Float[Array, "*B out"]:
+    x: Float[Array, "*B *in"],
+    weight: Float[Array, "in out"],
+    kind: EightBit,
+    inputs: Dims,
+    outputs: Dims,
+    transposed: bool = False,
+) -> Float[Array, "*B *out"]:
     """Computes ``x·weight``, or ``x·weightᵀ`` of gradients ``x``, in the dtype of ``x``; rounds the weight too.
 
     The weight has one scale, so that the codes of the forward and of the transposed product are the same.
     """
-    codes, scale = rounded(weight, kind.dtype, None)
-    return _times(x, codes, kind, kind.gradient if transposed else kind.dtype, x.dtype, transposed, scale)
+    codes, scale = rounded(weight, kind.dtype)
+    dtype = kind.gradient if transposed else kind.dtype
+    return _times(x, codes, kind, dtype, x.dtype, inputs, outputs, transposed, scale)
 
 
 def rounded_outer(x: Float[Array, "*B m"], dy: Float[Array, "*B n"], kind: EightBit) -> Float[Array, "m n"]:
     """Computes ``Σ x ⊗ dy`` over all positions in float32; each factor has one scale."""
-    (left, of_left), (right, of_right) = rounded(x, kind.dtype, None), rounded(dy, kind.gradient, None)
+    (left, of_left), (right, of_right) = rounded(x, kind.dtype), rounded(dy, kind.gradient)
     positions = tuple(range(x.ndim - 1))
     return _dot(left, right, ((positions, positions), ((), ()))) * (of_left * of_right)
 
 
-def rounded(x: Float[Array, "*S"], dtype: Any, axis: int | None) -> tuple[Array, Float[Array, "*K"]]:
-    """Returns the codes and the scales, float32, with the largest magnitudes along ``axis``; None for the whole array.
+def rounded(x: Float[Array, "*S"], dtype: Any, last: int | None = None) -> tuple[Array, Float[Array, "*K"]]:
+    """Returns the codes and the scales, float32: one for the ``last`` dimensions together, or for the whole array.
 
     The scale of zeros is 0, and so are their codes.
     """
-    largest = largest_value(dtype)
     wide = x.astype(jnp.float32)
-    scale = jnp.max(jnp.abs(wide), axis=axis, keepdims=axis is not None) / largest
-    quotients = jnp.clip(wide * jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1), 0), -largest, largest)
-    return (jnp.round(quotients) if jnp.issubdtype(dtype, jnp.integer) else quotients).astype(dtype), scale
+    axes = None if last is None else tuple(range(x.ndim - last, x.ndim))
+    scale = jnp.max(jnp.abs(wide), axis=axes, keepdims=axes is not None) / largest_value(dtype)
+    quotients = wide * jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1), 0)  # at most the largest, once rounded
+    return (jnp.round(quotients) if dtype == jnp.int8 else quotients).astype(dtype), scale
 
 
 def _times(
-    x: Array, codes: Array, kind: EightBit, dtype: Any, out: Any, transposed: bool = False, factor: Any = None
+    x: Array,
+    codes: Array,
+    kind: EightBit,
+    dtype: Any,
+    out: Any,
+    inputs: Dims,
+    outputs: Dims,
+    transposed: bool = False,
+    factor: Any = None,
 ) -> Array:
-    rows, scales = rounded(x, dtype, -1 if kind.by_row else None)
-    sums = _dot(rows, codes, (((x.ndim - 1,), (1 if transposed else 0,)), ((), ())))
+    num, first, after = (len(outputs), len(inputs), inputs) if transposed else (len(inputs), 0, outputs)
+    rows, scales = rounded(x, dtype, num if kind.by_row else None)
+    dims = (tuple(range(x.ndim - num, x.ndim)), tuple(range(first, first + num)))
+    sums = _dot(rows, codes.reshape(*inputs, *outputs), (dims, ((), ())))
+    if kind.by_row:
+        scales = scales.reshape(*scales.shape[: x.ndim - num], *(1 for _ in after))
     return (sums * (scales if factor is None else scales * factor)).astype(out)
 
 
-def _dot(a: Array, b: Array, dims: _Dims) -> Array:
+def _dot(a: Array, b: Array, dims: Any) -> Array:
     """Multiplies codes; returns the sums in float32."""
 
     def native(a: Array, b: Array) -> Array:

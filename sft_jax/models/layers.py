@@ -162,8 +162,9 @@ def linear(x: Float[Array, "*B in"], layers: Sequence[Linear], context: Context)
 
 def product_of(layers: Sequence[Linear], scale: float = 0.0, **how: Any) -> Product:
     """Returns the product of layers with the same input, whose adapters have one scale."""
-    outputs = tuple(layer.out_dims for layer in layers)
-    return Product(layers[0].in_dims, outputs, (scale,) * len(layers), **how)
+    first, outputs = layers[0], tuple(layer.out_dims for layer in layers)
+    embed = first.axes.index("embed") if "embed" in first.axes else None
+    return Product(first.in_dims, outputs, (scale,) * len(layers), embed=embed, **how)
 
 
 def _by_heads(size: int, num_heads: int | None) -> Dims:

@@ -8,11 +8,9 @@ the input, ``x·A`` if it was computed, and the weights as stored, without a cop
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +21,7 @@ from sft_jax.models.eight_bit import EightBit
 from sft_jax.models.quantized import Matrix, QuantizedMatrix, in_dtype
 from sft_jax.models.remat import ADAPTER, checkpoint_name
 from sft_jax.models.symbolic import instantiate, values_and_perturbed
+from sft_jax.models.weight_gradient import outer, weight_gradient
 from sft_jax.sharding import constrain
 from sft_jax.typing import Array, Float
 
@@ -52,9 +51,11 @@ class Product:
             its addition to the result, which is cheaper for more than a few hundred tokens. Only for products that are
             exact in float32; otherwise a small ``a·b`` would be lost in the rounding of the weight.
 
-            ``joined``: ``[x, scale · x·a]·[weight; b]`` where an input is not by heads, with sums in float32. A TPU's
+            ``joined``: ``[x, scale · x·a]·[weight; b]`` where the input is not by heads, with sums in float32. A TPU's
             matrix unit multiplies over R inputs at a tenth of its rate, and a product of its own reads and writes the
-            outputs once more. Only for weights that are not sharded along the heads or channels.
+            outputs once more; to join copies the weight. In the backward pass only where a weight has an input of its
+            own: others add one product for all. Only for weights that are not sharded along the heads or channels.
+        embed: which dimension of the weights is sharded along the model dimension, 0 or 1; None for neither.
         compute: rounds the factors of products with plain weights, and their gradients, to eight bits; not those of
             adapters.
     """
@@ -63,6 +64,7 @@ class Product:
     outputs: tuple[Dims, ...]
     scales: tuple[float, ...]
     form: str = "separate"
+    embed: int | None = None
     compute: EightBit | None = None
 
 
@@ -129,10 +131,7 @@ class _Pass:
 
     @property
     def is_joined(self) -> bool:
-        return self.how.form == "joined" and all(
-            weight is not None and not (isinstance(weight, QuantizedMatrix) and weight.fmt.is_factor)
-            for weight in self.weights
-        )
+        return self.how.form == "joined" and not any(weight is None or is_factor(weight) for weight in self.weights)
 
     def forward(self, x: Array) -> tuple[list[Array], dict[int, Array]]:
         """Returns the products, and ``scale · x·a`` by the index of the adapter; of no merged one."""
@@ -144,10 +143,13 @@ class _Pass:
             return self.joined(x, x_a), x_a
         outs: list[Any] = []
         for i, (weight, dims) in enumerate(zip(self.weights, self.how.outputs, strict=True)):
-            out: Any = 0 if weight is None else self.times(x, weight, dims)
+            out: Any = 0
             if i in self.present:
-                out += _product(x_a[i], self.in_dtype(self.adapters[i].b, x.dtype), (x_a[i].shape[-1],), dims)
-            outs.append(out)
+                out = _product(x_a[i], self.in_dtype(self.adapters[i].b, x.dtype), (x_a[i].shape[-1],), dims)
+                if is_factor(weight):
+                    # The longer product adds the shorter one, and not the other way round.
+                    out = lax.optimization_barrier(out)
+            outs.append(out if weight is None else out + self.times(x, weight, dims))
         return outs, x_a
 
     def joined(self, x: Array, x_a: dict[int, Array]) -> list[Array]:
@@ -175,10 +177,11 @@ class _Pass:
         self, x: Array, x_a: dict[int, Array], needs_grad: _NeedsGrad, d_out: Any
     ) -> tuple[Array | None, list[Array | None], list[Adapter | None]]:
         d_out = [instantiate(dy) for dy in d_out]
-        d_weights = [
-            self.weight_gradient(x, dy, dims).astype(weight.dtype).reshape(weight.shape) if needed else None
-            for weight, dy, dims, needed in zip(self.weights, d_out, self.how.outputs, needs_grad.weights, strict=True)
-        ]
+        d_weights: list[Array | None] = [None] * len(self.weights)
+        for i, (weight, dy, dims) in enumerate(zip(self.weights, d_out, self.how.outputs, strict=True)):
+            if needs_grad.weights[i]:
+                total = weight_gradient(x, dy, len(self.how.inputs), len(dims), self.how.embed, self.how.compute)
+                d_weights[i] = total.astype(weight.dtype)
         d_x_a: dict[int, Array] = {}
         for i in self.present:
             b, dims = self.in_dtype(self.adapters[i].b, x.dtype), self.how.outputs[i]
@@ -199,13 +202,13 @@ class _Pass:
             x_a = self.scaled_x_a(x)
         num = len(self.how.inputs)
         # The barrier keeps the transpose on the thin result; otherwise XLA would transpose the wide x.
-        thin = lax.optimization_barrier(_outer(jnp.concatenate(list(d_x_a.values()), axis=-1), x, 1, num))
+        thin = lax.optimization_barrier(outer(jnp.concatenate(list(d_x_a.values()), axis=-1), x, 1, num))
         d_a = thin.reshape(thin.shape[0], -1).T
         gradients: list[Adapter | None] = [None] * len(self.weights)
         at = 0
         for i in self.present:
             a, b = self.adapters[i]
-            d_b = _outer(x_a[i], d_out[i], 1, len(self.how.outputs[i])).reshape(b.shape)
+            d_b = outer(x_a[i], d_out[i], 1, len(self.how.outputs[i])).reshape(b.shape)
             gradients[i] = Adapter(d_a[:, at : at + a.shape[1]].astype(a.dtype), d_b.astype(b.dtype))
             at += a.shape[1]
         return gradients
@@ -217,7 +220,7 @@ class _Pass:
         d_x: Any = 0
         rest = [] if self.how.form == "merged" else list(self.present)
         for i, (weight, dy, dims) in enumerate(zip(weights, d_out, self.how.outputs, strict=True)):
-            if i in rest and self.is_joined and len(dims) == 1:
+            if i in rest and self.is_joined and len(dims) == 1 and len(weights) == 1:
                 d_x += self.joined_transposed(dy, d_x_a[i], i)
                 rest.remove(i)
             elif weight is not None:
@@ -261,31 +264,13 @@ class _Pass:
     def times(self, x: Array, weight: Matrix, dims: Dims, transposed: bool = False) -> Array:
         """Returns ``x·weight``, with outputs of these dimensions, or ``x·weightᵀ``."""
         inputs = self.how.inputs
-        if isinstance(weight, QuantizedMatrix) and weight.fmt.is_factor:
-            return _by_rows(partial(eight_bit.product, weight=weight), x, inputs, dims, transposed)
+        if is_factor(weight):
+            return eight_bit.product(x, weight, inputs, dims, transposed)
         if self.how.compute is not None:
-            matrix = in_dtype(weight, jnp.float32)
-            rounded = partial(eight_bit.rounded_product, weight=matrix, kind=self.how.compute)
-            return _by_rows(rounded, x, inputs, dims, transposed)
+            return eight_bit.rounded_product(
+                x, in_dtype(weight, jnp.float32), self.how.compute, inputs, dims, transposed
+            )
         return _product(x, self.in_dtype(weight, x.dtype), inputs, dims, transposed)
-
-    def weight_gradient(self, x: Array, dy: Array, dims: Dims) -> Float[Array, "*in *out"]:
-        num_in, num_out = len(self.how.inputs), len(dims)
-        if self.how.compute is not None:
-            x, dy = _flat(x, num_in), _flat(dy, num_out)
-            return eight_bit.rounded_outer(x, dy, self.how.compute)
-
-        def plain(x: Array, dy: Array) -> Array:
-            return _outer(x, dy, num_in, num_out).reshape(math.prod(self.how.inputs), math.prod(dims))
-
-        def transposed(x: Array, dy: Array) -> Array:
-            thin = lax.optimization_barrier(_outer(dy, x, num_out, num_in))
-            return thin.reshape(math.prod(dims), math.prod(self.how.inputs)).T
-
-        if math.prod(self.how.inputs) <= math.prod(dims):
-            return plain(x, dy)
-        # A TPU copies the first operand with positions as its columns: the thinner one costs less.
-        return lax.platform_dependent(x, dy, tpu=transposed, default=plain)
 
     def gathered(self, matrix: Matrix, dtype: Any) -> Array:
         """Converts a matrix, and all-gathers it; the compiler would otherwise gather it with what it is joined to."""
@@ -295,24 +280,17 @@ class _Pass:
         return in_layer_dtype(matrix, dtype, self.layer)
 
 
+def is_factor(weight: Matrix | None) -> TypeGuard[QuantizedMatrix]:
+    """Returns whether products multiply the codes of a weight."""
+    return isinstance(weight, QuantizedMatrix) and weight.fmt.is_factor
+
+
 def _product(x: Array, weight: Array, inputs: Dims, outputs: Dims, transposed: bool = False) -> Array:
     """Returns ``x·weight`` over the last dimensions of ``x``; transposed, over the outputs."""
     num = len(outputs) if transposed else len(inputs)
     weight, first = weight.reshape(*inputs, *outputs), len(inputs) if transposed else 0
     dims = (tuple(range(x.ndim - num, x.ndim)), tuple(range(first, first + num)))
     return lax.dot_general(x, weight, (dims, ((), ())))
-
-
-def _by_rows(multiply: Any, x: Array, inputs: Dims, outputs: Dims, transposed: bool) -> Array:
-    """Calls a product of matrices with the last dimensions of ``x`` as one."""
-    before, after = (outputs, inputs) if transposed else (inputs, outputs)
-    out = multiply(_flat(x, len(before)), transposed=transposed)
-    return out.reshape(*out.shape[:-1], *after)
-
-
-def _flat(x: Array, num: int) -> Array:
-    """Returns ``x`` with its last ``num`` dimensions as one."""
-    return x.reshape(*x.shape[: x.ndim - num], -1)
 
 
 def in_layer_dtype(weight: Matrix, dtype: Any, layer: Float[Array, ""]) -> Array:
@@ -327,10 +305,3 @@ def in_layer_dtype(weight: Matrix, dtype: Any, layer: Float[Array, ""]) -> Array
         one = 1.0 + 0.0 * layer
         weight = (weight.astype(jnp.float32) * one).astype(dtype)
     return weight
-
-
-def _outer(x: Array, y: Array, num_x: int, num_y: int) -> Array:
-    """Returns ``Σ x ⊗ y`` over all positions in float32; their last ``num_x`` and ``num_y`` dimensions are kept."""
-    positions = tuple(range(x.ndim - num_x))
-    assert x.shape[: x.ndim - num_x] == y.shape[: y.ndim - num_y]
-    return lax.dot_general(x, y, ((positions, positions), ((), ())), preferred_element_type=jnp.float32)
