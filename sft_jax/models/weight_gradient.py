@@ -23,6 +23,7 @@ from sft_jax.sharding import current_mesh, partition_spec
 from sft_jax.typing import Array, Float
 
 _STAGE = 4  # devices
+_PIECE = 2**25  # bytes
 
 
 def weight_gradient(
@@ -42,9 +43,9 @@ def weight_gradient(
         compute: rounds the factors to eight bits.
     """
     multiply = partial(_product, num_in=num_in, num_out=num_out, compute=compute)
-    sums = None
-    if embed is not None and x.ndim - num_in == 2:
-        sums = _Sums.of(x.shape[:2], math.prod((x.shape[2:], dy.shape[2:])[embed]))
+    if embed is None or x.ndim - num_in != 2:
+        return multiply(x, dy)
+    sums = _Sums.of(x.shape[:2], math.prod((x.shape[2:], dy.shape[2:])[embed]))
     if sums is None:
         return multiply(x, dy)
     return lax.platform_dependent(x, dy, tpu=partial(scattered, multiply, sums, embed), default=multiply)
@@ -99,14 +100,27 @@ def scattered(
     x: Float[Array, "B T *in"],
     dy: Float[Array, "B T *out"],
 ) -> Float[Array, "in out"]:
-    """Returns the sum of ``multiply(x, dy)`` over devices, sharded along dimension ``embed``."""
+    """Returns the sum of ``multiply(x, dy)`` over devices, sharded along dimension ``embed``.
 
-    def shard(x: Array, dy: Array) -> Array:
+    It is computed in pieces along the other dimension, so that no device holds a whole gradient in float32.
+    """
+
+    def summed(x: Array, dy: Array) -> Array:
         total = multiply(x, dy)
         for axis in sums.scattered:
             for groups in _stages(lax.axis_size(axis)):
                 total = lax.psum_scatter(total, axis, scatter_dimension=embed, axis_index_groups=groups, tiled=True)
         return lax.psum(total, sums.others) if sums.others else total
+
+    def shard(x: Array, dy: Array) -> Array:
+        divided, totals = (dy, x)[embed], []
+        least = -(-4 * math.prod(x.shape[2:]) * math.prod(dy.shape[2:]) // _PIECE)
+        num = next((n for n in range(least, divided.shape[2]) if divided.shape[2] % n == 0), divided.shape[2])
+        for piece in jnp.split(divided, num, axis=2):
+            if totals:  # one after the other; the compiler would multiply all of them first
+                piece, totals[-1] = lax.optimization_barrier((piece, totals[-1]))
+            totals.append(summed(x, piece) if embed == 0 else summed(piece, dy))
+        return jnp.concatenate(totals, axis=1 - embed)
 
     out = PartitionSpec(*(sums.scattered if dim == embed else None for dim in range(2)))
     names = {*sums.scattered, *sums.others}
