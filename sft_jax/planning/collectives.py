@@ -19,6 +19,7 @@ from sft_jax.planning.network import KINDS, Hosts, Sent, sent_in
 # The TPU compiler overlaps a collective with matrix products. One fusion starts it; the overlapping fusions and the
 # one that waits for it repeat the collective in their text, so only the first is counted.
 _DONE, _CONTINUED = "async-collective-done", "async_collective_fusion"
+_FUSED_SCATTER = "all-reduce-scatter"  # a fusion that overlaps nothing: an all-reduce and a slice
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Collective:
     kind: str
     count: float  # per step
     sent: Sent  # per chip and step
+    alone: Sent  # of it, during which a chip does nothing else
 
 
 def count_collectives(program: Program, hosts: Hosts, unknown_trips: float) -> list[Collective]:
@@ -39,8 +41,9 @@ def count_collectives(program: Program, hosts: Hosts, unknown_trips: float) -> l
     """
     counts: defaultdict[str, float] = defaultdict(float)
     sizes: defaultdict[str, Sent] = defaultdict(Sent)
+    alone: defaultdict[str, Sent] = defaultdict(Sent)
 
-    def visit(name: str, times: float) -> None:
+    def visit(name: str, times: float, overlapped: bool = False) -> None:
         for one in program[name].instructions.values():
             if one.opcode.endswith(("-done", "-update")) or one.name.startswith(_DONE):
                 continue
@@ -49,6 +52,8 @@ def count_collectives(program: Program, hosts: Hosts, unknown_trips: float) -> l
                 kind, sent = collective
                 counts[kind] += times
                 sizes[kind] += sent.times(times)
+                if not overlapped and not one.opcode.endswith("-start"):
+                    alone[kind] += sent.times(times)
                 continue
             trips = 1.0
             if one.opcode == "while":
@@ -56,10 +61,11 @@ def count_collectives(program: Program, hosts: Hosts, unknown_trips: float) -> l
                 trips = unknown_trips if known is None else known
             for called in one.called:
                 if not called.startswith(_CONTINUED):
-                    visit(called, times * trips)
+                    overlaps = one.opcode in ("fusion", "async-start") and _FUSED_SCATTER not in called
+                    visit(called, times * trips, overlapped or overlaps)
 
     visit(program.entry, 1.0)
-    collectives = [Collective(kind, counts[kind], sizes[kind]) for kind in counts]
+    collectives = [Collective(kind, counts[kind], sizes[kind], alone[kind]) for kind in counts]
     return sorted(collectives, key=lambda one: -one.sent.bytes)
 
 
@@ -74,7 +80,7 @@ def _collective(one: Instruction, computation: str, hosts: Hosts) -> tuple[str, 
         return None
     groups, whole = _groups(one.text, len(hosts)), sum(map(num_bytes, one.arrays))
     group = max(map(len, groups))
-    if kind == "all-reduce" and "all-reduce-scatter" in computation:
+    if kind == "all-reduce" and _FUSED_SCATTER in computation:
         kind = "reduce-scatter"  # the TPU compiler writes it as an all-reduce and a slice
         return kind, sent_in(kind, whole, groups, hosts)
     if one.opcode.endswith("-start") and kind != "all-reduce":  # the shape is a tuple of operands and results

@@ -41,6 +41,7 @@ def compiled_figures(
         "assumed_trips": found.trips,
         "kernel_score_shares": found.kernels,
         "uncounted_kernels": sorted(set(found.uncounted)),
+        "unestimated": sorted(set(found.unestimated)),
     } | ({"profile": profile(found)} if places else {})
 
 
@@ -67,9 +68,10 @@ def compiled_text(figures: dict[str, Any]) -> list[str]:
         f"  {'all':24} {total / 1e6:>16,.1f} {'':7} {figures['at_peak_cycles'] / 1e6:>10,.1f}"
         f" = {figures['at_peak_share']:.0%}"
     )
+    waiting = figures.get("waiting_seconds", 0.0)
+    network = f"{waiting * 1e3:,.1f} ms of collectives that nothing overlaps" if waiting else "waiting for the network"
     lines.append(
-        f"  {figures['seconds'] * 1e3:,.1f} ms at {figures['clock_hz'] / 1e9:.2f} GHz{bound}; without waiting for the "
-        "network"
+        f"  {figures['seconds'] * 1e3:,.1f} ms at {figures['clock_hz'] / 1e9:.2f} GHz{bound}; without {network}"
     )
     lines += [f"  {note}" for note in _notes(figures)]
     return [*lines, "", *profile_text(figures["profile"])] if "profile" in figures else lines
@@ -86,6 +88,8 @@ def _notes(figures: dict[str, Any]) -> list[str]:
         notes.append(f"Pallas kernels carry no estimate: their FLOPs at peak{shown}")
     if figures["uncounted_kernels"]:
         notes.append(f"not counted, FLOPs unknown: {', '.join(figures['uncounted_kernels'])}")
+    if figures["unestimated"]:
+        notes.append(f"at peak, since the compiler has no estimate: {', '.join(figures['unestimated'])}")
     for where, trips in figures["assumed_trips"].items():
         notes.append(f"assumed {trips:,.0f} iterations of the loop at {where}, which depend on the data")
     return notes

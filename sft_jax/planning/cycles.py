@@ -24,6 +24,7 @@ AT_PEAK = ("products", "attention")  # the kinds that the matrix unit computes
 PASSES = ("forward", "recomputed", "backward", "optimizer", "other")
 
 _ESTIMATE = re.compile(r'"estimated_cycles":"?(\d+)')
+_NO_ESTIMATE = 2**62  # the compiler writes 2⁶³ − 1 for a fusion that it could not estimate
 _OP_NAME = re.compile(r'\bop_name="([^"]*)"')
 _NEUTRAL = {"parameter", "bitcast", "tuple", "get-tuple-element", "constant", "convert", "fusion", "broadcast"}
 _COPIES = {"copy", "transpose", "reshape"}
@@ -71,12 +72,14 @@ class Estimate:
         trips: iterations that were assumed for each loop whose trip count depends on data, by its source line.
         kernels: fraction of the scores that each Pallas kernel computes, by name; 1 for other kernels.
         uncounted: names of the kernels without a known number of FLOPs.
+        unestimated: names of the fusions that the compiler could not estimate, which count as their products at peak.
     """
 
     places: list[Place] = field(default_factory=list)
     trips: dict[str, float] = field(default_factory=dict)
     kernels: dict[str, float] = field(default_factory=dict)
     uncounted: list[str] = field(default_factory=list)
+    unestimated: list[str] = field(default_factory=list)
 
     @property
     def cycles(self) -> float:
@@ -151,6 +154,9 @@ class _Visit:
             kind = _kind(one.opcode) if one.opcode != "fusion" else self._kind_of_fusion(one)
         if kind == "products" and not at_peak:
             at_peak = self._peak_flops(computation, one) / self._flops_per_cycle
+        if cycles >= _NO_ESTIMATE:
+            self.result.unestimated.append(one.name)
+            cycles = at_peak
         return Place(kind, one.name, one.shape, "", self._lines.of(one), 1.0, cycles, at_peak)
 
     def _peak_flops(self, computation: str, one: Instruction) -> float:

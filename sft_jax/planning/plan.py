@@ -152,7 +152,7 @@ class _Planner:
                 return Prediction(candidate.expected, None)
             bounds = self.bounds(candidate.step, compiled, where)
             time = _compiled_time(candidate.step, compiled, bounds, where, self._assumed)
-            return Prediction(bounds, time.get("seconds"))
+            return Prediction(bounds, None if time["cycles"] is None else time["seconds"] + time["waiting_seconds"])
 
         return choose(ranked, usable_bytes(where.chip), compile_with, predict)
 
@@ -184,7 +184,8 @@ def figures(
     collectives = None
     if compiled.collectives is not None:
         collectives = [
-            {"kind": one.kind, "count": one.count} | dataclasses.asdict(one.sent) for one in compiled.collectives
+            {"kind": one.kind, "count": one.count} | dataclasses.asdict(one.sent) | {"bytes_alone": one.alone.bytes}
+            for one in compiled.collectives
         ]
     return {
         "topology": str(where),
@@ -231,7 +232,9 @@ def _compiled_time(
     profile: bool = False,
 ) -> dict[str, Any]:
     trips, model_flops = step.loss_chunks(assumed.target_share), bounds.model_flops / where.num_devices
-    return compiled_figures(compiled.program, where.chip, trips, model_flops, profile)
+    time = compiled_figures(compiled.program, where.chip, trips, model_flops, profile)
+    alone = sum((one.alone for one in compiled.collectives or ()), Sent())
+    return time if time["cycles"] is None else time | {"waiting_seconds": alone.seconds(where.chip)}
 
 
 def _advice(advice: Advice) -> dict[str, Any]:

@@ -47,7 +47,7 @@ class Prediction:
     """The predicted time of a compiled step."""
 
     roofline: Roofline
-    compiled_seconds: float | None  # of the compiler's estimate; None if it has none
+    compiled_seconds: float | None  # of the compiler's estimate, with what waits for the network; None if it has none
 
     @property
     def seconds(self) -> float:

@@ -44,6 +44,8 @@ def test_each_collective_by_hand():
     assert by_kind(count_collectives(parse(text), [0] * 8, unknown_trips=0)) == {
         "all-gather": (1, 192), "all-reduce": (1, 256), "reduce-scatter": (1, 192), "collective-permute": (1, 64),
     }  # fmt: skip
+    found = count_collectives(parse(text), [0] * 8, unknown_trips=0)
+    assert all(one.alone == one.sent for one in found), "a CPU overlaps none"
 
 
 def test_a_collective_in_a_loop_counts_once_per_iteration():
@@ -154,6 +156,8 @@ def test_forms_that_only_accelerators_have():
     assert found["all-gather"] == (3, pytest.approx(16 * 8 * 2 * 3 / 4 + 2 * 128 * 4 * 7 / 8))
     assert found["collective-permute"] == (1, pytest.approx(4 * 8 * 2, abs=8))
     assert set(found) == {"reduce-scatter", "all-gather", "collective-permute"}
+    alone = {one.kind: one.alone.bytes for one in count_collectives(parse(ASYNCHRONOUS), [0] * 8, unknown_trips=0)}
+    assert alone == {"reduce-scatter": found["reduce-scatter"][1], "all-gather": 0, "collective-permute": 0}
 
 
 COUNTED = """HloModule step

@@ -157,6 +157,14 @@ def test_a_text_without_estimates_has_none():
         parse("HloModule step")
 
 
+def test_what_the_compiler_could_not_estimate_counts_as_its_products_at_peak():
+    figures = compiled_figures(parse(PROGRAM.replace('"1000"', f'"{2**63 - 1}"')), V5E, 4, model_flops=None)
+    assert figures["kinds"]["products"]["cycles"] == TURNS * AT_PEAK + 600
+    assert figures["unestimated"] == ["fusion.1"]
+    assert any(line.endswith("since the compiler has no estimate: fusion.1") for line in compiled_text(figures))
+    assert compiled_figures(parse(PROGRAM), V5E, 4, model_flops=None)["unestimated"] == []
+
+
 def test_the_profile_groups_by_kind_pass_and_source():
     found = estimate(parse(PROGRAM), V5E, unknown_trips=4)
     assert found is not None
@@ -216,6 +224,8 @@ def test_text_of_the_figures():
     (note,) = [line for line in compiled_text(shares) if "Pallas" in line]
     assert note.endswith("their FLOPs at peak, 62% of the scores (causal, by blocks)")
     assert not any("MFU" in line for line in compiled_text(shares))
+    waiting = compiled_text(figures | {"waiting_seconds": 0.25})
+    assert any("without 250.0 ms of collectives that nothing overlaps" in line for line in waiting)
 
 
 @pytest.mark.parametrize(
