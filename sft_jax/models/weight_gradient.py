@@ -102,7 +102,8 @@ def scattered(
 ) -> Float[Array, "in out"]:
     """Returns the sum of ``multiply(x, dy)`` over devices, sharded along dimension ``embed``.
 
-    It is computed in pieces along the other dimension, so that no device holds a whole gradient in float32.
+    Where the gradient of a device in float32 is larger than the operand with its other dimension, it is computed in
+    pieces along that: with few positions, whole gradients would be most of the memory.
     """
 
     def summed(x: Array, dy: Array) -> Array:
@@ -114,7 +115,8 @@ def scattered(
 
     def shard(x: Array, dy: Array) -> Array:
         divided, totals = (dy, x)[embed], []
-        least = -(-4 * math.prod(x.shape[2:]) * math.prod(dy.shape[2:]) // _PIECE)
+        size = 4 * math.prod(x.shape[2:]) * math.prod(dy.shape[2:])  # bytes
+        least = 1 if size <= divided.nbytes else -(-size // _PIECE)
         num = next((n for n in range(least, divided.shape[2]) if divided.shape[2] % n == 0), divided.shape[2])
         for piece in jnp.split(divided, num, axis=2):
             if totals:  # one after the other; the compiler would multiply all of them first

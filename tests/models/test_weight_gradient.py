@@ -22,7 +22,7 @@ def inputs():
     return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((B, T, IN), (B, T, N, H))]
 
 
-@pytest.mark.parametrize("piece", [2**25, 1000, 1])  # bytes: one piece, some, and one for each row
+@pytest.mark.parametrize("piece", [2**25, 1000, 1])  # bytes: at most one piece, some, and one for each row
 @pytest.mark.parametrize("embed", [0, 1])
 @pytest.mark.parametrize("sizes", [(2, 4, 1, 1), (1, 8, 1, 1), (1, 2, 2, 2), (2, 2, 2, 1), (1, 2, 1, 4)])
 def test_the_sum_is_that_of_one_device_and_each_keeps_its_shard(sizes, embed, piece, monkeypatch):
