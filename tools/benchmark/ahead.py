@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--remat", default="full")
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--quantization", choices=("int8", "nf4"))
+    parser.add_argument("--compute", choices=("int8", "fp8"), help="products of linear layers in eight bits")
     parser.add_argument("--param-dtype", choices=("float32", "bfloat16"), default="float32", help="with --mode full")
     parser.add_argument("--moments", choices=("float32", "bfloat16", "factored"), default="float32")
     parser.add_argument("--layers", type=int, help="number of layers; default: that of the shape")
@@ -71,6 +72,7 @@ def compile_ahead(options: argparse.Namespace) -> dict[str, Any]:
             remat=options.remat,
             attention=options.attention,
             quantization=options.quantization,
+            compute=options.compute,
             param_dtype=options.param_dtype,
         ),
         lora=LoraConfig() if options.mode == "lora" else None,
