@@ -10,7 +10,7 @@ from kit import ROOT
 TOOLS = ROOT / "tools"
 sys.path.insert(0, str(TOOLS))
 import bench  # noqa: E402
-from benchmark import grid, kit, table  # noqa: E402
+from benchmark import grid, kit, room, table  # noqa: E402
 from benchmark.cases import COMPARED_LOAD, LOADS, PUBLISHED_LOAD, SHAPES, Case, Load, cases  # noqa: E402
 
 
@@ -172,7 +172,7 @@ def test_a_second_run_measures_the_rest(tmp_path, monkeypatch, capsys):
 def test_it_runs_to_the_end_on_a_cpu(tmp_path, monkeypatch, capsys):
     """Both sides, really; precisions that this version or TRL does not have are named with the reason."""
     monkeypatch.setenv("XLA_FLAGS", os.environ["SFT_JAX_TEST_XLA_FLAGS"])
-    monkeypatch.setattr(grid, "unavailable", lambda options: "no such thing" if options["compute"] else None)
+    monkeypatch.setattr(room, "unavailable", lambda options: "no such thing" if options["compute"] else None)
     _bench(
         monkeypatch,
         f"grid --tiny --sparing no --modes lora --loads short:128x2 --compare short:128x2 --out {tmp_path / 'out'}",

@@ -21,7 +21,7 @@ from benchmark import table
 from benchmark.cases import COMPARED_LOAD, MODES, PRECISIONS, SHAPES, SIDES, Case, Load, cases
 from benchmark.kit import SHAPES as KNOWN_SHAPES
 from benchmark.kit import Kit, make_kit, model_config
-from benchmark.room import host_bytes, least_bytes, too_large, unavailable
+from benchmark.room import host_bytes, refusal_of
 from benchmark.server import CASE_SECONDS, Server
 from benchmark.train import GPU_MEMORY, check_peer, machine, model_rate
 
@@ -134,13 +134,7 @@ def _refusals(options: argparse.Namespace, usable: int) -> Callable[[Case], str 
 
     def refusal(case: Case) -> str | None:
         if case.pair not in known:
-            needs = options_of(case, options, None)
-            reason = unavailable(needs)
-            if reason is not None:
-                known[case.pair] = f"not available: {reason}"
-            else:
-                reason = too_large(least_bytes(case.shape, needs), usable)
-                known[case.pair] = None if reason is None else f"skipped: {reason}"
+            known[case.pair] = refusal_of(case.shape, options_of(case, options, None), usable)
         return known[case.pair]
 
     return refusal

@@ -13,6 +13,20 @@ from benchmark.kit import model_config
 from benchmark.runners import config_of
 
 
+def refusal_of(shape: str, options: dict[str, Any], usable: int) -> str | None:
+    """Why a case cannot run on a device with ``usable`` bytes; None if it may."""
+    from sft_jax.errors import UserError
+
+    reason = unavailable(options)
+    if reason is not None:
+        return f"not available: {reason}"
+    try:
+        reason = too_large(least_bytes(shape, options), usable)
+    except UserError as error:  # what only the network refuses
+        return f"not available: {error}"
+    return None if reason is None else f"skipped: {reason}"
+
+
 def unavailable(options: dict[str, Any]) -> str | None:
     """Why this version refuses the options of a case; None if it does not."""
     from sft_jax.config import ModelConfig
@@ -38,8 +52,7 @@ def least_bytes(shape: str, options: dict[str, Any]) -> int:
     from sft_jax.planning.step import abstract_step, read_base
 
     jax.config.update("jax_platforms", "cpu")
-    # In eight bits a step holds no less, and a CPU, which is asked here, may not multiply them.
-    config = config_of(options | {"compute": None, "remat": "full", "attention": "xla"}, "none")
+    config = config_of(options | {"remat": "full", "attention": "xla"}, "none")
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(model_config(shape, options["dtype"])))
         step = abstract_step(config, read_base(config, Path(folder)), jax.devices()[:1])
