@@ -5,7 +5,8 @@
 
 ``train``: trains a model of a given shape on conversations with this library and with TRL and PEFT, each in separate
 processes, and measures the rate of matrix products on the same device (the accelerator, or the CPU).
-``grid``: the same for several shapes, methods and sequence lengths on a GPU, in minutes.
+``grid``: the same for several shapes, methods, precisions and loads on a GPU, as far as the time goes; a second run
+continues. Published figures of others and the goals stand beside. ``--tiny`` tests all of it on a CPU.
 ``attention``: the attention backends of this device, against the reference and against each other.
 ``loss``: the fused ``lm_head`` and loss against the plain formula, in time and memory.
 ``ahead``: the train step of a shape, compiled ahead of time for any topology, as in ``sft-jax plan``.

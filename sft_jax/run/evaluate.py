@@ -15,10 +15,10 @@ from sft_jax.evaluation.compare import Comparison, compare
 from sft_jax.evaluation.task import prepare
 from sft_jax.files.digests import Words, texts
 from sft_jax.hf.verify import check_tensors
-from sft_jax.models.attention.backend import check_backend
 from sft_jax.report import table
 from sft_jax.report.write import write_report
 from sft_jax.run.announce import Announcer
+from sft_jax.run.attention import settle_attention
 from sft_jax.sharding import check_heads
 from sft_jax.store.metrics import read_metrics
 from sft_jax.store.opened import open_run
@@ -60,8 +60,8 @@ def evaluate(
     check_heads(arch.attention_specs, mesh)
     task = prepare(config, arch, run.tokenizer, opened.stop_ids)
     say.task(task)
-    split = network_of(config, arch, mesh, run.trains_embeddings, remat="none")
-    check_backend(split.backend, mesh, arch.attention_specs)
+    computed = settle_attention(config, arch, mesh, say)
+    split = network_of(computed, arch, mesh, run.trains_embeddings, remat="none")
     say.model(config, split)
     read: dict[str, Words] = {}
     before, frozen = load_weights(split, run.reader, None, opened.arch.vocab_size, trained.training.seed, digests=read)

@@ -25,8 +25,8 @@ from sft_jax.hf.hub import commit_of
 from sft_jax.hf.load import outside_tensors
 from sft_jax.hf.untrained import chat_tokens, untrained_tokens
 from sft_jax.hf.verify import check_files, check_tensors, file_digests
-from sft_jax.models.attention.backend import check_backend
 from sft_jax.run.announce import Announcer
+from sft_jax.run.attention import settle_attention
 from sft_jax.run.continued import continued_optimizer, continued_params, open_continued
 from sft_jax.run.prepare import Inputs
 from sft_jax.store.checkpoint import Checkpoints, DamagedError, latest_step
@@ -82,11 +82,11 @@ def start(inputs: Inputs, say: Announcer) -> Session:
         DamagedError: the latest checkpoint is not what was saved.
     """
     config, mesh, base = inputs.config, inputs.mesh, inputs.base
-    network = partial(network_of, config, inputs.arch, mesh, inputs.trains_embeddings)
 
     # -- model --------------------------------------------------------------------------------------------------------
+    computed = settle_attention(config, inputs.arch, mesh, say)
+    network = partial(network_of, computed, inputs.arch, mesh, inputs.trains_embeddings)
     split = network()
-    check_backend(split.backend, mesh, inputs.arch.attention_specs)
     say.model(config, split)
     if base.reader is not None:
         say.outside(base.arch, outside_tensors(base.reader, base.arch))

@@ -4,18 +4,23 @@ The kernels themselves do not run here. Each hands its mask to a function of its
 that form is compared with the dense reference.
 """
 
+import dataclasses
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
 from test_attention import ROWS, assert_alike, dense_attention, device, llama, random_inputs
 
+from sft_jax.config import Config, DataConfig, ModelConfig, SourceConfig, TrainingConfig
 from sft_jax.errors import UserError
 from sft_jax.models.attention.backend import CHECKED, Backend, _in_parts, check_backend, choose_backend
 from sft_jax.models.attention.cudnn import cudnn_attention
-from sft_jax.models.attention.parity import TOLERANCE, WINDOW, check_parity
+from sft_jax.models.attention.parity import TOLERANCE, WINDOW, Refused, check_compiles, check_parity
 from sft_jax.models.attention.triton import triton_attention
+from sft_jax.run.announce import Announcer
+from sft_jax.run.attention import settle_attention
 from sft_jax.sharding import make_mesh
 
 
@@ -83,15 +88,32 @@ def test_a_kernel_that_does_not_run_is_named():
         check_parity("this", refuses, group=2, head_dim=64)
 
 
+def test_a_kernel_is_compiled_at_its_real_size():
+    """All heads of the layer, the run's sequence length, and the gradient; nothing runs."""
+    shapes = []
+
+    def compute(q, k, v, segments, window, softcap):
+        shapes.append((q.shape, k.shape, segments.shape, window, softcap))
+        return _rounded(dense_attention)(q, k, v, segments, window, softcap)
+
+    spec = dataclasses.replace(llama(head_dim=64)[0], window=100)
+    check_compiles("this", compute, spec, 384, "xla")
+    assert shapes == [((1, 384, 4, 64), (1, 384, 2, 64), (1, 384), 100, None)]
+
+
 def test_which_backends_are_checked(monkeypatch):
     """Those for GPUs, with the grouping, head dimension and windows of the model; the others compare nothing."""
-    called = []
+    called, compiled = [], []
     monkeypatch.setattr(
         "sft_jax.models.attention.backend.check_parity", lambda *one, fallback: called.append((*one, fallback))
     )
+    monkeypatch.setattr(
+        "sft_jax.models.attention.backend.check_compiles", lambda name, compute, *rest: compiled.append((name, *rest))
+    )
     for name in ("splash", "triton", "cudnn", "xla"):
-        check_backend(Backend(name, 128), make_mesh(), llama(head_dim=128))
+        check_backend(Backend(name, 128), make_mesh(), llama(head_dim=128), 4096)
     assert [call[0] for call in called] == list(CHECKED)
+    assert compiled == [("triton", *llama(128), 4096, "cudnn"), ("cudnn", *llama(128), 4096, "xla")]
     assert all(call[2:5] == (2, 128, [None]) for call in called)
     assert [call[6] for call in called] == ["cudnn", "xla"]
 
@@ -100,6 +122,87 @@ def test_what_is_checked_is_what_parts_of_rows_need():
     """On a mesh with three parts a row, each third of the queries by itself."""
     compute = partial(_in_parts, Backend("xla", 64), 3)
     assert check_parity("parts", _rounded(compute), group=2, head_dim=64, windows=[None, WINDOW]) < TOLERANCE / 2
+
+
+def _gpu():
+    """A mesh of a GPU whose programs are compiled for a CPU, where the kernels of GPUs are refused."""
+    return SimpleNamespace(**vars(device("gpu")), local_devices=jax.devices("cpu")[:1])
+
+
+def _config(attention):
+    return Config(
+        model=ModelConfig(path="none", attention=attention),
+        data=DataConfig(train=[SourceConfig(path="none")], max_length=256),
+        training=TrainingConfig(output_dir="none"),
+    )
+
+
+def _arch(**changes):
+    return SimpleNamespace(attention_specs=[dataclasses.replace(llama()[0], **changes)])
+
+
+def test_auto_takes_the_next_backend_where_one_refuses(capsys, monkeypatch):
+    """Each refusal is said in one line with its reason; the config that is saved does not change."""
+    asked = _config("auto")
+    settled = settle_attention(asked, _arch(), _gpu(), Announcer(enabled=True))
+    assert (settled.model.attention, asked.model.attention) == ("xla", "auto")
+    triton, cudnn = capsys.readouterr().err.splitlines()
+    assert (
+        "attention  triton does not run here, so auto takes the next backend: Only interpret mode is supported on CPU"
+        in triton
+    )
+    assert "attention  cudnn does not run here, so auto takes the next backend: cuDNN is not detected" in cudnn
+
+    def compiles_short_ones_only(name, compute, spec, length, fallback):
+        raise Refused(name, RuntimeError(f"no engine for {length} tokens"), fallback)
+
+    monkeypatch.setattr("sft_jax.models.attention.backend.check_parity", lambda *_, **__: 0.0)
+    monkeypatch.setattr("sft_jax.models.attention.backend.check_compiles", compiles_short_ones_only)
+    assert settle_attention(_config("auto"), _arch(), _gpu(), Announcer(enabled=True)).model.attention == "xla"
+    assert (
+        "cudnn does not run here, so auto takes the next backend: no engine for 256 tokens" in capsys.readouterr().err
+    )
+
+
+def test_auto_keeps_what_runs_and_takes_only_what_has_the_mask(capsys, monkeypatch):
+    """A backend that has no soft cap is not the next one; and a backend that runs is kept, as is the config."""
+
+    def only_triton_refuses(name, *_, fallback):
+        if name == "triton":
+            raise Refused(name, RuntimeError("out of shared memory"), fallback)
+
+    monkeypatch.setattr("sft_jax.models.attention.backend.check_parity", only_triton_refuses)
+    monkeypatch.setattr("sft_jax.models.attention.backend.check_compiles", lambda *_: None)
+    say = Announcer(enabled=True)
+    assert settle_attention(_config("auto"), _arch(), _gpu(), say).model.attention == "cudnn"
+    assert settle_attention(_config("auto"), _arch(softcap=2.0), _gpu(), say).model.attention == "xla"
+    assert (
+        capsys.readouterr().err.count("triton does not run here, so auto takes the next backend: out of shared memory")
+        == 2
+    )
+    asked = _config("cudnn")
+    assert settle_attention(asked, _arch(), _gpu(), say) is asked
+    with pytest.raises(UserError, match=r"model\.attention: cudnn has no soft cap"):
+        settle_attention(asked, _arch(softcap=2.0), _gpu(), say)
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "reason"), [("triton", "Only interpret mode"), ("cudnn", "cuDNN is not detected")])
+def test_a_backend_that_was_asked_for_raises(name, reason):
+    with pytest.raises(Refused, match=f"model.attention: {name} does not run here: {reason}"):
+        settle_attention(_config(name), _arch(), _gpu(), Announcer(enabled=True))
+
+
+def test_auto_does_not_skip_a_wrong_result(monkeypatch):
+    """A kernel that computes something else is a fault of its own, not a refusal."""
+    monkeypatch.setattr(
+        "sft_jax.models.attention.triton.triton_attention",
+        lambda q, k, v, segments, window, softcap, scale, sinks: _rounded(_without_segments)(
+            q, k, v, segments, window, softcap
+        ),
+    )
+    with pytest.raises(UserError, match=r"model\.attention: triton is wrong on cpu: its output differs"):
+        settle_attention(_config("auto"), _arch(), _gpu(), Announcer(enabled=True))
 
 
 def test_triton_is_lowered_for_gpus():

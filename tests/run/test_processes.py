@@ -180,9 +180,10 @@ def test_an_error_of_one_process_ends_all(config, tmp_path):
     python = (
         "import sys, jax; from sft_jax import cli; from sft_jax.run import start\n"
         "from sft_jax.errors import UserError\n"
-        "def bad(*_):\n"
+        "def bad(config, *_):\n"
         "    if jax.process_index() == 1: raise UserError('data.train: no such file on this host')\n"
-        "start.check_backend = bad\n"
+        "    return config\n"
+        "start.settle_attention = bad\n"
         "sys.exit(cli.main())"
     )
     group = Group(2, "train", config, f"training.output_dir={tmp_path / 'run'}", python=python)

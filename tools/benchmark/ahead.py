@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def bench_ahead(options: argparse.Namespace) -> None:
-    os.environ["JAX_PLATFORMS"] = "cpu"
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # the environment is too late, since jax is imported
     from sft_jax.planning.compiled_time import compiled_text
 
     result = compile_ahead(options)

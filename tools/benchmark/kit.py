@@ -9,14 +9,21 @@ from typing import Any
 
 import numpy as np
 
+from benchmark.documents import conversations, lengths_of, messages_of, texts_for_a_tokenizer
+
+GENERATED_TOKENS = 300_000  # of each file of documents; steps repeat them
 # layers, D, N, K, H, F, V, tied
 SHAPES = {
+    "tiny": (2, 64, 4, 2, 16, 128, 512, True),
     "50m": (12, 512, 8, 4, 64, 1408, 32_000, True),
     "135m": (30, 576, 9, 3, 64, 1536, 49_152, True),  # SmolLM2-135M
+    "0.6b": (28, 1024, 16, 8, 128, 3072, 151_936, True),  # Qwen3-0.6B
     "1b": (16, 2048, 32, 8, 64, 8192, 128_256, True),  # Llama-3.2-1B
+    "1.5b": (28, 1536, 12, 2, 128, 8960, 151_936, True),  # Qwen2.5-1.5B
     "2b": (24, 2560, 20, 5, 128, 8192, 32_000, False),
     "8b": (32, 4096, 32, 8, 128, 14_336, 128_256, False),  # Llama-3.1-8B
 }
+FAMILIES = {"0.6b": "Qwen3", "1.5b": "Qwen2"}  # others are Llama
 _DRAWN = 2**24 - 3  # random numbers, which the weights repeat: drawing eight billion takes minutes
 TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
@@ -28,42 +35,67 @@ TEMPLATE = (
 
 @dataclass(frozen=True)
 class Kit:
-    """A folder with a model, its tokenizer and ``train.jsonl``, and token counts of the conversations."""
+    """A folder with a model and its tokenizer, a file of conversations in it, and their token counts."""
 
     folder: Path
     lengths: np.ndarray  # tokens of each conversation
     targets: np.ndarray  # supervised tokens of each conversation
+    rows: str = "train.jsonl"
 
 
-def make_kit(folder: Path, shape: str, rows: Path, dtype: str) -> Kit:
-    """Returns the kit of a shape, created once from the questions and answers in ``rows``.
+def make_kit(
+    folder: Path, shape: str, rows: Path | None, dtype: str, kind: str = "short", sequence_length: int = 0
+) -> Kit:
+    """Returns the kit of a shape, created once.
 
     Switches this process to the CPU: only the measured processes use the accelerator.
+
+    Args:
+        rows: a file of questions and answers, the short documents; None to generate those too.
+        kind: the documents, of :data:`benchmark.documents.KINDS`.
+        sequence_length: length of sequences in tokens, for generated documents.
     """
     import jax
+    from transformers import PreTrainedTokenizerFast
 
     jax.config.update("jax_platforms", "cpu")
     folder = folder / f"{shape}-{dtype}"
-    if not (folder / "lengths.npz").is_file():
-        folder.mkdir(parents=True, exist_ok=True)
+    pairs = None
+    if rows is not None:
         pairs = [json.loads(line) for line in rows.read_text(encoding="utf-8").split("\n") if line.strip()]
-        tokenizer = make_model(folder, shape, dtype, [f"{pair['question']} {pair['answer']}" for pair in pairs])
-        lengths, targets = [], []
-        with (folder / "train.jsonl").open("w", encoding="utf-8") as file:
-            for pair in pairs:
-                messages = [
-                    {"role": role, "content": pair[key]}
-                    for role, key in (("user", "question"), ("assistant", "answer"))
-                ]
-                print(json.dumps({"messages": messages}), file=file)
-                encoded: Any = tokenizer.apply_chat_template(
-                    messages, return_dict=True, return_assistant_tokens_mask=True
-                )
-                lengths.append(len(encoded["input_ids"]))
-                targets.append(sum(encoded["assistant_masks"]))
-        np.savez(folder / "lengths.npz", lengths=lengths, targets=targets)
-    with np.load(folder / "lengths.npz") as counts:
-        return Kit(folder, counts["lengths"], counts["targets"])
+    if not (folder / "complete").is_file():
+        texts = [f"{one['question']} {one['answer']}" for one in pairs] if pairs else texts_for_a_tokenizer()
+        make_model(folder, shape, dtype, texts)
+        (folder / "complete").touch()
+    is_read = pairs is not None and kind == "short"
+    name = "train" if is_read else f"{kind}-{sequence_length}"
+    if not (folder / f"{name}.npz").is_file():
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        if is_read:
+            made = [messages_of(pair["question"], pair["answer"]) for pair in pairs or ()]
+        else:
+            number = GENERATED_TOKENS // (sequence_length if kind == "long" else 150) + 1
+            made = conversations(lengths_of(kind, sequence_length, number).tolist(), tokenizer)
+        _write_rows(folder, name, made, tokenizer)
+    with np.load(folder / f"{name}.npz") as counts:
+        return Kit(folder, counts["lengths"], counts["targets"], f"{name}.jsonl")
+
+
+def rows_of(options: dict[str, Any]) -> str:
+    """Path of the conversations that the options of a run name."""
+    return f"{options['kit']}/{options.get('rows', 'train.jsonl')}"
+
+
+def _write_rows(folder: Path, name: str, made: list[list[dict[str, str]]], tokenizer: Any) -> None:
+    """Writes conversations and their token counts."""
+    lengths, targets = [], []
+    with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
+        for messages in made:
+            print(json.dumps({"messages": messages}), file=file)
+            encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+            lengths.append(len(encoded["input_ids"]))
+            targets.append(sum(encoded["assistant_masks"]))
+    np.savez(folder / f"{name}.npz", lengths=lengths, targets=targets)
 
 
 def _train_tokenizer(texts: list[str], vocab_size: int) -> Any:
@@ -92,9 +124,10 @@ def _train_tokenizer(texts: list[str], vocab_size: int) -> Any:
 def model_config(shape: str, dtype: str) -> dict[str, Any]:
     """Returns the ``config.json`` of a shape."""
     layers, d, n, k, h, f, v, tied = SHAPES[shape]
+    family = FAMILIES.get(shape, "Llama")
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [f"{family}ForCausalLM"],
+        "model_type": family.lower(),
         "vocab_size": v,
         "hidden_size": d,
         "intermediate_size": f,

@@ -174,7 +174,7 @@ def model_rate(kit: Kit, mode: str, runs: list[dict[str, Any]]) -> float:
 
     lengths = kit.lengths - 1.0
     per_token = float((lengths**2).sum() / lengths.sum())
-    lora = LoraConfig(rank=16) if mode == "lora" else None
+    lora = LoraConfig(rank=16) if mode != "full" else None
     sizes = Sizes.of(build(read_architecture(kit.folder), make_mesh(), lora, "float32"))
     rates = []
     for run in runs:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sft_jax.errors import UserError
 from sft_jax.models.attention import cudnn, splash, triton
-from sft_jax.models.attention.parity import WINDOW, check_parity
+from sft_jax.models.attention.parity import WINDOW, check_compiles, check_parity
 from sft_jax.models.attention.segments import chunk_segments
 from sft_jax.models.attention.spec import AttentionSpec, Request
 from sft_jax.models.attention.split import SplitSequences
@@ -61,7 +61,13 @@ def any_length_backend(device: Any) -> Backend:
 
 
 def choose_backend(
-    requested: str, mesh: Mesh, specs: Sequence[AttentionSpec], dtype: str, length: int, deterministic: bool = False
+    requested: str,
+    mesh: Mesh,
+    specs: Sequence[AttentionSpec],
+    dtype: str,
+    length: int,
+    deterministic: bool = False,
+    refused: Mapping[str, str] | None = None,
 ) -> Backend:
     """Returns the fastest backend that supports every attention layer of a model on these devices.
 
@@ -72,6 +78,7 @@ def choose_backend(
         dtype: dtype of queries, keys and values.
         length: the sequence length; for several lengths, their greatest common divisor.
         deterministic: leaves out backends whose result depends on timing.
+        refused: backends that did not run on these devices, and why.
 
     Raises:
         UserError: the requested backend is not supported here; the message has the reason.
@@ -84,6 +91,7 @@ def choose_backend(
     }
     if deterministic and reasons["cudnn"] is None:
         reasons["cudnn"] = "adds gradients in any order, which training.deterministic excludes"
+    reasons |= {name: f"does not run here: {reason}" for name, reason in (refused or {}).items()}
     if requested != "auto" and reasons[requested]:
         supported = ", ".join(name for name in NAMES if not reasons[name])
         raise UserError(f"model.attention: {requested} {reasons[requested]}; use one of auto, {supported}")
@@ -98,11 +106,14 @@ def choose_backend(
     return Backend(name, block, "; ".join(why))
 
 
-def check_backend(backend: Backend, mesh: Mesh, specs: Sequence[AttentionSpec]) -> None:
+def check_backend(backend: Backend, mesh: Mesh, specs: Sequence[AttentionSpec], length: int) -> None:
     """Compares a backend of :data:`CHECKED` with the ``xla`` backend on a device of this process.
 
+    The comparison is small. It is also compiled for sequences of ``length`` tokens, which it may refuse.
+
     Raises:
-        UserError: the backend does not run, or its error is larger than rounding.
+        Refused: the backend does not run.
+        UserError: its error is larger than rounding.
     """
     if backend.name not in CHECKED:
         return
@@ -112,6 +123,11 @@ def check_backend(backend: Backend, mesh: Mesh, specs: Sequence[AttentionSpec]) 
     with jax.default_device(mesh.local_devices[0]):
         for group, head_dim, softcap, window in sorted(kinds, key=str):
             check_parity(backend.name, compute, group, head_dim, [window], softcap, fallback=fallback)
+        programs = {
+            (spec.num_heads, spec.num_kv_heads, spec.padded_head_dim, spec.window, spec.softcap): spec for spec in specs
+        }
+        for spec in programs.values():
+            check_compiles(backend.name, compute, spec, length, fallback)
 
 
 class _Scores(NamedTuple):

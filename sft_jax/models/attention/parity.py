@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sft_jax.errors import UserError
+from sft_jax.models.attention.spec import AttentionSpec
 from sft_jax.models.attention.xla import xla_attention
 from sft_jax.typing import Array, Float, Int
 
@@ -21,6 +22,18 @@ WINDOW = 40  # the sliding window to test; the windows of models are longer than
 TOLERANCE = 0.03  # for 16 bits: rounding gives 0.009, attending to one key of another document more than 0.1
 
 Compute = Callable[[Array, Array, Array, Array, int | None, float | None], Array]
+
+# What jax, a kernel's library and the compiler raise where a kernel does not run. A kernel that jax cannot lower is a
+# bug, which needs no GPU to be seen.
+_REFUSALS = (RuntimeError, ValueError)
+
+
+class Refused(UserError):
+    """A backend does not run on this device; ``reason`` is the first line of what it says."""
+
+    def __init__(self, name: str, error: Exception, fallback: str):
+        self.reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        super().__init__(f"model.attention: {name} does not run here: {self.reason}; use model.attention={fallback}")
 
 
 def check_parity(
@@ -47,7 +60,8 @@ def check_parity(
         The largest error of a position over all heads, relative to the root mean square over positions.
 
     Raises:
-        UserError: the error is above :data:`TOLERANCE`, or the backend does not run.
+        Refused: the backend does not run.
+        UserError: the error is above :data:`TOLERANCE`.
     """
     inputs, segments = _inputs(group, head_dim, dtype)
     real = (segments > 0)[..., None, None]
@@ -63,11 +77,8 @@ def check_parity(
 
         try:
             actual = jax.block_until_ready(results(compute, dtype))
-        except (NotImplementedError, jax.errors.JaxRuntimeError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(
-                f"model.attention: {name} does not run here: {reason}; use model.attention={fallback}"
-            ) from error
+        except _REFUSALS as error:
+            raise Refused(name, error, fallback) from error
         expected = results(xla_attention, jnp.float32)
         for what, ours, reference in zip(("its output", "dq", "dk", "dv"), actual, expected, strict=True):
             error = _error(ours, reference, real)
@@ -79,6 +90,29 @@ def check_parity(
                     f"and the tolerance is {TOLERANCE}; use model.attention={fallback}"
                 )
     return worst
+
+
+def check_compiles(name: str, compute: Compute, spec: AttentionSpec, length: int, fallback: str) -> None:
+    """Compiles a backend and its gradient for one bfloat16 sequence of a layer's real size, without running it.
+
+    Args:
+        name, compute, fallback: as in :func:`check_parity`.
+        length: the sequence length.
+
+    Raises:
+        Refused: it does not compile.
+    """
+
+    def run(q: Array, k: Array, v: Array, segments: Array) -> tuple[Array, ...]:
+        out, pullback = jax.vjp(lambda q, k, v: compute(q, k, v, segments, spec.window, spec.softcap), q, k, v)
+        return pullback(out)
+
+    heads = (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
+    inputs = [jax.ShapeDtypeStruct((1, length, num, spec.padded_head_dim), jnp.bfloat16) for num in heads]
+    try:
+        jax.jit(run).lower(*inputs, jax.ShapeDtypeStruct((1, length), jnp.int32)).compile()
+    except _REFUSALS as error:
+        raise Refused(name, error, fallback) from error
 
 
 def _inputs(group: int, head_dim: int, dtype: Any) -> tuple[list[Float[Array, "B T _ H"]], Int[Array, "B T"]]:
