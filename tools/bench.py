@@ -5,7 +5,8 @@
 
 ``train``: trains a model of a given shape on conversations with this library and with TRL and PEFT, each in separate
 processes, and measures the rate of matrix products on the same device (the accelerator, or the CPU).
-``grid``: the same for several shapes, methods and sequence lengths on a GPU, in minutes.
+``start``: the time to the first step of a run, in a first start and in one that finds compiled programs on disk.
+``grid``: training for several shapes, methods and sequence lengths on a GPU, in minutes.
 ``attention``: the attention backends of this device, against the reference and against each other.
 ``loss``: the fused ``lm_head`` and loss against the plain formula, in time and memory.
 ``ahead``: the train step of a shape, compiled ahead of time for any topology, as in ``sft-jax plan``.
@@ -28,13 +29,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 sys.path.insert(0, str(Path(__file__).parent))
 
-from benchmark import ahead, attention, data, depth, grid, host, lint, loss, runners, train
+from benchmark import ahead, attention, data, depth, grid, host, lint, loss, runners, start, train
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     train.add_arguments(commands.add_parser("train"))
+    start.add_arguments(commands.add_parser("start"))
     grid.add_arguments(commands.add_parser("grid"))
     attention.add_arguments(commands.add_parser("attention"))
     loss.add_arguments(commands.add_parser("loss"))

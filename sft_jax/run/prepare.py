@@ -31,8 +31,8 @@ from sft_jax.run.resume import last_step, with_date
 from sft_jax.sharding import check_heads
 from sft_jax.store.folder import RunDirectory
 from sft_jax.store.loggers.choose import check_loggers
-from sft_jax.training.programs import keep_programs
 from sft_jax.training.optimizer import check_rates
+from sft_jax.training.programs import keep_programs
 
 
 @dataclass(frozen=True)
