@@ -36,7 +36,8 @@ _MIN_SECONDS = 1.0  # JAX's default: it does not keep programs that compile fast
 def keep_programs(device: Any) -> None:
     """Makes JAX keep compiled programs on disk and read them from there.
 
-    Does nothing if the user has set ``JAX_COMPILATION_CACHE_DIR``, or on a CPU of unknown kind.
+    Does nothing if the user has set ``JAX_COMPILATION_CACHE_DIR``, on a CPU of unknown kind, or if the cache is not
+    writable there.
     """
     if jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
         return
@@ -45,7 +46,12 @@ def keep_programs(device: Any) -> None:
         if (kind := kind_of_processor()) is None:
             return
         folder /= f"cpu-{kind}"
-        remove_damaged(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if jax.process_index() == 0:  # which alone writes programs
+                remove_damaged(folder)
+        except OSError:
+            return  # what is damaged there cannot be deleted
     jax.config.update("jax_compilation_cache_dir", str(folder))
     if jax.config.jax_persistent_cache_min_compile_time_secs == _MIN_SECONDS:  # type: ignore[attr-defined]
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # many small programs cost seconds, too
@@ -71,7 +77,7 @@ def kind_of_processor() -> str | None:
 def record_programs() -> None:
     """Records the digests of the programs that this process wrote, which the next start will then use."""
     folder = _own_folder()
-    if folder is None:
+    if folder is None or jax.process_index() != 0:
         return
     try:
         for program in _programs(folder):
@@ -83,7 +89,11 @@ def record_programs() -> None:
 
 
 def remove_damaged(folder: Path, max_bytes: int = _MAX_BYTES) -> None:
-    """Deletes programs that were not recorded, or that are not what was recorded, and the oldest beyond a size."""
+    """Deletes programs that were not recorded, or that are not what was recorded, and the oldest beyond a size.
+
+    Raises:
+        OSError: one cannot be deleted.
+    """
     total = 0
     for program in sorted(_programs(folder), key=_age):
         record = program.with_name(program.name + _ENDING)
