@@ -1,6 +1,7 @@
 """Compiled programs kept on disk: a second start compiles nothing, computes the same bits, and uses no damaged file."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -78,12 +79,12 @@ def test_a_second_start_compiles_nothing_and_computes_the_same(tiny, chats, tmp_
     def start():
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         command = [sys.executable, "-m", "sft_jax", "train", str(tmp_path / "run.yaml")]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment, check=False)
         assert done.returncode == 0, done.stderr
         rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
         checkpoint = json.loads(next((tmp_path / "run" / "checkpoints" / "3" / "run").iterdir()).read_text())
-        lines = [line.split("  ")[0].split() for line in done.stderr.splitlines()]
-        return [(row["loss"], row["grad_norm"]) for row in rows if "loss" in row], checkpoint["digests"], lines
+        assert not re.search("cpu_aot|machine feature|compilation cache", done.stderr), done.stderr  # of the compiler
+        return [(row["loss"], row["grad_norm"]) for row in rows if "loss" in row], checkpoint["digests"]
 
     first = start()
     (folder,) = (tmp_path / "cache" / "programs").iterdir()
@@ -91,7 +92,7 @@ def test_a_second_start_compiles_nothing_and_computes_the_same(tiny, chats, tmp_
     assert folder.name == f"cpu-{kind_of_processor()}"
     assert any(name.startswith("jit_train_step") for name in kept)
     assert {f"{name}.digest" for name in kept} == {file.name for file in folder.glob("*.digest")}
-    assert start() == first  # also the same lines: no warning of the compiler
+    assert start() == first
     assert {file.name: file.stat().st_mtime_ns for file in folder.glob("*-cache")} == kept
 
     program = next(folder.glob("jit_train_step*-cache"))
