@@ -35,6 +35,7 @@ from sft_jax.inference.generator import Generator
 from sft_jax.models.architecture import Architecture
 from sft_jax.models.attention.backend import choose_backend
 from sft_jax.models.decoder import Decoder
+from sft_jax.models.eight_bit import check_device
 from sft_jax.models.split import Split
 from sft_jax.sharding import check_batch, check_heads, check_lengths, make_mesh
 from sft_jax.store.folder import RunDirectory
@@ -186,13 +187,15 @@ def network_of(config: Config, arch: Architecture, mesh: Mesh, embeddings: bool,
 
     Raises:
         UserError: an unsupported attention backend, a LoRA target module that matches nothing, a layer that cannot be
-            quantized, or a loss of routers without routers.
+            quantized, eight-bit products that the device does not have, or a loss of routers without routers.
     """
     model = config.model
     if config.training.router_aux_loss and not arch.has_routers:
         raise UserError(f"training.router_aux_loss: {model.path} has no experts; leave it at 0")
     length = math.gcd(*sequence_lengths(config.data))
     deterministic = config.training.deterministic
+    if model.compute is not None:
+        check_device(model.compute, mesh.devices.flat[0])
     backend = choose_backend(model.attention, mesh, arch.attention_specs, model.dtype, length, deterministic)
     return build(
         arch,
@@ -204,6 +207,7 @@ def network_of(config: Config, arch: Architecture, mesh: Mesh, embeddings: bool,
         backend=backend,
         quantization=model.quantization,
         param_dtype=model.param_dtype,
+        compute=model.compute,
     )
 
 
@@ -281,12 +285,15 @@ def _find_run(
     config = run.config
     dtype, quantization = dtype or config.model.dtype, config.model.quantization if quantized else None
     embeddings = quantization is not None and run.trains_embeddings  # trained embeddings are not quantized
-    split = build(arch, mesh, config.lora, dtype, "none", embeddings, full=False, quantization=quantization)
+    compute = config.model.compute if quantized and config.lora is not None else None
+    split = build(
+        arch, mesh, config.lora, dtype, "none", embeddings, full=False, quantization=quantization, compute=compute
+    )
     leaves = flatten(split.trainable) | flatten(split.frozen)
     stops = list(dict.fromkeys([*run.stop_ids, *_with_eos(base.stop_ids, run.tokenizer)]))
     method = "full fine-tuning" if config.lora is None else type(split.variant).__name__
     description = f"{directory} at step {run.step}, {method} of {config.model.path}, {dtype}"
-    description += f", base in {quantization}" if quantization else ""
+    description += f", base in {quantization or compute}" if quantization or compute else ""
     trained = partial(run.restore, {path: leaves[path] for path in run.trained})
     return Found(description, base, split, run.tokenizer, stops, trained, run=run)
 

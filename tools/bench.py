@@ -10,6 +10,7 @@ processes, and measures the rate of matrix products on the same device (the acce
 ``attention``: the attention backends of this device, against the reference and against each other.
 ``loss``: the fused ``lm_head`` and loss against the plain formula, in time and memory.
 ``ahead``: the train step of a shape, compiled ahead of time for any topology, as in ``sft-jax plan``.
+``cycles``: the cycles that the TPU compiler estimates for a program, from its text, such as ``ahead --keep-text``'s.
 ``depth``: the host's cost of more layers: tracing, compiling and dispatching a step.
 ``host``: the host memory to load and export a model, in one and in several processes.
 ``data``: tokenizing conversations and computing loss masks, against TRL with the same rows and number of processes.
@@ -29,7 +30,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 sys.path.insert(0, str(Path(__file__).parent))
 
-from benchmark import ahead, attention, data, depth, grid, host, lint, loss, runners, start, train
+from benchmark import ahead, attention, data, depth, grid, host, lint, loss, program, runners, start, train
 
 
 def main() -> None:
@@ -41,6 +42,7 @@ def main() -> None:
     attention.add_arguments(commands.add_parser("attention"))
     loss.add_arguments(commands.add_parser("loss"))
     ahead.add_arguments(commands.add_parser("ahead"))
+    program.add_arguments(commands.add_parser("cycles"))
     depth.add_arguments(commands.add_parser("depth"))
     host.add_arguments(commands.add_parser("host"))
     data.add_arguments(commands.add_parser("data"))

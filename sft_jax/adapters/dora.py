@@ -14,7 +14,7 @@ from jax import lax
 
 from sft_jax.adapters.lora import LoRA, lora_matrices
 from sft_jax.models.context import Context
-from sft_jax.models.layers import AdapterParam, Linear, broadcast_like
+from sft_jax.models.layers import AdapterParam, Linear, broadcast_like, product_of
 from sft_jax.models.projection import Adapter, project
 from sft_jax.models.quantized import Matrix, in_dtype
 from sft_jax.tree import Path
@@ -58,25 +58,27 @@ class DoRA(LoRA):
     def apply(self, x: Float[Array, "*B in"], layers: Sequence[Linear], context: Context) -> list[Array]:
         number, key = context.layer, context.dropout_key
         matrices = [layer.matrix(context) for layer in layers]
-        adapters, scales = [lora_matrices(layer) for layer in layers], [self.scale] * len(layers)
+        adapters = [lora_matrices(layer) for layer in layers]
         factors = [
             None if adapter is None else layer.parameter("magnitude") / _column_norms(matrix, adapter, self.scale)
             for layer, matrix, adapter in zip(layers, matrices, adapters, strict=True)
         ]
         if key is None or self.dropout == 0:
-            outs = project(x, matrices, adapters, scales, number)
+            form = "joined" if self.form_in(context) == "joined" else "separate"
+            outs = project(x, matrices, adapters, number, product_of(layers, self.scale, form=form))
             return [
-                out if factor is None else out * broadcast_like(factor, out)
-                for out, factor in zip(outs, factors, strict=True)
+                out if factor is None else out * broadcast_like(factor.reshape(layer.out_dims), out)
+                for out, factor, layer in zip(outs, factors, layers, strict=True)
             ]
-        outs = project(x, matrices, [None] * len(layers), scales, number)
+        outs = project(x, matrices, [None] * len(layers), number, product_of(layers))
         for i, one in enumerate(jax.random.split(key, len(layers))):
             factor = factors[i]
             if factor is not None:  # dropout applies to the adapter's contribution only
-                dropped = self.apply_dropout(x, one)
-                (base,) = project(dropped, [matrices[i]], [None], [0.0], number)
-                (added,) = project(dropped, [None], [adapters[i]], [self.scale], number)
-                outs[i] += broadcast_like(factor, base) * (base + added) - base
+                dropped, how = self.apply_dropout(x, one), product_of([layers[i]], self.scale)
+                (base,) = project(dropped, [matrices[i]], [None], number, how)
+                (added,) = project(dropped, [None], [adapters[i]], number, how)
+                factor = broadcast_like(factor.reshape(layers[i].out_dims), base)
+                outs[i] += factor * (base + added) - base
         return outs
 
     def merge(self, weight: Float[np.ndarray, "in out"], parameters: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sft_jax.models.context import Context
-from sft_jax.models.layers import AdapterParam, Linear
+from sft_jax.models.layers import AdapterParam, Linear, product_of
 from sft_jax.models.projection import Adapter, project
 from sft_jax.models.quantized import Matrix
 from sft_jax.tree import Path
@@ -24,7 +24,7 @@ class LoRA:
     """The hyperparameters of a LoRA adapter, and its computation.
 
     Attributes:
-        merged: compute ``x · (W + scale · A · B)`` except in one-token decoding steps; see
+        form: how the adapter is added, except in one-token decoding steps; see
             :func:`sft_jax.models.projection.project`.
         adapts_experts: whether PEFT has the method for experts.
         PEFT: the settings in ``adapter_config.json`` that distinguish this method from plain LoRA.
@@ -33,7 +33,7 @@ class LoRA:
     rank: int
     alpha: float
     dropout: float = 0.0
-    merged: bool = False
+    form: str = "separate"
 
     PEFT: ClassVar[Mapping[str, Any]] = {}
     adapts_experts: ClassVar[bool] = True
@@ -91,22 +91,26 @@ class LoRA:
         values = jax.random.uniform(leaf_key, (max(layers) + 1, *leaf.shape[1:]), leaf.dtype, -bound, bound)
         return values[np.asarray(layers)]
 
-    def apply(self, x: Float[Array, "*B in"], layers: Sequence[Linear], context: Context) -> list[Array]:
+    def apply(self, x: Float[Array, "*B *in"], layers: Sequence[Linear], context: Context) -> list[Array]:
         """Returns the outputs of layers with the same input, without biases; one product computes ``x·A`` for all."""
         number, key = context.layer, context.dropout_key
-        adapters, scales = [lora_matrices(layer) for layer in layers], [self.scale] * len(layers)
-        matrices = [layer.matrix(context) for layer in layers]
+        adapters, matrices = [lora_matrices(layer) for layer in layers], [layer.matrix(context) for layer in layers]
         if key is None or self.dropout == 0 or not any(adapters):
-            # In one-token decoding steps, merging the adapter costs more than multiplying by both.
-            return project(x, matrices, adapters, scales, number, self.merged and not context.weight_stationary)
-        outs = project(x, matrices, [None] * len(layers), scales, number)
+            how = product_of(layers, self.scale, form=self.form_in(context), compute=context.compute)
+            return project(x, matrices, adapters, number, how)
+        outs = project(x, matrices, [None] * len(layers), number, product_of(layers, compute=context.compute))
         for i, one in enumerate(jax.random.split(key, len(layers))):
             adapter = adapters[i]
             if adapter is not None:  # each adapter has its own dropout mask
-                outs[i] += project(self.apply_dropout(x, one), [None], [adapter], [self.scale], number)[0]
+                dropped = self.apply_dropout(x, one)
+                outs[i] += project(dropped, [None], [adapter], number, product_of([layers[i]], self.scale))[0]
         return outs
 
-    def apply_dropout(self, x: Float[Array, "*B in"], key: Array) -> Float[Array, "*B in"]:
+    def form_in(self, context: Context) -> str:
+        """Returns how the adapter is added; in a one-token decoding step, by products of its own, which cost least."""
+        return "separate" if context.weight_stationary else self.form
+
+    def apply_dropout(self, x: Float[Array, "*S"], key: Array) -> Float[Array, "*S"]:
         """Returns the input after dropout."""
         keep_mask = jax.random.bernoulli(key, 1.0 - self.dropout, x.shape)
         return jnp.where(keep_mask, x / (1.0 - self.dropout), jnp.zeros_like(x))

@@ -37,6 +37,9 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--search", action="store_true", help="search for the fastest mesh, microbatches and remat that fit"
     )
+    parser.add_argument(
+        "--profile", action="store_true", help="list the source lines that take more cycles than at peak, on TPUs"
+    )
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     parser.set_defaults(command=run)
 
@@ -61,7 +64,7 @@ def run(options: argparse.Namespace) -> int:
                 "as v5e:4x4 (16 chips) or h100:8"
             )
         print(f"--topology {topology}: this machine", file=sys.stderr)
-    plan(config, topology, file, assumed, options.json, options.advice, options.search)
+    plan(config, topology, file, assumed, options.json, options.advice, options.search, options.profile)
     return 0
 
 

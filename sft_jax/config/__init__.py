@@ -56,6 +56,11 @@ class Config:
             "only a frozen base can be quantized, and full fine-tuning freezes none; set lora, or set this to null",
         )
         require(
+            self.model.compute != "int8" or self.lora is not None,
+            "model.compute",
+            "int8 is for a frozen base; set lora, or model.compute: fp8",
+        )
+        require(
             self.training.keep_best == 0 or len(self.data.eval) > 0,
             "training.keep_best",
             "needs a held-out loss to compare checkpoints; set data.eval",

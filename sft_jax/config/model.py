@@ -19,6 +19,7 @@ class ModelConfig:
     attention: str = "auto"  # backend: auto (the fastest that supports the mask) | splash | triton | cudnn | xla
     remat: str = "auto"  # rematerialization: auto (the fastest of dots | attention | full that fits) | none
     quantization: str | None = None  # quantization of the frozen base under LoRA: int8 | nf4 (QLoRA)
+    compute: str | None = None  # products of linear layers in eight bits: int8 (TPU, under LoRA) | fp8 (H100, newer)
 
     def __post_init__(self) -> None:
         one_of(self.dtype, "model.dtype", ("bfloat16", "float32"))
@@ -26,6 +27,13 @@ class ModelConfig:
         one_of(self.init, "model.init", ("pretrained", "random"))
         one_of(self.attention, "model.attention", ("auto", "splash", "triton", "cudnn", "xla"))
         one_of(self.remat, "model.remat", ("auto", "full", "attention", "dots", "none"))
+        if self.compute is not None:
+            one_of(self.compute, "model.compute", ("int8", "fp8"))
+            require(
+                self.quantization is None,
+                "model.compute",
+                f"stores the frozen base in {self.compute} already; set model.quantization: null",
+            )
         if self.quantization is not None:
             one_of(self.quantization, "model.quantization", ("int8", "nf4"))
             require(

@@ -9,6 +9,7 @@ KEYS: dict[str, tuple[str, str]] = {
     "peft_use_rslora": ("lora.alpha", "alpha·√rank there is alpha here"),
     "lora_*_kernel": ("", "XLA fuses the products"),
     "unfrozen_parameters": ("lora", "null trains all weights, otherwise adapters only"),
+    "fp8": ("model.compute=fp8", ""),
     "datasets": ("data.train", "a list of sources, each with a path"),
     "test_datasets": ("data.eval", "a list of sources, each with a path"),
     "val_set_size": ("data.eval", "held-out rows are files of their own"),

@@ -42,6 +42,7 @@ KEYS: dict[str, tuple[str, str]] = {
     "mu_dtype": ("optimizer.moments", ""),
     "gradient_clipping_threshold": ("optimizer.max_grad_norm", ""),
     "weight_dtype": ("model.param_dtype", ""),
+    "quantization": ("model.compute", "int8 under LoRA, or fp8"),
     "remat_policy": ("model.remat", "auto is the default"),
     "scan_layers": ("", "layers are always scanned"),
     "ici_data_parallelism": ("mesh.data", ""),

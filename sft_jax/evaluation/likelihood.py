@@ -45,7 +45,7 @@ class Scorer:
 
     def __init__(self, split: Split, length: int, batch_size: int):
         self._mesh, self._length, self._batch_size = split.mesh, length, batch_size
-        options = compiler_options(split, gradients=False)
+        options = compiler_options(split)
         self._score = jax.jit(
             lambda trainable, frozen, batch: _token_scores(split.merge(trainable, frozen), batch),
             compiler_options=options,

@@ -69,6 +69,8 @@ def model_card(config: Config, model: Exported) -> str:
         method += ", of the text decoder only"
     if config.model.quantization:
         method += f", base quantized to {config.model.quantization}"
+    if config.model.compute:
+        method += f", products of linear layers in {config.model.compute}"
     step = model.step
     rows = {
         "base model": f"`{base_name}` ({model.dtype})",

@@ -109,7 +109,7 @@ class Generator:
 
             return lax.while_loop(lambda s: (s.num_tokens < limit) & ~jnp.all(s.done), body, state)
 
-        options = compiler_options(split, gradients=False)
+        options = compiler_options(split)
         self._start = jax.jit(start, static_argnames="cache_length", compiler_options=options)
         self._decode = jax.jit(decode, donate_argnums=2)  # all-gathers no weights, so it needs no compiler options
 

@@ -2,40 +2,34 @@
 
 from __future__ import annotations
 
-from sft_jax.models.split import Split, is_adapter
-from sft_jax.tree import flatten
+from sft_jax.models.split import Split
 
 # Overlap each all-gather with one product, not in steps with several. The compiler estimates that products which share
 # an all-gather take up to half as long again; their gathered weights also stay in memory for longer.
 _ONE_PRODUCT_PER_GATHER = {"xla_tpu_enable_async_collective_fusion_multiple_steps": "false"}
-# No collective matmul, whatever the size of the product.
+# No collective matmul, whatever the size of the product; see sft_jax.models.weight_gradient for gradients.
 _NO_COLLECTIVE_MATMUL = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
-# Collective matmul only for reduce-scatter, that is for gradients, which are then summed in float32.
-_COLLECTIVE_MATMUL_OF_GRADIENTS = {"xla_tpu_enable_windowed_einsum_for_all_gather": "false"}
+# Of the 128 MiB on the chip; by default 16 MiB.
+_MEMORY_OF_FUSIONS = {"xla_tpu_scoped_vmem_limit_kib": "98304"}
 
 
 # No sums in an order that depends on timing, and no kernels chosen by timing them. TPUs and CPUs have neither.
 _DETERMINISTIC: dict[str, str | bool] = {"xla_gpu_deterministic_ops": True}
 
 
-def compiler_options(split: Split, gradients: bool = True, deterministic: bool = False) -> dict[str, str | bool]:
+def compiler_options(split: Split, deterministic: bool = False) -> dict[str, str | bool]:
     """Returns ``compiler_options`` for ``jax.jit`` of a program of this model on the devices of its parameters.
 
     By default the TPU compiler runs a product with a weight sharded over N devices as a collective matmul of N steps:
     the shards go round, and each step reads and writes the partial sums again, in the compute dtype. A weight that is
     all-gathered during an earlier product is read once and summed in float32. For Llama-3.1-8B on 16 TPU v5e the
-    compiler estimates 1,510 instead of 2,884 million cycles for a step of the LoRA recipe, and 1,228 instead of 1,648
-    for full fine-tuning in bfloat16. All-gathers that no product hides add some 45 to the former two.
+    compiler estimated 1,510 instead of 2,884 million cycles for a step of the LoRA recipe. All-gathers that no product
+    hides add some 45.
 
     Args:
-        gradients: whether the program computes gradients.
         deterministic: whether the same program and inputs give the same bits on GPUs too.
     """
     platform = split.mesh.devices.flat[0].platform
     if platform == "gpu" and deterministic:
         return dict(_DETERMINISTIC)
-    if platform != "tpu":
-        return {}
-    trains_layers = any(path[0] == "layers" and not is_adapter(split.labels[path]) for path in flatten(split.trainable))
-    products = _COLLECTIVE_MATMUL_OF_GRADIENTS if gradients and trains_layers else _NO_COLLECTIVE_MATMUL
-    return {**_ONE_PRODUCT_PER_GATHER, **products}
+    return {**_ONE_PRODUCT_PER_GATHER, **_NO_COLLECTIVE_MATMUL, **_MEMORY_OF_FUSIONS} if platform == "tpu" else {}

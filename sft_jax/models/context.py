@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from sft_jax.models.architecture import Rope
 from sft_jax.models.attention.backend import Backend
+from sft_jax.models.eight_bit import EightBit
 from sft_jax.typing import Array, Float, Int
 
 SinCos = tuple[Array, Array]
@@ -27,6 +28,7 @@ class Context:
         backend: the attention backend.
         weight_stationary: keep weights sharded along the model dimension and all-reduce the products, as in one-token
             decoding. Otherwise weights are all-gathered, which pays off for many tokens only.
+        compute: how products with trained weights are rounded to eight bits; None for no rounding.
         layer: the index of the decoder layer.
         dropout_key: None for no dropout.
         cache: the mixer's cache of earlier tokens during one-token decoding.
@@ -41,6 +43,7 @@ class Context:
     sin_cos: Mapping[Rope, SinCos]
     backend: Backend
     weight_stationary: bool = False
+    compute: EightBit | None = None
     layer: Float[Array, ""] = field(default_factory=lambda: jnp.zeros(()))
     dropout_key: Array | None = None
     cache: Any = None

@@ -14,6 +14,7 @@ from sft_jax.models.architecture import Architecture
 from sft_jax.models.attention.backend import XLA, Backend
 from sft_jax.models.block import Block
 from sft_jax.models.context import Context
+from sft_jax.models.eight_bit import EightBit
 from sft_jax.models.head import Head
 from sft_jax.models.layers import Embedding, Initializer, Linear, make_norm, without_gradient
 from sft_jax.models.per_layer import PerLayerInputs
@@ -43,9 +44,10 @@ class Decoder(nnx.Module):
         dtype: Any = jnp.float32,
         remat: str = "none",
         backend: Backend = XLA,
+        compute: EightBit | None = None,
     ):
         make = Initializer(key, arch.initializer_range)
-        self.arch, self.dtype, self.remat, self.backend = arch, dtype, remat, backend
+        self.arch, self.dtype, self.remat, self.backend, self.compute = arch, dtype, remat, backend, compute
         self.embed_tokens = Embedding(arch.vocab_size, arch.hidden_size, make, arch.embedding_scale)
         self.embedding_norm = nnx.data(
             None if arch.embedding_norm is None else make_norm(arch.hidden_size, arch.embedding_norm, make)
@@ -120,7 +122,7 @@ class Decoder(nnx.Module):
         angles = {
             rope: sin_cos(positions, rope, rope.dims or head_dim, segment_ids) for rope, head_dim in ropes.items()
         }
-        return Context(positions, segment_ids, angles, backend, **more)
+        return Context(positions, segment_ids, angles, backend, compute=self.compute, **more)
 
     def _shared_cache(self, cache: Cache) -> dict[str, Any]:
         """Returns the cache that readers share, by name: that of the last layer that publishes."""

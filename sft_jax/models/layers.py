@@ -16,7 +16,7 @@ from jax import lax
 
 from sft_jax.models.architecture import Norm
 from sft_jax.models.context import Context
-from sft_jax.models.projection import project
+from sft_jax.models.projection import Dims, Product, project
 from sft_jax.models.quantized import Matrix, Weight, embedding_lookup, gather_matrix, matrix_of
 from sft_jax.sharding import constrain
 from sft_jax.typing import Array, Bool, Float, Int
@@ -72,9 +72,11 @@ class Projection(nnx.Module):
         stack_axes: the logical axes of the last dimensions of the stack, such as that of experts.
         parts: the number of matrices that are concatenated along the outputs, and may be stored apart.
         share: the fraction of tokens that the weight multiplies; less than 1 for an expert.
+        is_dense: whether :func:`sft_jax.models.projection.project` multiplies it.
     """
 
     can_be_quantized = True
+    is_dense = False
     stack_axes: tuple[str, ...] = ()
 
     def __init__(
@@ -95,7 +97,16 @@ class Projection(nnx.Module):
 
 
 class Linear(Projection):
-    """``y = x · weight + bias``, plus an adapter if one is attached."""
+    """``y = x · weight + bias``, plus an adapter if one is attached.
+
+    Attributes:
+        in_heads: the number of heads of inputs ``[*B, N, H]``; None for inputs ``[*B, in]``.
+        out_heads: likewise of the outputs.
+    """
+
+    is_dense = True
+    in_heads: int | None = None
+    out_heads: int | None = None
 
     def __init__(
         self,
@@ -120,6 +131,16 @@ class Linear(Projection):
         for name, parameter in parameters.items():
             setattr(self, name, parameter)
 
+    @property
+    def in_dims(self) -> Dims:
+        """The last dimensions of the input."""
+        return _by_heads(self.weight.shape[-2], self.in_heads)
+
+    @property
+    def out_dims(self) -> Dims:
+        """The last dimensions of the output."""
+        return _by_heads(self.weight.shape[-1], self.out_heads)
+
     def parameter(self, name: str) -> Array:
         """Returns a parameter of the adapter."""
         return getattr(self, name)[...]
@@ -132,11 +153,22 @@ def linear(x: Float[Array, "*B in"], layers: Sequence[Linear], context: Context)
         outs = variant.apply(x, layers, context)
     else:
         no_adapters, matrices = [None] * len(layers), [layer.matrix(context) for layer in layers]
-        outs = project(x, matrices, no_adapters, [0.0] * len(layers), context.layer)
+        outs = project(x, matrices, no_adapters, context.layer, product_of(layers, compute=context.compute))
     return [
-        out if layer.bias is None else out + broadcast_like(layer.bias[...], out)
+        out if layer.bias is None else out + broadcast_like(layer.bias[...].reshape(layer.out_dims), out)
         for out, layer in zip(outs, layers, strict=True)
     ]
+
+
+def product_of(layers: Sequence[Linear], scale: float = 0.0, **how: Any) -> Product:
+    """Returns the product of layers with the same input, whose adapters have one scale."""
+    first, outputs = layers[0], tuple(layer.out_dims for layer in layers)
+    embed = first.axes.index("embed") if "embed" in first.axes else None
+    return Product(first.in_dims, outputs, (scale,) * len(layers), embed=embed, **how)
+
+
+def _by_heads(size: int, num_heads: int | None) -> Dims:
+    return (size,) if num_heads is None else (num_heads, size // num_heads)
 
 
 def without_gradient(x: Float[Array, "B T D"], positions: Bool[Array, "B T"] | None) -> Float[Array, "B T D"]:
@@ -144,8 +176,8 @@ def without_gradient(x: Float[Array, "B T D"], positions: Bool[Array, "B T"] | N
     return x if positions is None else jnp.where(positions[..., None], lax.stop_gradient(x), x)
 
 
-def broadcast_like(vector: Float[Array, "D"], x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-    """Broadcasts a vector to the shape and dtype of ``x``; sums its gradient in float32."""
+def broadcast_like(vector: Float[Array, "*D"], x: Float[Array, "*B *D"]) -> Float[Array, "*B *D"]:
+    """Broadcasts an array of the last dimensions to the shape and dtype of ``x``; sums its gradient in float32."""
     return jnp.broadcast_to(vector.astype(jnp.float32), x.shape).astype(x.dtype)
 
 

@@ -8,18 +8,26 @@ the input, ``x·A`` if it was computed, and the weights as stored, without a cop
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from sft_jax.models import eight_bit
+from sft_jax.models.eight_bit import EightBit
 from sft_jax.models.quantized import Matrix, QuantizedMatrix, in_dtype
 from sft_jax.models.remat import ADAPTER, checkpoint_name
 from sft_jax.models.symbolic import instantiate, values_and_perturbed
+from sft_jax.models.weight_gradient import outer, weight_gradient
+from sft_jax.sharding import constrain
 from sft_jax.typing import Array, Float
+
+COLUMNS = 128  # of a TPU's matrix unit: a product over fewer inputs takes as long
+
+Dims = tuple[int, ...]
 
 
 class Adapter(NamedTuple):
@@ -27,6 +35,37 @@ class Adapter(NamedTuple):
 
     a: Float[Array, "in R"]
     b: Float[Array, "R out"]
+
+
+@dataclass(frozen=True)
+class Product:
+    """How a product is computed.
+
+    Attributes:
+        inputs: the last dimensions of the input; ``(N, H)`` for an input by heads.
+        outputs: those of the output of each weight.
+        scales: of the adapter of each weight.
+        form: how adapters are added. ``separate``: by products of their own.
+
+            ``merged``: ``x·(weight + scale · a·b)``. In each pass, one ``a·b`` replaces a product as long as ``x`` and
+            its addition to the result, which is cheaper for more than a few hundred tokens. Only for products that are
+            exact in float32; otherwise a small ``a·b`` would be lost in the rounding of the weight.
+
+            ``joined``: ``[x, scale · x·a]·[weight; b]`` where the input is not by heads, with sums in float32. A TPU's
+            matrix unit multiplies over R inputs at a tenth of its rate, and a product of its own reads and writes the
+            outputs once more; to join copies the weight. In the backward pass only where a weight has an input of its
+            own: others add one product for all. Only for weights that are not sharded along the heads or channels.
+        embed: which dimension of the weights is sharded along the model dimension, 0 or 1; None for neither.
+        compute: rounds the factors of products with plain weights, and their gradients, to eight bits; not those of
+            adapters.
+    """
+
+    inputs: Dims
+    outputs: tuple[Dims, ...]
+    scales: tuple[float, ...]
+    form: str = "separate"
+    embed: int | None = None
+    compute: EightBit | None = None
 
 
 @jax.tree_util.register_static
@@ -40,13 +79,12 @@ class _NeedsGrad:
 
 
 def project(
-    x: Float[Array, "*B in"],
+    x: Float[Array, "*B *in"],
     weights: Sequence[Matrix | None],
     adapters: Sequence[Adapter | None],
-    scales: Sequence[float],
     layer: Float[Array, ""],
-    merged: bool = False,
-) -> list[Float[Array, "*B out"]]:
+    how: Product,
+) -> list[Float[Array, "*B *out"]]:
     """Computes ``x·weight + scale · (x·a)·b`` for each weight ``[in, out]``, in the dtype of ``x``.
 
     If a weight is None, computes the adapter's term only; with dropout, its input differs from that of the weight.
@@ -54,115 +92,205 @@ def project(
     quantized weights again, because saving the dequantized weights would hold those of all layers in memory.
 
     Args:
-        layer: the index of the decoder layer of the weights. Their dtype conversion depends on it, see ``_times``.
-        merged: compute ``x·(weight + scale · a·b)``. In each pass, one ``a·b`` replaces a product as long as ``x`` and
-            its addition to the result, which is cheaper for more than a few hundred tokens. Only for products that are
-            exact in float32; otherwise a small ``a·b`` would be lost in the rounding of the weight.
+        layer: the index of the decoder layer of the weights. Their dtype conversion depends on it, see
+            :func:`in_layer_dtype`.
     """
 
     @jax.custom_vjp
     def run(x: Array, weights: Any, adapters: Any, layer: Array) -> list[Array]:
-        return _forward(x, weights, adapters, scales, layer, merged)[0]
+        return _Pass(how, weights, adapters, layer).forward(x)[0]
 
     def forward(*primals: Any) -> tuple[list[Array], Any]:
         (x, weights, adapters, layer), perturbed = values_and_perturbed(primals)
         weights_need_grad = tuple(any(jax.tree.leaves(weight)) for weight in perturbed[1])
         needs_grad = _NeedsGrad(perturbed[0], weights_need_grad, any(jax.tree.leaves(perturbed[2])))
-        out, x_a = _forward(x, weights, adapters, scales, layer, merged)
+        out, x_a = _Pass(how, weights, adapters, layer).forward(x)
         return out, (x, weights, adapters, layer, x_a, needs_grad)
 
     def backward(residuals: Any, d_out: Any) -> tuple[Any, Any, Any, None]:
         x, weights, adapters, layer, x_a, needs_grad = residuals
-        return *_backward(x, weights, adapters, x_a, needs_grad, d_out, scales, layer, merged), None
+        return *_Pass(how, weights, adapters, layer).backward(x, x_a, needs_grad, d_out), None
 
     run.defvjp(forward, backward, symbolic_zeros=True)
     return run(x, list(weights), list(adapters), layer)
 
 
-def _forward(
-    x: Array, weights: Any, adapters: Any, scales: Sequence[float], layer: Array, merged: bool
-) -> tuple[list[Array], list[Array | None]]:
-    """Returns the products, and ``scale · x·a`` of each adapter; None for merged adapters."""
-    if merged:
-        sums = _merged(weights, adapters, scales, x.dtype)
-        return [_times(x, one, layer) for one in sums], [None] * len(weights)
-    out: list[Any] = [0 if weight is None else _times(x, weight, layer) for weight in weights]
-    x_a: list[Array | None] = [None] * len(weights)
-    for i, scaled in _scaled_x_a(x, adapters, scales, layer):
-        x_a[i], out[i] = scaled, out[i] + _times(scaled, adapters[i].b, layer)
-    return out, x_a
+@dataclass(frozen=True)
+class _Pass:
+    """The forward and the backward pass of :func:`project`."""
 
+    how: Product
+    weights: Sequence[Any]
+    adapters: Sequence[Any]
+    layer: Array
 
-def _scaled_x_a(x: Array, adapters: Any, scales: Sequence[float], layer: Array) -> Iterator[tuple[int, Array]]:
-    """Yields the index of each adapter and its ``scale · x·a``; one product computes all."""
-    present = [i for i, adapter in enumerate(adapters) if adapter is not None]
-    if present:
-        shared = checkpoint_name(_times(x, jnp.concatenate([adapters[i].a for i in present], axis=1), layer), ADAPTER)
+    @property
+    def present(self) -> list[int]:
+        """The indices of the adapters that are there."""
+        return [i for i, adapter in enumerate(self.adapters) if adapter is not None]
+
+    @property
+    def is_joined(self) -> bool:
+        return self.how.form == "joined" and not any(weight is None or is_factor(weight) for weight in self.weights)
+
+    def forward(self, x: Array) -> tuple[list[Array], dict[int, Array]]:
+        """Returns the products, and ``scale · x·a`` by the index of the adapter; of no merged one."""
+        if self.how.form == "merged":
+            sums = zip(self.merged(x.dtype), self.how.outputs, strict=True)
+            return [self.times(x, one, dims) for one, dims in sums], {}
+        x_a = self.scaled_x_a(x)
+        if self.present and self.is_joined and len(self.how.inputs) == 1:
+            return self.joined(x, x_a), x_a
+        outs: list[Any] = []
+        for i, (weight, dims) in enumerate(zip(self.weights, self.how.outputs, strict=True)):
+            out: Any = 0
+            if i in self.present:
+                out = _product(x_a[i], self.in_dtype(self.adapters[i].b, x.dtype), (x_a[i].shape[-1],), dims)
+                if is_factor(weight):
+                    # The longer product adds the shorter one, and not the other way round.
+                    out = lax.optimization_barrier(out)
+            outs.append(out if weight is None else out + self.times(x, weight, dims))
+        return outs, x_a
+
+    def joined(self, x: Array, x_a: dict[int, Array]) -> list[Array]:
+        """Returns ``[x, x_a]·[weight; b]`` for each weight.
+
+        All share one ``[x, x_a]``, with the ``x_a`` of all adapters; the rows of other adapters in ``b`` are zero.
+        """
+        ranks = [x_a[i].shape[-1] if i in x_a else 0 for i in range(len(self.weights))]
+        missing = -sum(ranks) % COLUMNS
+        parts = [x, *x_a.values(), jnp.zeros((*x.shape[:-1], missing), x.dtype)]
+        wide, outs = jnp.concatenate(parts, axis=-1), []
+        for i, (weight, dims) in enumerate(zip(self.weights, self.how.outputs, strict=True)):
+            above = self.gathered(weight, x.dtype)
+            if i in self.present:
+                rows = (sum(ranks[:i]), sum(ranks[i + 1 :]) + missing)
+                below = jnp.pad(self.gathered(self.adapters[i].b, x.dtype), (rows, (0, 0)))
+            else:
+                below = jnp.zeros((sum(ranks) + missing, above.shape[1]), x.dtype)
+            # By heads before they are joined, so that the compiler need not copy the product.
+            both = jnp.concatenate([above.reshape(-1, *dims), below.reshape(-1, *dims)])
+            outs.append(_product(wide, both, wide.shape[-1:], dims))
+        return outs
+
+    def backward(
+        self, x: Array, x_a: dict[int, Array], needs_grad: _NeedsGrad, d_out: Any
+    ) -> tuple[Array | None, list[Array | None], list[Adapter | None]]:
+        d_out = [instantiate(dy) for dy in d_out]
+        d_weights: list[Array | None] = [None] * len(self.weights)
+        for i, (weight, dy, dims) in enumerate(zip(self.weights, d_out, self.how.outputs, strict=True)):
+            if needs_grad.weights[i]:
+                total = weight_gradient(x, dy, len(self.how.inputs), len(dims), self.how.embed, self.how.compute)
+                d_weights[i] = total.astype(weight.dtype)
+        d_x_a: dict[int, Array] = {}
+        for i in self.present:
+            b, dims = self.in_dtype(self.adapters[i].b, x.dtype), self.how.outputs[i]
+            d_x_a[i] = _product(d_out[i], b, b.shape[:1], dims, True) * jnp.asarray(self.how.scales[i], x.dtype)
+        d_x = self.d_x(d_out, d_x_a)
+        d_adapters: list[Adapter | None] = [None] * len(self.weights)
+        if self.present and needs_grad.adapters:
+            d_adapters = self.adapter_gradients(x, x_a, d_out, d_x_a)
+            if needs_grad.x:
+                # Compute all gradients that read the input before d_x is used, so that the input can be freed.
+                d_x, d_adapters = lax.optimization_barrier((d_x, d_adapters))
+        return (d_x if needs_grad.x else None), d_weights, d_adapters
+
+    def adapter_gradients(
+        self, x: Array, x_a: dict[int, Array], d_out: Sequence[Array], d_x_a: dict[int, Array]
+    ) -> list[Adapter | None]:
+        if self.how.form == "merged":
+            x_a = self.scaled_x_a(x)
+        num = len(self.how.inputs)
+        # The barrier keeps the transpose on the thin result; otherwise XLA would transpose the wide x.
+        thin = lax.optimization_barrier(outer(jnp.concatenate(list(d_x_a.values()), axis=-1), x, 1, num))
+        d_a = thin.reshape(thin.shape[0], -1).T
+        gradients: list[Adapter | None] = [None] * len(self.weights)
         at = 0
-        for i in present:
-            rank = adapters[i].a.shape[1]
-            yield i, shared[..., at : at + rank] * jnp.asarray(scales[i], x.dtype)
-            at += rank
+        for i in self.present:
+            a, b = self.adapters[i]
+            d_b = outer(x_a[i], d_out[i], 1, len(self.how.outputs[i])).reshape(b.shape)
+            gradients[i] = Adapter(d_a[:, at : at + a.shape[1]].astype(a.dtype), d_b.astype(b.dtype))
+            at += a.shape[1]
+        return gradients
 
+    def d_x(self, d_out: Sequence[Array], d_x_a: dict[int, Array]) -> Any:
+        """Returns the gradient of the input."""
+        inputs, dtype = self.how.inputs, d_out[0].dtype
+        weights = self.merged(dtype) if self.how.form == "merged" else self.weights
+        d_x: Any = 0
+        rest = [] if self.how.form == "merged" else list(self.present)
+        for i, (weight, dy, dims) in enumerate(zip(weights, d_out, self.how.outputs, strict=True)):
+            if i in rest and self.is_joined and len(dims) == 1 and len(weights) == 1:
+                d_x += self.joined_transposed(dy, d_x_a[i], i)
+                rest.remove(i)
+            elif weight is not None:
+                d_x += self.times(dy, weight, dims, transposed=True)
+        if rest:
+            a = self.in_dtype(jnp.concatenate([self.adapters[i].a for i in rest], axis=1), dtype)
+            d_x += _product(jnp.concatenate([d_x_a[i] for i in rest], axis=-1), a, inputs, a.shape[1:], True)
+        return d_x
 
-def _merged(weights: Any, adapters: Any, scales: Sequence[float], dtype: Any) -> list[Array]:
-    """Returns ``weight + scale · a·b`` for each weight."""
-    matrices = [in_dtype(weight, dtype) for weight in weights]
-    return [
-        matrix if adapter is None else matrix + jnp.dot(jnp.asarray(scale, dtype) * adapter.a, adapter.b)
-        for matrix, adapter, scale in zip(matrices, adapters, scales, strict=True)
-    ]
+    def joined_transposed(self, dy: Array, d_x_a: Array, i: int) -> Array:
+        """Returns ``[dy, d_x_a]·[weight, a]ᵀ``."""
+        a, inputs = self.gathered(self.adapters[i].a, dy.dtype), self.how.inputs
+        missing = -a.shape[1] % COLUMNS
+        wide = jnp.concatenate([dy, d_x_a, jnp.zeros((*dy.shape[:-1], missing), dy.dtype)], axis=-1)
+        parts = [self.gathered(self.weights[i], dy.dtype), jnp.pad(a, ((0, 0), (0, missing)))]
+        both = jnp.concatenate([part.reshape(*inputs, -1) for part in parts], axis=-1)
+        return _product(wide, both, inputs, wide.shape[-1:], True)
 
-
-def _backward(
-    x: Array,
-    weights: Any,
-    adapters: Any,
-    x_a: Any,
-    needs_grad: _NeedsGrad,
-    d_out: Any,
-    scales: Sequence[float],
-    layer: Array,
-    merged: bool,
-) -> tuple[Array | None, list[Array | None], list[Adapter | None]]:
-    d_out = [instantiate(dy) for dy in d_out]
-    d_weights = [
-        _outer(x, dy).astype(weight.dtype) if needed else None
-        for weight, dy, needed in zip(weights, d_out, needs_grad.weights, strict=True)
-    ]
-    sums = _merged(weights, adapters, scales, x.dtype) if merged else weights
-    present_weights = [(weight, dy) for weight, dy in zip(sums, d_out, strict=True) if weight is not None]
-    d_x: Any = sum(_times(dy, weight, layer, transposed=True) for weight, dy in present_weights)
-    d_adapters: list[Adapter | None] = [None] * len(weights)
-    present = [i for i, adapter in enumerate(adapters) if adapter is not None]
-    if present:
-        d_x_a = [
-            _times(d_out[i], adapters[i].b, layer, transposed=True) * jnp.asarray(scales[i], x.dtype) for i in present
-        ]
-        shared = jnp.concatenate(d_x_a, axis=-1)
-        if merged:
-            x_a = dict(_scaled_x_a(x, adapters, scales, layer))
-        else:
-            d_x += _times(shared, jnp.concatenate([adapters[i].a for i in present], axis=1), layer, transposed=True)
-        if needs_grad.adapters:
-            # The barrier keeps the transpose on the thin result; otherwise XLA would transpose the wide x.
-            d_a = lax.optimization_barrier(_outer(shared, x)).T
+    def scaled_x_a(self, x: Array) -> dict[int, Array]:
+        """Returns ``scale · x·a`` by the index of the adapter; one product computes all."""
+        x_a: dict[int, Array] = {}
+        if self.present:
+            a = self.in_dtype(jnp.concatenate([self.adapters[i].a for i in self.present], axis=1), x.dtype)
+            shared = checkpoint_name(_product(x, a, self.how.inputs, a.shape[1:]), ADAPTER)
             at = 0
-            for i in present:
-                rank = adapters[i].a.shape[1]
-                d_a_i, d_b_i = d_a[:, at : at + rank], _outer(x_a[i], d_out[i])
-                d_adapters[i] = Adapter(d_a_i.astype(adapters[i].a.dtype), d_b_i.astype(adapters[i].b.dtype))
+            for i in self.present:
+                rank = self.adapters[i].a.shape[1]
+                x_a[i] = shared[..., at : at + rank] * jnp.asarray(self.how.scales[i], x.dtype)
                 at += rank
-    if needs_grad.x and needs_grad.adapters and present:
-        # Compute all gradients that read the input before d_x is used, so that the input can be freed.
-        d_x, d_adapters = lax.optimization_barrier((d_x, d_adapters))
-    return (d_x if needs_grad.x else None), d_weights, d_adapters
+        return x_a
+
+    def merged(self, dtype: Any) -> list[Array]:
+        """Returns ``weight + scale · a·b`` for each weight."""
+        return [
+            in_dtype(weight, dtype)
+            if adapter is None
+            else in_dtype(weight, dtype) + jnp.dot(jnp.asarray(scale, dtype) * adapter.a, adapter.b)
+            for weight, adapter, scale in zip(self.weights, self.adapters, self.how.scales, strict=True)
+        ]
+
+    def times(self, x: Array, weight: Matrix, dims: Dims, transposed: bool = False) -> Array:
+        """Returns ``x·weight``, with outputs of these dimensions, or ``x·weightᵀ``."""
+        inputs = self.how.inputs
+        if is_factor(weight):
+            return eight_bit.product(x, weight, inputs, dims, transposed)
+        if self.how.compute is not None:
+            return eight_bit.rounded_product(
+                x, in_dtype(weight, jnp.float32), self.how.compute, inputs, dims, transposed
+            )
+        return _product(x, self.in_dtype(weight, x.dtype), inputs, dims, transposed)
+
+    def gathered(self, matrix: Matrix, dtype: Any) -> Array:
+        """Converts a matrix, and all-gathers it; the compiler would otherwise gather it with what it is joined to."""
+        return constrain(self.in_dtype(matrix, dtype), "activation", "activation")
+
+    def in_dtype(self, matrix: Matrix, dtype: Any) -> Array:
+        return in_layer_dtype(matrix, dtype, self.layer)
 
 
-def _times(x: Array, weight: Matrix, layer: Array, transposed: bool = False) -> Array:
-    weight = in_layer_dtype(weight, x.dtype, layer)
-    dims = (((x.ndim - 1,), (1 if transposed else 0,)), ((), ()))
-    return lax.dot_general(x, weight, dims)
+def is_factor(weight: Matrix | None) -> TypeGuard[QuantizedMatrix]:
+    """Returns whether products multiply the codes of a weight."""
+    return isinstance(weight, QuantizedMatrix) and weight.fmt.is_factor
+
+
+def _product(x: Array, weight: Array, inputs: Dims, outputs: Dims, transposed: bool = False) -> Array:
+    """Returns ``x·weight`` over the last dimensions of ``x``; transposed, over the outputs."""
+    num = len(outputs) if transposed else len(inputs)
+    weight, first = weight.reshape(*inputs, *outputs), len(inputs) if transposed else 0
+    dims = (tuple(range(x.ndim - num, x.ndim)), tuple(range(first, first + num)))
+    return lax.dot_general(x, weight, (dims, ((), ())))
 
 
 def in_layer_dtype(weight: Matrix, dtype: Any, layer: Float[Array, ""]) -> Array:
@@ -177,9 +305,3 @@ def in_layer_dtype(weight: Matrix, dtype: Any, layer: Float[Array, ""]) -> Array
         one = 1.0 + 0.0 * layer
         weight = (weight.astype(jnp.float32) * one).astype(dtype)
     return weight
-
-
-def _outer(x: Float[Array, "*B m"], y: Float[Array, "*B n"]) -> Float[Array, "m n"]:
-    """Returns ``Σ x ⊗ y`` over all positions in float32."""
-    positions = tuple(range(x.ndim - 1))
-    return lax.dot_general(x, y, ((positions, positions), ((), ())), preferred_element_type=jnp.float32)

@@ -2,7 +2,8 @@
 
 Quantization is absmax scaling: the values of a block are divided by their largest magnitude, and each quotient is
 replaced by the index, its *code*, of the nearest level. ``nf4`` (QLoRA, Dettmers et al. 2023, section 3) has 16 levels
-at quantiles of a normal distribution, in blocks of 64 inputs of one output channel. ``int8`` has 255 uniform levels.
+at quantiles of a normal distribution, in blocks of 64 inputs of one output channel. ``int8`` has 255 uniform levels,
+``fp8`` those of E4M3.
 
 A block of four values in nf4::
 
@@ -43,6 +44,8 @@ NF4_BLOCK = 64  # inputs that share a scale
 SCALE_BLOCK = 256  # nf4 scales that share an offset and a step
 INT8_BLOCK = 128
 
+_EIGHT_BIT = {"int8": "int8", "fp8": "float8_e4m3fn"}  # dtypes of the codes
+
 # Quantiles of a standard normal distribution, eight at and below zero and eight above it, scaled to [-1, 1]
 # (QLoRA, appendix E). Zero is a level, so zeros are exact.
 NF4_LEVELS = (
@@ -78,16 +81,19 @@ class Format:
     """The quantized format of a matrix ``[in, out]``.
 
     ``block`` inputs and outputs share a scale. ``scale_block`` nf4 scales along the outputs share an offset and step.
+    Where ``is_factor``, products multiply the codes themselves; see :mod:`sft_jax.models.eight_bit`.
     """
 
-    method: str  # nf4 | int8
+    method: str  # nf4 | int8 | fp8
     block: tuple[int, int]
     scale_block: int = 1
+    is_factor: bool = False
 
     def array_specs(self) -> dict[str, ArraySpec]:
         """Returns the specs of the arrays by name."""
-        if self.method == "int8":
-            return {"codes": ArraySpec("int8", (1, 1)), "scales": ArraySpec("float32", self.block)}
+        if self.method in _EIGHT_BIT:
+            codes = ArraySpec(_EIGHT_BIT[self.method], (1, 1))
+            return {"codes": codes, "scales": ArraySpec("float32", self.block)}
         per_scale_block = (self.block[0], self.scale_block)
         return {
             "codes": ArraySpec("uint8", (2, 1)),
@@ -128,6 +134,14 @@ def linear_format(method: str, in_dim: int, out_dim: int) -> Format:
     return Format("nf4", (2 * largest_divisor(in_dim // 2, NF4_BLOCK // 2), 1), largest_divisor(out_dim, SCALE_BLOCK))
 
 
+def factor_format(method: str, in_dim: int, out_dim: int) -> Format:
+    """Returns the format of a weight whose codes are multiplied: scales vary along the outputs only.
+
+    ``int8`` has one scale per output channel, ``fp8`` one for all of ``out_dim``.
+    """
+    return Format(method, (in_dim, 1 if method == "int8" else out_dim), is_factor=True)
+
+
 def vocab_format(shape: tuple[int, ...], vocab_dim: int) -> Format:
     """Returns int8 with one scale per vocabulary entry, for embeddings ``[V, D]`` or ``lm_head`` ``[D, V]``."""
     return Format("int8", (1, shape[1]) if vocab_dim == 0 else (shape[0], 1))
@@ -138,16 +152,21 @@ def largest_divisor(size: int, most: int) -> int:
     return next(n for n in range(min(size, most), 0, -1) if size % n == 0)
 
 
+def largest_value(dtype: jnp.dtype | type) -> float:
+    """Returns the largest finite value of an integer or floating dtype."""
+    return float((jnp.iinfo if jnp.issubdtype(dtype, jnp.integer) else jnp.finfo)(dtype).max)
+
+
 @partial(jax.jit, static_argnames="fmt")
 def quantize(weight: Float[Array, "in out"], fmt: Format) -> Arrays:
     """Quantizes a matrix to the arrays of ``fmt``; both dimensions are multiples of ``fmt.whole()``."""
     weight = weight.astype(jnp.float32)
-    return _quantize_nf4(weight, fmt) if fmt.method == "nf4" else _quantize_int8(weight, fmt)
+    return _quantize_nf4(weight, fmt) if fmt.method == "nf4" else _quantize_eight_bit(weight, fmt)
 
 
 def dequantize(arrays: Arrays, fmt: Format, dtype: jnp.dtype | type) -> Float[Array, "*L in out"]:
     """Dequantizes a matrix, or stack of matrices, in float32 and rounds once to ``dtype``."""
-    if fmt.method == "int8":
+    if fmt.method in _EIGHT_BIT:
         return _scaled(arrays["codes"].astype(jnp.float32), arrays["scales"], fmt.block).astype(dtype)
     packed = _halved(arrays["codes"], fmt)  # [*L, in/block, 1, block/2, out]
     codes = (packed >> jnp.asarray([0, 4], jnp.uint8).reshape(2, 1, 1)) & jnp.uint8(15)
@@ -155,11 +174,13 @@ def dequantize(arrays: Arrays, fmt: Format, dtype: jnp.dtype | type) -> Float[Ar
     return values.astype(dtype).reshape(fmt.weight_shape(arrays["codes"].shape))
 
 
-def _quantize_int8(weight: Float[Array, "in out"], fmt: Format) -> Arrays:
-    """``codes = round(127 · w / absmax)``, half to even; ``scales = absmax / 127``."""
-    scales = _absmax(weight, fmt.block) / 127
-    quotients = _scaled(weight, _reciprocal(scales), fmt.block)
-    return {"codes": jnp.clip(jnp.round(quotients), -127, 127).astype(jnp.int8), "scales": scales}
+def _quantize_eight_bit(weight: Float[Array, "in out"], fmt: Format) -> Arrays:
+    """``codes = w / scales``, rounded half to even; ``scales = absmax / largest``, 127 or 448."""
+    dtype = jnp.dtype(_EIGHT_BIT[fmt.method])
+    largest, is_integer = largest_value(dtype), jnp.issubdtype(dtype, jnp.integer)
+    scales = _absmax(weight, fmt.block) / largest
+    quotients = jnp.clip(_scaled(weight, _reciprocal(scales), fmt.block), -largest, largest)
+    return {"codes": (jnp.round(quotients) if is_integer else quotients).astype(dtype), "scales": scales}
 
 
 def _quantize_nf4(weight: Float[Array, "in out"], fmt: Format) -> Arrays:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sft_jax.models.architecture import EMBEDDINGS
-from sft_jax.models.quantize import Format, dequantize, linear_format, quantize, vocab_format
+from sft_jax.models.quantize import Format, dequantize, factor_format, linear_format, quantize, vocab_format
 from sft_jax.sharding import constrain
 from sft_jax.tree import Path
 from sft_jax.typing import Array, Float, Int
@@ -104,6 +104,22 @@ def _take_backward(residuals: tuple[Array, Array], d_rows: Array) -> tuple[Array
 
 # Sums the gradients of a token in float32, whatever the dtype of the embeddings.
 _take.defvjp(lambda table, ids: (_take(table, ids), (table, ids)), _take_backward)
+
+
+def attach_factors(model: nnx.Module, method: str) -> None:
+    """Replaces the weights of an abstract model's decoder layers with codes that products multiply, in place.
+
+    Experts, the embeddings and ``lm_head`` stay as they are.
+
+    Args:
+        method: ``int8`` or ``fp8``.
+    """
+    for path, node in list(nnx.iter_graph(model)):
+        weight = getattr(node, "weight", None)
+        if isinstance(weight, nnx.Param) and getattr(node, "is_dense", False) and path[0] not in EMBEDDINGS:
+            in_dim, out_dim = weight.shape[-2:]
+            fmt = factor_format(method, in_dim, out_dim // getattr(node, "parts", 1))
+            node.weight = nnx.data(Quantized(fmt, weight.shape, weight.get_metadata("axes")))
 
 
 def attach_quantization(model: nnx.Module, method: str, embeddings: bool = True) -> None:

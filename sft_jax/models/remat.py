@@ -22,7 +22,7 @@ POLICIES = {
     "none": None,  # save everything
     "dots": (PRODUCT, ATTENTION, ADAPTER),  # no matrix product is computed twice
     "attention": (ATTENTION, ADAPTER),  # products with weights are recomputed, attention is not
-    "full": (),  # save the inputs of layers only
+    "full": (ADAPTER,),  # save the inputs of layers, and what is small and takes long to recompute
 }
 
 

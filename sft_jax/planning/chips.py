@@ -20,8 +20,15 @@ class Chip:
     host_bandwidth: float | None  # bytes/s to GPUs of other hosts; None for TPUs, whose slice is one network
     source: str
     dims: int = 0  # dimensions of a TPU slice
+    flops_per_cycle: int | None = None  # bfloat16 FLOP of a TPU's matrix units in a cycle
+    double_rate: tuple[str, ...] = ()  # dtypes in HLO text that a TPU multiplies at twice the rate of bfloat16
     max_devices: int = 0  # chips of a TPU slice, or GPUs of a host
     gpu: Gpu | None = None
+
+    @property
+    def clock(self) -> float | None:
+        """Cycles per second of a TPU at which its matrix units reach ``flops``; None if unknown."""
+        return None if self.flops_per_cycle is None else self.flops / self.flops_per_cycle
 
 
 @dataclass(frozen=True)
@@ -49,20 +56,27 @@ _ADA = {"shared_per_core": 102_400, "shared_per_block_optin": 101_376, "threads_
 # of a chip as one device.
 # Link bandwidth counts one direction. Google counts both directions since 2024 (v5e: 400 GB/s) and one before
 # (1,600 Gbit/s); NVIDIA counts both. GPU rates are with float32 accumulation, half of the float16 rate on GeForce.
+# The matrix units of a TPU are those of its documentation and of jax._src.pallas.mosaic.tpu_info: four of 128 × 128 for
+# each TensorCore of v5e (one) and v5p (two), two of 256 × 256 on v6e. A cell multiplies and adds once per cycle, on v6e
+# twice: its compiler estimates 370,000 FLOP per cycle for a large product. With the published rates these are clocks of
+# 1.50, 1.75 and 1.75 GHz.
 CHIPS = {
     chip.name: chip
     for chip in (
         Chip(
             "v5e", "tpu", 197e12, int(15.75 * GIB), 819e9, 200e9, None,
             f"{_CLOUD}/v5e: 197 TFLOPs, 16 GB at 819 GBps, interconnect 1,600 Gbps", dims=2, max_devices=256,
+            flops_per_cycle=4 * 128 * 128 * 2, double_rate=("s8", "u8"),
         ),
         Chip(
             "v5p", "tpu", 459e12, int(95.73 * GIB), 2.765e12, 600e9, None,
             f"{_CLOUD}/v5p: 459 TFLOPs, 95 GB at 2,765 GBps, interconnect 4,800 Gbps", dims=3, max_devices=6144,
+            flops_per_cycle=2 * 4 * 128 * 128 * 2, double_rate=("s8", "u8"),
         ),
         Chip(
             "v6e", "tpu", 918e12, int(31.24 * GIB), 1.638e12, 400e9, None,
             f"{_CLOUD}/v6e: 918 TFLOPs, 32 GB at 1,638 GBps, interconnect 800 GBps both ways", dims=2, max_devices=256,
+            flops_per_cycle=2 * 256 * 256 * 2 * 2, double_rate=("s8", "u8"),
         ),
         Chip(
             "rtx-3090", "cuda", 71e12, int(23.6 * GIB), 936e9, 32e9, 0.6e9,

@@ -122,15 +122,19 @@ def _passes(product: Product) -> float:
 def repeated_flops(sizes: Sizes, work: Work, remat: str) -> float:
     """FLOPs of rematerialization, which :func:`model_flops` leaves out: at most a forward pass of the layers.
 
-    The last product of a layer is never recomputed, since no gradient needs it. ``full`` recomputes all others.
-    ``attention`` saves the outputs of attention and of ``lora_a`` and recomputes only products with base weights.
-    ``dots`` and ``none`` recompute no product.
+    The last product of a layer is never recomputed, since no gradient needs it. ``full`` saves the outputs of
+    ``lora_a`` and recomputes all others; ``attention`` saves those of attention too. ``dots`` and ``none`` recompute no
+    product.
     """
     if remat in ("dots", "none"):
         return 0.0
     recomputed = [one for one in sizes.products if not one.is_last]
     flops = 2.0 * sum(one.active_size for one in recomputed) * work.tokens
+    flops += (
+        2.0
+        * sum(one.active_adapter_size * one.outputs / (one.inputs + one.outputs) for one in recomputed)
+        * (work.tokens)
+    )
     if remat == "full":
-        flops += 2.0 * sum(one.active_adapter_size for one in recomputed) * work.tokens
         flops += sizes.mixing_flops(work) / 3
     return flops

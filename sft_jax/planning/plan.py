@@ -18,13 +18,25 @@ from sft_jax.errors import UserError
 from sft_jax.hf.hub import find_config
 from sft_jax.planning.advice import Advice, Outcome, advise
 from sft_jax.planning.changes import as_text
+from sft_jax.planning.compiled_time import compiled_figures
 from sft_jax.planning.network import Sent
 from sft_jax.planning.roofline import Roofline, roofline
-from sft_jax.planning.search import Candidate, Choice, candidates, choose
+from sft_jax.planning.search import Candidate, Choice, Prediction, candidates, choose
 from sft_jax.planning.step import AbstractStep, Base, Compiled, abstract_step, compile_step, read_base
 from sft_jax.planning.text import plan_text
 from sft_jax.planning.topology import Topology, devices_of, parse_topology, usable_bytes
 from sft_jax.sharding import num_heads
+
+# Of a choice of the search, all None where it does not fit.
+_PREDICTED = (
+    "predicted_step_seconds",
+    "predicted_tokens_per_second",
+    "ranked_by",
+    "bound",
+    "compiled_step_seconds",
+    "roofline_step_seconds",
+    "roofline_tokens_per_second",
+)
 
 
 @dataclass(frozen=True)
@@ -53,7 +65,9 @@ def plan(
     as_json: bool = False,
     advice: bool = True,
     search: bool = False,
+    profile: bool = False,
     quiet: bool = False,
+    keep_text: str | Path | None = None,
 ) -> dict[str, Any]:
     """Compiles the step that ``train`` would run on ``topology``, prints its requirements and returns the figures.
 
@@ -64,7 +78,9 @@ def plan(
         architecture: path of a ``config.json`` to use instead of the model's.
         advice: search for changes that make the step fit if it does not.
         search: also search for the fastest mesh, number of microbatches and rematerialization policy.
+        profile: also the places of the program that take more cycles than at peak, where the compiler estimates them.
         quiet: print nothing.
+        keep_text: file for the program's optimized HLO text, where the compiler writes one.
 
     Raises:
         UserError: a config that ``train`` would refuse; an unknown topology; a compiler that is not installed.
@@ -77,7 +93,9 @@ def plan(
     planner = _Planner(base, assumed, log)
     step, compiled = planner.compile(config, where, "the step")
     bounds = planner.bounds(step, compiled, where)
-    result = figures(step, compiled, bounds, where, assumed)
+    result = figures(step, compiled, bounds, where, assumed, profile)
+    if keep_text is not None and compiled.program is not None:
+        Path(keep_text).write_text(compiled.program.text, encoding="utf-8")
     if not compiled.fits and advice:
         result["advice"] = _advice(planner.advise(where, step, compiled))
     if search:
@@ -129,10 +147,12 @@ class _Planner:
         def compile_with(candidate: Candidate) -> Compiled:
             return self._compiled(candidate.step, where, f"with {as_text(candidate.changes)}")
 
-        def predict(candidate: Candidate, compiled: Compiled) -> Roofline:
+        def predict(candidate: Candidate, compiled: Compiled) -> Prediction:
             if compiled.collectives is None:
-                return candidate.expected
-            return self.bounds(candidate.step, compiled, where)
+                return Prediction(candidate.expected, None)
+            bounds = self.bounds(candidate.step, compiled, where)
+            time = _compiled_time(candidate.step, compiled, bounds, where, self._assumed)
+            return Prediction(bounds, None if time["cycles"] is None else time["seconds"] + time["waiting_seconds"])
 
         return choose(ranked, usable_bytes(where.chip), compile_with, predict)
 
@@ -150,7 +170,12 @@ class _Planner:
 
 
 def figures(
-    step: AbstractStep, compiled: Compiled, bounds: Roofline, where: Topology, assumed: Assumptions
+    step: AbstractStep,
+    compiled: Compiled,
+    bounds: Roofline,
+    where: Topology,
+    assumed: Assumptions,
+    profile: bool = False,
 ) -> dict[str, Any]:
     """Returns all figures as JSON values, the input of :func:`sft_jax.planning.text.plan_text`; bytes are per chip."""
     config = step.config
@@ -159,7 +184,8 @@ def figures(
     collectives = None
     if compiled.collectives is not None:
         collectives = [
-            {"kind": one.kind, "count": one.count} | dataclasses.asdict(one.sent) for one in compiled.collectives
+            {"kind": one.kind, "count": one.count} | dataclasses.asdict(one.sent) | {"bytes_alone": one.alone.bytes}
+            for one in compiled.collectives
         ]
     return {
         "topology": str(where),
@@ -191,9 +217,24 @@ def figures(
         "roofline_step_seconds": bounds.seconds,
         "roofline_tokens_per_second": tokens / bounds.seconds,
         "bound": bounds.bound,
+        "compiled": _compiled_time(step, compiled, bounds, where, assumed, profile),
         "compile_seconds": compiled.seconds,
         "compile_cpu_seconds": compiled.cpu_seconds,
     }
+
+
+def _compiled_time(
+    step: AbstractStep,
+    compiled: Compiled,
+    bounds: Roofline,
+    where: Topology,
+    assumed: Assumptions,
+    profile: bool = False,
+) -> dict[str, Any]:
+    trips, model_flops = step.loss_chunks(assumed.target_share), bounds.model_flops / where.num_devices
+    time = compiled_figures(compiled.program, where.chip, trips, model_flops, profile)
+    alone = sum((one.alone for one in compiled.collectives or ()), Sent())
+    return time if time["cycles"] is None else time | {"waiting_seconds": alone.seconds(where.chip)}
 
 
 def _advice(advice: Advice) -> dict[str, Any]:
@@ -214,15 +255,25 @@ def _advice(advice: Advice) -> dict[str, Any]:
 
 
 def _choice(choice: Choice) -> dict[str, Any]:
-    predicted = choice.predicted
-    return {
+    figures: dict[str, Any] = {
         "changes": as_text(choice.candidate.changes),
         "fits": choice.compiled.fits,
         "peak_bytes": choice.compiled.peak_bytes,
-        "roofline_step_seconds": None if predicted is None else predicted.seconds,
-        "roofline_tokens_per_second": None if predicted is None else choice.tokens_per_second,
-        "bound": None if predicted is None else predicted.bound,
     }
+    predicted = choice.predicted
+    if predicted is None:
+        return figures | dict.fromkeys(_PREDICTED)
+    tokens = choice.tokens_per_second * predicted.seconds
+    values = (
+        predicted.seconds,
+        choice.tokens_per_second,
+        predicted.ranked_by,
+        predicted.bound,
+        predicted.compiled_seconds,
+        predicted.roofline.seconds,
+        tokens / predicted.roofline.seconds,
+    )
+    return figures | dict(zip(_PREDICTED, values, strict=True))
 
 
 def _outcome(step: AbstractStep, compiled: Compiled) -> Outcome:

@@ -1,8 +1,9 @@
 """Searches for the fastest mesh, number of microbatches and rematerialization policy that fit in memory.
 
-A roofline by formula ranks all combinations. The best ones are compiled, and their rooflines are computed again with
-the collectives of the compiled program. The batch size affects training and is kept; where it does not divide over the
-devices, it is rounded up to the next multiple.
+A roofline by formula ranks all combinations. The best ones are compiled and ranked again: by the cycles that the
+compiler estimates for the program, or by the network where that takes longer; where the compiler estimates none, by the
+roofline with the collectives of the program. The batch size affects training and is kept; where it does not divide over
+the devices, it is rounded up to the next multiple.
 """
 
 from __future__ import annotations
@@ -42,16 +43,46 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class Prediction:
+    """The predicted time of a compiled step."""
+
+    roofline: Roofline
+    compiled_seconds: float | None  # of the compiler's estimate, with what waits for the network; None if it has none
+
+    @property
+    def seconds(self) -> float:
+        if self.compiled_seconds is None:
+            return self.roofline.seconds
+        return max(self.compiled_seconds, self.roofline.network_seconds or 0.0)
+
+    @property
+    def bound(self) -> str:
+        """What takes the time: compute, memory or network, or the compiler's ``cycles``."""
+        if self.compiled_seconds is None:
+            return self.roofline.bound
+        return "network" if self.seconds > self.compiled_seconds else "cycles"
+
+    @property
+    def ranked_by(self) -> str:
+        """Where ``seconds`` come from: the compiler's ``cycles``, with the network, or the ``roofline``."""
+        return "roofline" if self.compiled_seconds is None else "cycles"
+
+
+@dataclass(frozen=True)
 class Choice:
     """A candidate that was compiled."""
 
     candidate: Candidate
     compiled: Compiled
-    predicted: Roofline | None  # None: does not fit
+    predicted: Prediction | None  # None: does not fit
 
     @property
     def tokens_per_second(self) -> float:
         return 0.0 if self.predicted is None else _tokens(self.candidate.step) / self.predicted.seconds
+
+    @property
+    def without_overlap(self) -> float:
+        return math.inf if self.predicted is None else self.predicted.roofline.without_overlap
 
 
 def candidates(
@@ -88,7 +119,7 @@ def choose(
     ranked: list[Candidate],
     usable_bytes: int,
     compile_with: Callable[[Candidate], Compiled],
-    predict: Callable[[Candidate, Compiled], Roofline],
+    predict: Callable[[Candidate, Compiled], Prediction],
 ) -> list[Choice]:
     """Compiles the best candidates until a few fit; returns all compiled ones, fastest that fits first."""
     choices: list[Choice] = []
@@ -103,9 +134,7 @@ def choose(
             continue
         compiled = compile_with(candidate)
         choices.append(Choice(candidate, compiled, predict(candidate, compiled) if compiled.fits else None))
-    return sorted(
-        choices, key=lambda one: (-one.tokens_per_second, one.predicted.without_overlap if one.predicted else math.inf)
-    )
+    return sorted(choices, key=lambda one: (-one.tokens_per_second, one.without_overlap))
 
 
 def _uses_no_less(one: Candidate, other: Candidate) -> bool:

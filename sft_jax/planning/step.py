@@ -27,6 +27,7 @@ from sft_jax.models.split import Split
 from sft_jax.models.work import Work
 from sft_jax.planning.collectives import Collective, count_collectives
 from sft_jax.planning.flops import Sizes
+from sft_jax.planning.hlo import Program, parse
 from sft_jax.planning.network import hosts_of
 from sft_jax.planning.program_text import compile_with_text
 from sft_jax.planning.topology import GPU_COMPILER
@@ -185,6 +186,7 @@ class Compiled:
     seconds: float  # tracing and compiling
     cpu_seconds: float  # the same in CPU time of all cores
     collectives: list[Collective] | None  # None: not counted
+    program: Program | None  # the program's text; None if it does not fit, or where the compiler writes none
 
 
 def read_base(config: Config, folder: Path) -> Base:
@@ -280,7 +282,7 @@ def _compile(step: AbstractStep, way: FitOption, usable_bytes: int, target_share
             if "RESOURCE_EXHAUSTED" not in str(error):  # raised for a program that does not fit
                 raise
             peak = _size_in(str(error))
-            return Compiled(remat, num_microbatches, False, peak, None, None, None, None, *spent(), None)
+            return Compiled(remat, num_microbatches, False, peak, None, None, None, None, *spent(), None, None)
     seconds = spent()
     memory = program.memory_analysis()
     arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
@@ -289,10 +291,13 @@ def _compile(step: AbstractStep, way: FitOption, usable_bytes: int, target_share
     needed = temp_bytes(program) if share < 1 else peak - arguments  # train compares temp_bytes
     spare = int((1 - share) * (usable_bytes - arguments))
     room = usable_bytes - arguments - spare - needed
+    written = None if text is None else parse(text)
     collectives = None
-    if text is not None:
-        collectives = count_collectives(text, hosts_of(step.mesh), step.loss_chunks(target_share))
-    return Compiled(remat, num_microbatches, room >= 0, peak, arguments, temporary, spare, room, *seconds, collectives)
+    if written is not None:
+        collectives = count_collectives(written, hosts_of(step.mesh), step.loss_chunks(target_share))
+    return Compiled(
+        remat, num_microbatches, room >= 0, peak, arguments, temporary, spare, room, *seconds, collectives, written
+    )
 
 
 def _size_in(message: str) -> int | None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from sft_jax.planning.compiled_time import compiled_text
+
 _NOT_COUNTED = "not counted: the compiler wrote no HLO text for this chip"
 
 
 def plan_text(plan: dict[str, Any]) -> str:
     """Formats the figures of a plan (see :func:`sft_jax.planning.plan.figures`) as a table."""
-    lines = [*_heading(plan), "", *_memory(plan), "", *_network(plan), "", *_speed(plan), "", *_verdict(plan)]
+    lines = [*_heading(plan), "", *_memory(plan), "", *_network(plan), "", *_speed(plan), ""]
+    lines += [*compiled_text(plan["compiled"]), "", *_verdict(plan)]
     if "search" in plan:
         lines += ["", *_search(plan["search"])]
     return "\n".join(lines)
@@ -106,10 +109,14 @@ def _search(choices: list[dict[str, Any]]) -> list[str]:
     fitting = [choice for choice in choices if choice["fits"]]
     if not fitting:
         return [f"search: none of the {len(choices)} compiled configs fits"]
-    lines = ["search: predicted upper bounds of the compiled configs that fit"]
+    by = {
+        "cycles": "by the compiler's estimate of cycles, or the network where that takes longer",
+        "roofline": "by their rooflines, since the compiler estimates no cycles",
+    }[fitting[0]["ranked_by"]]
+    lines = [f"search: predicted speed of the compiled configs that fit, {by}"]
     for choice in fitting:
         lines.append(
-            f"  {choice['roofline_tokens_per_second']:>12,.0f} tokens/s, bound by {choice['bound']}, peak "
+            f"  {choice['predicted_tokens_per_second']:>12,.0f} tokens/s, bound by {choice['bound']}, peak "
             f"{choice['peak_bytes'] / 2**20:,.0f} MiB: {choice['changes']}"
         )
     return lines

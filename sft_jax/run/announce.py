@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from sft_jax.config import Config, OptimizerConfig
+from sft_jax.config import Config, ModelConfig, OptimizerConfig
 from sft_jax.data.batches.packing import Plan
 from sft_jax.data.tokens.examples import Examples, Report
 from sft_jax.data.tokens.prepare import Prepared
@@ -177,11 +177,7 @@ class Announcer:
         )
         if split.quantized:
             size = sum(leaf.size * leaf.dtype.itemsize for leaf in flatten(split.frozen).values())
-            of_vocab = [name for name in ("embed_tokens", "lm_head") if (name, "weight") in split.quantized]
-            kept = f"{' and '.join(of_vocab)} int8" if of_vocab else "embeddings not quantized because they are trained"
-            blocks = sorted({leaf.fmt.block[0] for path, leaf in split.quantized.items() if path[0] == "layers"})
-            blocks = f"{config.model.quantization} in blocks of {' and '.join(map(str, blocks))} inputs"
-            self("base", f"{blocks}, {kept}: {_bytes(size)}, {size / (2 * num_frozen):.2f} of bfloat16")
+            self("base", f"{_stored(config.model, split)}: {_bytes(size)}, {size / (2 * num_frozen):.2f} of bfloat16")
         weights = jax.tree.leaves((split.trainable, split.frozen))
         mesh = weights[0].sharding.mesh
         held, whole = bytes_per_device(weights), sum(leaf.size * leaf.dtype.itemsize for leaf in weights)
@@ -194,6 +190,10 @@ class Announcer:
                 "devices",
             )
         self("compute", f"{config.model.dtype}, attention {split.backend}")
+        if config.model.compute is not None:
+            emulated = ", emulated on a CPU" if mesh.devices.flat[0].platform == "cpu" else ""
+            others = "attention, experts, embeddings and lm_head" if split.arch.has_routers else "attention and lm_head"
+            self("", f"products of linear layers in {config.model.compute}{emulated}; {others} in {config.model.dtype}")
         num = config.training.num_microbatches
         tokens = (config.training.batch_size // (1 if num == "auto" else num), config.data.max_length)
         shape, itemsize = (*tokens, split.arch.hidden_size), jnp.dtype(config.model.dtype).itemsize
@@ -204,6 +204,16 @@ class Announcer:
             self(
                 "", "this device multiplies float32 in lower precision; JAX_DEFAULT_MATMUL_PRECISION=highest avoids it"
             )
+
+
+def _stored(config: ModelConfig, split: Split) -> str:
+    """How the frozen base is quantized."""
+    if config.compute is not None:
+        return f"{config.compute}, one scale per {'output channel' if config.compute == 'int8' else 'matrix'}"
+    of_vocab = [name for name in ("embed_tokens", "lm_head") if (name, "weight") in split.quantized]
+    kept = f"{' and '.join(of_vocab)} int8" if of_vocab else "embeddings not quantized because they are trained"
+    blocks = sorted({leaf.fmt.block[0] for path, leaf in split.quantized.items() if path[0] == "layers"})
+    return f"{config.quantization} in blocks of {' and '.join(map(str, blocks))} inputs, {kept}"
 
 
 def _dtypes(split: Split) -> str:

@@ -134,8 +134,9 @@ def refuse_check(out: str) -> None:
 
 
 def _described(found: Found) -> str:
-    is_qlora = found.run is not None and found.run.config.model.quantization is not None
-    return found.description + (", base not quantized" if is_qlora else "")
+    config = None if found.run is None else found.run.config
+    is_quantized = config is not None and (config.model.quantization or (config.lora and config.model.compute))
+    return found.description + (", base not quantized" if is_quantized else "")
 
 
 def _computed(found: Found) -> list[Result]:

@@ -151,7 +151,7 @@ def make_eval_step(split: Split, loss: Loss) -> EvalStep:
     def eval_step(trainable: Params, frozen: Params, batch: Batch) -> Sums:
         return loss.sums(split.merge(trainable, frozen), batch, None)
 
-    return jax.jit(eval_step, compiler_options=compiler_options(split, gradients=False))
+    return jax.jit(eval_step, compiler_options=compiler_options(split))
 
 
 def _interleave(batch: Batch, num: int) -> Batch:

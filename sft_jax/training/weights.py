@@ -17,7 +17,8 @@ from sft_jax.hf.reader import Reader
 from sft_jax.models.architecture import Architecture
 from sft_jax.models.attention.backend import Backend, any_length_backend
 from sft_jax.models.decoder import Decoder
-from sft_jax.models.quantized import Matrix, QuantizedMatrix, attach_quantization
+from sft_jax.models.eight_bit import FORMATS
+from sft_jax.models.quantized import Matrix, QuantizedMatrix, attach_factors, attach_quantization
 from sft_jax.models.split import Split, split_params
 from sft_jax.run_once import compile_quickly
 from sft_jax.tree import Params, Path, flatten, unflatten
@@ -35,6 +36,7 @@ def build(
     backend: Backend | None = None,
     quantization: str | None = None,
     param_dtype: str = "float32",
+    compute: str | None = None,
 ) -> Split:
     """Returns the abstract model, split into trainable and frozen parameters; allocates nothing.
 
@@ -47,26 +49,40 @@ def build(
         backend: the attention backend; by default one for sequences of any length.
         quantization: format of frozen matrices, ``nf4`` or ``int8``; None for ``dtype``.
         param_dtype: dtype of trained base weights; adapters are float32.
+        compute: a key of :data:`sft_jax.models.eight_bit.FORMATS`, for products of linear layers in eight bits. Frozen
+            weights of decoder layers are stored so.
 
     Raises:
         UserError: a LoRA target module matches nothing, or a layer cannot be quantized.
     """
 
+    full = lora is None if full is None else full
+
     def network() -> Decoder:
         device = mesh.devices.flat[0]
-        model = Decoder(arch, jax.random.key(0), jnp.dtype(dtype), remat, backend or any_length_backend(device))
+        attention = backend or any_length_backend(device)
+        rounding = None if compute is None else FORMATS[compute]
+        model = Decoder(arch, jax.random.key(0), jnp.dtype(dtype), remat, attention, rounding)
         if lora is not None:
-            # Other platforms round float32 inputs of products. On several devices, merging would all-gather the float32
-            # sums instead of the stored weights.
-            merged = device.platform == "cpu" and mesh.size == 1 and dtype == "float32"
-            variant = method(lora.method)(lora.rank, lora.alpha, lora.dropout, merged)
+            variant = method(lora.method)(lora.rank, lora.alpha, lora.dropout, _form(mesh, dtype))
             attach_adapters(model, variant, lora.target_modules)
         if quantization is not None:
             attach_quantization(model, quantization, embeddings=not embeddings)
+        if compute is not None and not full:
+            attach_factors(model, compute)
         return model
 
-    full = lora is None if full is None else full
     return split_params(nnx.eval_shape(network), mesh, full, embeddings, param_dtype)
+
+
+def _form(mesh: Mesh, dtype: str) -> str:
+    """Returns how adapters are added to products; see :func:`sft_jax.models.projection.project`."""
+    platform = mesh.devices.flat[0].platform
+    # Other platforms round float32 inputs of products. On several devices, merging would all-gather the float32 sums
+    # instead of the stored weights.
+    if platform == "cpu" and mesh.size == 1 and dtype == "float32":
+        return "merged"
+    return "joined" if platform == "tpu" and mesh.shape["tensor"] == 1 else "separate"
 
 
 def load_weights(

@@ -1,5 +1,6 @@
 """Advice and search of a plan, with a fake compiler."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -11,7 +12,7 @@ from sft_jax.hf.config import read_architecture
 from sft_jax.planning.advice import Outcome, advise
 from sft_jax.planning.changes import as_text, changed
 from sft_jax.planning.chips import CHIPS
-from sft_jax.planning.search import candidates, choose
+from sft_jax.planning.search import Prediction, candidates, choose
 from sft_jax.planning.step import Base, Compiled, abstract_step
 from sft_jax.planning.topology import Topology, parse_topology
 
@@ -121,14 +122,45 @@ def test_search_takes_the_fastest_that_fits(tiny, base):
     def compile_with(candidate):
         compiled.append(candidate)
         fits = candidate.remat == "full"
-        return Compiled(candidate.remat, 1, fits, 1, 1, 1, 0, 0, 0.0, 0.0, None)
+        return Compiled(candidate.remat, 1, fits, 1, 1, 1, 0, 0, 0.0, 0.0, None, None)
 
-    choices = choose(ranked, 2**40, compile_with, lambda candidate, _: candidate.expected)
+    choices = choose(ranked, 2**40, compile_with, lambda candidate, _: Prediction(candidate.expected, None))
     assert choices[0].predicted is not None
     assert choices[0].candidate.remat == "full"
     fastest = max(one.tokens_per_second for one in compiled if one.remat == "full")
     assert choices[0].tokens_per_second == fastest
     assert len(compiled) == len(choices) <= 12
+
+
+def test_search_ranks_by_the_cycles_of_the_compiler(tiny, base):
+    """The compiler turns the order of the formula round; the network bounds where it takes longer than the cycles."""
+    build_step = partial(abstract_step, base=base, devices=jax.devices())
+    ranked = candidates(config_of(tiny), lambda c: build_step(c), 8, CHIPS["v5e"], 0.5, 64)
+    assert ranked[0].expected.seconds < 1e-3
+    times = iter((4.0, 3.0, 1.0, 2.0))
+
+    def compile_with(candidate):
+        return Compiled(candidate.remat, 1, True, 1, 1, 1, 0, 0, 0.0, 0.0, None, None)
+
+    def predict(candidate, _):
+        compiled_seconds = next(times)
+        network = dataclasses.replace(candidate.expected, network_seconds=2.5)
+        return Prediction(network if compiled_seconds == 1.0 else candidate.expected, compiled_seconds)
+
+    choices = choose(ranked, 2**40, compile_with, predict)
+    assert [one.candidate for one in choices] == [ranked[at] for at in (3, 2, 1, 0)]
+    assert [one.predicted.seconds for one in choices] == [2.0, 2.5, 3.0, 4.0]
+    assert [one.predicted.bound for one in choices] == ["cycles", "network", "cycles", "cycles"]
+    assert choices[0].tokens_per_second == 8 * 64 / 2.0
+    assert {one.predicted.ranked_by for one in choices} == {"cycles"}
+
+
+def test_a_prediction_without_cycles_is_the_roofline(tiny, base):
+    build_step = partial(abstract_step, base=base, devices=jax.devices())
+    (best, *_) = candidates(config_of(tiny), lambda c: build_step(c), 8, CHIPS["v5e"], 0.5, 64)
+    prediction = Prediction(best.expected, None)
+    assert (prediction.seconds, prediction.bound) == (best.expected.seconds, best.expected.bound)
+    assert prediction.ranked_by == "roofline"
 
 
 def test_topologies_are_compared_by_value():

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sft_jax.planning.chips import CHIPS
 from sft_jax.planning.collectives import Collective, count_collectives
+from sft_jax.planning.hlo import parse
 from sft_jax.planning.network import Sent
 
 
@@ -40,9 +41,11 @@ def test_each_collective_by_hand():
 
     spec = PartitionSpec(("x", "y"))
     text = compiled_text(function, (8, 16), in_specs=(spec,), out_specs=spec)
-    assert by_kind(count_collectives(text, [0] * 8, unknown_trips=0)) == {
+    assert by_kind(count_collectives(parse(text), [0] * 8, unknown_trips=0)) == {
         "all-gather": (1, 192), "all-reduce": (1, 256), "reduce-scatter": (1, 192), "collective-permute": (1, 64),
     }  # fmt: skip
+    found = count_collectives(parse(text), [0] * 8, unknown_trips=0)
+    assert all(one.alone == one.sent for one in found), "a CPU overlaps none"
 
 
 def test_a_collective_in_a_loop_counts_once_per_iteration():
@@ -62,7 +65,7 @@ def test_a_collective_in_a_loop_counts_once_per_iteration():
 
     spec = PartitionSpec(("x", "y"))
     text = compiled_text(function, (8, 16), (8, 1), in_specs=(spec, spec), out_specs=spec)
-    assert by_kind(count_collectives(text, [0] * 8, unknown_trips=7)) == {
+    assert by_kind(count_collectives(parse(text), [0] * 8, unknown_trips=7)) == {
         "all-reduce": (15, 15 * 96), "all-gather": (5, 5 * 64), "collective-permute": (7, 7 * 64),
     }  # fmt: skip
 
@@ -79,12 +82,12 @@ def test_bytes_between_hosts_by_hand():
 
     spec = PartitionSpec(("x", "y"))
     text = compiled_text(function, (8, 16), in_specs=(spec,), out_specs=spec)
-    fours = {one.kind: one.sent for one in count_collectives(text, [0] * 4 + [1] * 4, unknown_trips=0)}
+    fours = {one.kind: one.sent for one in count_collectives(parse(text), [0] * 4 + [1] * 4, unknown_trips=0)}
     assert fours == {
         "all-gather": Sent(512 * 7 / 8, 512 / 8), "all-reduce": Sent(512, 512), "reduce-scatter": Sent(384, 0),
         "all-to-all": Sent(48, 0), "collective-permute": Sent(64, 64 / 4),
     }  # fmt: skip
-    twos = {one.kind: one.sent for one in count_collectives(text, [0, 0, 1, 1, 2, 2, 3, 3], unknown_trips=0)}
+    twos = {one.kind: one.sent for one in count_collectives(parse(text), [0, 0, 1, 1, 2, 2, 3, 3], unknown_trips=0)}
     assert twos == {
         "all-gather": Sent(512 * 7 / 8, 512 * 3 / 8), "all-reduce": Sent(512, 512),
         "reduce-scatter": Sent(384, 512 / 4), "all-to-all": Sent(48, 32), "collective-permute": Sent(64, 64 / 2),
@@ -148,11 +151,13 @@ ENTRY %main (a: bf16[4,8], b: f32[64,8]) -> f32[16,8] {
 
 def test_forms_that_only_accelerators_have():
     """Asynchronous, wrapped and fused collectives; a reduce-scatter written as an all-reduce and a slice."""
-    found = by_kind(count_collectives(ASYNCHRONOUS, [0] * 8, unknown_trips=0))
+    found = by_kind(count_collectives(parse(ASYNCHRONOUS), [0] * 8, unknown_trips=0))
     assert found["reduce-scatter"] == (1, 64 * 8 * 4 * 3 / 4)
     assert found["all-gather"] == (3, pytest.approx(16 * 8 * 2 * 3 / 4 + 2 * 128 * 4 * 7 / 8))
     assert found["collective-permute"] == (1, pytest.approx(4 * 8 * 2, abs=8))
     assert set(found) == {"reduce-scatter", "all-gather", "collective-permute"}
+    alone = {one.kind: one.alone.bytes for one in count_collectives(parse(ASYNCHRONOUS), [0] * 8, unknown_trips=0)}
+    assert alone == {"reduce-scatter": found["reduce-scatter"][1], "all-gather": 0, "collective-permute": 0}
 
 
 COUNTED = """HloModule step
@@ -193,6 +198,6 @@ ENTRY %main (a: bf16[8]) -> bf16[8] {
 
 def test_the_trip_count_is_read_from_the_condition_where_it_is_not_annotated():
     """0, 2, … below 15 are eight iterations; the other loop's bound depends on data."""
-    assert by_kind(count_collectives(COUNTED, [0] * 2, unknown_trips=3)) == {
+    assert by_kind(count_collectives(parse(COUNTED), [0] * 2, unknown_trips=3)) == {
         "collective-permute": (8 + 3, (8 + 3) * 16)
     }

@@ -1,5 +1,6 @@
 """The parameter split: what is trained, what is not, and that the program itself knows."""
 
+import math
 import re
 
 import jax
@@ -16,7 +17,7 @@ from sft_jax.config import OptimizerConfig
 from sft_jax.errors import UserError
 from sft_jax.models.decoder import Decoder
 from sft_jax.models.layers import broadcast_like
-from sft_jax.models.projection import Adapter, project
+from sft_jax.models.projection import Adapter, Product, project
 from sft_jax.models.split import FROZEN, split_params
 from sft_jax.sharding import make_mesh
 from sft_jax.training.optimizer import labels_of, make_optimizer
@@ -32,11 +33,11 @@ ARCH = architecture(211, 40, 104, 3, 4, 2, 12, False)
 RANK = 6
 
 
-def make(full=False, targets="all-linear", embeddings=False, dtype=jnp.float32, dropout=0.0, merged=False):
+def make(full=False, targets="all-linear", embeddings=False, dtype=jnp.float32, dropout=0.0, form="separate"):
     def network():
         model = Decoder(ARCH, jax.random.key(0), dtype)
         if not full:
-            attach_adapters(model, LoRA(RANK, 12.0, dropout, merged), targets)
+            attach_adapters(model, LoRA(RANK, 12.0, dropout, form), targets)
         return model
 
     return split_params(nnx.eval_shape(network), make_mesh(devices=one_device()), full, embeddings)
@@ -169,7 +170,7 @@ def test_no_base_weight_gradient_in_the_program():
 
 def test_no_base_weight_gradient_where_adapters_are_merged():
     """Products as large as a weight are then those of A and B, for each pass one, and none over positions."""
-    split = make(merged=True)
+    split = make(form="merged")
     params, frozen = weights(split)
     step, init, _ = step_of(split)
     text = step.lower(init(params), frozen, batch()).as_text()
@@ -181,32 +182,40 @@ def test_no_base_weight_gradient_where_adapters_are_merged():
     assert len(found) == 2 * len(kernels)
 
 
-@pytest.mark.parametrize("of_kernels", [False, True])
-def test_merged_adapters_compute_the_same(of_kernels):
-    """Three kernels of one input, two with adapters of their own rank and scale: values, and each gradient."""
+@pytest.mark.parametrize("of_weights", [False, True])
+@pytest.mark.parametrize("by_heads", [False, True])
+@pytest.mark.parametrize("form", ["separate", "merged", "joined"])
+def test_every_form_computes_the_same(form, by_heads, of_weights):
+    """Three weights of one input, two with adapters of their own rank and scale: values, and each gradient."""
     rng = np.random.default_rng(0)
     normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
-    x, kernels, d_outs = normal(2, 9, 12), [normal(12, n) for n in (5, 7, 8)], [normal(2, 9, n) for n in (5, 7, 8)]
-    adapters = [Adapter(normal(12, 3), normal(3, 5)), None, Adapter(normal(12, 2), normal(2, 8))]
-    scales = [2.0, 0.0, 0.5]
+    inputs, outputs = ((3, 4), ((5,), (2, 4), (8,))) if by_heads else ((12,), ((5,), (8,), (2, 4)))
+    sizes = [math.prod(dims) for dims in outputs]
+    x, weights, d_outs = normal(2, 9, 12), [normal(12, n) for n in sizes], [normal(2, 9, n) for n in sizes]
+    adapters = [Adapter(normal(12, 3), normal(3, sizes[0])), None, Adapter(normal(12, 2), normal(2, sizes[2]))]
+    scales = (2.0, 0.0, 0.5)
 
-    def plainly(x, kernels, adapters):
+    def plainly(x, weights, adapters):
         return [
-            x @ (kernel if adapter is None else kernel + scale * adapter.a @ adapter.b)
-            for kernel, adapter, scale in zip(kernels, adapters, scales, strict=True)
+            x @ (weight if adapter is None else weight + scale * adapter.a @ adapter.b)
+            for weight, adapter, scale in zip(weights, adapters, scales, strict=True)
         ]
 
+    def by_project(x, weights, adapters):
+        how = Product(inputs, outputs, scales, form)
+        outs = project(x.reshape(2, 9, *inputs), weights, adapters, jnp.float32(0), how)
+        assert [out.shape[2:] for out in outs] == list(outputs)
+        return [out.reshape(2, 9, -1) for out in outs]
+
     def results(compute):
-        given = (x, adapters, kernels) if of_kernels else (x, adapters)
-        out, pullback = jax.vjp(lambda x, adapters, kernels=kernels: compute(x, kernels, adapters), *given)
+        given = (x, adapters, weights) if of_weights else (x, adapters)
+        out, pullback = jax.vjp(lambda x, adapters, weights=weights: compute(x, weights, adapters), *given)
         return jax.tree.leaves((out, pullback(d_outs)))
 
-    expected = results(plainly)
-    for merged in (False, True):
-        found = results(lambda *given, merged=merged: project(*given, scales, jnp.float32(0), merged))
-        assert len(found) == len(expected) == 3 + 1 + 4 + 3 * of_kernels
-        for one, other in zip(found, expected, strict=True):
-            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+    expected, found = results(plainly), results(by_project)
+    assert len(found) == len(expected) == 3 + 1 + 4 + 3 * of_weights
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
 def test_all_masked_batch_changes_nothing():
@@ -269,7 +278,8 @@ def test_gradients_of_thin_leaves_are_added_up_in_float32():
     np.testing.assert_allclose(pullback(d_out)[0], exact(d_out).sum(0), rtol=1e-5)
 
     adapter = Adapter(*(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((12, 3), (3, 12))))
-    out, pullback = jax.vjp(lambda adapter: project(x, [None], [adapter], [2.0], jnp.float32(0))[0], adapter)
+    how = Product((12,), ((12,),), (2.0,))
+    out, pullback = jax.vjp(lambda adapter: project(x, [None], [adapter], jnp.float32(0), how)[0], adapter)
     (gradient,) = pullback(d_out)
     low = jnp.dot(x, adapter.a.astype(x.dtype)) * 2
     d_low = jnp.dot(d_out, adapter.b.astype(x.dtype).T) * 2

@@ -1,4 +1,4 @@
-"""Compiles the train step of a shape ahead of time with ``sft-jax plan`` and prints memory and compile time."""
+"""Compiles the train step of a shape ahead of time with ``sft-jax plan``: memory and the compiler's cycles."""
 
 from __future__ import annotations
 
@@ -24,15 +24,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--remat", default="full")
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--quantization", choices=("int8", "nf4"))
+    parser.add_argument("--compute", choices=("int8", "fp8"), help="products of linear layers in eight bits")
     parser.add_argument("--param-dtype", choices=("float32", "bfloat16"), default="float32", help="with --mode full")
     parser.add_argument("--moments", choices=("float32", "bfloat16", "factored"), default="float32")
     parser.add_argument("--layers", type=int, help="number of layers; default: that of the shape")
+    parser.add_argument("--keep-text", type=Path, metavar="FILE", help="write the program's optimized HLO text")
+    parser.add_argument("--profile", action="store_true", help="list the source lines above their peak")
     parser.add_argument("--json", action="store_true")
     parser.set_defaults(run=bench_ahead)
 
 
 def bench_ahead(options: argparse.Namespace) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
+    from sft_jax.planning.compiled_time import compiled_text
+
     result = compile_ahead(options)
     if options.json:
         print(json.dumps(result))
@@ -45,6 +50,7 @@ def bench_ahead(options: argparse.Namespace) -> None:
         f"{result['attention']}: peak {mib['peak_bytes']} MiB per chip, {mib['argument_bytes']} of it weights, "
         f"optimizer state and batch; traced and compiled in {result['compile_seconds']:.1f} s"
     )
+    print("\n".join(compiled_text(result["compiled"])))
 
 
 def compile_ahead(options: argparse.Namespace) -> dict[str, Any]:
@@ -70,6 +76,7 @@ def compile_ahead(options: argparse.Namespace) -> dict[str, Any]:
             remat=options.remat,
             attention=options.attention,
             quantization=options.quantization,
+            compute=options.compute,
             param_dtype=options.param_dtype,
         ),
         lora=LoraConfig() if options.mode == "lora" else None,
@@ -84,4 +91,12 @@ def compile_ahead(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         file.write(json.dumps(shape))
         file.flush()
-        return plan(config, options.topology, Path(file.name), advice=False, quiet=True)
+        return plan(
+            config,
+            options.topology,
+            Path(file.name),
+            advice=False,
+            profile=options.profile,
+            quiet=True,
+            keep_text=options.keep_text,
+        )

@@ -76,18 +76,22 @@ class SelfAttention(nnx.Module):
         n, k, h = spec.num_heads, spec.num_kv_heads, spec.head_dim
         self.spec = spec
 
-        def project(name: str, size: int, axis: str) -> None:
-            setattr(self, name, Linear(dim, size, ("embed", axis), make, stack, spec.qkv_bias))
+        def project(name: str, size: int, axis: str, num_heads: int | None) -> None:
+            layer = Linear(dim, size, ("embed", axis), make, stack, spec.qkv_bias)
+            layer.out_heads = num_heads
+            setattr(self, name, layer)
 
         if spec.fused is not None:
-            project(spec.fused, (n + 2 * k) * h, "heads")
+            project(spec.fused, (n + 2 * k) * h, "heads", None)
         else:
-            project("q_proj", n * h * (2 if spec.gated else 1), "heads")
+            project("q_proj", n * h * (2 if spec.gated else 1), "heads", n)
             if spec.reads is None:
-                project("k_proj", k * h, "kv_heads")
+                project("k_proj", k * h, "kv_heads", k)
             if spec.reads is None and not spec.value_is_key:
-                project("v_proj", k * h, "kv_heads")
-        setattr(self, spec.o_name, Linear(n * h, dim, ("heads", "embed"), make, stack, spec.o_bias))
+                project("v_proj", k * h, "kv_heads", k)
+        out = Linear(n * h, dim, ("heads", "embed"), make, stack, spec.o_bias)
+        out.in_heads = n
+        setattr(self, spec.o_name, out)
         if spec.qk_norm is not None:
             sizes = (n * h, k * h) if spec.qk_norm_heads else (h, h)
             sizes = sizes if spec.reads is None else sizes[:1]
@@ -105,8 +109,8 @@ class SelfAttention(nnx.Module):
         q, k, v, gate = self._project(x, in_context)
         if spec.qk_norm_heads:
             q, k = self._norms([q, k])
-        q = self._heads(q, spec.num_heads, "heads")
-        k, v = (self._heads(one, spec.num_kv_heads, "kv_heads") for one in (k, v))
+        q = constrain(q, "batch", "length", "heads", "head_dim")
+        k, v = (constrain(one, "batch", "length", "kv_heads", "head_dim") for one in (k, v))
         q, k = self._rotated([q, k], context)
         if self.v_norm is not None:
             v = self.v_norm(v)
@@ -130,19 +134,19 @@ class SelfAttention(nnx.Module):
         q = self._projection("q_proj")(x, in_context)
         if spec.qk_norm_heads:
             (q,) = self._norms([q])
-        (q,) = self._rotated([self._heads(q, spec.num_heads, "heads")], context)
+        (q,) = self._rotated([constrain(q, "batch", "length", "heads", "head_dim")], context)
         q = checkpoint_name(q, PRODUCT)
         shared, cache = context.shared[spec.reads], context.shared_cache.get(spec.reads)
         return self._out(self._attend(q, shared.k, shared.v, context, cache), out_context)
 
     def _out(self, out: Float[Array, "B T N H"], context: Context) -> Float[Array, "B T D"]:
-        return checkpoint_name(self._projection(self.spec.o_name)(out.reshape(*out.shape[:2], -1), context), PRODUCT)
+        return checkpoint_name(self._projection(self.spec.o_name)(out, context), PRODUCT)
 
     def _projection(self, name: str) -> Linear:
         return getattr(self, name)
 
     def _project(self, x: Float[Array, "B T D"], context: Context) -> tuple[Array, Array, Array, Array | None]:
-        """Returns queries, keys and values of all heads ``[B, T, heads · H]``, and the gate."""
+        """Returns queries, keys and values by heads ``[B, T, heads, H]``, and the gate."""
         spec = self.spec
         if spec.fused is not None:
             return *self._split(getattr(self, spec.fused)(x, context)), None
@@ -150,20 +154,20 @@ class SelfAttention(nnx.Module):
         q, k, *rest = linear(x, [getattr(self, name) for name in names], context)
         gate = None
         if spec.gated:
-            q, gate = jnp.split(q.reshape(*q.shape[:2], spec.num_heads, -1), 2, axis=-1)
+            q, gate = jnp.split(q, 2, axis=-1)
             gate = constrain(checkpoint_name(gate, PRODUCT), "batch", "length", "heads", "head_dim")
-            q = q.reshape(*q.shape[:2], -1)
         return q, k, rest[0] if rest else k, gate
 
     def _split(self, qkv: Float[Array, "B T O"]) -> tuple[Array, Array, Array]:
-        """Splits the outputs of the fused projection into queries, keys and values."""
+        """Splits the outputs of the fused projection into queries, keys and values by heads."""
         spec = self.spec
         if spec.fused_by_head:
-            parts = jnp.split(qkv.reshape(*qkv.shape[:2], spec.num_heads, -1), 3, axis=-1)
-            q, k, v = (part.reshape(*qkv.shape[:2], -1) for part in parts)
+            q, k, v = jnp.split(qkv.reshape(*qkv.shape[:2], spec.num_heads, -1), 3, axis=-1)
             return q, k, v
         n, k = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-        return qkv[..., :n], qkv[..., n : n + k], qkv[..., n + k :]
+        parts = qkv[..., :n], qkv[..., n : n + k], qkv[..., n + k :]
+        q, k, v = (part.reshape(*part.shape[:2], -1, spec.head_dim) for part in parts)
+        return q, k, v
 
     def _rotated(self, heads: list[Array], context: Context) -> list[Float[Array, "B T _ H"]]:
         """Applies norms over the head dimension, the rotation and the temperature to queries, and keys if given."""
@@ -185,7 +189,10 @@ class SelfAttention(nnx.Module):
         """Normalizes queries, and keys if given."""
         if self.spec.qk_norm is None:
             return heads
-        return [getattr(self, name)(one) for name, one in zip(self.spec.norm_names, heads, strict=False)]
+        pairs = [(getattr(self, name), one) for name, one in zip(self.spec.norm_names, heads, strict=False)]
+        if not self.spec.qk_norm_heads:
+            return [norm(one) for norm, one in pairs]
+        return [norm(one.reshape(*one.shape[:2], -1)).reshape(one.shape) for norm, one in pairs]
 
     def _attend(
         self, q: Array, k: Array, v: Array, context: Context, cache: KeyValues | None
@@ -204,6 +211,3 @@ class SelfAttention(nnx.Module):
             return constrain(out, "replica", "unsplit_length", "heads", "head_dim")
         assert context.segment_ids is not None
         return attention(q, k, v, context.segment_ids, **options, backend=context.backend)
-
-    def _heads(self, x: Float[Array, "B T NH"], num_heads: int, axis: str) -> Float[Array, "B T N H"]:
-        return constrain(x.reshape(*x.shape[:2], num_heads, self.spec.head_dim), "batch", "length", axis, "head_dim")
