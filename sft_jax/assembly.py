@@ -41,7 +41,7 @@ from sft_jax.sharding import check_batch, check_heads, check_lengths, make_mesh
 from sft_jax.store.folder import RunDirectory
 from sft_jax.store.opened import OpenedRun, open_run
 from sft_jax.store.steps import Step
-from sft_jax.training.compilation import enable_compilation_cache
+from sft_jax.training.programs import keep_programs
 from sft_jax.training.weights import build
 from sft_jax.tree import Params, flatten, unflatten
 from sft_jax.tree import Path as LeafPath
@@ -248,7 +248,7 @@ def find(
     """
     folder = Path(name).expanduser()
     mesh = make_mesh(devices=devices)
-    enable_compilation_cache(mesh.devices.flat[0])
+    keep_programs(mesh.devices.flat[0])
     if (run := RunDirectory(name)).is_run():
         return _find_run(run, base, step, dtype, mesh, quantized)
     if step is not None:

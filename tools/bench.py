@@ -5,10 +5,12 @@
 
 ``train``: trains a model of a given shape on conversations with this library and with TRL and PEFT, each in separate
 processes, and measures the rate of matrix products on the same device (the accelerator, or the CPU).
-``grid``: the same for several shapes, methods, precisions and loads on a GPU, as far as the time goes; a second run
+``start``: the time to the first step of a run, in a first start and in one that finds compiled programs on disk.
+``grid``: training for several shapes, methods, precisions and loads on a GPU, as far as the time goes; a second run
 continues. Published figures of others and the goals stand beside. ``--tiny`` tests all of it on a CPU.
 ``attention``: the attention backends of this device, against the reference and against each other.
 ``loss``: the fused ``lm_head`` and loss against the plain formula, in time and memory.
+``quantized``: products with nf4 and int8 weights by Pallas kernels, against dequantizing the weight first, on a GPU.
 ``ahead``: the train step of a shape, compiled ahead of time for any topology, as in ``sft-jax plan``.
 ``cycles``: the cycles that the TPU compiler estimates for a program, from its text, such as ``ahead --keep-text``'s.
 ``depth``: the host's cost of more layers: tracing, compiling and dispatching a step.
@@ -30,16 +32,18 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 sys.path.insert(0, str(Path(__file__).parent))
 
-from benchmark import ahead, attention, data, depth, grid, host, lint, loss, program, runners, train
+from benchmark import ahead, attention, data, depth, grid, host, lint, loss, program, quantized, runners, start, train
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     train.add_arguments(commands.add_parser("train"))
+    start.add_arguments(commands.add_parser("start"))
     grid.add_arguments(commands.add_parser("grid"))
     attention.add_arguments(commands.add_parser("attention"))
     loss.add_arguments(commands.add_parser("loss"))
+    quantized.add_arguments(commands.add_parser("quantized"))
     ahead.add_arguments(commands.add_parser("ahead"))
     program.add_arguments(commands.add_parser("cycles"))
     depth.add_arguments(commands.add_parser("depth"))

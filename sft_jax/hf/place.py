@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from sft_jax.errors import UserError
 from sft_jax.files.digests import Words, words_of
 from sft_jax.hf.reader import Reader, chunks
+from sft_jax.run_once import compile_quickly
 from sft_jax.typing import Array
 
 
@@ -120,11 +121,12 @@ def _programs(
         stored = {name: _update(stacks[name], one, index, part) for name, one in recipe.convert(rows).items()}
         return stored, digest(rows)
 
-    replicated = NamedSharding(_mesh(arrays), PartitionSpec())
-    out_shardings = (shardings, replicated)
+    mesh = _mesh(arrays)
+    jit: Any = partial(jax.jit, compiler_options=compile_quickly(mesh.devices.flat[0]))
+    out_shardings = (shardings, NamedSharding(mesh, PartitionSpec()))
     if recipe.stack:
-        return jax.jit(start, out_shardings=shardings), jax.jit(store, donate_argnums=0, out_shardings=out_shardings)
-    return start, jax.jit(convert, out_shardings=out_shardings)
+        return jit(start, out_shardings=shardings), jit(store, donate_argnums=0, out_shardings=out_shardings)
+    return start, jit(convert, out_shardings=out_shardings)
 
 
 def _index(number: int, stack: tuple[int, ...]) -> tuple[np.int32, ...]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from sft_jax.models.split import Split
+from sft_jax.models.split import Split, is_adapter
+from sft_jax.tree import flatten
 
 # Overlap each all-gather with one product, not in steps with several. The compiler estimates that products which share
 # an all-gather take up to half as long again; their gathered weights also stay in memory for longer.
 _ONE_PRODUCT_PER_GATHER = {"xla_tpu_enable_async_collective_fusion_multiple_steps": "false"}
 # No collective matmul, whatever the size of the product; see sft_jax.models.weight_gradient for gradients.
 _NO_COLLECTIVE_MATMUL = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
-# Of the 128 MiB on the chip; by default 16 MiB.
-_MEMORY_OF_FUSIONS = {"xla_tpu_scoped_vmem_limit_kib": "98304"}
+# On-chip memory that a fusion may use, of 128 MiB; by default 16 MiB. For Llama-3.1-8B on 16 TPU v5e the compiler
+# estimates 3% fewer cycles for a LoRA step with 64 MiB than with 96, and the reverse for full fine-tuning.
+_LORA_MEMORY, _FULL_MEMORY = ({"xla_tpu_scoped_vmem_limit_kib": str(mib * 1024)} for mib in (64, 96))
 
 
 # No sums in an order that depends on timing, and no kernels chosen by timing them. TPUs and CPUs have neither.
@@ -32,4 +34,7 @@ def compiler_options(split: Split, deterministic: bool = False) -> dict[str, str
     platform = split.mesh.devices.flat[0].platform
     if platform == "gpu" and deterministic:
         return dict(_DETERMINISTIC)
-    return {**_ONE_PRODUCT_PER_GATHER, **_NO_COLLECTIVE_MATMUL, **_MEMORY_OF_FUSIONS} if platform == "tpu" else {}
+    if platform != "tpu":
+        return {}
+    trains_layers = any(path[0] == "layers" and not is_adapter(split.labels[path]) for path in flatten(split.trainable))
+    return {**_ONE_PRODUCT_PER_GATHER, **_NO_COLLECTIVE_MATMUL, **(_FULL_MEMORY if trains_layers else _LORA_MEMORY)}

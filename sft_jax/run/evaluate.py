@@ -23,7 +23,7 @@ from sft_jax.sharding import check_heads
 from sft_jax.store.metrics import read_metrics
 from sft_jax.store.opened import open_run
 from sft_jax.store.steps import Step
-from sft_jax.training.compilation import enable_compilation_cache
+from sft_jax.training.programs import keep_programs
 from sft_jax.training.weights import load_weights
 from sft_jax.tree import flatten, unflatten
 
@@ -55,7 +55,7 @@ def evaluate(
     config = dataclasses.replace(config, model=trained.model, lora=trained.lora, data=data)
     mesh = check_mesh(config, devices)
     say.mesh(mesh)
-    enable_compilation_cache(mesh.devices.flat[0])
+    keep_programs(mesh.devices.flat[0])
     opened, arch = open_tuned(run)
     check_heads(arch.attention_specs, mesh)
     task = prepare(config, arch, run.tokenizer, opened.stop_ids)

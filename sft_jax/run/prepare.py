@@ -31,8 +31,8 @@ from sft_jax.run.resume import last_step, with_date
 from sft_jax.sharding import check_heads
 from sft_jax.store.folder import RunDirectory
 from sft_jax.store.loggers.choose import check_loggers
-from sft_jax.training.compilation import enable_compilation_cache
 from sft_jax.training.optimizer import check_rates
+from sft_jax.training.programs import keep_programs
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def prepare(config: Config, devices: Sequence[Any] | None, say: Announcer) -> In
         folder.check_free()
     latest = last_step(folder)
     say.mesh(mesh)
-    enable_compilation_cache(mesh.devices.flat[0])
+    keep_programs(mesh.devices.flat[0])
 
     # -- model folder and tokenizer -----------------------------------------------------------------------------------
     base = open_base(config.model.path, config.model.revision, init=config.model.init)

@@ -13,10 +13,10 @@ import jax
 from jax.sharding import Mesh
 
 from sft_jax.config import Config
-from sft_jax.data.read.folders import cache_folder
 from sft_jax.distributed.processes import gather
 from sft_jax.errors import UserError
 from sft_jax.progress import Work
+from sft_jax.training.programs import record_programs
 from sft_jax.tree import Params
 from sft_jax.typing import Batch
 
@@ -154,6 +154,7 @@ class Steps:
                 # Keep the settings with less memory, in case the device runs out of memory anyway.
                 self._ways = self._ways[i:] if self._auto else [(remat, parts)]
                 self._programs[length] = program
+                record_programs()
                 self._on_compile(Compiled(program, length, remat, parts, time.perf_counter() - start, needed))
                 return
             smallest[remat] = float(needed) * parts
@@ -170,17 +171,6 @@ class Steps:
             "a smaller training.batch_size, a smaller data.max_length, mesh.sequence, or model.attention=xla if "
             "another backend holds a mask of T² entries"
         )
-
-
-def enable_compilation_cache(device: Any) -> None:
-    """Enables JAX's persistent compilation cache, beside the cached tokens, so that the next start compiles nothing.
-
-    Does nothing on a CPU, where compilation takes seconds and programs depend on the machine, or if the user has set
-    ``JAX_COMPILATION_CACHE_DIR``.
-    """
-    user_cache = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
-    if device.platform != "cpu" and user_cache is None:
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "programs"))
 
 
 def free_bytes(device: Any) -> int | None:

@@ -20,6 +20,7 @@ from sft_jax.models.decoder import Decoder
 from sft_jax.models.eight_bit import FORMATS
 from sft_jax.models.quantized import Matrix, QuantizedMatrix, attach_factors, attach_quantization
 from sft_jax.models.split import Split, split_params
+from sft_jax.run_once import compile_quickly
 from sft_jax.tree import Params, Path, flatten, unflatten
 from sft_jax.typing import Array
 
@@ -112,23 +113,34 @@ def load_weights(
     trainable, base, adapter = flatten(split.trainable), split.base(), split.adapter()
     trained = base.keys() & trainable.keys()
     paths = {"all": base.keys(), "frozen": base.keys() - trained, "trainable": trained}[part]
-    key = jax.random.key(seed)
     if reader is not None:
         loaded = load_params(reader, base, split.stored, paths, split.arch, old_vocab_size, digests)
     else:
         assert not split.quantized, "random weights are trained"
         leaves = trainable | flatten(split.frozen)
-        loaded = _random_weights(split.arch, {path: leaves[path] for path in paths}, key)
+        loaded = _random_weights(split.arch, {path: leaves[path] for path in paths}, seed)
     if part != "frozen" and lora is not None and lora.init_from is not None:
         loaded |= load_adapter(lora.init_from, split)
     elif part != "frozen" and adapter:
-        assert isinstance(split.variant, LoRA)
-        weights = loaded if frozen is None else loaded | flatten(frozen)
-        loaded |= split.variant.initialize(adapter, split.layers, key, lambda path: _weight_of(split, path, weights))
+        loaded |= _fresh_adapter(split, loaded if frozen is None else loaded | flatten(frozen), seed)
     return (
         unflatten({path: loaded[path] for path in trainable if path in loaded}),
         unflatten({path: loaded[path] for path in flatten(split.frozen) if path in loaded}),
     )
+
+
+def _fresh_adapter(split: Split, weights: dict[Path, Array], seed: int) -> dict[Path, Array]:
+    """Initializes all adapter parameters in one program, which runs once."""
+    variant, adapter = split.variant, split.adapter()
+    assert isinstance(variant, LoRA)
+
+    def initialize(weights: dict[Path, Array]) -> dict[Path, Array]:
+        key = jax.random.key(seed)
+        return variant.initialize(adapter, split.layers, key, lambda path: _weight_of(split, path, weights))
+
+    shardings = {path: leaf.sharding for path, leaf in adapter.items()}
+    options = compile_quickly(split.mesh.devices.flat[0])
+    return jax.jit(initialize, out_shardings=shardings, compiler_options=options)(weights)
 
 
 def _weight_of(split: Split, path: Path, leaves: dict[Path, Array]) -> Matrix:
@@ -140,12 +152,13 @@ def _weight_of(split: Split, path: Path, leaves: dict[Path, Array]) -> Matrix:
     return QuantizedMatrix({name: leaves[*weight, name] for name in fmt.array_specs()}, fmt)
 
 
-def _random_weights(arch: Architecture, abstract: dict[Path, jax.ShapeDtypeStruct], key: Array) -> dict[Path, Array]:
+def _random_weights(arch: Architecture, abstract: dict[Path, jax.ShapeDtypeStruct], seed: int) -> dict[Path, Array]:
     if not abstract:
         return {}
 
     def init() -> dict[Path, Array]:
-        leaves = {tuple(map(str, path)): leaf for path, leaf in nnx.to_flat_state(nnx.state(Decoder(arch, key)))}
+        state = nnx.state(Decoder(arch, jax.random.key(seed)))
+        leaves = {tuple(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
         return {path: leaves[path][...].astype(leaf.dtype) for path, leaf in abstract.items()}
 
     return jax.jit(init, out_shardings={path: leaf.sharding for path, leaf in abstract.items()})()

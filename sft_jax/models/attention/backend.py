@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sft_jax.errors import UserError
-from sft_jax.models.attention import cudnn, splash, triton
+from sft_jax.models.attention import support
 from sft_jax.models.attention.parity import WINDOW, check_compiles, check_parity
 from sft_jax.models.attention.segments import chunk_segments
 from sft_jax.models.attention.spec import AttentionSpec, Request
@@ -25,9 +25,9 @@ from sft_jax.typing import Array, Float, Int
 
 # In the order in which auto tries them: the function that returns why a backend is unsupported, and a description.
 _BACKENDS = {
-    "splash": (splash.unsupported_reason, "blocks of up to {block}"),
-    "triton": (triton.unsupported_reason, "blocks of documents only"),
-    "cudnn": (cudnn.unsupported_reason, "segments as a mask of T² bits"),
+    "splash": (support.splash, "blocks of up to {block}"),
+    "triton": (support.triton, "blocks of documents only"),
+    "cudnn": (support.cudnn, "segments as a mask of T² bits"),
     "xla": (lambda request: None, "blocks of {block}"),
 }
 NAMES = tuple(_BACKENDS)
@@ -209,6 +209,8 @@ def attention(
     split = SplitSequences.of(q.shape[1], mesh.shape[axis], axis, window)
     masks, mask_specs = None, None  # for splash, which needs the query positions of each device at compile time
     if backend.name == "splash":
+        from sft_jax.models.attention import splash
+
         num_heads = q.shape[2] // (shards if queries[2] else 1)
         masks = splash.make_splash_kernel(
             split.positions(), num_heads, window, softcap, backend.block, backend.interpret
@@ -239,7 +241,10 @@ def _compute(
     if q.shape[-1] != v.shape[-1] and backend.name in CHECKED:
         return _compute_padded(backend, scores, q, k, v, segment_ids, sinks, positions)
     options = scores._asdict()
+    # A kernel is imported where it is used: its libraries take a while.
     if backend.name == "splash":
+        from sft_jax.models.attention import splash
+
         return splash.splash_attention(
             q,
             k,
@@ -253,9 +258,13 @@ def _compute(
             sinks=sinks,
         )
     if backend.name == "triton":
+        from sft_jax.models.attention import triton
+
         assert positions is None
         return triton.triton_attention(q, k, v, segment_ids, **options, sinks=sinks)
     if backend.name == "cudnn":
+        from sft_jax.models.attention import cudnn
+
         assert scores.softcap is None
         assert sinks is None
         return cudnn.cudnn_attention(q, k, v, segment_ids, scores.window, scores.scale, positions)

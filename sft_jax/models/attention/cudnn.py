@@ -7,20 +7,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from sft_jax.models.attention.spec import Request
 from sft_jax.typing import Array, Float, Int
-
-
-def unsupported_reason(request: Request) -> str | None:
-    """Returns why the backend does not support a request; None if it does."""
-    if reason := request.unsupported_for_16_bits():
-        return reason
-    head_dim = request.spec.padded_head_dim
-    if head_dim % 8 or head_dim > 128:
-        return f"needs a head dimension up to 128, a multiple of 8, not {head_dim}"
-    if request.spec.sinks:
-        return "has no attention sinks"
-    return "has no soft cap" if request.spec.softcap is not None else request.unsupported_length(2)
 
 
 def cudnn_attention(

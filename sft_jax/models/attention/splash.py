@@ -12,14 +12,8 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-from sft_jax.models.attention.spec import Request
 from sft_jax.models.remat import ATTENTION
 from sft_jax.typing import Array, Float, Int
-
-
-def unsupported_reason(request: Request) -> str | None:
-    """Returns why the backend does not support a request; None if it does."""
-    return "needs a TPU" if request.device.platform != "tpu" else request.unsupported_length(128)
 
 
 def splash_attention(

@@ -20,11 +20,9 @@ from jax.experimental.pallas import triton as plt
 
 from sft_jax.models.attention.segments import first_visible, visible_until
 from sft_jax.models.attention.sinks import add_sinks, gradient_of_sinks
-from sft_jax.models.attention.spec import Request
 from sft_jax.models.remat import ATTENTION, checkpoint_name
 from sft_jax.typing import Array, Float, Int
 
-LENGTH_MULTIPLE = 64  # the sequence length is a multiple of it, as of the tiles
 _MASKED = -1e30  # finite, so that a query with no visible key in a block has a finite maximum
 _LOG2_E = math.log2(math.e)  # scores are in base two, because GPUs have exp2
 
@@ -51,17 +49,6 @@ class _Static(NamedTuple):
     softcap: float | None
     tuning: Tuning
     interpret: bool
-
-
-def unsupported_reason(request: Request) -> str | None:
-    """Returns why the backend does not support a request; None if it does."""
-    if reason := request.unsupported_for_16_bits():
-        return reason
-    if (head_dim := request.spec.padded_head_dim) not in (16, 32, 64, 128):
-        return f"needs a head dimension of 16, 32, 64 or 128, not {head_dim}"
-    if request.parts > 1:
-        return "needs whole sequences, and mesh.sequence splits them"
-    return request.unsupported_length(LENGTH_MULTIPLE)
 
 
 def triton_attention(

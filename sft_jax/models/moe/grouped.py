@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sft_jax.models.moe import blocks, pallas
+from sft_jax.models.moe import blocks
 from sft_jax.models.remat import ADAPTER, checkpoint_name
 from sft_jax.typing import Array, Float, Int
 
@@ -90,6 +90,8 @@ def dot(
         transposed: whether ``weights`` are ``[E, out, in]``.
         more: other rows and weights, whose products are added before the sum is rounded.
     """
+    from sft_jax.models.moe import pallas  # only for models with experts: its library takes a while to import
+
     on_tpu, elsewhere = (
         lambda x, weights, sizes, more, compute=compute: compute(x, weights, sizes, transposed, more)
         for compute in (pallas.dot, blocks.dot)
@@ -101,6 +103,8 @@ def outer(
     x: Float[Array, "m in"], y: Float[Array, "m out"], sizes: Int[Array, "E"], dtype: Any
 ) -> Float[Array, "E in out"]:
     """Returns ``Σ x yᵀ`` over the rows of each group, summed in float32; not differentiable."""
+    from sft_jax.models.moe import pallas
+
     on_tpu, elsewhere = (
         lambda x, y, sizes, compute=compute: compute(x, y, sizes, dtype) for compute in (pallas.outer, blocks.outer)
     )
