@@ -30,8 +30,8 @@ def bench_quantized(options: argparse.Namespace) -> None:
                 if not options.json:
                     print(
                         f"{method}, {rows:,} rows, {'transposed' if transposed else 'forward'}: kernel "
-                        f"{one['kernel_seconds'] * 1e3:,.3f} ms, dequantized {one['dequantized_seconds'] * 1e3:,.3f} ms, "
-                        f"ratio {one['ratio']:.2f}, relative difference {one['difference']:.1e}",
+                        f"{one['kernel_seconds'] * 1e3:,.3f} ms, dequantized "
+                        f"{one['dequantized_seconds'] * 1e3:,.3f} ms, ratio {one['ratio']:.2f}, relative difference {one['difference']:.1e}",
                         flush=True,
                     )
     if options.json:
