@@ -28,14 +28,17 @@ def bench_quantized(options: argparse.Namespace) -> None:
             for transposed in (False, True):
                 results.append(one := _measured(method, rows, transposed, options))
                 if not options.json:
-                    print(
-                        f"{method}, {rows:,} rows, {'transposed' if transposed else 'forward'}: kernel "
-                        f"{one['kernel_seconds'] * 1e3:,.3f} ms, dequantized "
-                        f"{one['dequantized_seconds'] * 1e3:,.3f} ms, ratio {one['ratio']:.2f}, relative difference {one['difference']:.1e}",
-                        flush=True,
-                    )
+                    print(_line(one), flush=True)
     if options.json:
         print(json.dumps(results))
+
+
+def _line(one: dict[str, Any]) -> str:
+    times = ", ".join(f"{name} {one[f'{name}_seconds'] * 1e3:,.3f} ms" for name in ("kernel", "dequantized"))
+    return (
+        f"{one['method']}, {one['rows']:,} rows, {'transposed' if one['transposed'] else 'forward'}: {times}, ratio "
+        f"{one['ratio']:.2f}, relative difference {one['difference']:.1e}"
+    )
 
 
 def _measured(method: str, rows: int, transposed: bool, options: argparse.Namespace) -> dict[str, Any]:
