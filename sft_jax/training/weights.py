@@ -64,7 +64,7 @@ def build(
         rounding = None if compute is None else FORMATS[compute]
         model = Decoder(arch, jax.random.key(0), jnp.dtype(dtype), remat, attention, rounding)
         if lora is not None:
-            variant = method(lora.method)(lora.rank, lora.alpha, lora.dropout, _form(mesh, dtype))
+            variant = method(lora.method)(lora.rank, lora.alpha, lora.dropout, form_on(mesh, dtype))
             attach_adapters(model, variant, lora.target_modules)
         if quantization is not None:
             attach_quantization(model, quantization, embeddings=not embeddings)
@@ -75,7 +75,7 @@ def build(
     return split_params(nnx.eval_shape(network), mesh, full, embeddings, param_dtype)
 
 
-def _form(mesh: Mesh, dtype: str) -> str:
+def form_on(mesh: Mesh, dtype: str) -> str:
     """Returns how adapters are added to products; see :func:`sft_jax.models.projection.project`."""
     platform = mesh.devices.flat[0].platform
     # Other platforms round float32 inputs of products. On several devices, merging would all-gather the float32 sums

@@ -2,6 +2,7 @@
 
 import math
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from sft_jax.sharding import make_mesh
 from sft_jax.training.optimizer import labels_of, make_optimizer
 from sft_jax.training.state import make_state, state_shardings
 from sft_jax.training.step import make_train_step
+from sft_jax.training.weights import form_on
 from sft_jax.tree import flatten, unflatten
 from sft_jax.typing import Batch
 
@@ -216,6 +218,18 @@ def test_every_form_computes_the_same(form, by_heads, of_weights):
     assert len(found) == len(expected) == 3 + 1 + 4 + 3 * of_weights
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_the_form_of_adapters_by_platform():
+    def form(platform, tensor=1, size=1, dtype="bfloat16"):
+        device = SimpleNamespace(platform=platform)
+        mesh = SimpleNamespace(devices=np.asarray([device]), shape={"tensor": tensor}, size=size)
+        return form_on(mesh, dtype)
+
+    assert form("cpu", dtype="float32") == "merged"
+    assert form("cpu", dtype="float32", size=2) == form("cpu") == form("gpu") == "separate"
+    assert form("tpu") == form("tpu", size=16, dtype="float32") == "joined"
+    assert form("tpu", size=16, tensor=2) == "separate"
 
 
 def test_all_masked_batch_changes_nothing():
