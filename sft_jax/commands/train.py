@@ -23,7 +23,7 @@ def run(options: argparse.Namespace) -> int:
     from sft_jax.distributed.processes import joined
 
     with joined(options.coordinator, options.num_processes, options.process_id, options.timeout):
-        from sft_jax.run.train import train  # not from the face, which imports what other commands need
+        from sft_jax.api import train
 
         train(config)
     return 0

@@ -171,9 +171,9 @@ def test_repeated_flops_by_hand():
     assert repeated_flops(sizes(), work, "attention") == 2 * 3 * weights * 10
     assert repeated_flops(sizes(), work, "full") == 2 * 3 * weights * 10 + attention
     assert repeated_flops(sizes(), work, "dots") == repeated_flops(sizes(), work, "none") == 0
-    ends = (8 + 8) + (8 + 4) + (8 + 4) + (8 + 8) + (8 + 16) + (8 + 16)
+    outputs = 8 + 4 + 4 + 8 + 16 + 16  # of lora_b; those of lora_a are saved
     more = repeated_flops(sizes(LoraConfig(rank=2)), work, "full") - repeated_flops(sizes(), work, "full")
-    assert more == 2 * 3 * 2 * ends * 10
+    assert more == 2 * 3 * 2 * outputs * 10
 
 
 # -- the step and its roofline ----------------------------------------------------------------------------------------
