@@ -107,8 +107,10 @@ def test_sharded_weights_are_all_gathered(tmp_path, full):
     weights = 2 * (4 * 1024 * 1024 + 3 * 1024 * 4096)
     assert sent["all-gather"] > 2 * 2 * weights * 15 / 16  # bfloat16, for the forward and for the backward pass
     assert "collective-permute" not in sent
-    if full:
-        assert weights * 4 * 15 / 16 <= sent["reduce-scatter"] < 1.2 * weights * 4
+    if full:  # a stage of a small gradient may be an all-reduce
+        scattered = sent["reduce-scatter"] + sent["all-reduce"] / 2
+        assert sent["reduce-scatter"] > 0.8 * weights * 4
+        assert weights * 4 * 15 / 16 <= scattered < 1.2 * weights * 4
 
 
 def test_the_size_of_a_step_that_does_not_fit_is_reported(tiny, tmp_path):
