@@ -114,7 +114,9 @@ def _candidate_changes(config: Config, topology: Topology, num_heads: int) -> It
     if config.mesh.data != 1 and topology.num_devices > 1:
         yield "weights", [{"mesh.data": 1, "mesh.fsdp": -1}]
     if config.lora is not None:
-        if config.model.quantization is None and config.model.init == "pretrained":
+        if config.model.compute is not None:
+            pass  # stores the base in eight bits already
+        elif config.model.quantization is None and config.model.init == "pretrained":
             yield "weights", [{"model.quantization": "int8"}, {"model.quantization": "nf4"}]
         elif config.model.quantization == "int8":
             yield "weights", [{"model.quantization": "nf4"}]

@@ -138,3 +138,16 @@ def repeated_flops(sizes: Sizes, work: Work, remat: str) -> float:
     if remat == "full":
         flops += sizes.mixing_flops(work) / 3
     return flops
+
+
+def eight_bit_flops(sizes: Sizes, work: Work, remat: str) -> float:
+    """FLOPs of products with base weights that ``model.compute`` rounds to eight bits, with rematerialization.
+
+    Those of experts are not rounded.
+    """
+    total = 0.0
+    for one in sizes.products:
+        if one.share == 1.0:
+            recomputed = remat in ("full", "attention") and not one.is_last
+            total += (_passes(one) + 2.0 * recomputed) * one.size * work.tokens
+    return total

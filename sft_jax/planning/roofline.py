@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from sft_jax.models.work import Work
 from sft_jax.planning.chips import Chip
-from sft_jax.planning.flops import Product, model_flops, repeated_flops
+from sft_jax.planning.flops import Product, eight_bit_flops, model_flops, repeated_flops
 from sft_jax.planning.network import Hosts, Sent, groups_along, sent_in
 from sft_jax.planning.step import AbstractStep
 
@@ -70,12 +70,14 @@ def roofline(
     needed = model_flops(step.network, work)
     flops = needed + repeated_flops(step.network, work, remat)
     moved = _memory_bytes(step, remat, work)
+    # A chip multiplies eight bits at twice the rate.
+    saved = 0.0 if step.config.model.compute is None else eight_bit_flops(step.network, work, remat) / 2
     return Roofline(
         model_flops=needed,
         flops=flops,
         memory_bytes=moved,
         sent=sent,
-        compute_seconds=flops / step.mesh.size / chip.flops,
+        compute_seconds=(flops - saved) / step.mesh.size / chip.flops,
         memory_seconds=moved / chip.hbm_bandwidth,
         network_seconds=None if sent is None else sent.seconds(chip),
     )
@@ -93,10 +95,12 @@ def _memory_bytes(step: AbstractStep, remat: str, work: Work) -> float:
     # once more where it is rematerialized, and for the gradient of the weight.
     passes = 2 + (remat in ("full", "attention"))
     moved = 0.0
+    compute = config.model.compute
     for one in step.network.products:
+        width_of_product = 1 if compute is not None and one.share == 1.0 else width
         gathered = 2 if split > 1 else 1  # an all-gather writes it, then the product reads it
-        moved += num_microbatches * passes * one.size / tensor * width * gathered
-        moved += tokens * one.share * one.count * _ends(one, tensor) * width * (passes + one.is_trained)
+        moved += num_microbatches * passes * one.size / tensor * width_of_product * gathered
+        moved += tokens * one.share * one.count * _ends(one, tensor) * width_of_product * (passes + one.is_trained)
         if one.is_trained:
             moved += num_microbatches * one.size / tensor * _FLOAT32 * gathered
 
@@ -128,6 +132,7 @@ def expected_sent(step: AbstractStep, remat: str, work: Work, hosts: Hosts) -> S
     num_microbatches = config.training.num_microbatches
     width = 2 if config.model.dtype == "bfloat16" else _FLOAT32
     stored = {"int8": 1.03, "nf4": 0.52}.get(config.model.quantization or "", width)  # bytes per weight
+    stored = stored if config.model.compute is None else 1.0
     sequence, tensor = shape["sequence"], shape["tensor"]
     split = shape["fsdp"] * sequence
     layers = step.network.products

@@ -13,7 +13,7 @@ from sft_jax.hf.config import read_architecture
 from sft_jax.models.work import Work
 from sft_jax.planning.changes import changed
 from sft_jax.planning.chips import CHIPS
-from sft_jax.planning.flops import Sizes, model_flops, repeated_flops
+from sft_jax.planning.flops import Sizes, eight_bit_flops, model_flops, repeated_flops
 from sft_jax.planning.network import Sent, hosts_of
 from sft_jax.planning.roofline import expected_sent, roofline
 from sft_jax.planning.step import Base, abstract_step, compile_step
@@ -176,6 +176,16 @@ def test_repeated_flops_by_hand():
     assert more == 2 * 3 * 2 * outputs * 10
 
 
+def test_eight_bit_flops_by_hand():
+    """Products of base weights: forward, for the input, and all but the last again."""
+    work = Work(tokens=10, targets=3, squares=52)
+    weights = 8 * 8 + 8 * 4 + 8 * 4 + 8 * 8 + 8 * 16 + 8 * 16
+    all_weights = 3 * (weights + 16 * 8)
+    assert eight_bit_flops(sizes(LoraConfig(rank=2)), work, "none") == 4 * all_weights * 10
+    assert eight_bit_flops(sizes(LoraConfig(rank=2)), work, "full") == 4 * all_weights * 10 + 2 * 3 * weights * 10
+    assert eight_bit_flops(sizes(), work, "dots") == 6 * all_weights * 10
+
+
 # -- the step and its roofline ----------------------------------------------------------------------------------------
 
 
@@ -255,6 +265,12 @@ def test_roofline_by_hand(tiny, base):
     assert bounds.seconds == max(bounds.compute_seconds, bounds.memory_seconds, 0.5)
     assert roofline(step, "full", chip, Sent(1e9), 0.5, 16).bound == "network"
     assert roofline(step, "full", dataclasses.replace(chip, flops=1.0), None, 0.5, 16).bound == "compute"
+
+    eight = abstract_step(config_of(tiny, lora=None, model__compute="fp8"), base, jax.devices()[:1])
+    rounded = roofline(eight, "full", chip, Sent(5e5), target_share=0.5, document_length=16)
+    saved = eight_bit_flops(eight.network, work, "full") / 2
+    assert rounded.compute_seconds == pytest.approx((flops - saved) / 1e9)
+    assert rounded.memory_bytes == pytest.approx(layers / 4 + head + state)  # a byte instead of four
 
 
 def test_expected_bytes_are_close_to_the_compiled_program(tiny, base):
