@@ -1,6 +1,7 @@
 """Strict mode for every test: eight CPU devices, strict dtype promotion, exact matmuls, no network."""
 
 import atexit
+import gc
 import os
 import shutil
 import socket
@@ -33,6 +34,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+MAX_MAPPINGS = 25_000
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_default_matmul_precision", "highest")
 
@@ -50,6 +53,16 @@ def no_network():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect", to_loopback)
         yield
+
+
+@pytest.fixture(autouse=True)
+def few_mappings():
+    """Drop compiled programs before their memory mappings reach Linux's limit of 65,530, where the compiler crashes."""
+    yield
+    mappings = Path("/proc/self/maps")
+    if mappings.exists() and mappings.read_bytes().count(b"\n") > MAX_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
