@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from sft_jax.errors import UserError
-from sft_jax.models.quantize import largest_value
+from sft_jax.models.quantize import largest_value, reciprocal, to_codes
 from sft_jax.models.quantized import QuantizedMatrix
 from sft_jax.typing import Array, Float
 
@@ -124,8 +124,7 @@ def rounded(x: Float[Array, "*S"], dtype: Any, last: int | None = None) -> tuple
     wide = x.astype(jnp.float32)
     axes = None if last is None else tuple(range(x.ndim - last, x.ndim))
     scale = jnp.max(jnp.abs(wide), axis=axes, keepdims=axes is not None) / largest_value(dtype)
-    quotients = wide * jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1), 0)  # at most the largest, once rounded
-    return (jnp.round(quotients) if dtype == jnp.int8 else quotients).astype(dtype), scale
+    return to_codes(wide * reciprocal(scale), dtype), scale
 
 
 def _times(

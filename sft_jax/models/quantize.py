@@ -157,6 +157,11 @@ def largest_value(dtype: jnp.dtype | type) -> float:
     return float((jnp.iinfo if jnp.issubdtype(dtype, jnp.integer) else jnp.finfo)(dtype).max)
 
 
+def to_codes(quotients: Float[Array, "*S"], dtype: jnp.dtype | type) -> Array:
+    """Rounds values of at most the largest of ``dtype`` to it, half to even."""
+    return (jnp.round(quotients) if jnp.issubdtype(dtype, jnp.integer) else quotients).astype(dtype)
+
+
 @partial(jax.jit, static_argnames="fmt")
 def quantize(weight: Float[Array, "in out"], fmt: Format) -> Arrays:
     """Quantizes a matrix to the arrays of ``fmt``; both dimensions are multiples of ``fmt.whole()``."""
@@ -177,23 +182,23 @@ def dequantize(arrays: Arrays, fmt: Format, dtype: jnp.dtype | type) -> Float[Ar
 def _quantize_eight_bit(weight: Float[Array, "in out"], fmt: Format) -> Arrays:
     """``codes = w / scales``, rounded half to even; ``scales = absmax / largest``, 127 or 448."""
     dtype = jnp.dtype(_EIGHT_BIT[fmt.method])
-    largest, is_integer = largest_value(dtype), jnp.issubdtype(dtype, jnp.integer)
+    largest = largest_value(dtype)
     scales = _absmax(weight, fmt.block) / largest
-    quotients = jnp.clip(_scaled(weight, _reciprocal(scales), fmt.block), -largest, largest)
-    return {"codes": (jnp.round(quotients) if is_integer else quotients).astype(dtype), "scales": scales}
+    quotients = jnp.clip(_scaled(weight, reciprocal(scales), fmt.block), -largest, largest)
+    return {"codes": to_codes(quotients, dtype), "scales": scales}
 
 
 def _quantize_nf4(weight: Float[Array, "in out"], fmt: Format) -> Arrays:
     """Computes codes with the exact scales, as in the reference, and then quantizes the scales to 8 bits."""
     absmax = _absmax(weight, fmt.block)
-    quotients = _scaled(weight, _reciprocal(absmax), fmt.block)
+    quotients = _scaled(weight, reciprocal(absmax), fmt.block)
     codes = jnp.zeros(weight.shape, jnp.uint8)
     for low, high in pairwise(NF4_LEVELS):
         codes += (quotients > jnp.float32((low + high) / 2)).astype(jnp.uint8)
     grouped = absmax.reshape(absmax.shape[0], -1, fmt.scale_block)
     offset = grouped.min(axis=-1)
     step = (grouped.max(axis=-1) - offset) / 255
-    numbers = jnp.round((grouped - offset[..., None]) * _reciprocal(step)[..., None])
+    numbers = jnp.round((grouped - offset[..., None]) * reciprocal(step)[..., None])
     low, high = jnp.moveaxis(codes.reshape(-1, 2, fmt.block[0] // 2, codes.shape[1]), 1, 0)
     return {
         "codes": (low | (high << jnp.uint8(4))).reshape(-1, codes.shape[1]),
@@ -244,6 +249,6 @@ def _scaled(
     return values * jnp.repeat(jnp.repeat(scales, rows, axis=-2), columns, axis=-1)
 
 
-def _reciprocal(x: Float[Array, "*S"]) -> Float[Array, "*S"]:
+def reciprocal(x: Float[Array, "*S"]) -> Float[Array, "*S"]:
     """Returns 1 / x, and 0 for a block of zeros."""
     return jnp.where(x > 0, 1 / jnp.where(x > 0, x, 1), 0)
