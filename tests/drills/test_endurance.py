@@ -60,6 +60,7 @@ def test_endurance(tmp_path, is_full):
         f"{first:.2f} ms in the second fifth, {last:.2f} ms in the last"
     )
     assert slope < 60
-    assert files.max() - files.min() < 40  # of a checkpoint that is being written
+    # A checkpoint that is being written holds files open; a run that ends has already closed its own.
+    assert files.max() - np.median(files) < 40
     assert np.median(files[-len(files) // 5 :]) <= np.median(files[: len(files) // 5]) + 2
     assert np.median(threads[-len(threads) // 5 :]) <= np.median(threads[: len(threads) // 5]) + 4
