@@ -41,7 +41,7 @@ def compiled_figures(
         "assumed_trips": found.trips,
         "kernel_score_shares": found.kernels,
         "uncounted_kernels": sorted(set(found.uncounted)),
-        "unestimated": sorted(set(found.unestimated)),
+        "unestimated": dict(sorted(found.unestimated.items(), key=lambda one: -one[1])),
     } | ({"profile": profile(found)} if places else {})
 
 
@@ -88,8 +88,14 @@ def _notes(figures: dict[str, Any]) -> list[str]:
         notes.append(f"Pallas kernels carry no estimate: their FLOPs at peak{shown}")
     if figures["uncounted_kernels"]:
         notes.append(f"not counted, FLOPs unknown: {', '.join(figures['uncounted_kernels'])}")
-    if figures["unestimated"]:
-        notes.append(f"at peak, since the compiler has no estimate: {', '.join(figures['unestimated'])}")
+    if total := sum(figures["unestimated"].values()):
+        largest = [
+            f"{name} {cycles / 1e6:,.1f}" for name, cycles in figures["unestimated"].items() if cycles > total / 20
+        ]
+        notes.append(
+            f"without an estimate: {total / 1e6:,.1f} million cycles by bytes at HBM bandwidth, or products at peak "
+            f"({', '.join(largest)})"
+        )
     for where, trips in figures["assumed_trips"].items():
         notes.append(f"assumed {trips:,.0f} iterations of the loop at {where}, which depend on the data")
     return notes

@@ -2,19 +2,21 @@
 
 The compiler writes its estimate (``estimated_cycles``) next to each fusion of the optimized HLO text. The body of a
 loop counts as often as the loop turns, a conditional as its largest branch, and a fusion as its own number. Pallas
-kernels have no estimate and count as their FLOPs at the peak of the matrix unit. Operations that overlap with others,
-copies and collectives, count nothing.
+kernels have no estimate and count as their FLOPs at the peak of the matrix unit. Other operations without an estimate,
+above all concatenations, count as their products at peak or as what they read and write at the bandwidth of the HBM,
+whichever takes longer. Copies and collectives that overlap with others count nothing.
 """
 
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from sft_jax.planning.chips import Chip
 from sft_jax.planning.collectives import kind_of
-from sft_jax.planning.hlo import Instruction, Program
+from sft_jax.planning.hlo import Instruction, Program, bytes_in_memory, num_bytes
 from sft_jax.planning.kernel_flops import kernel_flops
 from sft_jax.planning.product_flops import PRODUCTS, flops_at_rate, flops_at_rate_of
 from sft_jax.planning.source_lines import SourceLines
@@ -25,6 +27,7 @@ PASSES = ("forward", "recomputed", "backward", "optimizer", "other")
 
 _ESTIMATE = re.compile(r'"estimated_cycles":"?(\d+)')
 _NO_ESTIMATE = 2**62  # the compiler writes 2⁶³ − 1 for a fusion that it could not estimate
+_NUMBER = re.compile(r"[.\d]+$")
 _OP_NAME = re.compile(r'\bop_name="([^"]*)"')
 _NEUTRAL = {"parameter", "bitcast", "tuple", "get-tuple-element", "constant", "convert", "fusion", "broadcast"}
 _COPIES = {"copy", "transpose", "reshape"}
@@ -42,6 +45,7 @@ class Place:
         times: runs per step.
         cycles: of a run.
         at_peak: cycles of a run at the peak of the matrix unit; 0 for other kinds.
+        is_estimated: whether the compiler estimated the cycles; kernels count as such.
     """
 
     kind: str
@@ -52,6 +56,7 @@ class Place:
     times: float
     cycles: float
     at_peak: float
+    is_estimated: bool = True
 
     @property
     def total(self) -> float:
@@ -72,18 +77,25 @@ class Estimate:
         trips: iterations that were assumed for each loop whose trip count depends on data, by its source line.
         kernels: fraction of the scores that each Pallas kernel computes, by name; 1 for other kernels.
         uncounted: names of the kernels without a known number of FLOPs.
-        unestimated: names of the fusions that the compiler could not estimate, which count as their products at peak.
     """
 
     places: list[Place] = field(default_factory=list)
     trips: dict[str, float] = field(default_factory=dict)
     kernels: dict[str, float] = field(default_factory=dict)
     uncounted: list[str] = field(default_factory=list)
-    unestimated: list[str] = field(default_factory=list)
 
     @property
     def cycles(self) -> float:
         return sum(place.total for place in self.places)
+
+    @property
+    def unestimated(self) -> dict[str, float]:
+        """Cycles of what the compiler did not estimate, by name without its number."""
+        totals: defaultdict[str, float] = defaultdict(float)
+        for place in self.places:
+            if not place.is_estimated:
+                totals[_NUMBER.sub("", place.name)] += place.total
+        return dict(totals)
 
     def of_kind(self, kind: str) -> float:
         return sum(place.total for place in self.places if place.kind == kind)
@@ -112,6 +124,7 @@ class _Visit:
         self._program, self._lines = program, SourceLines(program.text)
         assert chip.flops_per_cycle is not None, f"{chip.name} is not a TPU"
         self._flops_per_cycle, self._double_rate = chip.flops_per_cycle, chip.double_rate
+        self._bytes_per_cycle = chip.hbm_bandwidth * chip.flops_per_cycle / chip.flops
         self._unknown_trips = unknown_trips
         self.result = Estimate()
         self.result.places = list(self._places(program.entry, 1.0, ""))
@@ -136,28 +149,43 @@ class _Visit:
                 yield replace(place, operation=operation, times=times)
 
     def _place(self, computation: str, one: Instruction) -> Place | None:
-        kind, at_peak = None, 0.0
+        """Returns a run of an instruction; None if it takes no time."""
+        if one.opcode == "custom-call" and one.attribute("custom_call_target") == '"tpu_custom_call"':
+            kind, cycles = self._kernel(computation, one)
+            return None if kind is None else self._of(kind, one, cycles, cycles)
         match = _ESTIMATE.search(one.text)
         cycles = float(match[1]) if match else 0.0
-        if one.opcode == "custom-call" and one.attribute("custom_call_target") == '"tpu_custom_call"':
-            found = kernel_flops(self._program[computation], one)
-            name = re.sub(r"\.\d+$", "", one.name)
-            if found is None:
-                self.result.uncounted.append(name)
-                return None
-            self.result.kernels[name] = found.share
-            kind = "attention" if found.is_attention else "products"
-            cycles = at_peak = found.flops / self._flops_per_cycle
-        if not cycles:
+        is_estimated = 0 < cycles < _NO_ESTIMATE
+        if not is_estimated and one.opcode != "fusion" and one.opcode not in _COPIES | _SLICES:
             return None
-        if kind is None:
-            kind = _kind(one.opcode) if one.opcode != "fusion" else self._kind_of_fusion(one)
-        if kind == "products" and not at_peak:
-            at_peak = self._peak_flops(computation, one) / self._flops_per_cycle
-        if cycles >= _NO_ESTIMATE:
-            self.result.unestimated.append(one.name)
-            cycles = at_peak
-        return Place(kind, one.name, one.shape, "", self._lines.of(one), 1.0, cycles, at_peak)
+        kind = _kind(one.opcode) if one.opcode != "fusion" else self._kind_of_fusion(one)
+        if kind == "collectives" and not is_estimated:
+            return None
+        at_peak = self._peak_flops(computation, one) / self._flops_per_cycle if kind == "products" else 0.0
+        if not is_estimated:
+            cycles = max(at_peak, self._bytes(computation, one) / self._bytes_per_cycle)
+        return self._of(kind, one, cycles, at_peak, is_estimated)
+
+    def _of(self, kind: str, one: Instruction, cycles: float, at_peak: float, is_estimated: bool = True) -> Place:
+        return Place(kind, one.name, one.shape, "", self._lines.of(one), 1.0, cycles, at_peak, is_estimated)
+
+    def _kernel(self, computation: str, one: Instruction) -> tuple[str | None, float]:
+        """Returns the kind and the cycles of a Pallas kernel; None as kind if its FLOPs are unknown."""
+        found, name = kernel_flops(self._program[computation], one), _NUMBER.sub("", one.name)
+        if found is None:
+            self.result.uncounted.append(name)
+            return None, 0.0
+        self.result.kernels[name] = found.share
+        return "attention" if found.is_attention else "products", found.flops / self._flops_per_cycle
+
+    def _bytes(self, computation: str, one: Instruction) -> float:
+        """Bytes of the HBM that an instruction writes, and reads: of each operand at most as many as in the result."""
+        operands = (self._program[computation].operand(one, index) for index in range(len(one.operands)))
+        if one.opcode == "dynamic-update-slice":  # in place: the second operand is read and written
+            return 2 * sum(bytes_in_memory(operand.shape) for operand in [*operands][1:2] if operand is not None)
+        result = sum(map(num_bytes, one.arrays))
+        read = sum(min(bytes_in_memory(operand.shape), result) for operand in operands if operand is not None)
+        return bytes_in_memory(one.shape) + read
 
     def _peak_flops(self, computation: str, one: Instruction) -> float:
         if one.opcode == "fusion":

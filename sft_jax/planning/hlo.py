@@ -11,6 +11,7 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$|^(ENTRY )?%?([\w.\-]+
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
 _OPCODE = re.compile(r" ([a-z][\w\-]*)\(")
 _ARRAY = re.compile(r"\b(pred|token|[a-z]+\d+(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
+_ON_CHIP = re.compile(r"\b[a-z]+\w*\[[\d,]*\]\{[^}]*S\(1\)[^}]*\}")
 _CALLED = re.compile(r"\b(body|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"?(\d+)"?\}')
@@ -163,6 +164,16 @@ def num_bytes(array: Array) -> float:
     """
     dtype, sizes = array
     return math.prod(sizes) * bits(dtype) / 8
+
+
+def bytes_in_memory(shape: str) -> float:
+    """Size of the arrays of a shape that are in the memory of a device; others are on the chip, in space ``S(1)``.
+
+    >>> bytes_in_memory("(bf16[4,8]{1,0:T(8,128)(2,1)S(1)}, f32[4]{0:T(128)}, s32[])")
+    20.0
+    """
+    arrays = arrays_in(_ON_CHIP.sub("", shape))
+    return sum(map(num_bytes, arrays))
 
 
 def bits(dtype: str) -> int:

@@ -24,7 +24,10 @@ def bench_cycles(options: argparse.Namespace) -> None:
     from sft_jax.planning.compiled_time import compiled_figures, compiled_text
     from sft_jax.planning.hlo import parse
 
-    program = parse(options.file.read_text(encoding="utf-8"))
+    try:
+        program = parse(options.file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{options.file}: {error}") from error
     chip = CHIPS[options.chip]
     figures = compiled_figures(program, chip, options.trips, options.model_flops, options.profile)
     print(json.dumps(figures) if options.json else "\n".join(compiled_text(figures)))
