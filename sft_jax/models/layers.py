@@ -18,6 +18,7 @@ from sft_jax.models.architecture import Norm
 from sft_jax.models.context import Context
 from sft_jax.models.projection import Dims, Product, project
 from sft_jax.models.quantized import Matrix, Weight, embedding_lookup, gather_matrix, matrix_of
+from sft_jax.models.remat import MEAN_SQUARE, checkpoint_name
 from sft_jax.sharding import constrain
 from sft_jax.typing import Array, Bool, Float, Int
 
@@ -216,7 +217,8 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         wide = x.astype(jnp.float32)
-        wide = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.norm.eps)
+        mean_square = checkpoint_name(jnp.mean(wide * wide, axis=-1), MEAN_SQUARE)
+        wide = wide * lax.rsqrt(mean_square + self.norm.eps)[..., None]
         if self.weight is None:
             return wide.astype(x.dtype)
         if self.norm.offset or self.norm.rounded_once:  # as in Gemma: rounded once, at the end

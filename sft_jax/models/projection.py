@@ -8,6 +8,7 @@ the input, ``x·A`` if it was computed, and the weights as stored, without a cop
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeGuard
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple, TypeGuard
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from sft_jax.models import eight_bit
 from sft_jax.models.eight_bit import EightBit
@@ -53,8 +55,9 @@ class Product:
 
             ``joined``: ``[x, scale · x·a]·[weight; b]`` where the input is not by heads, with sums in float32. A TPU's
             matrix unit multiplies over R inputs at a tenth of its rate, and a product of its own reads and writes the
-            outputs once more; to join copies the weight. In the backward pass only where a weight has an input of its
-            own: others add one product for all. Only for weights that are not sharded along the heads or channels.
+            outputs once more; to join copies the weight. The gradient is the transpose, so that one product also gives
+            that of ``x·a``. Where the outputs are narrower than the input, or the input is by heads, ``[dy,
+            d_x_a]·[weight, a]ᵀ`` instead. Only for weights that are not sharded along the heads or channels.
         embed: which dimension of the weights is sharded along the model dimension, 0 or 1; None for neither.
         compute: rounds the factors of products with plain weights, and their gradients, to eight bits; not those of
             adapters.
@@ -133,15 +136,20 @@ class _Pass:
     def is_joined(self) -> bool:
         return self.how.form == "joined" and not any(weight is None or is_factor(weight) for weight in self.weights)
 
+    @property
+    def is_stacked(self) -> bool:
+        """Whether the forward pass is joined too: it copies the input, and not the outputs, which are as wide."""
+        how = self.how
+        return self.is_joined and len(how.inputs) == 1 and how.inputs[0] <= sum(map(math.prod, how.outputs))
+
     def forward(self, x: Array) -> tuple[list[Array], dict[int, Array]]:
         """Returns the products, and ``scale · x·a`` by the index of the adapter; of no merged one."""
         if self.how.form == "merged":
             sums = zip(self.merged(x.dtype), self.how.outputs, strict=True)
             return [self.times(x, one, dims) for one, dims in sums], {}
-        x_a = self.scaled_x_a(x)
-        if self.present and self.is_joined and len(self.how.inputs) == 1:
-            return self.joined(x, x_a), x_a
-        outs: list[Any] = []
+        if self.present and self.is_stacked:
+            return self.joined(x)
+        x_a, outs = self.scaled_x_a(x), list[Any]()
         for i, (weight, dims) in enumerate(zip(self.weights, self.how.outputs, strict=True)):
             out: Any = 0
             if i in self.present:
@@ -152,26 +160,35 @@ class _Pass:
             outs.append(out if weight is None else out + self.times(x, weight, dims))
         return outs, x_a
 
-    def joined(self, x: Array, x_a: dict[int, Array]) -> list[Array]:
-        """Returns ``[x, x_a]·[weight; b]`` for each weight.
+    def joined(self, x: Array) -> tuple[list[Array], dict[int, Array]]:
+        """Returns ``[x, x_a]·[weight; b]`` for each weight, and ``x_a``. All share one ``[x, x_a]``."""
+        x_a = self.scaled_x_a(x)
+        missing = self.columns - sum(one.shape[-1] for one in x_a.values())
+        wide = jnp.concatenate([x, *x_a.values(), jnp.zeros((*x.shape[:-1], missing), x.dtype)], axis=-1)
+        # Otherwise each product would join them again.
+        wide = lax.optimization_barrier(wide)
+        both = [self.stacked(i, x.dtype) for i in range(len(self.weights))]
+        return [_product(wide, one, one.shape[:1], one.shape[1:]) for one in both], x_a
 
-        All share one ``[x, x_a]``, with the ``x_a`` of all adapters; the rows of other adapters in ``b`` are zero.
-        """
-        ranks = [x_a[i].shape[-1] if i in x_a else 0 for i in range(len(self.weights))]
-        missing = -sum(ranks) % COLUMNS
-        parts = [x, *x_a.values(), jnp.zeros((*x.shape[:-1], missing), x.dtype)]
-        wide, outs = jnp.concatenate(parts, axis=-1), []
-        for i, (weight, dims) in enumerate(zip(self.weights, self.how.outputs, strict=True)):
-            above = self.gathered(weight, x.dtype)
-            if i in self.present:
-                rows = (sum(ranks[:i]), sum(ranks[i + 1 :]) + missing)
-                below = jnp.pad(self.gathered(self.adapters[i].b, x.dtype), (rows, (0, 0)))
-            else:
-                below = jnp.zeros((sum(ranks) + missing, above.shape[1]), x.dtype)
-            # By heads before they are joined, so that the compiler need not copy the product.
-            both = jnp.concatenate([above.reshape(-1, *dims), below.reshape(-1, *dims)])
-            outs.append(_product(wide, both, wide.shape[-1:], dims))
-        return outs
+    @property
+    def slots(self) -> dict[int, int]:
+        """The first column of each ``x_a`` among those that are added, by the index of the adapter."""
+        ranks = [self.adapters[i].a.shape[1] for i in self.present]
+        return {i: sum(ranks[:before]) for before, i in enumerate(self.present)}
+
+    @property
+    def columns(self) -> int:
+        """The number of columns that are added: all ranks, rounded up."""
+        return -(-sum(self.adapters[i].a.shape[1] for i in self.present) // COLUMNS) * COLUMNS
+
+    def stacked(self, i: int, dtype: Any) -> Array:
+        """Returns ``[weight; b]`` with the outputs as dimensions. Rows of ``b`` are zero for other adapters."""
+        weight, dims = self.gathered(self.weights[i], dtype), self.how.outputs[i]
+        below = jnp.zeros((self.columns, weight.shape[1]), dtype)
+        if i in self.present:
+            below = lax.dynamic_update_slice(below, self.gathered(self.adapters[i].b, dtype), (self.slots[i], 0))
+        # By heads before they are joined, so that the compiler need not copy the product.
+        return jnp.concatenate([weight.reshape(-1, *dims), below.reshape(-1, *dims)])
 
     def backward(
         self, x: Array, x_a: dict[int, Array], needs_grad: _NeedsGrad, d_out: Any
@@ -182,16 +199,13 @@ class _Pass:
             if needs_grad.weights[i]:
                 total = weight_gradient(x, dy, len(self.how.inputs), len(dims), self.how.embed, self.how.compute)
                 d_weights[i] = total.astype(weight.dtype)
-        d_x_a: dict[int, Array] = {}
-        for i in self.present:
-            b, dims = self.in_dtype(self.adapters[i].b, x.dtype), self.how.outputs[i]
-            d_x_a[i] = _product(d_out[i], b, b.shape[:1], dims, True) * jnp.asarray(self.how.scales[i], x.dtype)
-        d_x = self.d_x(d_out, d_x_a)
+        d_x, d_x_a = self.d_x(d_out)
         d_adapters: list[Adapter | None] = [None] * len(self.weights)
         if self.present and needs_grad.adapters:
             d_adapters = self.adapter_gradients(x, x_a, d_out, d_x_a)
-            if needs_grad.x:
-                # Compute all gradients that read the input before d_x is used, so that the input can be freed.
+            if needs_grad.x and self.how.form != "joined":
+                # Compute all gradients that read the input before d_x is used, so that the input can be freed. Not on
+                # TPUs, whose products compute d_x together with what uses it.
                 d_x, d_adapters = lax.optimization_barrier((d_x, d_adapters))
         return (d_x if needs_grad.x else None), d_weights, d_adapters
 
@@ -213,29 +227,48 @@ class _Pass:
             at += a.shape[1]
         return gradients
 
-    def d_x(self, d_out: Sequence[Array], d_x_a: dict[int, Array]) -> Any:
-        """Returns the gradient of the input."""
+    def d_x(self, d_out: Sequence[Array]) -> tuple[Any, dict[int, Array]]:
+        """Returns the gradients of the input and of each ``x·a``."""
         inputs, dtype = self.how.inputs, d_out[0].dtype
-        weights = self.merged(dtype) if self.how.form == "merged" else self.weights
+        scales = {i: jnp.asarray(self.how.scales[i], dtype) for i in self.present}
         d_x: Any = 0
-        rest = [] if self.how.form == "merged" else list(self.present)
-        for i, (weight, dy, dims) in enumerate(zip(weights, d_out, self.how.outputs, strict=True)):
-            if i in rest and self.is_joined and len(dims) == 1 and len(weights) == 1:
-                d_x += self.joined_transposed(dy, d_x_a[i], i)
-                rest.remove(i)
-            elif weight is not None:
+        if self.present and self.is_stacked:
+            for i, (dy, dims) in enumerate(zip(d_out, self.how.outputs, strict=True)):
+                both = self.stacked(i, dtype)
+                d_x += _product(dy, both, both.shape[:1], dims, True)
+            # Otherwise the compiler would transpose it, as it does the thin part, and with it the input of the layer.
+            d_x = with_layout_constraint(d_x, Layout(tuple(range(d_x.ndim))))
+            d_x, rest = jnp.split(d_x, inputs, axis=-1)
+            ranks = {i: self.adapters[i].a.shape[1] for i in self.present}
+            d_x_a = {i: rest[..., at : at + ranks[i]] * scales[i] for i, at in self.slots.items()}
+            return d_x + self.adapters_d_x(d_x_a), d_x_a
+        d_x_a = {}
+        for i in self.present:
+            b = self.in_dtype(self.adapters[i].b, dtype)
+            d_x_a[i] = _product(d_out[i], b, b.shape[:1], self.how.outputs[i], True) * scales[i]
+        if self.present and self.is_joined and len(self.weights) == 1:
+            return self.joined_transposed(d_out[0], d_x_a[0]), d_x_a
+        weights = self.merged(dtype) if self.how.form == "merged" else self.weights
+        for weight, dy, dims in zip(weights, d_out, self.how.outputs, strict=True):
+            if weight is not None:
                 d_x += self.times(dy, weight, dims, transposed=True)
-        if rest:
-            a = self.in_dtype(jnp.concatenate([self.adapters[i].a for i in rest], axis=1), dtype)
-            d_x += _product(jnp.concatenate([d_x_a[i] for i in rest], axis=-1), a, inputs, a.shape[1:], True)
-        return d_x
+        if self.present and self.how.form != "merged":
+            d_x += self.adapters_d_x(d_x_a)
+        return d_x, d_x_a
 
-    def joined_transposed(self, dy: Array, d_x_a: Array, i: int) -> Array:
-        """Returns ``[dy, d_x_a]·[weight, a]ᵀ``."""
-        a, inputs = self.gathered(self.adapters[i].a, dy.dtype), self.how.inputs
+    def adapters_d_x(self, d_x_a: dict[int, Array]) -> Array:
+        """Returns the gradient of the input from those of all ``x·a``."""
+        rows = jnp.concatenate(list(d_x_a.values()), axis=-1)
+        a = self.in_dtype(jnp.concatenate([self.adapters[i].a for i in d_x_a], axis=1), rows.dtype)
+        return _product(rows, a, self.how.inputs, a.shape[1:], True)
+
+    def joined_transposed(self, dy: Array, d_x_a: Array) -> Array:
+        """Returns ``[dy, d_x_a]·[weight, a]ᵀ`` of the only weight."""
+        a, inputs, dims = self.gathered(self.adapters[0].a, dy.dtype), self.how.inputs, self.how.outputs[0]
+        dy = dy.reshape(*dy.shape[: dy.ndim - len(dims)], -1)
         missing = -a.shape[1] % COLUMNS
         wide = jnp.concatenate([dy, d_x_a, jnp.zeros((*dy.shape[:-1], missing), dy.dtype)], axis=-1)
-        parts = [self.gathered(self.weights[i], dy.dtype), jnp.pad(a, ((0, 0), (0, missing)))]
+        parts = [self.gathered(self.weights[0], dy.dtype), jnp.pad(a, ((0, 0), (0, missing)))]
         both = jnp.concatenate([part.reshape(*inputs, -1) for part in parts], axis=-1)
         return _product(wide, both, inputs, wide.shape[-1:], True)
 

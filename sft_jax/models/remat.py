@@ -1,7 +1,8 @@
 """Rematerialization policies: which activations of a layer are saved for the backward pass.
 
 Layers name expensive activations with ``checkpoint_name``, and a policy lists the names to save. Norms, rotations and
-activation functions are always recomputed: that costs less than writing and reading them.
+activation functions are always recomputed: that costs less than writing and reading them. Of a norm the mean square is
+saved, one number per row.
 """
 
 from __future__ import annotations
@@ -15,14 +16,15 @@ from jax.ad_checkpoint import checkpoint_name
 PRODUCT = "product"  # product of activations and a weight, or of two such products
 ATTENTION = "attention"  # attention output, and the log-sum-exp for its backward pass
 ADAPTER = "adapter"  # product of activations and the A of an adapter
+MEAN_SQUARE = "mean_square"  # of a norm's input
 CUDNN = "dot_product_attention_fwd_wrapper"  # name of the cuDNN primitive in jax
 
 # From the fastest step to the least memory.
 POLICIES = {
     "none": None,  # save everything
-    "dots": (PRODUCT, ATTENTION, ADAPTER),  # no matrix product is computed twice
-    "attention": (ATTENTION, ADAPTER),  # products with weights are recomputed, attention is not
-    "full": (ADAPTER,),  # save the inputs of layers, and what is small and takes long to recompute
+    "dots": (PRODUCT, ATTENTION, ADAPTER, MEAN_SQUARE),  # no matrix product is computed twice
+    "attention": (ATTENTION, ADAPTER, MEAN_SQUARE),  # products with weights are recomputed, attention is not
+    "full": (ADAPTER, MEAN_SQUARE),  # save the inputs of layers, and what is small and takes long to recompute
 }
 
 
@@ -42,4 +44,4 @@ def _is_cudnn(primitive: Any, *_: Any, **__: Any) -> bool:
     return primitive.name == CUDNN
 
 
-__all__ = ["ADAPTER", "ATTENTION", "CUDNN", "POLICIES", "PRODUCT", "checkpoint_name", "rematerialize"]
+__all__ = ["ADAPTER", "ATTENTION", "CUDNN", "MEAN_SQUARE", "POLICIES", "PRODUCT", "checkpoint_name", "rematerialize"]

@@ -15,7 +15,7 @@ from benchmark import kit, server, train  # noqa: E402
 
 
 def test_shapes_are_those_of_the_models():
-    depths = {"tiny": 2, "50m": 12, "135m": 30, "0.6b": 28, "1b": 16, "1.5b": 28, "2b": 24, "8b": 32}
+    depths = {"tiny": 2, "44m": 12, "50m": 12, "135m": 30, "0.6b": 28, "1b": 16, "1.5b": 28, "2b": 24, "8b": 32}
     assert {name: shape[0] for name, shape in kit.SHAPES.items()} == depths
     config = kit.model_config("8b", "bfloat16")
     assert (config["hidden_size"], config["num_key_value_heads"], config["tie_word_embeddings"]) == (4096, 8, False)

@@ -186,16 +186,18 @@ def test_no_base_weight_gradient_where_adapters_are_merged():
 
 @pytest.mark.parametrize("of_weights", [False, True])
 @pytest.mark.parametrize("by_heads", [False, True])
+@pytest.mark.parametrize("num", [1, 3])
 @pytest.mark.parametrize("form", ["separate", "merged", "joined"])
-def test_every_form_computes_the_same(form, by_heads, of_weights):
-    """Three weights of one input, two with adapters of their own rank and scale: values, and each gradient."""
+def test_every_form_computes_the_same(form, num, by_heads, of_weights):
+    """One weight, and three of one input, two with adapters of their own rank and scale: values, and each gradient."""
     rng = np.random.default_rng(0)
     normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
     inputs, outputs = ((3, 4), ((5,), (2, 4), (8,))) if by_heads else ((12,), ((5,), (8,), (2, 4)))
     sizes = [math.prod(dims) for dims in outputs]
     x, weights, d_outs = normal(2, 9, 12), [normal(12, n) for n in sizes], [normal(2, 9, n) for n in sizes]
     adapters = [Adapter(normal(12, 3), normal(3, sizes[0])), None, Adapter(normal(12, 2), normal(2, sizes[2]))]
-    scales = (2.0, 0.0, 0.5)
+    scales = (2.0, 0.0, 0.5)[:num]
+    outputs, weights, d_outs, adapters = outputs[:num], weights[:num], d_outs[:num], adapters[:num]
 
     def plainly(x, weights, adapters):
         return [
@@ -215,7 +217,7 @@ def test_every_form_computes_the_same(form, by_heads, of_weights):
         return jax.tree.leaves((out, pullback(d_outs)))
 
     expected, found = results(plainly), results(by_project)
-    assert len(found) == len(expected) == 3 + 1 + 4 + 3 * of_weights
+    assert len(found) == len(expected) == num + 1 + (4 if num == 3 else 2) + num * of_weights
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 

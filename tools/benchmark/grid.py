@@ -25,7 +25,7 @@ from benchmark.room import host_bytes, refusal_of
 from benchmark.server import CASE_SECONDS, Server
 from benchmark.train import GPU_MEMORY, check_peer, machine, model_rate
 
-ON_A_CPU = ("tiny", "50m", "135m")  # shapes that are small enough for a CPU
+ON_A_CPU = ("tiny", "44m", "50m", "135m")  # shapes that are small enough for a CPU
 FILE = "grid.jsonl"
 # With --tiny: all methods, both kinds of documents, in minutes on a CPU.
 TINY = {
