@@ -16,9 +16,8 @@ from typing import Any, NamedTuple, TypeGuard
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.layout import Layout, with_layout_constraint
 
-from sft_jax.models import eight_bit
+from sft_jax.models import eight_bit, joined
 from sft_jax.models.eight_bit import EightBit
 from sft_jax.models.quantized import Matrix, QuantizedMatrix, in_dtype
 from sft_jax.models.remat import ADAPTER, checkpoint_name
@@ -26,8 +25,6 @@ from sft_jax.models.symbolic import instantiate, values_and_perturbed
 from sft_jax.models.weight_gradient import outer, weight_gradient
 from sft_jax.sharding import constrain
 from sft_jax.typing import Array, Float
-
-COLUMNS = 128  # of a TPU's matrix unit: a product over fewer inputs takes as long
 
 Dims = tuple[int, ...]
 
@@ -53,11 +50,11 @@ class Product:
             its addition to the result, which is cheaper for more than a few hundred tokens. Only for products that are
             exact in float32; otherwise a small ``a·b`` would be lost in the rounding of the weight.
 
-            ``joined``: ``[x, scale · x·a]·[weight; b]`` where the input is not by heads, with sums in float32. A TPU's
-            matrix unit multiplies over R inputs at a tenth of its rate, and a product of its own reads and writes the
-            outputs once more; to join copies the weight. The gradient is the transpose, so that one product also gives
-            that of ``x·a``. Where the outputs are narrower than the input, or the input is by heads, ``[dy,
-            d_x_a]·[weight, a]ᵀ`` instead. Only for weights that are not sharded along the heads or channels.
+            ``joined``: ``[x, scale · x·a]·[weight; b]`` and its transpose, with sums in float32, see
+            :mod:`sft_jax.models.joined`. A TPU's matrix unit multiplies over R inputs at a tenth of its rate, and a
+            product of its own reads and writes the outputs once more; to join copies the weight. Where the outputs are
+            narrower than the input, or the input is by heads, only the gradient is joined: ``[dy, d_x_a]·[weight,
+            a]ᵀ``. Only for weights that are not sharded along the heads or channels.
         embed: which dimension of the weights is sharded along the model dimension, 0 or 1; None for neither.
         compute: rounds the factors of products with plain weights, and their gradients, to eight bits; not those of
             adapters.
@@ -148,7 +145,7 @@ class _Pass:
             sums = zip(self.merged(x.dtype), self.how.outputs, strict=True)
             return [self.times(x, one, dims) for one, dims in sums], {}
         if self.present and self.is_stacked:
-            return self.joined(x)
+            return self.forward_joined(x)
         x_a, outs = self.scaled_x_a(x), list[Any]()
         for i, (weight, dims) in enumerate(zip(self.weights, self.how.outputs, strict=True)):
             out: Any = 0
@@ -160,35 +157,16 @@ class _Pass:
             outs.append(out if weight is None else out + self.times(x, weight, dims))
         return outs, x_a
 
-    def joined(self, x: Array) -> tuple[list[Array], dict[int, Array]]:
-        """Returns ``[x, x_a]·[weight; b]`` for each weight, and ``x_a``. All share one ``[x, x_a]``."""
+    def forward_joined(self, x: Array) -> tuple[list[Array], dict[int, Array]]:
+        """Returns ``[x, x_a]·[weight; b]`` for each weight, and ``x_a``."""
         x_a = self.scaled_x_a(x)
-        missing = self.columns - sum(one.shape[-1] for one in x_a.values())
-        wide = jnp.concatenate([x, *x_a.values(), jnp.zeros((*x.shape[:-1], missing), x.dtype)], axis=-1)
-        # Otherwise each product would join them again.
-        wide = lax.optimization_barrier(wide)
-        both = [self.stacked(i, x.dtype) for i in range(len(self.weights))]
-        return [_product(wide, one, one.shape[:1], one.shape[1:]) for one in both], x_a
+        wide = joined.widen(x, list(x_a.values()))
+        return [_product(wide, one, one.shape[:1], one.shape[1:]) for one in self.stacks(x.dtype)[0]], x_a
 
-    @property
-    def slots(self) -> dict[int, int]:
-        """The first column of each ``x_a`` among those that are added, by the index of the adapter."""
-        ranks = [self.adapters[i].a.shape[1] for i in self.present]
-        return {i: sum(ranks[:before]) for before, i in enumerate(self.present)}
-
-    @property
-    def columns(self) -> int:
-        """The number of columns that are added: all ranks, rounded up."""
-        return -(-sum(self.adapters[i].a.shape[1] for i in self.present) // COLUMNS) * COLUMNS
-
-    def stacked(self, i: int, dtype: Any) -> Array:
-        """Returns ``[weight; b]`` with the outputs as dimensions. Rows of ``b`` are zero for other adapters."""
-        weight, dims = self.gathered(self.weights[i], dtype), self.how.outputs[i]
-        below = jnp.zeros((self.columns, weight.shape[1]), dtype)
-        if i in self.present:
-            below = lax.dynamic_update_slice(below, self.gathered(self.adapters[i].b, dtype), (self.slots[i], 0))
-        # By heads before they are joined, so that the compiler need not copy the product.
-        return jnp.concatenate([weight.reshape(-1, *dims), below.reshape(-1, *dims)])
+    def stacks(self, dtype: Any) -> tuple[list[Array], dict[int, Array]]:
+        """Returns ``[weight; b]`` for each weight, and each ``b`` by the index of the adapter."""
+        bs = {i: self.gathered(self.adapters[i].b, dtype) for i in self.present}
+        return joined.stack([self.gathered(weight, dtype) for weight in self.weights], bs, self.how.outputs), bs
 
     def backward(
         self, x: Array, x_a: dict[int, Array], needs_grad: _NeedsGrad, d_out: Any
@@ -233,21 +211,18 @@ class _Pass:
         scales = {i: jnp.asarray(self.how.scales[i], dtype) for i in self.present}
         d_x: Any = 0
         if self.present and self.is_stacked:
-            for i, (dy, dims) in enumerate(zip(d_out, self.how.outputs, strict=True)):
-                both = self.stacked(i, dtype)
-                d_x += _product(dy, both, both.shape[:1], dims, True)
-            # Otherwise the compiler would transpose it, as it does the thin part, and with it the input of the layer.
-            d_x = with_layout_constraint(d_x, Layout(tuple(range(d_x.ndim))))
-            d_x, rest = jnp.split(d_x, inputs, axis=-1)
-            ranks = {i: self.adapters[i].a.shape[1] for i in self.present}
-            d_x_a = {i: rest[..., at : at + ranks[i]] * scales[i] for i, at in self.slots.items()}
+            stacks, bs = self.stacks(dtype)
+            for dy, one in zip(d_out, stacks, strict=True):
+                d_x += _product(dy, one, one.shape[:1], one.shape[1:], True)
+            d_x, d_x_a = joined.narrow(d_x, inputs[0], bs)
+            d_x_a = {i: one * scales[i] for i, one in d_x_a.items()}
             return d_x + self.adapters_d_x(d_x_a), d_x_a
         d_x_a = {}
         for i in self.present:
             b = self.in_dtype(self.adapters[i].b, dtype)
             d_x_a[i] = _product(d_out[i], b, b.shape[:1], self.how.outputs[i], True) * scales[i]
         if self.present and self.is_joined and len(self.weights) == 1:
-            return self.joined_transposed(d_out[0], d_x_a[0]), d_x_a
+            return self.d_x_joined(d_out[0], d_x_a[0]), d_x_a
         weights = self.merged(dtype) if self.how.form == "merged" else self.weights
         for weight, dy, dims in zip(weights, d_out, self.how.outputs, strict=True):
             if weight is not None:
@@ -262,15 +237,12 @@ class _Pass:
         a = self.in_dtype(jnp.concatenate([self.adapters[i].a for i in d_x_a], axis=1), rows.dtype)
         return _product(rows, a, self.how.inputs, a.shape[1:], True)
 
-    def joined_transposed(self, dy: Array, d_x_a: Array) -> Array:
+    def d_x_joined(self, dy: Array, d_x_a: Array) -> Array:
         """Returns ``[dy, d_x_a]·[weight, a]ᵀ`` of the only weight."""
-        a, inputs, dims = self.gathered(self.adapters[0].a, dy.dtype), self.how.inputs, self.how.outputs[0]
-        dy = dy.reshape(*dy.shape[: dy.ndim - len(dims)], -1)
-        missing = -a.shape[1] % COLUMNS
-        wide = jnp.concatenate([dy, d_x_a, jnp.zeros((*dy.shape[:-1], missing), dy.dtype)], axis=-1)
-        parts = [self.gathered(self.weights[0], dy.dtype), jnp.pad(a, ((0, 0), (0, missing)))]
-        both = jnp.concatenate([part.reshape(*inputs, -1) for part in parts], axis=-1)
-        return _product(wide, both, inputs, wide.shape[-1:], True)
+        weight, a = self.gathered(self.weights[0], dy.dtype), self.gathered(self.adapters[0].a, dy.dtype)
+        dy = dy.reshape(*dy.shape[: dy.ndim - len(self.how.outputs[0])], -1)
+        wide, both = joined.extend(dy, d_x_a, weight, a, self.how.inputs)
+        return _product(wide, both, self.how.inputs, wide.shape[-1:], True)
 
     def scaled_x_a(self, x: Array) -> dict[int, Array]:
         """Returns ``scale · x·a`` by the index of the adapter; one product computes all."""

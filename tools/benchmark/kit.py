@@ -24,7 +24,7 @@ SHAPES = {
         1216,
         32_000,
         True,
-    ),  # widths that are no power of two, as many heads of keys as of queries
+    ),  # no width a power of two, K = N
     "50m": (12, 512, 8, 4, 64, 1408, 32_000, True),
     "135m": (30, 576, 9, 3, 64, 1536, 49_152, True),  # SmolLM2-135M
     "0.6b": (28, 1024, 16, 8, 128, 3072, 151_936, True),  # Qwen3-0.6B
