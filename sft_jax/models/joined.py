@@ -7,8 +7,8 @@ adapter each::
     [ x    x_a 0    x_a 1 ] ·    b 0          0
                                   0          b 1
 
-The transpose is one product, too: it gives the gradients of ``x`` and of each ``x_a``. The columns are rounded up to those
-of the matrix unit, because a product over fewer takes as long.
+The transpose is one product, too: it gives the gradients of ``x`` and of each ``x_a``. The columns are rounded up to
+those of the matrix unit, because a product over fewer takes as long.
 """
 
 from __future__ import annotations
