@@ -10,6 +10,9 @@ matrix, which GPUs apply inside their products: activations and weights in E4M3,
     codes multiplied             25·30 - 127·10 - 50·127 = -6870
     product                      -6870 · 0.02 · 0.01 = -1.374      exactly 0.15 - 0.254 - 1.27 = -1.374
 
+The input of a gated MLP's last layer has outliers, which would leave few codes to the rest of their row: ``int8`` keeps
+it as it is, and multiplies it by the weight of the codes.
+
 Sums are int32 or float32. Scales of a weight that multiply its outputs are applied to the product; in the transposed
 product, to the other factor before it is rounded, so that one set of codes serves both.
 """

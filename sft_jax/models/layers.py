@@ -103,11 +103,13 @@ class Linear(Projection):
     Attributes:
         in_heads: the number of heads of inputs ``[*B, N, H]``; None for inputs ``[*B, in]``.
         out_heads: likewise of the outputs.
+        has_outliers: see :class:`sft_jax.models.projection.Product`.
     """
 
     is_dense = True
     in_heads: int | None = None
     out_heads: int | None = None
+    has_outliers = False
 
     def __init__(
         self,
@@ -165,7 +167,8 @@ def product_of(layers: Sequence[Linear], scale: float = 0.0, **how: Any) -> Prod
     """Returns the product of layers with the same input, whose adapters have one scale."""
     first, outputs = layers[0], tuple(layer.out_dims for layer in layers)
     embed = first.axes.index("embed") if "embed" in first.axes else None
-    return Product(first.in_dims, outputs, (scale,) * len(layers), embed=embed, **how)
+    scales = (scale,) * len(layers)
+    return Product(first.in_dims, outputs, scales, embed=embed, has_outliers=first.has_outliers, **how)
 
 
 def _by_heads(size: int, num_heads: int | None) -> Dims:

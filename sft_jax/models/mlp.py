@@ -72,6 +72,9 @@ class MLP(nnx.Module):
                 setattr(self, spec.gate_name, Linear(dim, size, ("embed", "mlp"), make, stack, spec.bias))
             setattr(self, up, Linear(dim, size, ("embed", "mlp"), make, stack, spec.bias))
         setattr(self, down, Linear(size, dim, ("mlp", "embed"), make, stack, spec.bias))
+        # Products of two activations have outliers (Fishman et al. 2024). To round them to int8 raised the loss of
+        # SmolLM2-135M by 0.040, all other activations by 0.006.
+        getattr(self, down).has_outliers = spec.gated
 
     def __call__(self, x: Float[Array, "B T D"], context: Context) -> Float[Array, "B T D"]:
         spec = self.spec

@@ -58,6 +58,8 @@ class Product:
         embed: which dimension of the weights is sharded along the model dimension, 0 or 1; None for neither.
         compute: rounds the factors of products with plain weights, and their gradients, to eight bits; not those of
             adapters.
+        has_outliers: whether few inputs are much larger than the others of their row; int8 then rounds the weight and
+            the gradient only.
     """
 
     inputs: Dims
@@ -66,6 +68,7 @@ class Product:
     form: str = "separate"
     embed: int | None = None
     compute: EightBit | None = None
+    has_outliers: bool = False
 
 
 @jax.tree_util.register_static
@@ -269,7 +272,7 @@ class _Pass:
     def times(self, x: Array, weight: Matrix, dims: Dims, transposed: bool = False) -> Array:
         """Returns ``x·weight``, with outputs of these dimensions, or ``x·weightᵀ``."""
         inputs = self.how.inputs
-        if is_factor(weight):
+        if is_factor(weight) and (transposed or not self.how.has_outliers or weight.fmt.method != "int8"):
             return eight_bit.product(x, weight, inputs, dims, transposed)
         if self.how.compute is not None:
             return eight_bit.rounded_product(

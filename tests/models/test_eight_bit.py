@@ -131,6 +131,21 @@ def test_adapters_are_not_rounded(kind, by_heads):
             np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
+@smoke
+@KINDS
+def test_outliers_are_not_rounded_to_int8(kind):
+    """Only the weight and the gradient are; FP8, whose codes are floating-point numbers, rounds outliers as well."""
+    x, dy, weight = normal(2, 9, 48), normal(2, 9, 24, seed=2), normal(48, 24, seed=1)
+    x[..., 5] *= 300
+    matrix, how = stored(weight, kind), Product((48,), ((24,),), (0.0,), has_outliers=True)
+    out, pullback = jax.vjp(lambda x: project(x, [matrix], [None], jnp.float32(0), how)[0], jnp.asarray(x))
+    exactly = x @ np.asarray(dequantize(matrix.arrays, matrix.fmt, jnp.float32))
+    expected = product(x, matrix, (48,), (24,)) if kind is FP8 else exactly
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
+    assert np.abs(product(x, matrix, (48,), (24,)) - exactly).max() > 1
+    np.testing.assert_allclose(pullback(dy)[0], product(dy, matrix, (48,), (24,), True), rtol=1e-5, atol=1e-5)
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     return make_model(tmp_path_factory.mktemp("eight") / "base", hidden_size=192, intermediate_size=320, head_dim=48)
