@@ -274,7 +274,7 @@ class _Pass:
         inputs = self.how.inputs
         if is_factor(weight) and (transposed or not self.how.has_outliers or weight.fmt.method != "int8"):
             return eight_bit.product(x, weight, inputs, dims, transposed)
-        if self.how.compute is not None:
+        if self.how.compute is not None and not is_factor(weight):
             return eight_bit.rounded_product(
                 x, in_dtype(weight, jnp.float32), self.how.compute, inputs, dims, transposed
             )

@@ -64,7 +64,7 @@ def build(
         rounding = None if compute is None else FORMATS[compute]
         model = Decoder(arch, jax.random.key(0), jnp.dtype(dtype), remat, attention, rounding)
         if lora is not None:
-            variant = method(lora.method)(lora.rank, lora.alpha, lora.dropout, form_on(mesh, dtype))
+            variant = method(lora.method)(lora.rank, lora.alpha, lora.dropout, form_on(mesh, dtype, compute))
             attach_adapters(model, variant, lora.target_modules)
         if quantization is not None:
             attach_quantization(model, quantization, embeddings=not embeddings)
@@ -75,12 +75,12 @@ def build(
     return split_params(nnx.eval_shape(network), mesh, full, embeddings, param_dtype)
 
 
-def form_on(mesh: Mesh, dtype: str) -> str:
+def form_on(mesh: Mesh, dtype: str, compute: str | None = None) -> str:
     """Returns how adapters are added to products; see :func:`sft_jax.models.projection.project`."""
     platform = mesh.devices.flat[0].platform
     # Other platforms round float32 inputs of products. On several devices, merging would all-gather the float32 sums
-    # instead of the stored weights.
-    if platform == "cpu" and mesh.size == 1 and dtype == "float32":
+    # instead of the stored weights. A sum would be rounded to eight bits together with its adapter.
+    if platform == "cpu" and mesh.size == 1 and dtype == "float32" and compute is None:
         return "merged"
     return "joined" if platform == "tpu" and mesh.shape["tensor"] == 1 else "separate"
 

@@ -137,7 +137,7 @@ def test_outliers_are_not_rounded_to_int8(kind):
     """Only the weight and the gradient are; FP8, whose codes are floating-point numbers, rounds outliers as well."""
     x, dy, weight = normal(2, 9, 48), normal(2, 9, 24, seed=2), normal(48, 24, seed=1)
     x[..., 5] *= 300
-    matrix, how = stored(weight, kind), Product((48,), ((24,),), (0.0,), has_outliers=True)
+    matrix, how = stored(weight, kind), Product((48,), ((24,),), (0.0,), compute=kind, has_outliers=True)
     out, pullback = jax.vjp(lambda x: project(x, [matrix], [None], jnp.float32(0), how)[0], jnp.asarray(x))
     exactly = x @ np.asarray(dequantize(matrix.arrays, matrix.fmt, jnp.float32))
     expected = product(x, matrix, (48,), (24,)) if kind is FP8 else exactly

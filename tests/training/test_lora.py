@@ -223,12 +223,13 @@ def test_every_form_computes_the_same(form, num, by_heads, of_weights):
 
 
 def test_the_form_of_adapters_by_platform():
-    def form(platform, tensor=1, size=1, dtype="bfloat16"):
+    def form(platform, tensor=1, size=1, dtype="bfloat16", compute=None):
         device = SimpleNamespace(platform=platform)
         mesh = SimpleNamespace(devices=np.asarray([device]), shape={"tensor": tensor}, size=size)
-        return form_on(mesh, dtype)
+        return form_on(mesh, dtype, compute)
 
     assert form("cpu", dtype="float32") == "merged"
+    assert form("cpu", dtype="float32", compute="int8") == "separate"  # a merged adapter would be rounded
     assert form("cpu", dtype="float32", size=2) == form("cpu") == form("gpu") == "separate"
     assert form("tpu") == form("tpu", size=16, dtype="float32") == "joined"
     assert form("tpu", size=16, tensor=2) == "separate"
