@@ -134,7 +134,8 @@ class _Pass:
 
     @property
     def is_joined(self) -> bool:
-        return self.how.form == "joined" and not any(weight is None or is_factor(weight) for weight in self.weights)
+        plain = not any(weight is None or is_factor(weight) for weight in self.weights)
+        return self.how.form == "joined" and bool(self.present) and plain
 
     @property
     def is_stacked(self) -> bool:
@@ -147,7 +148,7 @@ class _Pass:
         if self.how.form == "merged":
             sums = zip(self.merged(x.dtype), self.how.outputs, strict=True)
             return [self.times(x, one, dims) for one, dims in sums], {}
-        if self.present and self.is_stacked:
+        if self.is_stacked:
             return self.forward_joined(x)
         x_a, outs = self.scaled_x_a(x), list[Any]()
         for i, (weight, dims) in enumerate(zip(self.weights, self.how.outputs, strict=True)):
@@ -213,7 +214,7 @@ class _Pass:
         inputs, dtype = self.how.inputs, d_out[0].dtype
         scales = {i: jnp.asarray(self.how.scales[i], dtype) for i in self.present}
         d_x: Any = 0
-        if self.present and self.is_stacked:
+        if self.is_stacked:
             stacks, bs = self.stacks(dtype)
             for dy, one in zip(d_out, stacks, strict=True):
                 d_x += _product(dy, one, one.shape[:1], one.shape[1:], True)
@@ -224,7 +225,7 @@ class _Pass:
         for i in self.present:
             b = self.in_dtype(self.adapters[i].b, dtype)
             d_x_a[i] = _product(d_out[i], b, b.shape[:1], self.how.outputs[i], True) * scales[i]
-        if self.present and self.is_joined and len(self.weights) == 1:
+        if self.is_joined and len(self.weights) == 1:
             return self.d_x_joined(d_out[0], d_x_a[0]), d_x_a
         weights = self.merged(dtype) if self.how.form == "merged" else self.weights
         for weight, dy, dims in zip(weights, d_out, self.how.outputs, strict=True):

@@ -15,16 +15,7 @@ GENERATED_TOKENS = 300_000  # of each file of documents; steps repeat them
 # layers, D, N, K, H, F, V, tied
 SHAPES = {
     "tiny": (2, 64, 4, 2, 16, 128, 512, True),
-    "44m": (
-        12,
-        448,
-        7,
-        7,
-        64,
-        1216,
-        32_000,
-        True,
-    ),  # no width a power of two, K = N
+    "44m": (12, 448, 7, 7, 64, 1216, 32_000, True),  # no width a power of two, K = N
     "50m": (12, 512, 8, 4, 64, 1408, 32_000, True),
     "135m": (30, 576, 9, 3, 64, 1536, 49_152, True),  # SmolLM2-135M
     "0.6b": (28, 1024, 16, 8, 128, 3072, 151_936, True),  # Qwen3-0.6B
