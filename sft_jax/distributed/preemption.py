@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import signal
 import threading
-import urllib.error
 import urllib.request
 from types import FrameType
 from typing import Any
@@ -18,6 +18,7 @@ _NOTICES = {  # keys of Google's metadata server, with their values while nothin
     "preempted": ("FALSE",),
 }
 _POLL_SECONDS = 5.0
+_TIMEOUT_SECONDS = 10.0
 
 
 class Preemption:
@@ -82,9 +83,9 @@ def watch_notices(host: str, stop: threading.Event, every: float = _POLL_SECONDS
                 f"http://{host}/computeMetadata/v1/instance/{name}", headers={"Metadata-Flavor": "Google"}
             )
             try:
-                with urllib.request.urlopen(request, timeout=every) as response:
+                with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS) as response:
                     notice = response.read().decode().strip()
-            except (urllib.error.URLError, OSError):
+            except (OSError, http.client.HTTPException):
                 continue  # this machine has no such notice; SIGTERM still works
             if notice and notice not in no_notice:
                 os.kill(os.getpid(), signal.SIGTERM)
