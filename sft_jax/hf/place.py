@@ -18,10 +18,10 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from sft_jax.cpu_compiler import cpu_options
 from sft_jax.errors import UserError
 from sft_jax.files.digests import Words, words_of
 from sft_jax.hf.reader import Reader, chunks
-from sft_jax.run_once import compile_quickly
 from sft_jax.typing import Array
 
 
@@ -122,7 +122,7 @@ def _programs(
         return stored, digest(rows)
 
     mesh = _mesh(arrays)
-    jit: Any = partial(jax.jit, compiler_options=compile_quickly(mesh.devices.flat[0]))
+    jit: Any = partial(jax.jit, compiler_options=cpu_options(mesh.devices.flat[0]))
     out_shardings = (shardings, NamedSharding(mesh, PartitionSpec()))
     if recipe.stack:
         return jit(start, out_shardings=shardings), jit(store, donate_argnums=0, out_shardings=out_shardings)

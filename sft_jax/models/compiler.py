@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sft_jax.cpu_compiler import cpu_options
 from sft_jax.models.split import Split, is_adapter
 from sft_jax.tree import flatten
 
@@ -19,7 +20,7 @@ _LORA_MEMORY, _FULL_MEMORY = ({"xla_tpu_scoped_vmem_limit_kib": str(mib * 1024)}
 _DETERMINISTIC: dict[str, str | bool] = {"xla_gpu_deterministic_ops": True}
 
 
-def compiler_options(split: Split, deterministic: bool = False) -> dict[str, str | bool]:
+def compiler_options(split: Split, deterministic: bool = False) -> dict[str, str | bool | int]:
     """Returns ``compiler_options`` for ``jax.jit`` of a program of this model on the devices of its parameters.
 
     By default the TPU compiler runs a product with a weight sharded over N devices as a collective matmul of N steps:
@@ -31,10 +32,10 @@ def compiler_options(split: Split, deterministic: bool = False) -> dict[str, str
     Args:
         deterministic: whether the same program and inputs give the same bits on GPUs too.
     """
-    platform = split.mesh.devices.flat[0].platform
-    if platform == "gpu" and deterministic:
+    device = split.mesh.devices.flat[0]
+    if device.platform == "gpu" and deterministic:
         return dict(_DETERMINISTIC)
-    if platform != "tpu":
-        return {}
+    if device.platform != "tpu":
+        return cpu_options(device)
     trains_layers = any(path[0] == "layers" and not is_adapter(split.labels[path]) for path in flatten(split.trainable))
     return {**_ONE_PRODUCT_PER_GATHER, **_NO_COLLECTIVE_MATMUL, **(_FULL_MEMORY if trains_layers else _LORA_MEMORY)}

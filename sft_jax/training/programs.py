@@ -19,6 +19,7 @@ from typing import Any
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from sft_jax.cpu_compiler import usable_cores
 from sft_jax.data.read.folders import cache_folder
 from sft_jax.files.digests import file_digest
 
@@ -69,8 +70,7 @@ def kind_of_processor() -> str | None:
     if not told:
         return None
     # The compiler divides loops by the number of threads, which NPROC overrides.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    parts = [platform.machine(), *told, f"{cores} cores", os.environ.get("NPROC", "")]
+    parts = [platform.machine(), *told, f"{usable_cores()} cores", os.environ.get("NPROC", "")]
     return hashlib.blake2b("\n".join(parts).encode(), digest_size=8).hexdigest()
 
 

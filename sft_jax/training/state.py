@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sft_jax.run_once import compile_quickly
+from sft_jax.cpu_compiler import cpu_options
 from sft_jax.sharding import replicated
 from sft_jax.tree import Params
 from sft_jax.typing import Array
@@ -35,7 +35,7 @@ def make_state(params: Params, optimizer: optax.GradientTransformation, mesh: Me
         return optimizer.init(params), jnp.zeros((), jnp.int32), jnp.zeros((), bool)
 
     out_shardings = (shardings.opt_state, shardings.step, shardings.halted)
-    options = compile_quickly(mesh.devices.flat[0])
+    options = cpu_options(mesh.devices.flat[0])
     opt_state, step, halted = jax.jit(start, out_shardings=out_shardings, compiler_options=options)(params)
     return TrainState(step=step, params=params, opt_state=opt_state, halted=halted)
 

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from sft_jax.adapters.attach import attach_adapters, method
 from sft_jax.adapters.lora import LoRA
 from sft_jax.config import LoraConfig
+from sft_jax.cpu_compiler import cpu_options
 from sft_jax.files.digests import Words
 from sft_jax.hf.load import load_params
 from sft_jax.hf.peft import load_adapter
@@ -20,7 +21,6 @@ from sft_jax.models.decoder import Decoder
 from sft_jax.models.eight_bit import FORMATS
 from sft_jax.models.quantized import Matrix, QuantizedMatrix, attach_factors, attach_quantization
 from sft_jax.models.split import Split, split_params
-from sft_jax.run_once import compile_quickly
 from sft_jax.tree import Params, Path, flatten, unflatten
 from sft_jax.typing import Array
 
@@ -139,7 +139,7 @@ def _fresh_adapter(split: Split, weights: dict[Path, Array], seed: int) -> dict[
         return variant.initialize(adapter, split.layers, key, lambda path: _weight_of(split, path, weights))
 
     shardings = {path: leaf.sharding for path, leaf in adapter.items()}
-    options = compile_quickly(split.mesh.devices.flat[0])
+    options = cpu_options(split.mesh.devices.flat[0])
     return jax.jit(initialize, out_shardings=shardings, compiler_options=options)(weights)
 
 
