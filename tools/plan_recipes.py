@@ -43,6 +43,7 @@ COLUMNS = (
     "remat",
     "no faster than",
     "bound",
+    "compiler estimates",
     "compiled in, CPU",
 )
 
@@ -96,10 +97,12 @@ def run_plan(recipe: Recipe, topology: str, changes: list[str], timeout: float) 
 
 def as_line(plan: dict[str, Any]) -> str:
     """Formats a plan as a line of a header."""
+    estimate = _estimate(plan)
     speed = (
         f"no faster than {plan['roofline_step_seconds'] * 1e3:,.0f} ms a step ({plan['bound']}), "
-        f"{plan['roofline_tokens_per_second']:,.0f} tokens/s; compiled in {plan['compile_cpu_seconds']:.0f} s of CPU "
-        "time"
+        f"{plan['roofline_tokens_per_second']:,.0f} tokens/s; "
+        f"{f'the compiler estimates {estimate}; ' if estimate else ''}"
+        f"compiled in {plan['compile_cpu_seconds']:.0f} s of CPU time"
     )
     fits = "fits" if plan["fits"] else "does not fit"
     return f"{fits}, peak {_peak(plan)} of {_usable(plan)} MiB a chip, remat {plan['remat']}; {speed}"
@@ -110,7 +113,16 @@ def as_row(model: str, topology: str, plan: dict[str, Any]) -> tuple[str, ...]:
     fits = "yes" if plan["fits"] else "no"
     seconds = f"{plan['roofline_step_seconds'] * 1e3:,.0f} ms"
     compiled = f"{plan['compile_cpu_seconds']:.0f} s"
-    return model, topology, fits, _peak(plan), _usable(plan), plan["remat"], seconds, plan["bound"], compiled
+    peak, usable, estimate = _peak(plan), _usable(plan), _estimate(plan) or "none"
+    return model, topology, fits, peak, usable, plan["remat"], seconds, plan["bound"], estimate, compiled
+
+
+def _estimate(plan: dict[str, Any]) -> str | None:
+    """The compiler's estimate of a step with what waits for the network; None if it has none."""
+    figures = plan["compiled"]
+    if figures["cycles"] is None:
+        return None
+    return f"{(figures['seconds'] + figures['waiting_seconds']) * 1e3:,.0f} ms"
 
 
 def _peak(plan: dict[str, Any]) -> str:
@@ -153,8 +165,9 @@ of 2,048 tokens per chip and step, `remat: auto`, and weights and optimizer stat
 16 on all linear layers of a bfloat16 base, QLoRA of an nf4 base; full fine-tuning keeps weights and moments in float32.
 "of" is the memory of a chip that a process can use: on a TPU what the compiler offers, on a GPU three quarters (JAX's
 default; workspaces of cuDNN are not counted). "no faster than" is a roofline from published peak rates, with half of
-the tokens as targets and one document per sequence; it is not a measurement of speed. Compile times are CPU time of all
-cores and include the rematerialization policies that did not fit.
+the tokens as targets and one document per sequence. "compiler estimates" is what the TPU compiler expects, which writes
+its estimates except for TPU v6e. Neither is a measurement of speed. Compile times are CPU time of all cores and include
+the rematerialization policies that did not fit.
 
 """
 

@@ -239,13 +239,16 @@ def test_the_table_of_plans_is_updated_row_by_row(tmp_path, monkeypatch):
     found = {
         "fits": True, "peak_bytes": 3 * 2**30, "usable_bytes": CHIPS["v5e"].hbm_bytes, "remat": "full",
         "roofline_step_seconds": 0.5, "roofline_tokens_per_second": 1e5, "bound": "compute",
-        "compile_cpu_seconds": 12.3,
+        "compile_cpu_seconds": 12.3, "compiled": {"cycles": 6e8, "seconds": 0.625, "waiting_seconds": 0.01},
     }  # fmt: skip
     key = ("Llama-3.1-8B LoRA", "v5e:4x4")
     plan_recipes.write_tables(empty | {key: plan_recipes.as_row(*key, found)})
     again = plan_recipes.read_table()
     assert again[key][:4] == (*key, "yes", "3,072")
     assert sum(row[2] == "not measured" for row in again.values()) == 24
+    assert again[key][-2:] == ("635 ms", "12 s")
     assert plan_recipes.as_line(found).startswith("fits, peak 3,072 of ")
+    assert "the compiler estimates 635 ms;" in plan_recipes.as_line(found)
+    assert plan_recipes.as_row(*key, found | {"compiled": {"cycles": None, "reason": "…"}})[-2:] == ("none", "12 s")
     listed = re.findall(r"^\| \[([\w.-]+)\]", plan_recipes.PLANS.read_text(), re.MULTILINE)
     assert listed == [recipe.name for recipe in RECIPES]
