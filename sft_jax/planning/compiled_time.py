@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from sft_jax.planning.chips import Chip
@@ -11,13 +12,17 @@ from sft_jax.planning.profile import profile, profile_text
 
 
 def compiled_figures(
-    program: Program | None, chip: Chip, unknown_trips: float, model_flops: float | None, places: bool = False
+    program: Program | None,
+    chip: Chip,
+    unknown_trips: Callable[[str], float],
+    model_flops: float | None,
+    places: bool = False,
 ) -> dict[str, Any]:
     """Returns the figures of a program as JSON values; ``cycles: None`` and a ``reason`` where there is no estimate.
 
     Args:
         program: None where there is no text.
-        unknown_trips: iterations of a loop with a data-dependent trip count.
+        unknown_trips: see :func:`sft_jax.planning.cycles.estimate`.
         model_flops: of a step on one chip, for the bound on MFU; None if unknown.
         places: also the ``profile``, see :func:`sft_jax.planning.profile.profile`.
     """

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 from sft_jax.planning.chips import Chip
@@ -105,12 +105,12 @@ class Estimate:
         return sum(place.at_peak * place.times for place in self.places if place.kind in kinds)
 
 
-def estimate(program: Program, chip: Chip, unknown_trips: float) -> Estimate | None:
+def estimate(program: Program, chip: Chip, unknown_trips: Callable[[str], float]) -> Estimate | None:
     """Sums the compiler's estimates in a program's text; None where the compiler wrote none.
 
     Args:
         chip: a TPU that the program is compiled for.
-        unknown_trips: iterations of a loop with a data-dependent trip count.
+        unknown_trips: from the source lines of a loop with a data-dependent trip count to its iterations.
     """
     if _ESTIMATE.search(program.text) is None:
         return None
@@ -120,7 +120,7 @@ def estimate(program: Program, chip: Chip, unknown_trips: float) -> Estimate | N
 class _Visit:
     """Walks through a program from its entry."""
 
-    def __init__(self, program: Program, chip: Chip, unknown_trips: float) -> None:
+    def __init__(self, program: Program, chip: Chip, unknown_trips: Callable[[str], float]) -> None:
         self._program, self._lines = program, SourceLines(program.text)
         assert chip.flops_per_cycle is not None, f"{chip.name} is not a TPU"
         self._flops_per_cycle, self._double_rate = chip.flops_per_cycle, chip.double_rate
@@ -137,7 +137,8 @@ class _Visit:
             if one.opcode == "while":
                 trips = self._program.trip_count(one)
                 if trips is None:
-                    trips = self.result.trips[self._lines.of(one) or one.name] = self._unknown_trips
+                    source = self._lines.of(one)
+                    trips = self.result.trips[source or one.name] = self._unknown_trips(source)
                 yield from self._places(one.attribute("body") or "", times * trips, operation)
             elif one.opcode == "conditional":
                 branches = [list(self._places(called, times, operation)) for called in one.called]
@@ -183,9 +184,19 @@ class _Visit:
         operands = (self._program[computation].operand(one, index) for index in range(len(one.operands)))
         if one.opcode == "dynamic-update-slice":  # in place: the second operand is read and written
             return 2 * sum(bytes_in_memory(operand.shape) for operand in [*operands][1:2] if operand is not None)
+        if updates := self._scattered(computation, one):  # in place: each is read, added to what was there, and written
+            return 3 * updates
         result = sum(map(num_bytes, one.arrays))
         read = sum(min(bytes_in_memory(operand.shape), result) for operand in operands if operand is not None)
         return bytes_in_memory(one.shape) + read
+
+    def _scattered(self, computation: str, one: Instruction) -> float:
+        """Bytes of the updates of a scatter, also in a fusion; 0 for other instructions."""
+        if one.opcode == "scatter":
+            updates = self._program[computation].operand(one, 2)
+            return 0.0 if updates is None else sum(map(num_bytes, updates.arrays))
+        inside = [(called, inner) for called in one.called for inner in self._program[called].instructions.values()]
+        return sum(self._scattered(*pair) for pair in inside) if one.opcode == "fusion" else 0.0
 
     def _peak_flops(self, computation: str, one: Instruction) -> float:
         if one.opcode == "fusion":

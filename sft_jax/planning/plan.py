@@ -231,7 +231,7 @@ def _compiled_time(
     assumed: Assumptions,
     profile: bool = False,
 ) -> dict[str, Any]:
-    trips, model_flops = step.loss_chunks(assumed.target_share), bounds.model_flops / where.num_devices
+    trips, model_flops = step.loop_trips(assumed.target_share), bounds.model_flops / where.num_devices
     time = compiled_figures(compiled.program, where.chip, trips, model_flops, profile)
     alone = sum((one.alone for one in compiled.collectives or ()), Sent())
     return time if time["cycles"] is None else time | {"waiting_seconds": alone.seconds(where.chip)}

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from sft_jax.hf.dequantized import open_weights
 from sft_jax.hf.ties import architecture_of
 from sft_jax.hf.tokenizer import load_tokenizer
 from sft_jax.models.architecture import Architecture
-from sft_jax.models.moe.describe import describe_experts
+from sft_jax.models.moe.describe import EXPERT_LOOPS, describe_experts, expected_parts
 from sft_jax.models.split import Split
 from sft_jax.models.work import Work
 from sft_jax.planning.collectives import Collective, count_collectives
@@ -153,6 +153,12 @@ class AbstractStep:
         trained = self.config.lora is None or self.base.embeddings
         chunk = chunk_size(self.local_tokens, columns * gathered, 4 * self.arch.hidden_size * columns if trained else 0)
         return -(-round(self.local_tokens * target_share) // chunk)
+
+    def loop_trips(self, target_share: float) -> Callable[[str], float]:
+        """Returns a function from the source lines of a loop whose trip count depends on data to its iterations."""
+        experts = expected_parts(self.split.abstract(), self.local_tokens, self.mesh.shape["tensor"])
+        chunks = self.loss_chunks(target_share)
+        return lambda source: experts if f"{EXPERT_LOOPS}:" in source else chunks
 
     def step(self, remat: str) -> TrainStep:
         """Returns the jitted step with a rematerialization policy."""

@@ -11,6 +11,7 @@ from sft_jax.models.attention.backend import XLA
 from sft_jax.models.context import Context
 from sft_jax.models.layers import Initializer
 from sft_jax.models.moe import blocks, dispatch, pallas
+from sft_jax.models.moe.describe import expected_parts
 from sft_jax.models.moe.experts import ExpertsSpec
 from sft_jax.models.moe.grouped import adapted_dot, grouped_dot
 from sft_jax.models.moe.mixture import MixtureSpec
@@ -84,6 +85,16 @@ def make(adapted):
 def context(**more):
     zeros = jnp.zeros((1, 1), jnp.int32)
     return Context(zeros, zeros, {}, XLA, **more)
+
+
+def test_expected_parts_are_one_more_than_for_even_rows(monkeypatch):
+    """Each token has two rows."""
+    monkeypatch.setattr(dispatch, "_FEWEST_ROWS", 5)
+    mixture = nnx.merge(*make(False))
+    assert expected_parts(mixture, 24, tensor=1) == 48 // 24 + 1
+    assert expected_parts(mixture, 24, tensor=4) == 12 // 6 + 1
+    assert expected_parts(mixture, 2, tensor=2) == 1
+    assert expected_parts(mixture.gate, 24, tensor=1) == 1  # no experts in it
 
 
 @pytest.mark.parametrize("moves", [True, False], ids=["tokens", "weights"])

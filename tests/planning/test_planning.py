@@ -242,6 +242,9 @@ def test_chunks_of_the_loss(tiny, base):
     step = abstract_step(config_of(tiny), base, jax.devices())
     chunk = chunk_size(64, 384 // 8 * 8)
     assert step.loss_chunks(0.5) == -(-32 // chunk)
+    trips = step.loop_trips(0.25)
+    assert trips("training/losses.py:73 > cross_entropy.py:220") == trips("") == -(-16 // chunk)
+    assert trips("models/moe/dispatch.py:70 > rows.py:158") == 1  # a model without experts
 
 
 def test_roofline_by_hand(tiny, base):

@@ -29,5 +29,5 @@ def bench_cycles(options: argparse.Namespace) -> None:
     except (OSError, ValueError) as error:
         raise SystemExit(f"{options.file}: {error}") from error
     chip = CHIPS[options.chip]
-    figures = compiled_figures(program, chip, options.trips, options.model_flops, options.profile)
+    figures = compiled_figures(program, chip, lambda _: options.trips, options.model_flops, options.profile)
     print(json.dumps(figures) if options.json else "\n".join(compiled_text(figures)))

@@ -65,8 +65,7 @@ def dispatch(
             c = lax.all_gather(c, gathered, tiled=True)
         count = num_experts // math.prod(mesh.shape[name] for name in keep)
         first = lax.axis_index(keep) * count if keep else 0
-        average = c.size * count // num_experts
-        size = None if count == num_experts else min(c.size, max(_FEWEST_ROWS, -(-average // 2)))
+        size = None if count == num_experts else min(c.size, part_size(c.size * count // num_experts))
         out = through_experts(Rows(compute, size), x, w, matrices, c, first, count)
         if gathered:
             out = _scatter_sums(out, gathered)
@@ -76,6 +75,12 @@ def dispatch(
     return jax.shard_map(
         local, in_specs=(token_spec, token_spec, token_spec, specs), out_specs=token_spec, check_vma=False
     )(tokens, weights, chosen, matrices)
+
+
+def part_size(average: int) -> int:
+    """Returns how many rows a device computes at a time that has some of the experts, and ``average`` rows if all are
+    chosen equally often."""
+    return max(_FEWEST_ROWS, -(-average // 2))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
