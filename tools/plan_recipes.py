@@ -166,17 +166,17 @@ of 2,048 tokens per chip and step, `remat: auto`, and weights and optimizer stat
 "of" is the memory of a chip that a process can use: on a TPU what the compiler offers, on a GPU three quarters (JAX's
 default; workspaces of cuDNN are not counted). "no faster than" is a roofline from published peak rates, with half of
 the tokens as targets and one document per sequence. "compiler estimates" is the TPU compiler's own time for the
-step, with what waits for the network; where it is "not measured", the whole row comes from an earlier version. Neither is
-a measurement of speed. Compile times are CPU time of all cores and include the rematerialization policies that did not
-fit.
+step, with what waits for the network; where it is "not measured", the whole row comes from an earlier version. Neither
+is a measurement of speed. Compile times are CPU time of all cores and include the rematerialization policies that did
+not fit.
 
 """
 
 _RECIPES = """
 ## Recipes
 
-Each with its own batch on the hardware that it is written for; the same lines are in the headers of the recipes. Lines for
-TPUs without an estimate of the compiler come from an earlier version.
+Each with its own batch on the hardware that it is written for; the same lines are in the headers of the recipes. Lines
+for TPUs without an estimate of the compiler come from an earlier version.
 
 """
 

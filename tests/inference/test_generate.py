@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -199,7 +198,7 @@ def test_weights_are_not_gathered_for_a_token(tmp_path, quantization):
     weights = split.trainable, split.frozen
     ids, keys, numbers = np.ones((8, 16), np.int32), jax.random.split(jax.random.key(0), 8), Sampling().numbers
     with jax.set_mesh(mesh):
-        state = jax.eval_shape(partial(generator._start, cache_length=32), *weights, ids, ids[:, 0], keys, numbers)
+        state = generator._start.eval_shape(*weights, ids, ids[:, 0], keys, numbers, cache_length=32)
         program = generator._decode.lower(*weights, state, 4, keys, numbers).compile().as_text()
     largest = max(math.prod(shape) for _, shape in exchanged(program))
     spec = arch.attention_specs[0]

@@ -148,7 +148,7 @@ def test_a_step_is_the_same_on_every_mesh():
 
 def test_parts_of_a_batch_are_added_up_in_float32():
     step, state, _ = stepped(make_mesh(devices=one_device()), parts=4)
-    jaxpr = jax.make_jaxpr(step)(state, {}, batch_of(16))
+    jaxpr = step.trace(state, {}, batch_of(16)).jaxpr
 
     def scans(jaxpr):
         for eqn in jaxpr.eqns:
