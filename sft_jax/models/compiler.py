@@ -11,8 +11,8 @@ _ONE_PRODUCT_PER_GATHER = {"xla_tpu_enable_async_collective_fusion_multiple_step
 # No collective matmul, whatever the size of the product; see sft_jax.models.weight_gradient for gradients.
 _NO_COLLECTIVE_MATMUL = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 # On-chip memory that a fusion may use, of 128 MiB; by default 16 MiB. For a LoRA step of Llama-3.1-8B on 16 TPU v5e,
-# four sequences each, the compiler estimates 4,093 million cycles by default, 3,539 with 32 MiB, 3,411 with 48 and 3,432
-# with 64; it takes 64, 94, 158 and some 500 CPU seconds. Full fine-tuning: 3,992 with 48 MiB and 4,070 with 96.
+# four sequences each, the compiler estimates 4,093 million cycles by default, 3,539 with 32 MiB, 3,411 with 48 and
+# 3,432 with 64; it takes 64, 94, 158 and some 500 CPU seconds. Full fine-tuning: 3,992 with 48 MiB and 4,070 with 96.
 _MEMORY_OF_A_FUSION = {"xla_tpu_scoped_vmem_limit_kib": str(48 * 1024)}
 
 
