@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
+from sft_jax.cores import usable_cores
+
 _MOST_PARTS = 32  # XLA's default, whatever the number of cores
-
-
-def usable_cores() -> int | None:
-    """Returns the number of cores that this process may use; None if unknown."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def cpu_options(device: Any) -> dict[str, Any]:
@@ -23,5 +19,7 @@ def cpu_options(device: Any) -> dict[str, Any]:
     """
     if device.platform != "cpu":
         return {}
-    parts = min(usable_cores() or _MOST_PARTS, _MOST_PARTS)
-    return {"xla_backend_optimization_level": 1, "xla_cpu_parallel_codegen_split_count": parts}
+    return {
+        "xla_backend_optimization_level": 1,
+        "xla_cpu_parallel_codegen_split_count": min(usable_cores(), _MOST_PARTS),
+    }

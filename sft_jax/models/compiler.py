@@ -1,4 +1,4 @@
-"""Compiler options: for TPUs, how matrix products all-gather sharded weights; for GPUs, repeatable results."""
+"""Compiler options: for TPUs, how products gather weights; for GPUs, repeatable results; for CPUs, quick compiling."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ _NO_COLLECTIVE_MATMUL = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "10000
 # four sequences each, the compiler estimates 4,093 million cycles by default, 3,539 with 32 MiB, 3,411 with 48 and
 # 3,432 with 64; it takes 64, 94, 158 and some 500 CPU seconds. Full fine-tuning: 3,992 with 48 MiB and 4,070 with 96.
 _MEMORY_OF_A_FUSION = {"xla_tpu_scoped_vmem_limit_kib": str(48 * 1024)}
-
-
 # No sums in an order that depends on timing, and no kernels chosen by timing them. TPUs and CPUs have neither.
 _DETERMINISTIC: dict[str, str | bool] = {"xla_gpu_deterministic_ops": True}
 

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from sft_jax.cpu_compiler import usable_cores
+from sft_jax.cores import usable_cores
 from sft_jax.data.read.folders import cache_folder
 from sft_jax.files.digests import file_digest
 

@@ -24,6 +24,7 @@ import jinja2
 import tokenizers
 import transformers
 
+from sft_jax.cores import usable_cores
 from sft_jax.data.chat.encoder import Encoder
 from sft_jax.data.read.folders import cache_folder, scratch_folder
 from sft_jax.data.read.sources import Source
@@ -98,7 +99,7 @@ def _tokenise(
         progress(num_rows)
         return cached, Origin(True, 0, time.perf_counter() - began)
     if num_workers is None:
-        num_workers = max(1, min(_cores(), _MAX_WORKERS, local.size // _ROWS_PER_WORKER))
+        num_workers = max(1, min(usable_cores(), _MAX_WORKERS, local.size // _ROWS_PER_WORKER))
 
     def encode(folder: Path) -> None:
         with Writer(folder, source.name) as writer:
@@ -207,7 +208,3 @@ def _key(source: Source, encoder: Encoder) -> str:
         "versions": [_REVISION, __version__, transformers.__version__, tokenizers.__version__, jinja2.__version__],
     }
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=20).hexdigest()
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

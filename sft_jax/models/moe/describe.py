@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import jax
 from flax import nnx
 
+from sft_jax.models.moe import rows
 from sft_jax.models.moe.dispatch import WEIGHT_AXES, moves_tokens, names_of, part_size
 from sft_jax.models.moe.experts import ExpertLinear
 from sft_jax.sharding import partition_spec
 
-EXPERT_LOOPS = "rows.py"  # the file whose loops turn as often as a device has parts of rows
+EXPERT_LOOPS = Path(rows.__file__).name  # the file whose loops turn once for each part of a device's rows
 
 
 def describe_experts(model: nnx.Module, mesh: Any, tokens: tuple[int, int, int], itemsize: int) -> str | None:
@@ -36,7 +38,7 @@ def describe_experts(model: nnx.Module, mesh: Any, tokens: tuple[int, int, int],
 
 
 def expected_parts(model: nnx.Module, tokens: int, tensor: int) -> int:
-    """Returns how often a device turns the loop over the rows of its experts; 1 without experts or without that loop.
+    """Returns how often the loop over the rows of a device's experts turns; 1 without experts.
 
     One turn more than if all experts were chosen equally often: all devices wait for the one with most rows.
 

@@ -78,8 +78,11 @@ def dispatch(
 
 
 def part_size(average: int) -> int:
-    """Returns how many rows a device computes at a time that has some of the experts, and ``average`` rows if all are
-    chosen equally often."""
+    """Returns how many rows a device with some of the experts computes at a time.
+
+    Args:
+        average: rows of the device if all experts are chosen equally often.
+    """
     return max(_FEWEST_ROWS, -(-average // 2))
 
 
